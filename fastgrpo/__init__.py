@@ -1,0 +1,19 @@
+"""fastgrpo: GRPO's loss from hidden states and LM head to loss and gradients, without the logits."""
+
+from fastgrpo import reference
+from fastgrpo.advantages import group_advantages
+from fastgrpo.config import GRPOLossConfig
+from fastgrpo.logprobs import LogProbs, linear_logprobs
+from fastgrpo.loss import GRPOLoss, grpo_loss
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "GRPOLoss",
+    "GRPOLossConfig",
+    "LogProbs",
+    "group_advantages",
+    "grpo_loss",
+    "linear_logprobs",
+    "reference",
+]

@@ -1,0 +1,47 @@
+"""Two backends behind one interface: ``forward(problem)``, ``backward(...)``, ``objective(...)``."""
+
+import importlib
+import os
+
+import torch
+
+from fastgrpo.inputs import check_choice
+
+NAMES = ("triton", "torch")
+
+
+def interpreting():
+    """Whether Triton kernels run in its interpreter, the only way they run on a CPU."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def has_triton():
+    return importlib.util.find_spec("triton") is not None
+
+
+def choose(backend, hidden):
+    """The name of the backend for this tensor.
+
+    Raises:
+        ValueError: if "triton" is asked for where it cannot run.
+    """
+    check_choice("backend", backend, ("auto", *NAMES))
+    runs_on = hidden.is_cuda or (hidden.device.type == "cpu" and interpreting())
+    if backend == "auto":
+        return "triton" if hidden.is_cuda and has_triton() and hidden.dtype != torch.float64 else "torch"
+    if backend == "triton":
+        if not has_triton():
+            raise ValueError("backend must be 'torch' or 'auto' where triton is not installed, got 'triton'")
+        if hidden.dtype == torch.float64:
+            raise ValueError("backend must be 'torch' or 'auto' for float64 hidden, got 'triton'")
+        if not runs_on:
+            raise ValueError(
+                f"backend='triton' needs hidden on a GPU, got {hidden.device} "
+                "(TRITON_INTERPRET=1 runs the kernels on a CPU, slowly, for tests)"
+            )
+    return backend
+
+
+def load(name):
+    """The backend's module; Triton is imported here, on first use."""
+    return importlib.import_module(f"fastgrpo.backends.{name}_backend")

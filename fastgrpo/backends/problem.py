@@ -1,0 +1,73 @@
+"""What both backends work on, and how they cut it into pieces that fit the workspace."""
+
+from dataclasses import dataclass
+
+import torch
+
+FLOOR = -1e29  # below every real logit; finite, so that an empty sum of exp(z - FLOOR) meets no inf - inf
+NOTHING = -1e30  # a column that must not count: exp(NOTHING - FLOOR) is 0, and so is 0 * NOTHING
+ABSENT = -1e20  # a logit below it stands for -inf
+
+
+@dataclass(frozen=True)
+class HeadParams:
+    """Everything about the projection that is not a tensor."""
+
+    temperature: float | None  # None: one per token, a tensor
+    softcap: float | None
+    logit_scale: float
+    compute_dtype: torch.dtype  # tiles of hidden and weight are cast to it as they are loaded
+    entropy: bool
+    backend: str
+    backward: str
+    workspace: int  # bytes
+
+
+@dataclass(frozen=True)
+class HeadProblem:
+    hidden: torch.Tensor  # (B, T, D), any strides
+    weight: torch.Tensor  # (V, D), any strides
+    bias: torch.Tensor | None  # (V,)
+    targets: torch.Tensor  # (N,) int64, N = B * T
+    temperature: torch.Tensor | None  # (N,) in the accumulator's dtype
+    params: HeadParams
+
+    @property
+    def sizes(self):
+        """N, V, D."""
+        return self.targets.numel(), *self.weight.shape
+
+    def new_stats(self, dtype):
+        """(5, N), 0 at ignored rows: log-prob, a peak of the logits, log-sum-exp minus that peak (apart, so that
+        logits of any size keep their accuracy), 1 - p of the label, entropy."""
+        return torch.zeros(5, self.targets.numel(), dtype=dtype, device=self.hidden.device)
+
+
+@dataclass(frozen=True)
+class Tiling:
+    rows: int
+    cols: int
+
+
+def plan_tiles(rows, cols, budget, cell, per_row, per_col, multiple=16):
+    """The largest tile whose bytes, ``cell * R * C + per_row * R + per_col * C``, fit the budget.
+
+    Halves the longer side until it fits; both sides stay multiples of ``multiple``.
+    """
+
+    def up(x):
+        return max(-(-x // multiple), 1) * multiple
+
+    rows, cols = up(rows), up(cols)
+    while cell * rows * cols + per_row * rows + per_col * cols > budget and max(rows, cols) > multiple:
+        if rows > cols:
+            rows = up(rows // 2)
+        else:
+            cols = up(cols // 2)
+    return Tiling(rows, cols)
+
+
+def row_scale(*grads):
+    """A power of two that brings the largest gradient to about 1, so that 16-bit dlogits do not underflow: 0-dim."""
+    largest = torch.stack([torch.nan_to_num(g, nan=0.0, posinf=0.0, neginf=0.0).abs().amax() for g in grads]).amax()
+    return torch.exp2(-torch.floor(torch.log2(largest.clamp(min=1e-30))))

@@ -1,0 +1,245 @@
+"""The op in plain torch: any device, any float dtype, chunked into a bounded workspace.
+
+Tiles of logits are made in fp32 (fp64 for fp64 input) and overwritten in place; nothing of shape (N, V) is held.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from fastgrpo.backends.problem import ABSENT, FLOOR, NOTHING, plan_tiles, row_scale
+from fastgrpo.inputs import IGNORE, accumulator_dtype
+from fastgrpo.objective import token_objective
+
+# A tile that stays in a CPU core's share of the cache between the GEMM and the passes over it.
+CPU_ROWS, CPU_COLS = 1024, 2048
+
+
+class Reader:
+    """Chunks of hidden and weight in the dtype the GEMM wants, cast as they are read."""
+
+    def __init__(self, problem):
+        self.problem = problem
+        self.accumulate = accumulator_dtype(problem.hidden)
+        self.compute = problem.params.compute_dtype
+        # On CUDA a 16-bit GEMM can return its fp32 accumulator; elsewhere the operands are widened first, exactly.
+        self.native = problem.hidden.is_cuda and self.compute in (torch.bfloat16, torch.float16)
+        self.operand = self.compute if self.native else self.accumulate
+        stride_b, stride_t, _ = problem.hidden.stride()
+        batch, length, depth = problem.hidden.shape
+        mergeable = batch <= 1 or length == 0 or stride_b == length * stride_t
+        self.flat = problem.hidden.view(batch * length, depth) if mergeable else None
+
+    def cast(self, x):
+        return x.to(self.compute).to(self.operand)
+
+    def hidden(self, rows):  # (n,) -> (n, D)
+        if self.flat is None:
+            length = self.problem.hidden.shape[1]
+            return self.cast(self.problem.hidden[rows // length, rows % length])
+        whole = rows.numel() == self.flat.shape[0]
+        return self.cast(self.flat if whole else self.flat.index_select(0, rows))
+
+    def mm(self, a, b, out):  # (n, k), (k, m) -> (n, m) in the accumulator's dtype
+        if self.native:
+            return torch.mm(a, b, out_dtype=torch.float32)
+        return torch.mm(a, b, out=out)
+
+    def add_mm(self, total, a, b):  # total += a @ b
+        if self.native:
+            total += torch.mm(a, b, out_dtype=torch.float32)
+        else:
+            total.addmm_(a, b)
+
+
+def transformed(problem, z, bias, inv_temperature, with_slope=False):
+    """Logits from the raw product, in place; with_slope: also softcap's derivative, or None where it is 1."""
+    slope = None
+    if bias is not None:
+        z += bias.to(z.dtype)
+        z.clamp_(min=NOTHING)  # a column masked by -inf must not meet 0 * inf
+    scale, softcap = problem.params.logit_scale, problem.params.softcap
+    if scale != 1.0:
+        z *= scale
+    if softcap is not None:
+        z /= softcap
+        if with_slope:
+            slope = 4 * torch.sigmoid(2 * z) * torch.sigmoid(-2 * z)
+        z.tanh_().mul_(softcap)
+    if inv_temperature is not None:
+        z *= inv_temperature
+    return z, slope
+
+
+def row_inverse_temperature(problem, rows):
+    """(n, 1) tensor, a number, or None where the temperature is 1."""
+    if problem.temperature is not None:
+        return 1.0 / problem.temperature[rows, None]
+    return None if problem.params.temperature == 1.0 else 1.0 / problem.params.temperature
+
+
+def tiling(problem, rows, buffers):
+    _, vocab, depth = problem.sizes
+    size = 8 if problem.hidden.dtype == torch.float64 else 4
+    max_rows, max_cols = (CPU_ROWS, CPU_COLS) if problem.hidden.device.type == "cpu" else (16384, 16384)
+    budget = problem.params.workspace
+    return plan_tiles(min(rows, max_rows), min(vocab, max_cols), budget, size * buffers, size * depth, 2 * size * depth)
+
+
+def forward(problem):
+    """Per-row statistics: see :meth:`HeadProblem.new_stats`."""
+    reader = Reader(problem)
+    stats = problem.new_stats(reader.accumulate)
+    rows = (problem.targets != IGNORE).nonzero().squeeze(1)
+    n, (_, vocab, _) = rows.numel(), problem.sizes
+    if n == 0:
+        return stats
+    tile = tiling(problem, n, buffers=2 if problem.params.entropy else 1)
+    running = stats.new_zeros(3, n)  # max, sum of exp, sum of exp * (max - z), all without the label
+    running[0] = FLOOR
+    label = stats.new_full((n,), torch.nan)  # stays NaN where no column is the label
+    buffer = stats.new_empty(min(tile.rows, n), min(tile.cols, vocab))
+    for v in range(0, vocab, tile.cols):
+        weight = reader.cast(problem.weight[v : v + tile.cols])
+        bias = None if problem.bias is None else problem.bias[v : v + tile.cols]
+        for r in range(0, n, tile.rows):
+            index = rows[r : r + tile.rows]
+            z = reader.mm(reader.hidden(index), weight.t(), buffer[: index.numel(), : weight.shape[0]])
+            z, _ = transformed(problem, z, bias, row_inverse_temperature(problem, index))
+            part = slice(r, r + tile.rows)
+            fold_tile(z, problem.targets[index] - v, running[:, part], label[part], problem.params.entropy)
+    stats[:, rows] = combine(running, label)
+    return stats
+
+
+def fold_tile(z, local, running, label, entropy):
+    """Fold one tile of logits into the running statistics, the label's own logit kept apart. Overwrites z."""
+    take_label(z, local, label)
+    peak, total, spread = running
+    new_peak = torch.maximum(peak, z.amax(1))
+    step = new_peak - peak
+    decay = torch.exp(-step)
+    z -= new_peak[:, None]
+    if entropy:
+        weighted = torch.exp(z)
+        z *= weighted
+        spread.add_(step * total).mul_(decay).sub_(z.sum(1))
+        z = weighted
+    else:
+        z.exp_()
+    total.mul_(decay).add_(z.sum(1))
+    peak.copy_(new_peak)
+
+
+def take_label(z, local, label):
+    """Move the label's logit out of the tile into ``label``, for the rows whose label is in it."""
+    inside = (local >= 0) & (local < z.shape[1])
+    index = local.clamp(0, z.shape[1] - 1)[:, None]
+    found = z.gather(1, index).squeeze(1)
+    label.copy_(torch.where(inside, found, label))
+    z.scatter_(1, index, torch.where(inside, NOTHING, found)[:, None])
+
+
+def combine(running, label):
+    """(5, n) statistics from the running ones; ``gap`` is the others' log-sum-exp minus the label's logit."""
+    peak, total, spread = running
+    label = torch.where(label < ABSENT, -torch.inf, label)
+    log_total = torch.log(total)
+    gap = log_total + (peak - label)
+    logp, other_mass = -F.softplus(gap), torch.sigmoid(gap)
+    other_entropy = log_total + spread / total
+    # Zero mass outside the label (V = 1): nothing to add, and log(0) is not to be met.
+    rest = torch.where(other_mass > 0, other_mass * (F.softplus(-gap) + other_entropy), other_mass)
+    entropy = torch.where(logp > -torch.inf, -torch.exp(logp) * logp, 0.0) + rest
+    return torch.stack((logp, peak, torch.logaddexp(log_total, label - peak), other_mass, entropy))
+
+
+def backward(problem, stats, grad_logp, grad_entropy, needs):
+    """Gradients of hidden, weight and bias (None where not needed), logits recomputed tile by tile.
+
+    Args:
+        grad_logp: (N,) incoming gradient of the log-probs. grad_entropy: (N,) or None.
+        needs: three bools, for hidden, weight and bias.
+    """
+    reader = Reader(problem)
+    n_all, vocab, depth = problem.sizes
+    grads = [grad_logp] if grad_entropy is None else [grad_logp, grad_entropy]
+    active = (problem.targets != IGNORE) & torch.stack([g != 0 for g in grads]).any(0)
+    rows = active.nonzero().squeeze(1)
+    out = [torch.zeros_like(x, memory_format=torch.contiguous_format) if need else None
+           for x, need in zip((problem.hidden, problem.weight, problem.bias), needs)]  # fmt: skip
+    n = rows.numel()
+    if n == 0 or not any(needs):
+        return out
+    tile = tiling(problem, n, buffers=2 if problem.params.softcap or grad_entropy is not None else 1)
+    buffer = stats.new_empty(min(tile.rows, n), min(tile.cols, vocab))
+    scale = row_scale(*(g[rows] for g in grads)) if reader.native else None
+    total = hidden_accumulator(problem, out[0], n, reader.accumulate)
+    for v in range(0, vocab, tile.cols):
+        span = slice(v, min(v + tile.cols, vocab))
+        weight = reader.cast(problem.weight[span])
+        bias = None if problem.bias is None else problem.bias[span]
+        d_weight = stats.new_zeros(weight.shape) if needs[1] else None
+        d_bias = stats.new_zeros(weight.shape[0]) if needs[2] else None
+        for r in range(0, n, tile.rows):
+            index = rows[r : r + tile.rows]
+            hidden = reader.hidden(index)
+            z = reader.mm(hidden, weight.t(), buffer[: index.numel(), : weight.shape[0]])
+            row_grads = [g[index] if scale is None else g[index] * scale for g in grads]
+            dz = logits_gradient(problem, z, bias, index, problem.targets[index] - v, stats[:, index], *row_grads)
+            if d_bias is not None:
+                d_bias += dz.sum(0)
+            if reader.native:
+                dz = dz.to(reader.compute)
+            if total is not None:
+                reader.add_mm(total[r : r + tile.rows], dz, weight)
+            if d_weight is not None:
+                reader.add_mm(d_weight, dz.t(), hidden)
+        for destination, value in ((out[1], d_weight), (out[2], d_bias)):
+            if destination is not None:
+                destination[span] = value if scale is None else value / scale
+    if total is not None and total.data_ptr() != out[0].data_ptr():
+        out[0].view(n_all, depth).index_copy_(0, rows, (total if scale is None else total / scale).to(out[0].dtype))
+    return out
+
+
+def hidden_accumulator(problem, d_hidden, n, dtype):
+    """Where dX is summed over the vocabulary chunks: dX itself when it has the dtype and every row is active."""
+    if d_hidden is None:
+        return None
+    n_all, _, depth = problem.sizes
+    if d_hidden.dtype == dtype and n == n_all:
+        return d_hidden.view(n, depth)
+    return torch.zeros(n, depth, dtype=dtype, device=d_hidden.device)
+
+
+def logits_gradient(problem, z, bias, index, local, stats, grad_logp, grad_entropy=None):
+    """d loss / d raw logits of one tile, over z's memory: g (onehot - p) - h p (log p + H), chained to the raw product.
+
+    The label's term is g (1 - p) from the statistics, which does not cancel as p -> 1.
+    """
+    inv_temperature = row_inverse_temperature(problem, index)
+    chain = problem.params.logit_scale * (1.0 if inv_temperature is None else inv_temperature)
+    z, slope = transformed(problem, z, bias, inv_temperature, with_slope=True)
+    logp, peak, offset, other_mass, entropy = stats
+    z.sub_(peak[:, None]).sub_(offset[:, None])
+    at_label = grad_logp * other_mass
+    if grad_entropy is None:
+        z.exp_().mul_(-grad_logp[:, None] * chain)
+    else:
+        p_label = torch.exp(logp)
+        at_label = at_label - torch.where(p_label == 0, 0.0, grad_entropy * p_label * (logp + entropy))
+        p = torch.exp(z)
+        z += entropy[:, None]
+        z.mul_(-grad_entropy[:, None]).sub_(grad_logp[:, None]).mul_(p).mul_(chain)
+    inside = (local >= 0) & (local < z.shape[1])
+    column = local.clamp(0, z.shape[1] - 1)[:, None]
+    z.scatter_(1, column, torch.where(inside[:, None], at_label[:, None] * chain, z.gather(1, column)))
+    return z if slope is None else z.mul_(slope)
+
+
+def objective(config, logp, old_logp, ref_logp, log_w, log_w_seq, adv, gate):
+    """The per-token terms of :func:`fastgrpo.objective.token_objective`, (N,) each."""
+    return token_objective(
+        logp, old_logp, ref_logp, log_w, log_w_seq, adv, gate, config.hyper_parameters,
+        config.surrogate, config.divergence_mask, config.kl_estimator, config.use_bias_correction_kl,
+    )  # fmt: skip

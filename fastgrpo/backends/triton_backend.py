@@ -1,0 +1,29 @@
+"""The fused kernels of ``fastgrpo.kernels`` behind the backends' interface."""
+
+import contextlib
+
+import torch
+
+from fastgrpo.kernels import backward as _backward
+from fastgrpo.kernels import forward as _forward
+from fastgrpo.kernels import objective as _objective
+
+
+def on_device(x):
+    """Kernels launch on the current device: make it the tensors' own."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def forward(problem):
+    with on_device(problem.hidden):
+        return _forward.forward(problem)
+
+
+def backward(problem, stats, grad_logp, grad_entropy, needs):
+    with on_device(problem.hidden):
+        return _backward.backward(problem, stats, grad_logp, grad_entropy, needs)
+
+
+def objective(config, logp, *tensors):
+    with on_device(logp):
+        return _objective.objective(config, logp, *tensors)

@@ -1,0 +1,206 @@
+"""Tensor checks, flattening and row compaction: everything that happens before a kernel starts."""
+
+import math
+import os
+from dataclasses import dataclass
+from numbers import Real
+
+import torch
+
+IGNORE = -100
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+BACKENDS = ("auto", "triton", "torch")
+BACKWARDS = ("auto", "exact", "certified")
+
+
+def checks_values(device):
+    """Whether tensor values may be looked at: on a CPU that costs nothing, on a GPU the host would wait."""
+    return device.type == "cpu" or os.environ.get("FASTGRPO_DEBUG", "0") not in ("", "0")
+
+
+def accumulator_dtype(hidden):
+    return torch.float64 if hidden.dtype == torch.float64 else torch.float32
+
+
+def check_choice(name, value, allowed):
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def check_tensor(name, value, device=None, floating=None):
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if device is not None and value.device != device:
+        raise ValueError(f"{name} must be on the device of hidden ({device}), got {value.device}")
+    if floating is True and not value.is_floating_point():
+        raise ValueError(f"{name} must be a floating point tensor, got {value.dtype}")
+    if floating is False and (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool):
+        raise ValueError(f"{name} must be an integer tensor, got {value.dtype}")
+
+
+def check_head(hidden, weight, targets, bias):
+    """Shapes, dtypes and devices of the projection; raises before anything runs."""
+    check_tensor("hidden", hidden)
+    if hidden.dtype not in DTYPES:
+        raise ValueError(f"hidden must be float32, bfloat16, float16 or float64, got {hidden.dtype}")
+    if hidden.ndim not in (2, 3):
+        raise ValueError(f"hidden must be (N, D) or (B, T, D), got shape {tuple(hidden.shape)}")
+    check_tensor("weight", weight, hidden.device)
+    if type(weight).__name__ == "DTensor":
+        raise ValueError(
+            "weight must be a whole plain tensor, got a DTensor: call the op inside lm_head's forward, where FSDP2 has "
+            "unsharded it (full_tensor() would leave its gradient unreduced)"
+        )
+    if weight.dtype not in DTYPES:
+        raise ValueError(f"weight must be float32, bfloat16, float16 or float64, got {weight.dtype}")
+    if (weight.dtype == torch.float64) != (hidden.dtype == torch.float64):
+        raise ValueError(f"weight and hidden must both be float64 or neither, got {weight.dtype} and {hidden.dtype}")
+    if weight.ndim != 2 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(f"weight must be (V, D) with D = {hidden.shape[-1]}, got shape {tuple(weight.shape)}")
+    if weight.shape[0] == 0 or weight.shape[1] == 0:
+        raise ValueError(
+            f"weight must not be empty, got shape {tuple(weight.shape)} (a ZeRO-3 or FSDP shard outside its module?)"
+        )
+    check_tensor("targets", targets, hidden.device, floating=False)
+    if targets.shape != hidden.shape[:-1]:
+        raise ValueError(f"targets must have shape {tuple(hidden.shape[:-1])}, got {tuple(targets.shape)}")
+    if bias is not None:
+        check_tensor("bias", bias, hidden.device, floating=True)
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"bias must have shape ({weight.shape[0]},), got {tuple(bias.shape)}")
+
+
+def check_targets(targets, vocab):
+    """Ids of counted positions, where they can be seen without a sync; elsewhere a bad id gives NaN."""
+    if targets.numel() and checks_values(targets.device):
+        bad = ((targets < 0) | (targets >= vocab)) & (targets != IGNORE)
+        if bad.any():
+            raise ValueError(
+                f"targets must be in [0, {vocab}) or {IGNORE} (ignored), got {targets[bad][0].item()} "
+                f"at {int(bad.sum())} position(s)"
+            )
+
+
+def check_finite(name, value):
+    if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, got {value!r}")
+
+
+def check_scalar(name, value, positive=True):
+    check_finite(name, value)
+    if value == 0 or (positive and value < 0):
+        raise ValueError(f"{name} must be {'> 0' if positive else 'other than 0'}, got {value!r}")
+
+
+def check_temperature(temperature, targets):
+    if not isinstance(temperature, torch.Tensor):
+        check_scalar("temperature", temperature)
+        return
+    check_tensor("temperature", temperature, targets.device, floating=True)
+    if temperature.shape != targets.shape and temperature.ndim != 0:
+        raise ValueError(
+            f"temperature must be a number or a tensor of shape {tuple(targets.shape)}, got {tuple(temperature.shape)}"
+        )
+    if checks_values(targets.device) and not (temperature > 0).logical_or(targets == IGNORE).all():
+        raise ValueError(f"temperature must be > 0 at every counted position, got {temperature.min().item()}")
+
+
+def compact_rows(active):
+    """Indices of the True rows, in order, and how many there are, without the host waiting.
+
+    Args:
+        active: (N,) bool.
+
+    Returns:
+        rows (N,) int64 whose first ``count`` entries are the active rows, and count (1,) int32.
+    """
+    position = active.cumsum(0)
+    index = torch.arange(active.numel(), device=active.device)
+    rows = torch.zeros(active.numel() + 1, dtype=torch.int64, device=active.device)
+    rows.scatter_(0, torch.where(active, position - 1, active.numel()), index)
+    count = position[-1:] if active.numel() else position.new_zeros(1)
+    return rows[:-1], count.to(torch.int32)
+
+
+@dataclass(frozen=True)
+class Segments:
+    """The sequences of a flat batch: B equal padded rows, or B packed runs given by their offsets."""
+
+    count: int  # B
+    padded_length: int | None  # T of a (B, T) batch, None for a packed one
+    offsets: torch.Tensor | None  # (B + 1,) int64 of a packed batch
+    ids: torch.Tensor | None  # (N,) sequence of each packed token
+
+    @classmethod
+    def padded(cls, batch, length):
+        return cls(batch, length, None, None)
+
+    @classmethod
+    def packed(cls, cu_seqlens, tokens):
+        offsets = cu_seqlens.to(torch.int64)
+        ids = torch.searchsorted(offsets[1:].contiguous(), torch.arange(tokens, device=offsets.device), right=True)
+        return cls(offsets.numel() - 1, None, offsets, ids)
+
+    def sum(self, x):  # (N,) -> (B,)
+        if self.padded_length is not None:
+            return x.reshape(self.count, self.padded_length).sum(1)
+        if not self.count:
+            return x.new_zeros(0)
+        return torch.segment_reduce(x.contiguous(), "sum", offsets=self.offsets, axis=0, initial=0, unsafe=True)
+
+    def expand(self, x):  # (B,) -> (N,)
+        if self.padded_length is not None:
+            return x[:, None].expand(self.count, self.padded_length).reshape(-1)
+        return x[self.ids]
+
+
+def check_cu_seqlens(cu_seqlens, targets):
+    check_tensor("cu_seqlens", cu_seqlens, targets.device, floating=False)
+    tokens = targets.numel()
+    if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 1:
+        raise ValueError(f"cu_seqlens must be (B + 1,), got shape {tuple(cu_seqlens.shape)}")
+    if targets.ndim == 2 and targets.shape[0] != 1:
+        raise ValueError(
+            f"targets must be flat, (N,) or (1, N), when cu_seqlens is given, got shape {tuple(targets.shape)}"
+        )
+    if checks_values(targets.device):
+        ends = cu_seqlens.tolist()
+        if ends[0] != 0 or ends[-1] != tokens or ends != sorted(ends):
+            raise ValueError(f"cu_seqlens must rise from 0 to {tokens} (the number of tokens), got {ends[:8]}...")
+
+
+def check_mask(mask, targets):
+    check_tensor("mask", mask, targets.device)
+    if mask.numel() != targets.numel() or mask.shape not in (targets.shape, (targets.numel(),)):
+        raise ValueError(f"mask must have the shape of targets, {tuple(targets.shape)}, got {tuple(mask.shape)}")
+    if mask.dtype != torch.bool and checks_values(mask.device) and not ((mask == 0) | (mask == 1)).all():
+        raise ValueError(f"mask must hold 0 and 1 only, got values from {mask.min().item()} to {mask.max().item()}")
+
+
+def check_per_token(name, value, targets):
+    """A float tensor shaped like the targets (or flat)."""
+    check_tensor(name, value, targets.device, floating=True)
+    if value.shape not in (targets.shape, (targets.numel(),)):
+        raise ValueError(f"{name} must have the shape of targets, {tuple(targets.shape)}, got {tuple(value.shape)}")
+
+
+def check_per_sequence(name, value, targets, sequences):
+    """A float tensor of one value a sequence, (B,) or (B, 1), or one a token."""
+    check_tensor(name, value, targets.device, floating=True)
+    if value.shape not in ((sequences,), (sequences, 1), targets.shape, (targets.numel(),)):
+        raise ValueError(
+            f"{name} must be ({sequences},) or shaped like targets, {tuple(targets.shape)}, got {tuple(value.shape)}"
+        )
+
+
+def is_per_sequence(value, targets, sequences):
+    """(B,) and (B, 1) are one value a sequence; a shape that is also that of the targets is one a token."""
+    return value.shape in ((sequences,), (sequences, 1)) and value.shape != targets.shape
+
+
+def check_num_items(num_items):
+    if isinstance(num_items, torch.Tensor):
+        if num_items.numel() != 1:
+            raise ValueError(f"num_items must be a number or a 0-dim tensor, got shape {tuple(num_items.shape)}")
+    elif not isinstance(num_items, Real) or isinstance(num_items, bool) or not num_items >= 0:
+        raise ValueError(f"num_items must be a number >= 0, got {num_items!r}")

@@ -1,0 +1,165 @@
+"""The oracle: full logits, plain torch, derivatives by autograd alone. Shares no formula with the fast path.
+
+Give it float64 tensors for the truth, the training dtype for what a naive implementation would get.
+"""
+
+import itertools
+
+import torch
+import torch.nn.functional as F
+
+from fastgrpo.config import GRPOLossConfig
+
+
+def logits(hidden, weight, bias=None, temperature=1.0, softcap=None, logit_scale=1.0):
+    """``cap(logit_scale * (hidden @ weight.T + bias)) / temperature``, (..., V), upcast to at least float32."""
+    z = F.linear(hidden, weight, bias)
+    z = z.to(torch.promote_types(z.dtype, torch.float32)) * logit_scale
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    return z / (temperature[..., None] if isinstance(temperature, torch.Tensor) and temperature.ndim else temperature)
+
+
+def linear_logprobs(
+    hidden, weight, targets, bias=None, *, temperature=1.0, softcap=None, logit_scale=1.0, return_entropy=False,
+    old_logprobs=None, backend="auto", backward="auto",
+):  # fmt: skip
+    """Same arguments and result as :func:`fastgrpo.linear_logprobs`; the last three are accepted and not used."""
+    from fastgrpo.logprobs import LogProbs
+
+    logp = F.log_softmax(logits(hidden, weight, bias, temperature, softcap, logit_scale), dim=-1)
+    counted = targets != -100
+    picked = logp.gather(-1, targets.where(counted, 0).long()[..., None])[..., 0]
+    entropy = -torch.where(logp > -torch.inf, logp.exp() * logp, 0.0).sum(-1)
+    return LogProbs(picked.where(counted, 0.0), entropy.where(counted, 0.0) if return_entropy else None)
+
+
+def grpo_loss(
+    hidden, weight, targets, advantages, config=None, mask=None, cu_seqlens=None, old_logprobs=None,
+    ref_logprobs=None, sampling_logprobs=None, importance_weights=None, num_items=None, entropy_threshold=None,
+    bias=None, softcap=None, logit_scale=1.0, backend="auto", backward="auto", temperature=None,
+):  # fmt: skip
+    """Same arguments and result as :func:`fastgrpo.grpo_loss`, computed sequence by sequence."""
+    from fastgrpo.loss import GRPOLoss
+
+    config = config or GRPOLossConfig()
+    temperature = config.temperature if temperature is None else temperature
+    shape = targets.shape
+    counted = targets != -100
+    if mask is not None:
+        counted = counted & (mask.reshape(shape) != 0)
+    out = linear_logprobs(
+        hidden, weight, targets.where(counted, -100), bias, temperature=temperature, softcap=softcap,
+        logit_scale=logit_scale, return_entropy=True,
+    )  # fmt: skip
+    bounds = [i * shape[1] for i in range(shape[0] + 1)] if cu_seqlens is None else cu_seqlens.tolist()
+
+    def split(x):  # -> list over sequences of (length,) tensors, or of 0-dim ones for per-sequence input
+        if x is None:
+            return [None] * (len(bounds) - 1)
+        if x.shape != shape and x.numel() == len(bounds) - 1:
+            return list(x.reshape(-1))
+        return [x.reshape(-1)[a:b] for a, b in itertools.pairwise(bounds)]
+
+    logp, entropy = out.logprobs, out.entropy
+    keep = counted
+    if config.top_entropy_quantile < 1.0:
+        if entropy_threshold is None:
+            entropy_threshold = torch.quantile(entropy[counted].detach(), 1 - config.top_entropy_quantile)
+        keep = counted & (entropy.detach() >= entropy_threshold)
+    sequences = zip(
+        *map(split, (logp, logp.detach() if old_logprobs is None else old_logprobs, ref_logprobs, sampling_logprobs,
+                     importance_weights, advantages, counted, keep))
+    )  # fmt: skip
+    token_losses = [sequence_losses(config, *s) for s in sequences]
+    masks = [m.to(logp.dtype) for m in split(counted)]
+    loss = reduce(config, token_losses, masks, num_items, shape)
+    if config.entropy_coef:
+        loss = loss - config.entropy_coef * (entropy * keep).sum() / keep.sum().clamp(min=1)
+    return GRPOLoss(loss, logp.detach(), entropy.detach(), {})
+
+
+def sequence_losses(config, logp, old, ref, sampling, r_is, adv, counted, keep):
+    """(length,) token losses of one sequence, differentiable, as TRL 1.16's ``_compute_loss`` writes them."""
+    m = counted.to(logp.dtype)
+    length = m.sum().clamp(min=1)
+    old = old.where(counted, 0.0)
+    log_ratio = (logp - old) * m
+    log_w = log_ratio
+    if config.importance_sampling_level != "token":
+        log_w = log_ratio.sum() / length * torch.ones_like(logp)
+    if config.importance_sampling_level == "sequence_token":
+        log_w = log_w.detach() + logp - logp.detach()
+    ratio = log_w.exp()
+    high = config.epsilon if config.epsilon_high is None else config.epsilon_high
+
+    if config.loss_type == "vespo":
+        loss = -vespo_phi(config, log_ratio, r_is, adv, counted) * adv * logp
+    elif config.loss_type == "cispo" or config.divergence_mask is not None:
+        cap = high if config.loss_type == "cispo" else config.divergence_ratio_cap
+        loss = -ratio.clamp(max=cap).detach() * adv * logp
+        if config.divergence_mask is not None:
+            loss = loss * trust_region(config, logp.detach(), old, adv)
+    elif config.loss_type == "sapo":
+        tau = torch.where(adv > 0, torch.full_like(logp, config.sapo_temperature_pos), config.sapo_temperature_neg)
+        loss = -torch.sigmoid(tau * (ratio - 1)) * 4 / tau * adv
+    else:
+        bounded = ratio if config.delta is None else ratio.clamp(max=config.delta)
+        loss = -torch.min(bounded * adv, ratio.clamp(1 - config.epsilon, 1 + high) * adv)
+        if config.dual_clip is not None:
+            loss = torch.where(adv < 0, torch.min(loss, -adv * config.dual_clip * torch.ones_like(loss)), loss)
+
+    if config.off_policy_mask_threshold is not None:
+        drift = ((old if sampling is None else sampling) - logp.detach()).where(counted, 0.0).nan_to_num(nan=0.0)
+        loss = loss * ((adv >= 0) | (drift.sum() / length <= config.off_policy_mask_threshold))
+    loss = loss * keep
+    if r_is is not None and config.loss_type != "vespo":
+        loss = loss * r_is
+    if config.beta:
+        gap = ref.where(counted, 0.0) - logp
+        kl = {"k1": -gap, "k2": gap**2 / 2, "k3": gap.exp() - gap - 1}[config.kl_estimator]
+        loss = loss + config.beta * (kl * ratio if config.use_bias_correction_kl else kl)
+    return loss.where(counted, 0.0)
+
+
+def vespo_phi(config, log_ratio, r_is, adv, counted):
+    floor = torch.log(torch.tensor(1e-8, dtype=torch.float64)).item()
+    with torch.no_grad():
+        total = log_ratio.clamp(-20, 20).sum()
+        if r_is is not None:
+            logs = r_is.to(log_ratio.dtype).log().clamp(floor, 20)
+            total = total + (logs.where(counted, 0.0).sum() if logs.ndim else logs)
+        log_w = total.clamp(floor, 20)
+        positive = adv >= 0
+        k = torch.where(positive, torch.full_like(log_w, config.vespo_k_pos), config.vespo_k_neg)
+        lam = torch.where(positive, torch.full_like(log_w, config.vespo_lambda_pos), config.vespo_lambda_neg)
+        lam = lam.clamp(min=1e-4)
+        return (lam + k * log_w - lam * log_w.exp()).exp().nan_to_num(nan=0.0, posinf=0.0)
+
+
+def trust_region(config, logp, old, adv):
+    """DPPO: 0 where the sampled token's probability has already moved too far the way the advantage pushes."""
+    p, q = logp.exp(), old.exp()
+    if config.divergence_mask == "tv":
+        up, down = p - q > config.divergence_high, q - p > config.divergence_low
+    else:
+        divergence = q * (old - logp) + (1 - q) * ((1 - q) / (1 - p)).log()
+        up = (divergence > config.divergence_high) & (p > q)
+        down = (divergence > config.divergence_low) & (p < q)
+    return ~torch.where(adv > 0, up, down)
+
+
+def reduce(config, losses, masks, num_items, shape):
+    """One number from the token losses: the seven reductions of TRL 1.16."""
+    count = len(losses)
+    tokens = sum(m.sum() for m in masks)
+    if config.loss_type in ("grpo", "sapo"):
+        return sum((x * m).sum() / m.sum().clamp(min=1) for x, m in zip(losses, masks)) / count
+    total = sum((x * m).sum() for x, m in zip(losses, masks))
+    if config.loss_type == "luspo":
+        return total / count
+    if config.loss_type == "dr_grpo":
+        return total / (count * (config.max_completion_length or shape[1]))
+    if config.loss_type == "bnpo" or num_items is None:
+        return total / tokens.clamp(min=1)
+    return total / torch.as_tensor(num_items).clamp(min=1)

@@ -1,0 +1,108 @@
+"""Device functions that the forward and the backward kernels share."""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from fastgrpo.backends import problem
+
+FLOOR, NOTHING, ABSENT = map(tl.constexpr, (problem.FLOOR, problem.NOTHING, problem.ABSENT))
+TO_TRITON = {"torch.bfloat16": tl.bfloat16, "torch.float16": tl.float16, "torch.float32": tl.float32}
+
+
+class Strides(NamedTuple):
+    """In elements, of hidden (B, T, D) and weight (V, D)."""
+
+    hidden_b: int
+    hidden_t: int
+    hidden_d: int
+    weight_v: int
+    weight_d: int
+
+
+class Logits(NamedTuple):
+    """From the raw product to the logit: scale, cap (None: none), divide by the temperature."""
+
+    inv_temperature: float
+    softcap: float
+    logit_scale: float
+
+
+@triton.jit
+def hidden_rows(hidden_ptr, rows, T, strides):
+    """Pointers to the first value of each row of a (B, T, D) tensor; rows int64."""
+    return hidden_ptr + (rows // T) * strides.hidden_b + (rows % T) * strides.hidden_t
+
+
+@triton.jit
+def raw_logits(
+    hidden_ptrs,  # (BLOCK_N,) first value of each row
+    weight_ptr,  # (V, D)
+    bias_ptr,  # (V,) or None
+    first_v,  # first column of the tile
+    V,
+    strides,
+    D: tl.constexpr,
+    COMPUTE: tl.constexpr,  # operands are cast to it as they are loaded
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """hidden @ weight.T + bias of one tile, (BLOCK_N, BLOCK_V) in fp32. Columns beyond V repeat column 0's product."""
+    offs_v = tl.arange(0, BLOCK_V)
+    offs_d = tl.arange(0, BLOCK_D)
+    local_v = tl.where(first_v + offs_v < V, offs_v, 0)
+    weight_base = weight_ptr + tl.cast(first_v, tl.int64) * strides.weight_v
+    h_ptrs = hidden_ptrs[:, None] + offs_d[None, :] * strides.hidden_d
+    w_ptrs = weight_base + local_v[None, :] * tl.cast(strides.weight_v, tl.int64) + offs_d[:, None] * strides.weight_d
+    acc = tl.zeros((BLOCK_N, BLOCK_V), dtype=tl.float32)
+    for start in range(0, D, BLOCK_D):
+        if D % BLOCK_D == 0:
+            h = tl.load(h_ptrs)
+            w = tl.load(w_ptrs)
+        else:
+            h = tl.load(h_ptrs, mask=(start + offs_d < D)[None, :], other=0.0)
+            w = tl.load(w_ptrs, mask=(start + offs_d < D)[:, None], other=0.0)
+        acc = tl.dot(h.to(COMPUTE), w.to(COMPUTE), acc, input_precision="ieee")
+        h_ptrs += BLOCK_D * strides.hidden_d
+        w_ptrs += BLOCK_D * strides.weight_d
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + first_v + local_v).to(tl.float32)
+        acc += tl.where(bias < NOTHING, NOTHING, bias)[None, :]
+    return acc
+
+
+@triton.jit
+def cap(z, logits):
+    """Scale and softcap; tanh(x) = 2 sigmoid(2 x) - 1."""
+    z = z * logits.logit_scale
+    if logits.softcap is not None:
+        z = logits.softcap * (2.0 * tl.sigmoid(z * (2.0 / logits.softcap)) - 1.0)
+    return z
+
+
+@triton.jit
+def cap_slope(raw, logits):
+    """d cap(raw) / d raw: scale times sech^2, in a form that keeps its relative accuracy far out."""
+    if logits.softcap is not None:
+        e = tl.exp(-tl.abs(raw * (2.0 * logits.logit_scale / logits.softcap)))
+        slope = logits.logit_scale * 4.0 * e / ((1.0 + e) * (1.0 + e))
+    else:
+        slope = logits.logit_scale
+    return slope
+
+
+@triton.jit
+def log1p_unit(y):
+    """log(1 + y) for y in [0, 1] to fp32 accuracy: 2 artanh(y / (2 + y)); the hardware log is not accurate near 1."""
+    s = y / (2.0 + y)
+    q = s * s
+    series = 1.0 + q * (1 / 3 + q * (1 / 5 + q * (1 / 7 + q * (1 / 9 + q * (1 / 11 + q * (1 / 13 + q / 15))))))
+    return 2.0 * s * series
+
+
+@triton.jit
+def softplus(x):
+    """log(1 + exp(x)), exp(x) itself far to the left; NaN stays NaN."""
+    return tl.where(x < 0, 0.0, x) + log1p_unit(tl.exp(-tl.abs(x)))

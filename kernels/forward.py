@@ -1,0 +1,223 @@
+"""Fused forward: a program owns a block of rows and a run of vocabulary columns; logits stay in fp32 registers."""
+
+import torch
+import triton
+import triton.language as tl
+
+from fastgrpo.backends.problem import HeadProblem
+from fastgrpo.inputs import IGNORE, compact_rows
+from fastgrpo.kernels import tiles
+from fastgrpo.kernels.common import (
+    ABSENT,
+    FLOOR,
+    NOTHING,
+    TO_TRITON,
+    Logits,
+    Strides,
+    cap,
+    hidden_rows,
+    raw_logits,
+    softplus,
+)  # fmt: skip
+
+PARTIALS = 4  # max, sum of exp, sum of exp * (max - z), label's logit
+
+
+@triton.jit(do_not_specialize=["N", "T", "run", "runs"])
+def forward_kernel(
+    hidden_ptr,  # (B, T, D)
+    weight_ptr,  # (V, D)
+    bias_ptr,  # (V,) or None
+    targets_ptr,  # (N,)
+    temperature_ptr,  # (N,) or None
+    rows_ptr,  # (N,) rows to do
+    count_ptr,  # (1,) how many
+    partials_ptr,  # (4, runs, N)
+    N,
+    V,
+    T,
+    run,  # columns a program does, a multiple of BLOCK_V
+    runs,
+    strides,  # Strides
+    logits,  # Logits
+    ENTROPY: tl.constexpr,
+    D: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    in_group = pid % (GROUP * runs)
+    block = pid // (GROUP * runs) * GROUP + in_group % GROUP
+    this_run = in_group // GROUP
+    count = tl.load(count_ptr)
+    if block * BLOCK_N >= count:
+        return
+    offs_n = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < count
+    rows = tl.load(rows_ptr + offs_n, mask=mask_n, other=0)
+    label = tl.load(targets_ptr + rows, mask=mask_n, other=-1)
+    h_ptrs = hidden_rows(hidden_ptr, rows, T, strides)
+    inv_temperature = logits.inv_temperature
+    if temperature_ptr is not None:
+        inv_temperature = (1.0 / tl.load(temperature_ptr + rows, mask=mask_n, other=1.0))[:, None]
+
+    peak = tl.full((BLOCK_N,), FLOOR, tl.float32)
+    total = tl.zeros((BLOCK_N,), tl.float32)
+    spread = tl.zeros((BLOCK_N,), tl.float32)
+    label_z = tl.zeros((BLOCK_N,), tl.float32)
+    for first_v in range(this_run * run, tl.minimum(V, (this_run + 1) * run), BLOCK_V):
+        z = raw_logits(h_ptrs, weight_ptr, bias_ptr, first_v, V, strides, D, COMPUTE, BLOCK_N, BLOCK_V, BLOCK_D)
+        z = cap(z, logits) * inv_temperature
+        offs_v = first_v + tl.arange(0, BLOCK_V)
+        is_label = offs_v[None, :] == label[:, None]
+        label_z += tl.sum(tl.where(is_label, z, 0.0), axis=1)
+        z = tl.where(is_label | (offs_v >= V)[None, :], NOTHING, z)
+        new_peak = tl.maximum(peak, tl.max(z, axis=1), propagate_nan=tl.PropagateNan.ALL)
+        decay = tl.exp(peak - new_peak)
+        below = z - new_peak[:, None]
+        e = tl.exp(below)
+        if ENTROPY:
+            spread = (spread + (new_peak - peak) * total) * decay - tl.sum(e * below, axis=1)
+        total = total * decay + tl.sum(e, axis=1)
+        peak = new_peak
+
+    out = partials_ptr + this_run.to(tl.int64) * N + offs_n
+    step = tl.cast(runs, tl.int64) * N
+    tl.store(out, peak, mask=mask_n)
+    tl.store(out + step, total, mask=mask_n)
+    tl.store(out + 2 * step, spread, mask=mask_n)
+    tl.store(out + 3 * step, label_z, mask=mask_n)
+
+
+@triton.jit(do_not_specialize=["N", "runs"])
+def combine_kernel(
+    partials_ptr,  # (4, runs, N)
+    targets_ptr,  # (N,)
+    rows_ptr,  # (N,)
+    count_ptr,  # (1,)
+    stats_ptr,  # (5, N): log-prob, peak, log-sum-exp - peak, 1 - p, entropy
+    N,
+    V,
+    runs,
+    BLOCK: tl.constexpr,
+):
+    count = tl.load(count_ptr)
+    offs_n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    if tl.program_id(0) * BLOCK >= count:
+        return
+    mask_n = offs_n < count
+    rows = tl.load(rows_ptr + offs_n, mask=mask_n, other=0)
+    label = tl.load(targets_ptr + rows, mask=mask_n, other=0)
+    step = tl.cast(runs, tl.int64) * N
+    peak = tl.full((BLOCK,), FLOOR, tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    spread = tl.zeros((BLOCK,), tl.float32)
+    label_z = tl.zeros((BLOCK,), tl.float32)
+    for i in range(runs):
+        part = partials_ptr + tl.cast(i, tl.int64) * N + offs_n
+        run_peak = tl.load(part, mask=mask_n, other=FLOOR)
+        run_total = tl.load(part + step, mask=mask_n, other=0.0)
+        run_spread = tl.load(part + 2 * step, mask=mask_n, other=0.0)
+        label_z += tl.load(part + 3 * step, mask=mask_n, other=0.0)
+        new_peak = tl.maximum(peak, run_peak, propagate_nan=tl.PropagateNan.ALL)
+        old_decay = tl.exp(peak - new_peak)
+        run_decay = tl.exp(run_peak - new_peak)
+        spread = (spread + (new_peak - peak) * total) * old_decay
+        spread += (run_spread + (new_peak - run_peak) * run_total) * run_decay
+        total = total * old_decay + run_total * run_decay
+        peak = new_peak
+
+    label_z = tl.where(label_z < ABSENT, -float("inf"), label_z)
+    label_z = tl.where((label >= 0) & (label < V), label_z, float("nan"))
+    log_total = tl.log(total)
+    gap = log_total + (peak - label_z)
+    logp = -softplus(gap)
+    other_mass = tl.sigmoid(gap)
+    offset = tl.where(total == 0, label_z - peak, log_total + softplus(-gap))
+    rest = tl.where(other_mass > 0, other_mass * (softplus(-gap) + log_total + spread / total), other_mass)
+    own = tl.where(logp > -float("inf"), -tl.exp(logp) * logp, 0.0)
+    out = stats_ptr + rows
+    tl.store(out, logp, mask=mask_n)
+    n = tl.cast(N, tl.int64)
+    tl.store(out + n, peak, mask=mask_n)
+    tl.store(out + 2 * n, offset, mask=mask_n)
+    tl.store(out + 3 * n, other_mass, mask=mask_n)
+    tl.store(out + 4 * n, own + rest, mask=mask_n)
+
+
+def logit_arguments(problem):
+    """The two argument tuples every projection kernel takes."""
+    params = problem.params
+    inverse = 1.0 if params.temperature is None else 1.0 / params.temperature
+    strides = Strides(*problem.hidden.stride(), *problem.weight.stride())
+    return strides, Logits(inverse, params.softcap, params.logit_scale)
+
+
+def has_extras(problem):
+    """Whether a tile of logits needs more than a scalar factor."""
+    return problem.bias is not None or problem.params.softcap is not None or problem.temperature is not None
+
+
+def vocabulary_runs(blocks, columns, block_v, device):
+    """How many runs to cut the vocabulary into: enough programs for several waves, 16 partial results a row at most."""
+    processors = 4 if device.type != "cuda" else torch.cuda.get_device_properties(device).multi_processor_count
+    tiles_v = triton.cdiv(columns, block_v)
+    runs = min(max(triton.cdiv(8 * processors, max(blocks, 1)), 1), 16, tiles_v)
+    return triton.cdiv(tiles_v, triton.cdiv(tiles_v, runs)), triton.cdiv(tiles_v, runs) * block_v
+
+
+def forward(problem: HeadProblem):
+    """(5, N) statistics of every counted row; launches two kernels and never waits for them."""
+    n, vocab, depth = problem.sizes
+    stats = problem.new_stats(torch.float32)
+    if n == 0:
+        return stats
+    device = problem.hidden.device
+    rows, count = compact_rows(problem.targets != IGNORE)
+    full = problem.params.entropy or has_extras(problem)
+    tile = tiles.for_tensor("forward_full" if full else "forward", problem.params.compute_dtype, device)
+    blocks = triton.cdiv(n, tile.rows)
+    runs, run = vocabulary_runs(blocks, vocab, tile.cols, device)
+    partials = torch.empty(PARTIALS, runs, n, dtype=torch.float32, device=device)
+    strides, logits = logit_arguments(problem)
+    forward_kernel[(triton.cdiv(blocks, tile.group) * tile.group * runs,)](
+        hidden_ptr=problem.hidden,
+        weight_ptr=problem.weight,
+        bias_ptr=problem.bias,
+        targets_ptr=problem.targets,
+        temperature_ptr=problem.temperature,
+        rows_ptr=rows,
+        count_ptr=count,
+        partials_ptr=partials,
+        N=n,
+        V=vocab,
+        T=problem.hidden.shape[1],
+        run=run,
+        runs=runs,
+        strides=strides,
+        logits=logits,
+        ENTROPY=problem.params.entropy,
+        D=depth,
+        COMPUTE=TO_TRITON[str(problem.params.compute_dtype)],
+        BLOCK_N=tile.rows,
+        BLOCK_V=tile.cols,
+        BLOCK_D=tile.depth,
+        GROUP=tile.group,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    combine_kernel[(triton.cdiv(n, tiles.COMBINE_BLOCK),)](
+        partials_ptr=partials,
+        targets_ptr=problem.targets,
+        rows_ptr=rows,
+        count_ptr=count,
+        stats_ptr=stats,
+        N=n,
+        V=vocab,
+        runs=runs,
+        BLOCK=tiles.COMBINE_BLOCK,
+    )
+    return stats

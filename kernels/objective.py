@@ -1,0 +1,109 @@
+"""The objective's kernel: ratio, clip, surrogate, KL and dloss/dlogp in one launch.
+
+The mathematics is ``fastgrpo.objective``'s: its functions are rebound here to ``triton.language`` and jitted.
+"""
+
+import types
+
+import torch
+import triton
+import triton.language as tl
+
+from fastgrpo import objective as source
+from fastgrpo.kernels import tiles
+
+OUTPUTS = 7  # loss, d_logp, d_log_w, kl, ratio, low, high
+
+
+def rebind():
+    """Every function of the source, compiled from the same code, with ``tl`` meaning Triton's language."""
+    names = {"tl": tl}
+    for name, value in vars(source).items():
+        if isinstance(value, types.FunctionType) and value.__module__ == source.__name__:
+            clone = types.FunctionType(value.__code__, names, name, value.__defaults__)
+            clone.__annotations__ = dict(value.__annotations__)
+            clone.__module__ = __name__
+            names[name] = triton.jit(clone)
+    return names
+
+
+token_objective = rebind()["token_objective"]
+
+
+@triton.jit
+def load_optional(ptr, offs, mask):
+    return tl.load(ptr + offs, mask=mask, other=0.0) if ptr is not None else None
+
+
+@triton.jit(do_not_specialize=["N"])
+def objective_kernel(
+    logp_ptr,  # (N,)
+    old_ptr,  # (N,)
+    ref_ptr,  # (N,) or None
+    log_w_ptr,  # (N,)
+    log_w_seq_ptr,  # (N,) or None
+    adv_ptr,  # (N,)
+    gate_ptr,  # (N,) or None
+    out_ptr,  # (7, N)
+    N,
+    hp,  # HyperParameters
+    KIND: tl.constexpr,
+    DIVERGENCE: tl.constexpr,
+    ESTIMATOR: tl.constexpr,
+    CORRECTED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < N
+    loss, d_logp, d_log_w, kl, ratio, low, high = token_objective(
+        tl.load(logp_ptr + offs, mask=mask, other=0.0),
+        tl.load(old_ptr + offs, mask=mask, other=0.0),
+        load_optional(ref_ptr, offs, mask),
+        tl.load(log_w_ptr + offs, mask=mask, other=0.0),
+        load_optional(log_w_seq_ptr, offs, mask),
+        tl.load(adv_ptr + offs, mask=mask, other=0.0),
+        load_optional(gate_ptr, offs, mask),
+        hp,
+        KIND,
+        DIVERGENCE,
+        ESTIMATOR,
+        CORRECTED,
+    )
+    out = out_ptr + offs
+    tl.store(out, loss, mask=mask)
+    tl.store(out + tl.cast(N, tl.int64), d_logp, mask=mask)
+    tl.store(out + 2 * tl.cast(N, tl.int64), d_log_w, mask=mask)
+    tl.store(out + 3 * tl.cast(N, tl.int64), kl, mask=mask)
+    tl.store(out + 4 * tl.cast(N, tl.int64), ratio, mask=mask)
+    tl.store(out + 5 * tl.cast(N, tl.int64), low.to(tl.float32), mask=mask)
+    tl.store(out + 6 * tl.cast(N, tl.int64), high.to(tl.float32), mask=mask)
+
+
+def objective(config, logp, old_logp, ref_logp, log_w, log_w_seq, adv, gate):
+    """The per-token terms of :func:`fastgrpo.objective.token_objective`, (N,) each."""
+    n = logp.numel()
+    out = torch.empty(OUTPUTS, n, dtype=torch.float32, device=logp.device)
+
+    def flat(x):
+        return None if x is None else x.contiguous()
+
+    if n:
+        objective_kernel[(triton.cdiv(n, tiles.ROW_BLOCK),)](
+            logp_ptr=flat(logp),
+            old_ptr=flat(old_logp),
+            ref_ptr=flat(ref_logp),
+            log_w_ptr=flat(log_w),
+            log_w_seq_ptr=flat(log_w_seq),
+            adv_ptr=flat(adv),
+            gate_ptr=flat(gate),
+            out_ptr=out,
+            N=n,
+            hp=config.hyper_parameters,
+            KIND=config.surrogate,
+            DIVERGENCE=config.divergence_mask,
+            ESTIMATOR=config.kl_estimator,
+            CORRECTED=config.use_bias_correction_kl,
+            BLOCK=tiles.ROW_BLOCK,
+        )
+    loss, d_logp, d_log_w, kl, ratio, low, high = out
+    return loss, d_logp, d_log_w, kl, ratio, low != 0, high != 0

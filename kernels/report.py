@@ -1,0 +1,265 @@
+"""Compile every kernel with every tile we ship, for every architecture, without a GPU; fail on a spill.
+
+``python -m fastgrpo.kernels.report`` (``make kernel-report``). The launchers run on meta tensors with the kernels
+replaced by recorders, so what is compiled is exactly what they launch. One process an architecture: an LLVM abort takes
+only its own down.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+SHARED_LIMIT = {
+    "sm_80": 166912, "sm_86": 101376, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448, "sm_120": 101376,
+    "gfx942": 65536,
+}  # fmt: skip
+GEMMS = ("forward_kernel", "dlogits_kernel", "dhidden_kernel", "dweight_kernel")
+TENSOR_CORE = re.compile(r"\b(?:HMMA|HGMMA|UTC\w*MMA)\b|\bv_mfma_")
+N, V, D = 4096, 152064, 2048
+
+
+def problems():
+    """-> label, HeadProblem on the meta device, whether the entropy has a gradient, needed gradients."""
+    import torch
+
+    from fastgrpo.backends.problem import HeadParams, HeadProblem
+
+    def make(dtype, full, entropy=False, rows=N):
+        def empty(*shape, dtype=dtype):
+            return torch.empty(shape, dtype=dtype, device="meta")
+
+        params = HeadParams(None if full else 0.7, 30.0 if full else None, 0.5 if full else 1.0, dtype,
+                            full or entropy, "triton", "exact", 2**27)  # fmt: skip
+        return HeadProblem(
+            empty(1, rows, D), empty(V, D), empty(V) if full else None, empty(rows, dtype=torch.int64),
+            empty(rows, dtype=torch.float32) if full else None, params,
+        )  # fmt: skip
+
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        name = str(dtype).removeprefix("torch.")
+        yield f"{name}", make(dtype, full=False), (True, True, False)
+        yield f"{name} all options", make(dtype, full=True), (True, True, True)
+        if dtype == torch.bfloat16:
+            yield f"{name} entropy", make(dtype, full=False, entropy=True), (False, False, False)
+            yield f"{name} frozen head", make(dtype, full=False), (True, False, False)
+            yield f"{name} 1M rows", make(dtype, full=False, rows=2**20), (False, True, False)
+
+
+class Recorder:
+    """Stands in for a kernel: keeps the arguments of each launch."""
+
+    def __init__(self, kernel, launches):
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid):
+        return lambda **arguments: self.launches.append((self.kernel, arguments))
+
+
+@contextlib.contextmanager
+def recording(modules, architecture):
+    from fastgrpo.kernels import tiles
+
+    launches, undo = [], [(tiles, "for_tensor", tiles.for_tensor)]
+    tiles.for_tensor = lambda kernel, dtype, device: tiles.lookup(kernel, dtype.itemsize, architecture)
+    for module in modules:
+        for name in [n for n in vars(module) if n.endswith("_kernel")]:
+            undo.append((module, name, getattr(module, name)))
+            setattr(module, name, Recorder(getattr(module, name), launches))
+    try:
+        yield launches
+    finally:
+        for owner, name, value in undo:
+            setattr(owner, name, value)
+
+
+def recorded_launches(architecture):
+    """-> (label, kernel, arguments) of everything the launchers would run, duplicates left out later."""
+    import torch
+
+    from fastgrpo.config import GRPOLossConfig
+    from fastgrpo.kernels import backward, forward, objective
+
+    with recording((forward, backward, objective), architecture) as launches:
+        for label, problem, needs in problems():
+            del launches[:]
+            forward.forward(problem)
+            grad = torch.empty(problem.targets.shape, dtype=torch.float32, device="meta")
+            stats = problem.new_stats(torch.float32)
+            backward.backward(problem, stats, grad, grad if "all" in label else None, needs)
+            yield from ((label, *launch) for launch in launches)
+        row = torch.empty(N, device="meta")
+        for settings in (
+            {"beta": 0.1}, {"loss_type": "cispo", "divergence_mask": "tv"}, {"divergence_mask": "kl", "beta": 0.1},
+            {"loss_type": "sapo", "kl_estimator": "k1", "beta": 0.1},
+            {"loss_type": "vespo", "kl_estimator": "k2", "use_bias_correction_kl": False, "beta": 0.1},
+        ):  # fmt: skip
+            del launches[:]
+            config = GRPOLossConfig(**settings)
+            ref = row if config.beta else None
+            objective.objective(config, row, row, ref, row, row if config.loss_type == "vespo" else None, row, row)
+            yield from ((" ".join(map(str, settings.values())), *launch) for launch in launches)
+
+
+def signature(kernel, arguments):
+    """What Triton's launcher would derive from these arguments: types, constants, divisibility by 16."""
+    import torch
+
+    types, constants, attributes = {}, {}, {}
+    plain = {p.name for p in kernel.params if p.do_not_specialize}
+    always = {p.name for p in kernel.params if p.is_constexpr}
+    multiple = [["tt.divisibility", 16]]
+    names = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int64: "*i64",
+             torch.int32: "*i32"}  # fmt: skip
+
+    def describe(value, path, specialize):
+        if isinstance(value, tuple):
+            parts = [describe(v, (*path, i), specialize) for i, v in enumerate(value)]
+            return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+        if value is None or isinstance(value, str | bool) or (specialize and isinstance(value, int) and value == 1):
+            constants[path] = value
+            return "constexpr"
+        if isinstance(value, torch.Tensor):
+            attributes[path] = multiple
+            return names[value.dtype]
+        if isinstance(value, float):
+            return "fp32"
+        if specialize and value % 16 == 0:
+            attributes[path] = multiple
+        return "i32" if abs(value) < 2**31 else "i64"
+
+    for i, name in enumerate(kernel.arg_names):
+        if name in always:
+            types[name] = "constexpr"
+            constants[(i,)] = arguments[name]
+        else:
+            types[name] = describe(arguments[name], (i,), name not in plain)
+    return types, constants, attributes
+
+
+def compile_all(architecture, progress=None):
+    """-> one row a compiled kernel."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    hip = architecture.startswith("gfx")
+    target = GPUTarget("hip", architecture, 64) if hip else GPUTarget("cuda", int(architecture[3:]), 32)
+    seen = set()
+    for label, kernel, arguments in recorded_launches(architecture):
+        options = {k: arguments[k] for k in ("num_warps", "num_stages") if k in arguments}
+        types, constants, attributes = signature(kernel, arguments)
+        key = repr((kernel.fn.__name__, types, sorted(constants.items(), key=repr), sorted(attributes), options))
+        if key in seen:
+            continue
+        seen.add(key)
+        source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=attributes)
+        compiled = triton.compile(source, target=target, options=options)
+        usage = amd_usage(compiled) if hip else nvidia_usage(compiled)
+        blocks = [v for k, v in arguments.items() if k.startswith("BLOCK")]
+        yield {
+            "architecture": architecture, "kernel": kernel.fn.__name__, "variant": label,
+            "tile": "x".join(map(str, blocks)), **options, "shared": compiled.metadata.shared, **usage,
+        }  # fmt: skip
+
+
+def nvidia_usage(compiled):
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
+        f.write(compiled.asm["cubin"])
+        f.flush()
+        resources = subprocess.run([tool, "-res-usage", f.name], capture_output=True, text=True, check=True).stdout
+        sass = subprocess.run([tool, "-sass", f.name], capture_output=True, text=True, check=True).stdout
+    numbers = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", resources))
+    spills = int(numbers["STACK"]) + int(numbers["LOCAL"])
+    return {"registers": int(numbers["REG"]), "spill_bytes": spills, "tensor_core": len(TENSOR_CORE.findall(sass))}
+
+
+def amd_usage(compiled):
+    text = compiled.asm["amdgcn"]
+
+    def number(name):
+        return int(re.search(rf"\.{name}:\s+(\d+)", text).group(1))
+
+    return {
+        "registers": number("vgpr_count"),
+        "spill_bytes": number("private_segment_fixed_size") + 4 * number("vgpr_spill_count"),
+        "tensor_core": len(TENSOR_CORE.findall(text)),
+    }
+
+
+def complaints(row):
+    """What is wrong with one compiled kernel, as text."""
+    found = []
+    if row["spill_bytes"]:
+        found.append(f"spills {row['spill_bytes']} bytes")
+    if row["shared"] > SHARED_LIMIT[row["architecture"]]:
+        found.append(f"{row['shared']} bytes of shared memory, limit {SHARED_LIMIT[row['architecture']]}")
+    if row["kernel"] in GEMMS and "float32" not in row["variant"] and not row["tensor_core"]:
+        found.append("no tensor-core instruction")
+    return found
+
+
+def child(architecture):
+    """Compile in a process of its own, outside the interpreter; -> rows, error text or None."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "fastgrpo.kernels.report", "--child", architecture]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    error = None if done.returncode == 0 else f"exit status {done.returncode}: {done.stderr.strip()[-2000:]}"
+    return rows, error
+
+
+def table(rows):
+    from rich.console import Console
+    from rich.table import Table
+
+    out = Table(title="Compiled ahead of time, no GPU needed")
+    columns = ("architecture", "kernel", "variant", "tile", "num_warps", "num_stages", "registers", "spill_bytes",
+               "shared", "tensor_core")  # fmt: skip
+    for name in columns:
+        out.add_column(name.replace("num_", "").replace("_", " "), justify="left" if name in columns[:4] else "right")
+    for row in rows:
+        out.add_row(*(str(row.get(name, "")) for name in columns), style="red" if complaints(row) else None)
+    Console(width=170).print(out)
+
+
+def main(argv=None):
+    from fastgrpo.kernels.tiles import ARCHITECTURES
+
+    parser = argparse.ArgumentParser(prog="python -m fastgrpo.kernels.report", description=__doc__)
+    parser.add_argument("--architectures", nargs="+", default=ARCHITECTURES, choices=ARCHITECTURES)
+    parser.add_argument("--json", type=Path, help="also write the rows here, one JSON object a line")
+    parser.add_argument("--child", choices=ARCHITECTURES, help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    if options.child:
+        for row in compile_all(options.child):
+            print(json.dumps(row), flush=True)
+        return 0
+    rows, failures = [], []
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        for name, (found, error) in zip(options.architectures, pool.map(child, options.architectures)):
+            print(f"{name}: {len(found)} kernels compiled{', FAILED' if error else ''}", flush=True)
+            rows += found
+            if error or not found:
+                failures.append(f"{name}: {error or 'nothing was compiled'}")
+    table(rows)
+    failures += [f"{r['architecture']} {r['kernel']} ({r['variant']}): {c}" for r in rows for c in complaints(r)]
+    if options.json:
+        options.json.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    for failure in failures:
+        print("FAILED", failure)
+    print(f"{len(rows)} kernels compiled, {len(failures)} failures")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,64 @@
+"""Tile sizes per kernel, operand width and architecture; every entry here is compiled by ``make kernel-report``."""
+
+from typing import NamedTuple
+
+import torch
+
+from fastgrpo.backends import interpreting
+
+
+class Tile(NamedTuple):
+    rows: int  # rows of the output tile
+    cols: int  # its columns
+    depth: int  # of one step of the reduction
+    warps: int
+    stages: int
+    group: int = 8  # row blocks that run next to each other, so that they share the weight in L2
+
+
+# {kernel: {operand bytes: {architecture: Tile}}}; "default" serves architectures without a line of their own.
+# sm_86, sm_89 and sm_120 have 99 KB of shared memory; fp32 runs in IEEE fp32, whose register tile is smaller.
+FP32 = {"default": Tile(64, 64, 32, 4, 2)}
+SQUARE = {
+    "default": Tile(128, 128, 32, 8, 3),
+    "sm_90": Tile(128, 128, 64, 8, 3),
+    "sm_100": Tile(128, 128, 64, 8, 3),
+    "gfx942": Tile(128, 128, 32, 8, 2),
+}
+LOGITS = {**SQUARE, "sm_80": Tile(128, 128, 64, 8, 3)}
+TILES = {
+    "forward": {2: LOGITS, 4: FP32},
+    # bias, softcap, per-token temperature or entropy: more values live at once (sm_100 spills at 128 columns)
+    "forward_full": {2: {**LOGITS, "sm_100": Tile(128, 64, 64, 8, 3)}, 4: FP32},
+    "dlogits": {2: LOGITS, 4: FP32},
+    "dlogits_full": {2: {"default": Tile(128, 64, 32, 8, 3), "gfx942": Tile(128, 64, 32, 8, 2)}, 4: FP32},
+    "dhidden": {2: SQUARE, 4: FP32},
+    "dweight": {2: SQUARE, 4: FP32},
+}
+INTERPRETER = Tile(32, 64, 32, 4, 1, group=2)
+WIDTH = 128  # the dlogits buffer's columns are a multiple of it, and it of every tile's columns
+ROW_BLOCK = 1024  # of the elementwise kernels over tokens
+COMBINE_BLOCK = 128
+ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
+
+
+def lookup(kernel, bytes_per_value, architecture):
+    table = TILES[kernel][bytes_per_value]
+    return table.get(architecture, table["default"])
+
+
+def architecture(device):
+    """ "sm_90", "gfx942", ... of a device; datacentre Blackwell's variants share sm_100's entry."""
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return properties.gcnArchName.split(":")[0]
+    return {(10, 3): "sm_100", (12, 1): "sm_120"}.get(
+        (properties.major, properties.minor), f"sm_{properties.major}{properties.minor}"
+    )
+
+
+def for_tensor(kernel, dtype, device):
+    """The tile a launcher uses."""
+    if interpreting():
+        return INTERPRETER
+    return lookup(kernel, dtype.itemsize, architecture(device))
