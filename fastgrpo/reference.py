@@ -124,17 +124,16 @@ def sequence_losses(config, logp, old, ref, sampling, r_is, adv, counted, keep):
 
 def vespo_phi(config, log_ratio, r_is, adv, counted):
     floor = torch.log(torch.tensor(1e-8, dtype=torch.float64)).item()
-    with torch.no_grad():
-        total = log_ratio.clamp(-20, 20).sum()
-        if r_is is not None:
-            logs = r_is.to(log_ratio.dtype).log().clamp(floor, 20)
-            total = total + (logs.where(counted, 0.0).sum() if logs.ndim else logs)
-        log_w = total.clamp(floor, 20)
-        positive = adv >= 0
-        k = torch.where(positive, torch.full_like(log_w, config.vespo_k_pos), config.vespo_k_neg)
-        lam = torch.where(positive, torch.full_like(log_w, config.vespo_lambda_pos), config.vespo_lambda_neg)
-        lam = lam.clamp(min=1e-4)
-        return (lam + k * log_w - lam * log_w.exp()).exp().nan_to_num(nan=0.0, posinf=0.0)
+    total = log_ratio.detach().clamp(-20, 20).sum()
+    if r_is is not None:
+        logs = r_is.to(log_ratio.dtype).log().clamp(floor, 20)
+        total = total + (logs.where(counted, 0.0).sum() if logs.ndim else logs)
+    log_w = total.clamp(floor, 20)
+    positive = adv >= 0
+    k = torch.where(positive, torch.full_like(log_w, config.vespo_k_pos), config.vespo_k_neg)
+    lam = torch.where(positive, torch.full_like(log_w, config.vespo_lambda_pos), config.vespo_lambda_neg)
+    lam = lam.clamp(min=1e-4)
+    return (lam + k * log_w - lam * log_w.exp()).exp().nan_to_num(nan=0.0, posinf=0.0)
 
 
 def trust_region(config, logp, old, adv):

@@ -1,0 +1,184 @@
+"""Bad input: a ValueError or TypeError that names the argument, what was expected and what came."""
+
+import pytest
+import torch
+
+from fastgrpo import GRPOLossConfig, backends, group_advantages, grpo_loss, linear_logprobs
+
+import problems
+
+HIDDEN, WEIGHT, TARGETS = torch.randn(6, 8), torch.randn(20, 8), torch.arange(6)
+
+OP_ERRORS = {
+    "hidden list": ({"hidden": [[1.0]]}, TypeError, "hidden must be a torch.Tensor, got list"),
+    "hidden int": ({"hidden": torch.ones(6, 8, dtype=torch.int64)}, ValueError, "hidden must be float32.*int64"),
+    "hidden 1d": ({"hidden": torch.randn(8)}, ValueError, r"hidden must be \(N, D\).*\(8,\)"),
+    "weight shape": ({"weight": torch.randn(20, 9)}, ValueError, r"weight must be \(V, D\) with D = 8.*\(20, 9\)"),
+    "weight empty": ({"weight": torch.randn(0, 8)}, ValueError, "weight must not be empty.*ZeRO-3"),
+    "weight int": ({"weight": torch.ones(20, 8, dtype=torch.int8)}, ValueError, "weight must be float32"),
+    "weight double": ({"weight": WEIGHT.double()}, ValueError, "weight and hidden must both be float64"),
+    "weight meta": ({"weight": torch.empty(20, 8, device="meta")}, ValueError, "weight must be on the device.*meta"),
+    "targets shape": ({"targets": torch.arange(5)}, ValueError, r"targets must have shape \(6,\), got \(5,\)"),
+    "targets float": ({"targets": torch.zeros(6)}, ValueError, "targets must be an integer tensor.*float32"),
+    "targets bool": ({"targets": torch.zeros(6, dtype=torch.bool)}, ValueError, "targets must be an integer"),
+    "targets high": ({"targets": TARGETS + 15}, ValueError, r"targets must be in \[0, 20\).*got 20"),
+    "targets negative": ({"targets": TARGETS - 1}, ValueError, r"targets must be in \[0, 20\).*got -1"),
+    "bias shape": ({"bias": torch.randn(8)}, ValueError, r"bias must have shape \(20,\), got \(8,\)"),
+    "bias int": ({"bias": torch.ones(20, dtype=torch.int64)}, ValueError, "bias must be a floating point"),
+    "temperature zero": ({"temperature": 0}, ValueError, "temperature must be > 0, got 0"),
+    "temperature nan": ({"temperature": float("nan")}, ValueError, "temperature must be a finite number"),
+    "temperature text": ({"temperature": "1"}, ValueError, "temperature must be a finite number.*'1'"),
+    "temperature shape": ({"temperature": torch.ones(5)}, ValueError, r"temperature must be.*\(6,\).*\(5,\)"),
+    "temperature values": ({"temperature": torch.zeros(6)}, ValueError, "temperature must be > 0 at every"),
+    "softcap": ({"softcap": -1.0}, ValueError, "softcap must be > 0, got -1.0"),
+    "logit_scale": ({"logit_scale": 0.0}, ValueError, "logit_scale must be other than 0"),
+    "hint": ({"old_logprobs": torch.zeros(5)}, ValueError, "old_logprobs must have the shape of targets"),
+    "backend": ({"backend": "cuda"}, ValueError, "backend must be one of 'auto', 'triton', 'torch', got 'cuda'"),
+    "backward": ({"backward": "fast"}, ValueError, "backward must be one of"),
+    "workspace": ({"workspace_mb": 0}, ValueError, "workspace_mb must be > 0"),
+}
+
+
+@pytest.mark.parametrize("name", OP_ERRORS)
+def test_linear_logprobs(name):
+    change, kind, message = OP_ERRORS[name]
+    with pytest.raises(kind, match=message):
+        linear_logprobs(**{"hidden": HIDDEN, "weight": WEIGHT, "targets": TARGETS, **change})
+
+
+LOSS_ERRORS = {
+    "config dict": ({"config": {}}, TypeError, "config must be a GRPOLossConfig, got dict"),
+    "advantages shape": ({"advantages": torch.zeros(5)}, ValueError, r"advantages must be \(4,\) or shaped like"),
+    "advantages int": ({"advantages": torch.zeros(4, dtype=torch.int64)}, ValueError, "advantages must be a floating"),
+    "mask shape": ({"mask": torch.ones(4, 6)}, ValueError, r"mask must have the shape of targets, \(4, 7\)"),
+    "mask values": ({"mask": torch.full((4, 7), 2)}, ValueError, "mask must hold 0 and 1 only"),
+    "old shape": ({"old_logprobs": torch.zeros(4)}, ValueError, "old_logprobs must have the shape of targets"),
+    "ref missing": (
+        {"config": GRPOLossConfig(beta=0.1), "ref_logprobs": None}, ValueError, "ref_logprobs must be given"),
+    "ref shape": ({"ref_logprobs": torch.zeros(4, 8)}, ValueError, "ref_logprobs must have the shape"),
+    "sampling": ({"sampling_logprobs": torch.zeros(3, 7)}, ValueError, "sampling_logprobs must have the shape"),
+    "weights": ({"importance_weights": torch.zeros(2)}, ValueError, r"importance_weights must be \(4,\) or shaped"),
+    "num_items": ({"num_items": -1}, ValueError, "num_items must be a number >= 0, got -1"),
+    "num_items tensor": ({"num_items": torch.ones(2)}, ValueError, "num_items must be a number or a 0-dim tensor"),
+    "threshold": ({"entropy_threshold": "high"}, ValueError, "entropy_threshold must be a finite number"),
+    "cu_seqlens": ({"cu_seqlens": torch.tensor([0, 7])}, ValueError, "targets must be flat"),
+    "flat without offsets": (
+        {"hidden": HIDDEN.double(), "targets": TARGETS, "mask": None}, ValueError, "cu_seqlens must be given"),
+    "targets": ({"targets": torch.full((4, 7), 60)}, ValueError, r"targets must be in \[0, 53\)"),
+    "hidden": ({"hidden": torch.randn(4, 8, 16)}, ValueError, "targets must have shape"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LOSS_ERRORS)
+def test_grpo_loss(name):
+    change, kind, message = LOSS_ERRORS[name]
+    arguments = {**problems.batch(), **change}
+    if name in ("flat without offsets",):
+        arguments["weight"] = WEIGHT.double()
+        arguments["bias"] = None
+    if name == "hidden":
+        arguments["weight"] = arguments["weight"].float()
+    with pytest.raises(kind, match=message):
+        grpo_loss(**arguments)
+
+
+@pytest.mark.parametrize("offsets", [[0, 3], [1, 6], [0, 4, 2, 6], [[0, 6]]], ids=str)
+def test_cu_seqlens(offsets):
+    offsets = torch.tensor(offsets)
+    with pytest.raises(ValueError, match="cu_seqlens must"):
+        grpo_loss(HIDDEN, WEIGHT, TARGETS, torch.zeros(max(offsets.numel() - 1, 1)), cu_seqlens=offsets)
+
+
+def test_dr_grpo_on_packed_input_needs_a_length():
+    with pytest.raises(ValueError, match="max_completion_length must be set"):
+        grpo_loss(HIDDEN, WEIGHT, TARGETS, torch.zeros(1), GRPOLossConfig(loss_type="dr_grpo"),
+                  cu_seqlens=torch.tensor([0, 6]))  # fmt: skip
+
+
+CONFIG_ERRORS = [
+    ({"loss_type": "ppo"}, "loss_type must be one of 'grpo'.*got 'ppo'"),
+    ({"importance_sampling_level": "word"}, "importance_sampling_level must be one of"),
+    ({"kl_estimator": "k4"}, "kl_estimator must be one of"),
+    ({"divergence_mask": "js"}, "divergence_mask must be one of"),
+    ({"epsilon": 1.5}, r"epsilon must be in \[0, 1\), got 1.5"),
+    ({"epsilon": "0.2"}, "epsilon must be in .*got '0.2'"),
+    ({"epsilon": True}, "epsilon must be in .*got True"),
+    ({"epsilon_high": -0.1}, "epsilon_high must be >= 0 or None"),
+    ({"beta": -1}, "beta must be >= 0, got -1"),
+    ({"beta": None}, "beta must be >= 0, got None"),
+    ({"beta": float("nan")}, "beta must be >= 0, got nan"),
+    ({"delta": 0}, "delta must be > 0 or None"),
+    ({"dual_clip": 0.9}, "dual_clip must be > 1 or None"),
+    ({"temperature": 0.0}, "temperature must be > 0"),
+    ({"max_completion_length": 0}, "max_completion_length must be >= 1"),
+    ({"max_completion_length": 1.5}, "max_completion_length must be a whole number"),
+    ({"top_entropy_quantile": 1.1}, r"top_entropy_quantile must be in \[0, 1\]"),
+    ({"sapo_temperature_pos": 0}, "sapo_temperature_pos must be > 0"),
+    ({"vespo_k_neg": -1}, "vespo_k_neg must be >= 0"),
+    ({"use_bias_correction_kl": 1}, "use_bias_correction_kl must be True or False"),
+    ({"loss_type": "cispo", "delta": 2.0}, "delta bounds the clipped surrogate"),
+    ({"loss_type": "sapo", "dual_clip": 2.0}, "dual_clip bounds the clipped surrogate"),
+    ({"divergence_mask": "tv", "delta": 2.0}, "delta bounds the clipped surrogate"),
+    ({"loss_type": "vespo", "divergence_mask": "tv"}, "divergence_mask replaces a ratio clip"),
+]
+
+
+@pytest.mark.parametrize(("settings", "message"), CONFIG_ERRORS, ids=str)
+def test_config(settings, message):
+    with pytest.raises(ValueError, match=message):
+        GRPOLossConfig(**settings)
+
+
+def test_config_is_frozen_and_keyword_only():
+    with pytest.raises(AttributeError):
+        GRPOLossConfig().beta = 1.0
+    with pytest.raises(TypeError):
+        GRPOLossConfig("dapo")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "message"),
+    [
+        (([1.0],), TypeError, "rewards must be a torch.Tensor"),
+        ((torch.zeros(2, 2, 2),), ValueError, r"rewards must be \(B,\)"),
+        ((torch.zeros(9),), ValueError, "group_size must divide the number of rewards, 9, got 8"),
+        ((torch.zeros(8), 0), ValueError, "group_size must be a whole number >= 1"),
+        ((torch.zeros(8), 2.0), ValueError, "group_size must be a whole number"),
+        ((torch.zeros(8), 4, "row"), ValueError, "scale must be one of"),
+        ((torch.full((8,), torch.inf),), ValueError, "rewards must be finite"),
+    ],
+    ids=str,
+)
+def test_group_advantages(arguments, kind, message):
+    with pytest.raises(kind, match=message):
+        group_advantages(*arguments)
+
+
+def test_triton_says_where_it_runs(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="backend='triton' needs hidden on a GPU, got cpu"):
+        linear_logprobs(HIDDEN, WEIGHT, TARGETS, backend="triton")
+    with pytest.raises(ValueError, match="float64"):
+        linear_logprobs(HIDDEN.double(), WEIGHT.double(), TARGETS, backend="triton")
+    assert backends.choose("auto", HIDDEN) == "torch"
+    monkeypatch.setattr(backends, "has_triton", lambda: False)
+    with pytest.raises(ValueError, match="where triton is not installed"):
+        linear_logprobs(HIDDEN, WEIGHT, TARGETS, backend="triton")
+
+
+def test_debug_switch_looks_at_values(monkeypatch):
+    from fastgrpo import inputs
+
+    gpu = torch.device("cuda")
+    monkeypatch.delenv("FASTGRPO_DEBUG", raising=False)
+    assert not inputs.checks_values(gpu)
+    monkeypatch.setenv("FASTGRPO_DEBUG", "1")
+    assert inputs.checks_values(gpu)
+
+
+def test_a_sharded_weight_is_refused():
+    class DTensor(torch.Tensor):
+        pass
+
+    with pytest.raises(ValueError, match="weight must be a whole plain tensor, got a DTensor"):
+        linear_logprobs(HIDDEN, WEIGHT.as_subclass(DTensor), TARGETS)

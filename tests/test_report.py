@@ -1,0 +1,62 @@
+"""The kernel report: it compiles what the launchers launch, and it fails when it should."""
+
+import subprocess
+import sys
+
+import pytest
+
+report = pytest.importorskip("fastgrpo.kernels.report")
+
+ROW = {
+    "architecture": "sm_86", "kernel": "forward_kernel", "variant": "bfloat16", "spill_bytes": 0, "shared": 1000,
+    "tensor_core": 3, "registers": 200,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({}, None),
+        ({"spill_bytes": 8}, "spills 8 bytes"),
+        ({"shared": 101377}, "101377 bytes of shared memory, limit 101376"),
+        ({"tensor_core": 0}, "no tensor-core instruction"),
+        ({"tensor_core": 0, "variant": "float32"}, None),
+        ({"tensor_core": 0, "kernel": "combine_kernel"}, None),
+    ],
+    ids=str,
+)
+def test_complaints(change, complaint):
+    assert report.complaints({**ROW, **change}) == ([complaint] if complaint else [])
+
+
+def test_every_kernel_and_tile_is_recorded():
+    from fastgrpo.kernels import tiles
+
+    for architecture in tiles.ARCHITECTURES:
+        seen = {}
+        for _, kernel, arguments in report.recorded_launches(architecture):
+            shape = tuple(v for k, v in arguments.items() if k.startswith("BLOCK"))
+            seen.setdefault(kernel.fn.__name__, set()).add(shape)
+        assert {f"{name}_kernel" for name in ("forward", "combine", "dlogits", "dhidden", "dweight", "dbias",
+                                              "objective")} == set(seen)  # fmt: skip
+        for name in tiles.TILES:
+            for size in (2, 4):
+                tile = tiles.lookup(name, size, architecture)
+                assert (tile.rows, tile.cols, tile.depth) in seen[f"{name.removesuffix('_full')}_kernel"]
+
+
+def test_one_architecture_compiles():
+    done = subprocess.run(
+        [sys.executable, "-m", "fastgrpo.kernels.report", "--architectures", "sm_89"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert ", 0 failures" in done.stdout
+
+
+def test_a_failed_compilation_is_a_failure(monkeypatch):
+    monkeypatch.setattr(report, "child", lambda architecture: ([], "exit status 134: abort"))
+    assert report.main(["--architectures", "sm_80"]) == 1
+    monkeypatch.setattr(report, "child", lambda architecture: ([{**ROW, "spill_bytes": 4}], None))
+    assert report.main(["--architectures", "sm_86"]) == 1
+    monkeypatch.setattr(report, "child", lambda architecture: ([ROW], None))
+    assert report.main(["--architectures", "sm_86"]) == 0
