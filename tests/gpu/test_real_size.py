@@ -1,0 +1,172 @@
+"""The same checks at real size, compiled, on a CUDA device: N * V > 2^31, bounded memory, no waiting.
+
+``python -m pytest tests/gpu`` runs them; they are skipped where there is no GPU.
+"""
+
+import pytest
+import torch
+
+from fastgrpo import GRPOLossConfig, grpo_loss, linear_logprobs
+
+pytestmark = pytest.mark.gpu
+N, V, D = 16384, 152064, 1024  # N * V = 2.5e9
+MIB = 2**20
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Real memory: a NaN fill of every buffer would be most of the time."""
+
+
+def problem(n=N, vocab=V, depth=D, dtype=torch.bfloat16, seed=0):
+    g = torch.Generator("cuda").manual_seed(seed)
+    hidden = torch.randn(n, depth, generator=g, device="cuda").to(dtype)
+    weight = (torch.randn(vocab, depth, generator=g, device="cuda") / depth**0.5).to(dtype)
+    targets = torch.randint(0, vocab, (n,), generator=g, device="cuda")
+    half = torch.arange(n, device="cuda") % 2 == 0  # every second label at p near 1
+    hidden[half] += (18 * weight[targets[half]].float()).to(dtype)
+    return hidden, weight, targets
+
+
+def exact_rows(hidden, weight, targets, rows):
+    """fp64 log-probs, entropies and logits gradients of some rows."""
+    z = hidden[rows].double() @ weight.double().T
+    logp = z.log_softmax(1)
+    label = logp.gather(1, targets[rows, None])[:, 0]
+    return label, -(logp.exp() * logp).sum(1), torch.nn.functional.one_hot(targets[rows], z.shape[1]) - logp.exp()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_values_and_gradients(dtype):
+    n = N if dtype != torch.float32 else 2048
+    hidden, weight, targets = problem(n=n, dtype=dtype)
+    targets[5::7] = -100
+    h, w = hidden.requires_grad_(), weight.requires_grad_()
+    out = linear_logprobs(h, w, targets, return_entropy=True, backend="triton")
+    upstream = torch.randn(n, device="cuda")
+    upstream[::3] = 0
+    out.logprobs.backward(upstream)
+    rows = torch.tensor([0, 1, 2, 4, 1001, n // 2 + 1, n - 3, n - 2, n - 1], device="cuda")
+    rows = rows[targets[rows] >= 0]
+    label, entropy, slope = exact_rows(hidden, weight, targets, rows)
+    assert (out.logprobs[rows] - label).abs().max() < 1e-5 * (1 + label.abs().max())
+    assert (out.entropy[rows] - entropy).abs().max() < 1e-4
+    want = upstream[rows, None].double() * (slope @ weight.double())
+    error = (h.grad[rows].double() - want).norm() / want.norm()
+    assert error < (1e-5 if dtype == torch.float32 else 6e-3), error
+    assert h.grad[targets == -100].count_nonzero() == 0
+    columns = torch.tensor([0, 7, V // 2, V - 1, int(targets[1])], device="cuda")
+    want = weight_gradient(hidden, weight, targets, upstream, columns)
+    error = (w.grad[columns].double() - want).norm() / want.norm()
+    assert error < (1e-5 if dtype == torch.float32 else 6e-3), error
+
+
+def weight_gradient(hidden, weight, targets, upstream, columns):
+    total = torch.zeros(columns.numel(), hidden.shape[1], dtype=torch.float64, device="cuda")
+    for start in range(0, hidden.shape[0], 512):
+        rows = torch.arange(start, min(start + 512, hidden.shape[0]), device="cuda")
+        rows = rows[(targets[rows] >= 0) & (upstream[rows] != 0)]
+        slope = exact_rows(hidden, weight, targets, rows)[2][:, columns]
+        total += (slope * upstream[rows, None]).T @ hidden[rows].double()
+    return total
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("workspace_mb", [128, 512])
+def test_peak_memory_is_bounded(workspace_mb, frozen):
+    """<= workspace + 4 N D (only where both gradients are needed) + 64 bytes a token + N V / 128, plus 16 MiB."""
+    hidden, weight, targets = problem()
+    h, w = hidden.requires_grad_(), weight.requires_grad_(not frozen)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    out = linear_logprobs(h, w, targets, backend="triton", workspace_mb=workspace_mb)
+    out.logprobs.sum().backward()
+    peak = torch.cuda.max_memory_allocated() - before
+    gradients = h.numel() * 2 + (0 if frozen else w.numel() * 2)
+    bound = workspace_mb * MIB + (0 if frozen else 4 * N * D) + 64 * N + N * V / 128 + 16 * MIB
+    print(f"beyond inputs and gradients: {(peak - gradients) / MIB:.0f} MiB, bound {bound / MIB:.0f} MiB")
+    assert peak - gradients <= bound
+
+
+def loss_arguments(batch=16, length=1024):
+    hidden, weight, targets = problem(n=batch * length)
+    advantages = torch.randn(batch, device="cuda")
+    advantages[::4] = 0
+    shape = (batch, length)
+    mask = torch.arange(length, device="cuda") < torch.randint(1, length, (batch, 1), device="cuda")
+    logp = linear_logprobs(hidden, weight, targets).logprobs.view(shape)
+    return {
+        "hidden": hidden.view(*shape, D).requires_grad_(), "weight": weight.requires_grad_(),
+        "targets": targets.view(shape), "advantages": advantages, "mask": mask,
+        "old_logprobs": logp + 0.05 * torch.randn(shape, device="cuda"),
+        "ref_logprobs": logp + 0.05 * torch.randn(shape, device="cuda"),
+    }  # fmt: skip
+
+
+def test_the_host_never_waits_and_a_graph_captures():
+    arguments = loss_arguments()
+    config = GRPOLossConfig(beta=0.04, entropy_coef=1e-3)
+
+    def step():
+        loss = grpo_loss(config=config, backward="exact", **arguments).loss
+        return loss, torch.autograd.grad(loss, (arguments["hidden"], arguments["weight"]))
+
+    eager = step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(captured[0], eager[0])
+    assert all(torch.equal(a, b) for a, b in zip(captured[1], eager[1]))  # and deterministic
+
+
+def test_both_backends_agree():
+    arguments = loss_arguments(batch=4, length=512)
+    config = GRPOLossConfig(beta=0.04, importance_sampling_level="sequence")
+    results = []
+    for backend in ("triton", "torch"):
+        loss = grpo_loss(config=config, backend=backend, **arguments).loss
+        results.append((loss, *torch.autograd.grad(loss, (arguments["hidden"], arguments["weight"]))))
+    assert abs(results[0][0] - results[1][0]) < 1e-5
+    for a, b in zip(results[0][1:], results[1][1:]):
+        assert (a.float() - b.float()).norm() < 5e-3 * b.float().norm()
+
+
+def test_speed_is_printed():
+    """Not a bound: forward and forward + backward next to one bare logits GEMM, for bench/results/."""
+    hidden, weight, targets = problem(n=8192, depth=2048)
+    h, w = hidden.requires_grad_(), weight.requires_grad_()
+
+    def forward():
+        return linear_logprobs(h, w, targets, backend="triton").logprobs
+
+    def both():
+        torch.autograd.grad(forward().sum(), (h, w))
+
+    def gemm():
+        for rows in hidden.detach().split(2048):
+            torch.mm(rows, weight.detach().T)
+
+    times = {f.__name__: milliseconds(f) for f in (gemm, forward, both)}
+    device = torch.cuda.get_device_name()
+    print(f"{device}, N 8192, V {V}, D 2048, bf16: " + ", ".join(f"{k} {v:.2f} ms" for k, v in times.items()))
+    assert all(v > 0 for v in times.values())
+
+
+def milliseconds(function, repeats=10):
+    for _ in range(3):
+        function()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(repeats):
+        function()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / repeats
