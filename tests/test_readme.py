@@ -1,0 +1,21 @@
+"""README's code runs as it stands."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.mark.parametrize("code", EXAMPLES, ids=range(len(EXAMPLES)))
+def test_example(code, capsys):
+    scope = {}
+    exec(compile(code, "README.md", "exec"), scope)
+    assert scope["hidden"].grad.abs().sum() > 0
+    assert "active_tokens" in capsys.readouterr().out
+
+
+def test_there_is_an_example():
+    assert EXAMPLES
