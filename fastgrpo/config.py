@@ -121,8 +121,8 @@ class GRPOLossConfig:
     def hyper_parameters(self):
         """The numbers the per-token mathematics uses; absent bounds are infinite."""
         return HyperParameters(
-            clip_low=1.0 - self.epsilon,
-            clip_high=1.0 + self.upper_epsilon,
+            clip_low=1.0 - float(self.epsilon),
+            clip_high=1.0 + float(self.upper_epsilon),
             delta=math.inf if self.delta is None else float(self.delta),
             dual_clip=math.inf if self.dual_clip is None else float(self.dual_clip),
             ratio_cap=float(self.upper_epsilon if self.loss_type == "cispo" else self.divergence_ratio_cap),

@@ -46,11 +46,12 @@ def check_head(hidden, weight, targets, bias):
     if hidden.ndim not in (2, 3):
         raise ValueError(f"hidden must be (N, D) or (B, T, D), got shape {tuple(hidden.shape)}")
     check_tensor("weight", weight, hidden.device)
-    if type(weight).__name__ == "DTensor":
-        raise ValueError(
-            "weight must be a whole plain tensor, got a DTensor: call the op inside lm_head's forward, where FSDP2 has "
-            "unsharded it (full_tensor() would leave its gradient unreduced)"
-        )
+    for name, value in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        if type(value).__name__ == "DTensor":
+            raise ValueError(
+                f"{name} must be a whole plain tensor, got a DTensor: call the op inside lm_head's forward, where FSDP2 "
+                "has unsharded it (full_tensor() would leave its gradient unreduced)"
+            )
     if weight.dtype not in DTYPES:
         raise ValueError(f"weight must be float32, bfloat16, float16 or float64, got {weight.dtype}")
     if (weight.dtype == torch.float64) != (hidden.dtype == torch.float64):
@@ -137,8 +138,9 @@ class Segments:
 
     @classmethod
     def packed(cls, cu_seqlens, tokens):
-        offsets = cu_seqlens.to(torch.int64)
+        offsets = cu_seqlens.to(torch.int64).clamp(0, tokens)  # a bad one must not reach memory that is not ours
         ids = torch.searchsorted(offsets[1:].contiguous(), torch.arange(tokens, device=offsets.device), right=True)
+        ids = ids.clamp(max=max(offsets.numel() - 2, 0))
         return cls(offsets.numel() - 1, None, offsets, ids)
 
     def sum(self, x):  # (N,) -> (B,)
@@ -146,6 +148,8 @@ class Segments:
             return x.reshape(self.count, self.padded_length).sum(1)
         if not self.count:
             return x.new_zeros(0)
+        if x.device.type not in ("cpu", "cuda"):
+            return x.new_zeros(self.count).index_add_(0, self.ids, x)
         return torch.segment_reduce(x.contiguous(), "sum", offsets=self.offsets, axis=0, initial=0, unsafe=True)
 
     def expand(self, x):  # (B,) -> (N,)
@@ -202,5 +206,5 @@ def check_num_items(num_items):
     if isinstance(num_items, torch.Tensor):
         if num_items.numel() != 1:
             raise ValueError(f"num_items must be a number or a 0-dim tensor, got shape {tuple(num_items.shape)}")
-    elif not isinstance(num_items, Real) or isinstance(num_items, bool) or not num_items >= 0:
+    elif not isinstance(num_items, Real) or isinstance(num_items, bool) or not 0 <= num_items < math.inf:
         raise ValueError(f"num_items must be a number >= 0, got {num_items!r}")

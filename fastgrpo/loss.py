@@ -80,7 +80,8 @@ def grpo_loss(
     Args:
         hidden: (B, T, D), the states that predict ``targets``; with ``cu_seqlens`` (N, D) or (1, N, D).
         weight: (V, D). targets: integer ids; -100 never counts.
-        advantages: (B,), one a sequence, or shaped like ``targets``.
+        advantages: (B,) or (B, 1), one a sequence, or shaped like ``targets``, one a token. Packed, a flat tensor of N
+            values is one a token, also where B happens to equal N: (B, 1) says one a sequence.
         config: a :class:`GRPOLossConfig`; None: its defaults.
         mask: 0/1, completion mask times tool mask; None: all targets but -100.
         cu_seqlens: (B + 1,) integer offsets of packed sequences; must be given for flat input.
@@ -109,6 +110,7 @@ def grpo_loss(
     if not isinstance(config, GRPOLossConfig):
         raise TypeError(f"config must be a GRPOLossConfig, got {type(config).__name__}")
     inputs.check_head(hidden, weight, targets, bias)
+    targets = targets.to(torch.int64)
     segments = find_segments(targets, cu_seqlens)
     check_batch(
         targets, segments, config, advantages, mask, old_logprobs, ref_logprobs, sampling_logprobs,
@@ -156,6 +158,8 @@ def check_batch(
     inputs.check_per_sequence("advantages", advantages, targets, segments.count)
     if importance_weights is not None:
         inputs.check_per_sequence("importance_weights", importance_weights, targets, segments.count)
+        if inputs.checks_values(targets.device) and (importance_weights < 0).any():
+            raise ValueError(f"importance_weights must be >= 0, got {importance_weights.min().item()}")
     for name, value in (
         ("old_logprobs", old_logprobs),
         ("ref_logprobs", ref_logprobs),
@@ -169,6 +173,8 @@ def check_batch(
         raise ValueError("max_completion_length must be set in the config for dr_grpo on packed input, got None")
     if num_items is not None:
         inputs.check_num_items(num_items)
+    if isinstance(entropy_threshold, torch.Tensor) and entropy_threshold.numel() != 1:
+        raise ValueError(f"entropy_threshold must hold one number, got shape {tuple(entropy_threshold.shape)}")
     if entropy_threshold is not None and not isinstance(entropy_threshold, torch.Tensor):
         inputs.check_finite("entropy_threshold", entropy_threshold)
 
@@ -267,7 +273,8 @@ def high_entropy(entropy, mask, quantile, threshold=None):
     """(N,) 1 where the entropy reaches the quantile of the counted tokens; the host does not wait for their number."""
     if threshold is None:
         ordered = torch.where(mask > 0, entropy, torch.inf).sort().values
-        position = (quantile * (mask.sum(dtype=torch.float64) - 1)).clamp(min=0.0)
+        wide = torch.float32 if mask.device.type == "mps" else torch.float64
+        position = (quantile * (mask.sum(dtype=wide) - 1)).clamp(min=0.0)
         below = position.floor().long()
         pair = ordered.index_select(0, torch.stack((below, position.ceil().long()))) if ordered.numel() else ordered
         threshold = torch.lerp(*pair, (position - below).to(entropy.dtype)) if ordered.numel() else 0.0

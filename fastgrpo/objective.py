@@ -42,6 +42,11 @@ class HyperParameters(NamedTuple):
     beta: float
 
 
+def zero_unless_nan(x):
+    """0, but a NaN stays one: a bad log-prob must not end in a clean zero gradient."""
+    return tl.where(x == x, tl.zeros_like(x), x)
+
+
 def exp_residual(x):
     """exp(x) - 1 - x; a series near 0, where the plain form cancels to nothing."""
     series = x * x * (1 / 2 + x * (1 / 6 + x * (1 / 24 + x * (1 / 120 + x * (1 / 720 + x * (1 / 5040 + x / 40320))))))
@@ -79,7 +84,7 @@ def clipped_surrogate(ratio, adv, hp):
     flows = (keeps_first & (ratio <= hp.delta)) | ((first > second) & inside)
     dual = (adv < 0) & (loss > -adv * hp.dual_clip)
     loss = tl.where(dual, -adv * hp.dual_clip, loss)
-    d_log_w = tl.where(flows & (dual == 0), -ratio * adv, tl.zeros_like(ratio))
+    d_log_w = tl.where(flows & (dual == 0), -ratio * adv, zero_unless_nan(ratio))
     return loss, d_log_w, (bounded < hp.clip_low) & (adv < 0), (bounded > hp.clip_high) & (adv > 0)
 
 
@@ -92,7 +97,7 @@ def sapo_gate(ratio, temperature):
 
 def vespo_weight(log_w_seq, k, lam):
     phi = tl.exp(lam + k * log_w_seq - lam * tl.exp(log_w_seq))
-    return tl.where(phi < float("inf"), phi, tl.zeros_like(phi))
+    return tl.where(phi == float("inf"), tl.zeros_like(phi), phi)
 
 
 def surrogate(logp, old_logp, ratio, log_w_seq, adv, hp, KIND: tl.constexpr, DIVERGENCE: tl.constexpr):

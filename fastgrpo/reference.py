@@ -22,9 +22,9 @@ def logits(hidden, weight, bias=None, temperature=1.0, softcap=None, logit_scale
 
 def linear_logprobs(
     hidden, weight, targets, bias=None, *, temperature=1.0, softcap=None, logit_scale=1.0, return_entropy=False,
-    old_logprobs=None, backend="auto", backward="auto",
+    old_logprobs=None, backend="auto", backward="auto", tolerance=None, workspace_mb=None,
 ):  # fmt: skip
-    """Same arguments and result as :func:`fastgrpo.linear_logprobs`; the last three are accepted and not used."""
+    """Same arguments and result as :func:`fastgrpo.linear_logprobs`; the last five are accepted and not used."""
     from fastgrpo.logprobs import LogProbs
 
     logp = F.log_softmax(logits(hidden, weight, bias, temperature, softcap, logit_scale), dim=-1)
@@ -37,9 +37,9 @@ def linear_logprobs(
 def grpo_loss(
     hidden, weight, targets, advantages, config=None, mask=None, cu_seqlens=None, old_logprobs=None,
     ref_logprobs=None, sampling_logprobs=None, importance_weights=None, num_items=None, entropy_threshold=None,
-    bias=None, softcap=None, logit_scale=1.0, backend="auto", backward="auto", temperature=None,
+    bias=None, softcap=None, logit_scale=1.0, backend="auto", backward="auto", temperature=None, tolerance=None, workspace_mb=None,
 ):  # fmt: skip
-    """Same arguments and result as :func:`fastgrpo.grpo_loss`, computed sequence by sequence."""
+    """Same arguments and loss as :func:`fastgrpo.grpo_loss`, computed sequence by sequence; no metrics."""
     from fastgrpo.loss import GRPOLoss
 
     config = config or GRPOLossConfig()

@@ -127,7 +127,7 @@ def dhidden_kernel(
     dz_ptrs = dlogits_ptr + safe[:, None] * width + offs_v[None, :]
     w_ptrs = weight_ptr + tl.cast(first_v, tl.int64) * stride_weight_v
     w_ptrs = w_ptrs + offs_v[:, None] * tl.cast(stride_weight_v, tl.int64)
-    w_ptrs = w_ptrs + offs_d[None, :] * stride_weight_d
+    w_ptrs = w_ptrs + offs_d[None, :] * tl.cast(stride_weight_d, tl.int64)
     acc = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
     for v in range(0, last_v - first_v, BLOCK_V):
         dz = tl.load(dz_ptrs)
@@ -184,7 +184,8 @@ def dweight_kernel(
     for n in range(first_row, stop, BLOCK_N):
         mask_n = n + offs_n < stop
         rows = tl.load(rows_ptr + n + offs_n, mask=mask_n, other=0)
-        h_ptrs = hidden_rows(hidden_ptr, rows, T, strides)[:, None] + offs_d[None, :] * strides.hidden_d
+        h_ptrs = hidden_rows(hidden_ptr, rows, T, strides)[:, None]
+        h_ptrs = h_ptrs + offs_d[None, :] * tl.cast(strides.hidden_d, tl.int64)
         h = tl.load(h_ptrs, mask=mask_n[:, None] & mask_d[None, :], other=0.0)
         dz = tl.load(dz_ptrs, mask=mask_n[None, :], other=0.0)
         acc = tl.dot(dz, h.to(COMPUTE), acc, input_precision="ieee")
@@ -236,11 +237,11 @@ class Chunks:
         n, vocab, depth = problem.sizes
         size = problem.params.compute_dtype.itemsize
         # With a frozen head a row chunk is finished before the next: its fp32 sum is a chunk's, not (N, D).
-        self.rows_outside = not (needs[1] or needs[2])
+        self.rows_outside = not needs[1]
         budget = problem.params.workspace
-        whole = plan_tiles(n, vocab, budget, size, 0, 0, multiple=tiles.WIDTH)
+        per_row = 4 * depth if self.rows_outside and needs[0] else 0
+        whole = plan_tiles(n, vocab, budget, size, per_row, 0, multiple=tiles.WIDTH)
         if whole.rows < n or whole.cols < min(vocab, 1024):  # rows in chunks, then dW needs an fp32 sum of its columns
-            per_row = 4 * depth if self.rows_outside and needs[0] else 0
             whole = plan_tiles(n, vocab, budget, size, per_row, 4 * depth if needs[1] else 0, multiple=tiles.WIDTH)
         self.rows, self.cols = min(whole.rows, n), whole.cols
         device = problem.hidden.device
@@ -282,7 +283,7 @@ def backward(problem, stats, grad_logp, grad_entropy, needs):
     active = (problem.targets != IGNORE) & torch.stack([g != 0 for g in grads]).any(0)
     rows, count = compact_rows(active)
     chunks = Chunks(problem, needs)
-    launch = Launcher(problem, stats, grads, rows, count, row_scale(*grads), chunks)
+    launch = Launcher(problem, stats, grads, rows, count, row_scale(*(torch.where(active, g, 0.0) for g in grads)), chunks)
     for chunk in chunks:
         launch.dlogits(*chunk)
         if needs[0]:

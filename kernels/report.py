@@ -35,8 +35,10 @@ def problems():
         def empty(*shape, dtype=dtype):
             return torch.empty(shape, dtype=dtype, device="meta")
 
-        params = HeadParams(None if full else 0.7, 30.0 if full else None, 0.5 if full else 1.0, dtype,
-                            full or entropy, "triton", "exact", 2**27)  # fmt: skip
+        params = HeadParams(
+            temperature=None if full else 0.7, softcap=30.0 if full else None, logit_scale=0.5 if full else 1.0,
+            compute_dtype=dtype, entropy=full or entropy, backend="triton", workspace=2**27,
+        )  # fmt: skip
         return HeadProblem(
             empty(1, rows, D), empty(V, D), empty(V) if full else None, empty(rows, dtype=torch.int64),
             empty(rows, dtype=torch.float32) if full else None, params,

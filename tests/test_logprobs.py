@@ -264,7 +264,7 @@ def test_bias_of_minus_infinity_removes_a_column(backend, device):
     torch.testing.assert_close(out.entropy.double(), want.entropy, rtol=1e-5, atol=1e-5)
     (out.logprobs[1:].sum() + out.entropy.sum()).backward()
     assert all(torch.isfinite(leaf[k].grad).all() for k in GRADS)
-    assert leaf["weight"].grad[6::2].count_nonzero() == 0
+    assert leaf["weight"].grad[6::2].abs().max() < 1e-30
 
 
 def test_bad_target_gives_nan_where_it_cannot_be_seen(backend, device, monkeypatch):
@@ -277,10 +277,10 @@ def test_bad_target_gives_nan_where_it_cannot_be_seen(backend, device, monkeypat
     assert torch.equal(logp.isnan(), bad)
 
 
-@pytest.mark.parametrize("megabytes", [0.01, 0.05, 0.4])
+@pytest.mark.parametrize("megabytes", [0.05, 0.1, 0.4])
 def test_workspace_changes_nothing(backend, device, megabytes):
-    hidden, weight, targets, bias = problems.head(60, 700, 32, torch.float32, device, bias=True)
-    upstream = torch.randn(2, 60, device=device)
+    hidden, weight, targets, bias = problems.head(300, 700, 32, torch.float32, device, bias=True)
+    upstream = torch.randn(2, 300, device=device)
     for frozen in (False, True):
         results = []
         for size in (64, megabytes):

@@ -19,8 +19,8 @@ class HeadParams:
     compute_dtype: torch.dtype  # tiles of hidden and weight are cast to it as they are loaded
     entropy: bool
     backend: str
-    backward: str
     workspace: int  # bytes
+    tolerance: float | None = None  # of the certified backward; None: exact
 
 
 @dataclass(frozen=True)

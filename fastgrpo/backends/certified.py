@@ -1,0 +1,337 @@
+"""The certified backward: only the columns that matter, with a proof of what was left out.
+
+The forward sorts the rows, keeps one flag per (block of rows, column), "some row has p >= cutoff here", and sums for every
+row the probability mass outside its block's flagged columns: its certificate. The backward recomputes the flagged
+logits of each group of blocks with ordinary GEMMs; rows whose certificate is too large keep all columns. What a row
+leaves out is known to the bit of the certificate; it is put back as if spread evenly over the columns left out, which
+removes the part of the error that adds up (the columns share a direction). Bad hints cost time, never correctness.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from fastgrpo.backends import torch_backend as dense
+from fastgrpo.backends.problem import FLOOR, NOTHING
+from fastgrpo.inputs import IGNORE
+
+BLOCK = 128  # rows that share their flags
+CUTOFF_PER_TOLERANCE = 2.0**-8  # columns of p >= tolerance * this are flagged
+MOSTLY_FLAT = 0.5  # share of rows over the tolerance from which on the exact path is cheaper
+# What one more kept column of a group costs beside its GEMM (gather, scatter), in rows of GEMM; measured.
+OVERHEAD_ROWS = {"cpu": 64, "cuda": 256}
+LEVELS = 4  # groups of up to 2^LEVELS blocks
+TRUSTED = (1e-20, 1e30)  # range of a row's sum of exp in which the guessed shift was good enough
+
+
+@dataclass(frozen=True)
+class Certificate:
+    order: torch.Tensor  # (n,) int64, counted rows, alike ones next to each other
+    flags: torch.Tensor  # (ceil(n / block), V) bool, columns kept
+    dropped: torch.Tensor  # (n,) probability outside the flagged columns, of rows in this order
+    block: int
+
+    @property
+    def tensors(self):
+        return self.order, self.flags, self.dropped
+
+
+def cutoff(tolerance):
+    return tolerance * CUTOFF_PER_TOLERANCE
+
+
+def forward(problem, hint=None):
+    """Statistics as :func:`fastgrpo.backends.torch_backend.forward`, and the certificate.
+
+    Args:
+        hint: (N,) log-probs close to the current ones, or None. It orders the rows and places the cutoff; the values
+            do not depend on it.
+    """
+    reader = dense.Reader(problem)
+    stats = problem.new_stats(reader.accumulate)
+    rows = (problem.targets != IGNORE).nonzero().squeeze(1)
+    n, (_, vocab, _) = rows.numel(), problem.sizes
+    if hint is not None:
+        rows = rows[torch.nan_to_num(hint[rows], nan=0.0).argsort(stable=True)]
+    flags = torch.zeros(-(-n // BLOCK), vocab, dtype=torch.bool, device=stats.device)
+    dropped = stats.new_zeros(n)
+    if n == 0:
+        return stats, Certificate(rows, flags, dropped, BLOCK)
+    label = label_logits(problem, reader, rows)
+    fold = Fold(problem, label, None if hint is None else hint[rows], flags)
+    tile = dense.tiling(problem, n, buffers=2)
+    height = -(-tile.rows // BLOCK) * BLOCK
+    buffer = stats.new_empty(min(height, flags.shape[0] * BLOCK), min(tile.cols, vocab))
+    for v in range(0, vocab, tile.cols):
+        weight = reader.cast(problem.weight[v : v + tile.cols])
+        bias = None if problem.bias is None else problem.bias[v : v + tile.cols]
+        for r in range(0, n, height):
+            index = rows[r : r + height]
+            whole = buffer[: -(-index.numel() // BLOCK) * BLOCK, : weight.shape[0]]
+            z = whole[: index.numel()]
+            product = reader.mm(reader.hidden(index), weight.t(), z)
+            if product is not z:
+                z.copy_(product)
+            dense.transformed(problem, z, bias, dense.row_inverse_temperature(problem, index))
+            whole[index.numel() :] = NOTHING
+            fold.tile(whole, problem.targets[index] - v, r, v)
+    keep_labels(flags, problem.targets[rows])
+    stats[:, rows] = dense.combine((fold.shift, fold.total, fold.spread), label)
+    dropped = fold.dropped / fold.total * stats[3, rows]
+    return repair(problem, stats, Certificate(rows, flags, dropped, BLOCK), fold.total)
+
+
+def label_logits(problem, reader, rows):
+    """(n,) transformed logit of each row's label; NaN for an id outside the vocabulary."""
+    targets = problem.targets[rows]
+    inside = (targets >= 0) & (targets < problem.weight.shape[0])
+    safe = torch.where(inside, targets, 0)
+    out = torch.empty(rows.numel(), dtype=reader.accumulate, device=rows.device)
+    for part in torch.arange(rows.numel(), device=rows.device).split(1024):
+        hidden = reader.cast(reader.hidden(rows[part])).to(reader.accumulate)
+        weight = reader.cast(problem.weight[safe[part]]).to(reader.accumulate)
+        z = (hidden * weight).sum(1, keepdim=True)
+        bias = None if problem.bias is None else problem.bias[safe[part], None]
+        out[part] = dense.transformed(problem, z, bias, dense.row_inverse_temperature(problem, rows[part]))[0][:, 0]
+    return torch.where(inside, out, torch.nan)
+
+
+class Fold:
+    """Folds tiles of logits, shifted by each row's threshold, into running sums, flags and dropped mass."""
+
+    def __init__(self, problem, label, hint, flags):
+        self.log_cutoff = math.log(cutoff(problem.params.tolerance))
+        self.entropy, self.flags, self.label = problem.params.entropy, flags, label
+        guess = label if hint is None else label - hint.clamp(max=0.0)
+        self.guided = hint is not None
+        self.shift = torch.nan_to_num(guess, nan=0.0, posinf=0.0, neginf=FLOOR) + self.log_cutoff
+        self.total, self.spread, self.dropped = torch.zeros(3, label.numel(), dtype=label.dtype, device=label.device)
+
+    def tile(self, z, local, r, v):
+        """z: (blocks * BLOCK, C) logits, rows beyond the last one NOTHING; overwritten."""
+        n, blocks = local.numel(), z.shape[0] // BLOCK
+        part = slice(r, r + n)
+        dense.take_label(z[:n], local, torch.empty_like(self.label[part]))
+        if not self.guided:
+            self.raise_shift(z[:n], part, first=v == 0)
+        z[:n] -= self.shift[part, None]
+        grouped = z.view(blocks, BLOCK, -1)
+        kept = grouped.amax(1) >= 0
+        self.flags[r // BLOCK : r // BLOCK + blocks, v : v + z.shape[1]] = kept
+        if self.entropy:
+            weighted = dense.exp_(z[:n].clamp_(min=dense.FAR).clone())
+            self.spread[part] -= (z[:n] * weighted).sum(1)
+        dense.exp_(z)
+        self.total[part] += z[:n].sum(1)
+        grouped.mul_(~kept[:, None, :])
+        self.dropped[part] += z[:n].sum(1)
+
+    def raise_shift(self, z, part, first):
+        """Without a hint the running log-sum-exp serves: raise the shift to it, rescale the sums."""
+        known = self.shift[part] + self.total[part].log()
+        seen = torch.logaddexp(known, self.label[part].clamp(min=FLOOR))
+        if first:
+            seen = torch.maximum(seen, z.amax(1))
+        shift = torch.fmax(self.shift[part], seen + self.log_cutoff)
+        step = shift - self.shift[part]
+        decay = torch.exp(-step)
+        self.spread[part] = (self.spread[part] + step * self.total[part]) * decay
+        self.total[part] *= decay
+        self.dropped[part] *= decay
+        self.shift[part] = shift
+
+
+def keep_labels(flags, targets):
+    """The label's column is always kept."""
+    blocks = torch.arange(targets.numel(), device=targets.device) // BLOCK
+    flags[blocks, targets.clamp(0, flags.shape[1] - 1)] = True
+
+
+def repair(problem, stats, certificate, total):
+    """Rows whose shift was so far off that their sums left the trusted range go through the plain forward."""
+    bad = ~((total > TRUSTED[0]) & (total < TRUSTED[1]))
+    if bad.any():
+        rows = certificate.order[bad]
+        targets = torch.full_like(problem.targets, IGNORE)
+        targets[rows] = problem.targets[rows]
+        from dataclasses import replace
+
+        stats[:, rows] = dense.forward(replace(problem, targets=targets))[:, rows]
+        certificate.dropped[bad] = torch.inf
+    return stats, certificate
+
+
+def backward(problem, stats, certificate, grad_logp, needs):
+    """Gradients of hidden, weight and bias (None where not needed); the columns kept differ per row.
+
+    A row is left to its flagged columns if ``|g| * dropped <= tolerance * rms(|g| (1 - p))`` over the rows with a
+    gradient: then the relative Frobenius error of dlogits is at most the tolerance.
+    """
+    out = dense.new_gradients(problem, needs)
+    if not any(needs):
+        return out
+    order, grad = certificate.order, grad_logp[certificate.order]
+    active = grad != 0
+    scale = (grad * stats[3, order]).square().sum() / active.sum().clamp(min=1)
+    allowed = problem.params.tolerance * scale.sqrt()
+    sparse = active & (grad.abs() * certificate.dropped <= allowed)  # a NaN is never sparse
+    groups = plan_groups(problem, certificate, active, sparse)
+    if groups is None:
+        dense.add_exact_rows(problem, stats, order[active], [grad_logp], out)
+        return out
+    kept = order[active & ~sparse]
+    work = SparseRows(problem, stats, groups, grad_logp, out[0])
+    narrow = needs[1] and problem.weight.dtype != stats.dtype
+    if narrow:  # dW needs an fp32 sum of every chunk: both kinds of rows go through the vocabulary together
+        dense.add_exact_rows(problem, stats, kept, [grad_logp], out, extra=work)
+    else:
+        dense.add_exact_rows(problem, stats, kept, [grad_logp], out)
+        work.add(slice(0, problem.weight.shape[0]), problem.weight, out[1], out[2])
+    work.finish()
+    return out
+
+
+def plan_groups(problem, certificate, active, sparse):
+    """Rows and columns of each group, [(positions, columns)], or None where the exact path is cheaper.
+
+    Neighbouring blocks share a group where the union of their columns costs less than their own; the best partition
+    of aligned runs of 1, 2, 4, ... blocks is found on the host from counts that are copied once.
+    """
+    flags = certificate.flags
+    blocks, vocab = flags.shape
+    per_block = torch.nn.functional.pad(sparse, (0, blocks * certificate.block - sparse.numel()))
+    per_block = per_block.view(blocks, certificate.block).sum(1)
+    counts = level_counts(flags * (per_block > 0)[:, None] if flags.device.type == "cpu" else flags)
+    numbers = torch.cat([active.sum()[None], per_block, *counts]).tolist()
+    n_active, rows = numbers[0], numbers[1 : 1 + blocks]
+    sizes, at = [], 1 + blocks
+    for level in counts:
+        sizes.append(numbers[at : at + level.numel()])
+        at += level.numel()
+    overhead = OVERHEAD_ROWS.get(flags.device.type, 256)
+    runs, cost = best_partition(rows, sizes, overhead)
+    n_dense = n_active - sum(rows)
+    if n_dense > MOSTLY_FLAT * n_active or cost + n_dense * vocab > 0.9 * n_active * vocab:
+        return None
+    groups = []
+    for first, last in runs:
+        if sum(rows[first:last]):
+            positions = first * certificate.block + (
+                sparse[first * certificate.block : last * certificate.block].nonzero().squeeze(1)
+            )
+            groups.append((certificate.order[positions], flags[first:last].any(0).nonzero().squeeze(1)))
+    return groups
+
+
+def level_counts(flags, chunk=16384):
+    """Kept columns of every aligned run of 2^k blocks: [(ceil(blocks / 2^k),)] for k = 0 .. LEVELS."""
+    totals = None
+    for part in flags.split(chunk, 1):
+        counts = []
+        for _ in range(LEVELS + 1):
+            counts.append(part.sum(1))
+            if part.shape[0] % 2:
+                part = torch.nn.functional.pad(part, (0, 0, 0, 1))
+            part = part[0::2] | part[1::2]
+        totals = counts if totals is None else [a + b for a, b in zip(totals, counts)]
+    return totals
+
+
+def best_partition(rows, sizes, overhead):
+    """-> [(first block, last block)], cost in cells. ``sizes[k][i]``: columns of blocks [i 2^k, (i + 1) 2^k)."""
+    best = [([(i, i + 1)], (rows[i] + overhead) * sizes[0][i] if rows[i] else 0) for i in range(len(rows))]
+    for level in range(1, len(sizes)):
+        width = 2**level
+        merged = []
+        for i, columns in enumerate(sizes[level]):
+            children = best[2 * i : 2 * i + 2]
+            apart = ([run for c in children for run in c[0]], sum(c[1] for c in children))
+            span = (i * width, min((i + 1) * width, len(rows)))
+            members = sum(rows[span[0] : span[1]])
+            together = (members + overhead) * columns if members else 0
+            merged.append(([span], together) if together < apart[1] else apart)
+        best = merged
+    return [run for runs, _ in best for run in runs], sum(cost for _, cost in best)
+
+
+class SparseRows:
+    """Adds the groups' part of the gradients, a range of columns at a time."""
+
+    def __init__(self, problem, stats, groups, grad_logp, d_hidden):
+        self.problem, self.stats, self.grad, self.d_hidden = problem, stats, grad_logp, d_hidden
+        self.reader = dense.Reader(problem)
+        depth = problem.weight.shape[1]
+        self.groups = [Group(rows, columns, stats, depth) for rows, columns in groups]
+        self.column_sum = stats.new_zeros(depth)
+        self.scale = dense.row_scale(grad_logp) if self.reader.native else None
+
+    def add(self, span, weight, d_weight, d_bias):
+        """weight: rows ``span`` of the head; d_weight (C, D) and d_bias (C,) of the same rows are added to, or None."""
+        if self.d_hidden is not None:
+            self.column_sum += weight.sum(0, dtype=self.stats.dtype)
+        for group in self.groups:
+            for columns in group.pieces(span, self.problem.params.workspace):
+                self.add_piece(group, columns, columns - span.start, weight, d_weight, d_bias)
+
+    def add_piece(self, group, columns, local, weight, d_weight, d_bias):
+        problem, reader, rows = self.problem, self.reader, group.rows
+        kept = reader.cast(weight.index_select(0, local))
+        hidden = reader.hidden(rows)
+        z = reader.mm(hidden, kept.t(), self.stats.new_empty(rows.numel(), columns.numel()))
+        label = torch.searchsorted(columns, problem.targets[rows])
+        found = columns[label.clamp(max=columns.numel() - 1)] == problem.targets[rows]
+        bias = None if problem.bias is None else problem.bias[columns]
+        grad = self.grad[rows] if self.scale is None else self.grad[rows] * self.scale
+        dz = dense.logits_gradient(problem, z, bias, rows, torch.where(found, label, -1), self.stats[:, rows], grad)
+        if d_bias is not None:
+            add_rows(d_bias, local, self.unscaled(dz.sum(0)))
+        if self.d_hidden is not None:
+            group.tail += dz.sum(1)
+            group.kept_sum += kept.sum(0, dtype=self.stats.dtype)
+        if reader.native:
+            dz = dz.to(reader.compute)
+        if self.d_hidden is not None:
+            reader.add_mm(group.total, dz, kept)
+        if d_weight is not None:
+            add_rows(d_weight, local, self.unscaled(reader.mm(dz.t(), hidden, None)))
+
+    def unscaled(self, x):
+        return x if self.scale is None else x / self.scale
+
+    def finish(self):
+        """Put back what was left out as if spread evenly over the columns left out, and write dX."""
+        if self.d_hidden is None:
+            return
+        vocab, depth = self.problem.weight.shape
+        for group in self.groups:
+            left_out = vocab - group.columns.numel()
+            # dz of a whole row sums to 0, except through a softcap, whose slope differs by column.
+            if left_out and self.problem.params.softcap is None:
+                mean = (self.column_sum - group.kept_sum) / left_out
+                group.total.addr_(group.tail, mean, alpha=-1.0)
+            value = self.unscaled(group.total).to(self.d_hidden.dtype)
+            self.d_hidden.view(-1, depth).index_copy_(0, group.rows, value)
+
+
+class Group:
+    def __init__(self, rows, columns, stats, depth):
+        self.rows, self.columns = rows, columns
+        self.total = stats.new_zeros(rows.numel(), depth)
+        self.tail = stats.new_zeros(rows.numel())
+        self.kept_sum = stats.new_zeros(depth)
+
+    def pieces(self, span, workspace):
+        """The group's columns inside the span, in pieces whose gathered rows and logits fit half the workspace."""
+        columns = self.columns
+        if span.start > 0 or span.stop <= int(columns[-1]):
+            bounds = torch.tensor([span.start, span.stop], device=columns.device)
+            first, last = torch.searchsorted(columns, bounds).tolist()
+            columns = columns[first:last]
+        cell = self.total.element_size() * (2 * self.total.shape[1] + 2 * self.rows.numel())
+        return [c for c in columns.split(max(workspace // 2 // cell, 16)) if c.numel()]
+
+
+def add_rows(destination, index, value):
+    """destination[index] += value for indices that do not repeat: a gather and a scatter, in a fixed order."""
+    destination.index_copy_(0, index, destination.index_select(0, index) + value)
