@@ -2,6 +2,8 @@
 
 import torch
 
+FAVOURED_BELOW, BASE = 0.7, 2.0  # rows under 0.7 nats: a 2-nat distribution and one favourite on top of it
+
 
 def rl_entropies(n, generator):
     """(n,) target entropies in nats: half under 0.01, 80 % under 0.7, then an exponential tail to 5."""
@@ -12,7 +14,13 @@ def rl_entropies(n, generator):
     return torch.where(u < 0.5, low, torch.where(u < 0.8, middle, tail)).clamp(max=5.0)
 
 
-def refine(scale, raw, wanted, steps=4):
+def entropy(z):
+    """(..., V) logits -> nats"""
+    logp = z.log_softmax(-1)
+    return -(logp.exp() * logp).sum(-1)
+
+
+def refine(scale, raw, wanted, steps=5):
     """Newton on log entropy over log scale, row by row: the rows' own entropies become the wanted ones."""
     for _ in range(steps):
         z = raw * scale[:, None]
@@ -25,43 +33,52 @@ def refine(scale, raw, wanted, steps=4):
     return scale
 
 
-def scales_for(entropies, vocab, generator):
-    """Logit scales whose typical (geometric mean) entropy is the wanted one, read off a table for this vocabulary."""
-    sample = torch.randn(64, vocab, generator=generator)
-    grid = torch.logspace(-0.3, 2.0, 60)
-    table = torch.stack([entropy(s * sample).clamp(min=1e-9).log().mean() for s in grid])
-    order = table.argsort()
-    x, y = table[order], grid.log()[order]
-    at = torch.searchsorted(x, entropies.log()).clamp(1, len(x) - 1)
-    weight = ((entropies.log() - x[at - 1]) / (x[at] - x[at - 1])).clamp(0, 1)
-    return torch.lerp(y[at - 1], y[at], weight).exp()
+def favourite_gap(wanted, rest):
+    """Logit difference of one token over all others (log-sum-exp, entropy ``rest``) that makes the row's entropy
+    ``wanted``: h(p) + (1 - p) rest with p = sigmoid(gap), falling in the gap; by bisection."""
+    low, high = torch.zeros_like(wanted), torch.full_like(wanted, 40.0)
+    for _ in range(50):
+        gap = (low + high) / 2
+        p, q = torch.sigmoid(gap), torch.sigmoid(-gap)
+        now = p * torch.nn.functional.softplus(-gap) + q * (torch.nn.functional.softplus(gap) + rest)
+        low, high = torch.where(now > wanted, gap, low), torch.where(now > wanted, high, gap)
+    return (low + high) / 2
 
 
-def entropy(z):
-    """(..., V) logits -> nats"""
-    logp = z.log_softmax(-1)
-    return -(logp.exp() * logp).sum(-1)
+def with_favourites(hidden, weight, wanted, generator):
+    """Lift one likely token of each peaked row until the row's entropy is the wanted one."""
+    favourite = torch.multinomial((hidden @ weight.T).softmax(1), 1, generator=generator)
+    direction = weight[favourite[:, 0]]
+    for _ in range(3):  # the lift moves the other logits a little
+        z = hidden @ weight.T
+        others = z.scatter(1, favourite, -1e30)
+        gap = z.gather(1, favourite)[:, 0] - others.logsumexp(1)
+        lift = favourite_gap(wanted, entropy(others)) - gap
+        lift = torch.where(wanted < FAVOURED_BELOW, lift, 0.0) / direction.square().sum(1)
+        hidden = hidden + lift[:, None] * direction
+    return hidden
 
 
-def problem(n, vocab, depth, profile="rl", dtype=torch.float32, device="cpu", seed=0, drift=0.05):
-    """hidden (n, D), weight (V, D), targets sampled from the model, old_logprobs near the model's, advantages (n,).
+def problem(n, vocab, depth, profile="rl", dtype=torch.float32, device="cpu", seed=0, drift=0.05, shared=0.4):
+    """hidden (n, D), weight (V, D), targets sampled from the model, old_logprobs near the model's, upstream (n,).
 
-    The weight has the anisotropy of trained heads: a common direction that every row of it shares.
+    As in trained models the rows of the weight have a mean, and hidden states have a common direction: ``shared`` is
+    its part of the logits' variance, so that frequent tokens are frequent everywhere. shared=0: every row has likely
+    columns of its own, the worst case for columns kept per block. profile "rl" or "flat" (unit-variance logits).
     """
     g = torch.Generator().manual_seed(seed)
     weight = torch.randn(vocab, depth, generator=g) / depth**0.5
     weight += 0.3 * torch.randn(1, depth, generator=g) / depth**0.5
-    hidden = torch.randn(n, depth, generator=g)
+    common = torch.randn(1, depth, generator=g)
+    hidden = shared**0.5 * common + (1 - shared) ** 0.5 * torch.randn(n, depth, generator=g)
     wanted = rl_entropies(n, g)
-    scale = torch.ones(n) if profile == "flat" else scales_for(wanted, vocab, g)
-    targets = torch.empty(n, dtype=torch.int64)
-    logp = torch.empty(n)
+    targets, logp = torch.empty(n, dtype=torch.int64), torch.empty(n)
     for rows in torch.arange(n).split(256):
-        raw = hidden[rows] @ weight.T
         if profile != "flat":
-            scale[rows] = refine(scale[rows], raw, wanted[rows])
-        hidden[rows] *= scale[rows, None]
-        z = (raw * scale[rows, None]).log_softmax(1)
+            base = torch.where(wanted[rows] < FAVOURED_BELOW, BASE, wanted[rows])
+            scale = refine(torch.full((len(rows),), 3.0), hidden[rows] @ weight.T, base)
+            hidden[rows] = with_favourites(hidden[rows] * scale[:, None], weight, wanted[rows], g)
+        z = (hidden[rows] @ weight.T).log_softmax(1)
         targets[rows] = torch.multinomial(z.exp(), 1, generator=g)[:, 0]
         logp[rows] = z.gather(1, targets[rows, None])[:, 0]
     old = (logp * (1 + drift * torch.randn(n, generator=g))).clamp(max=0.0)

@@ -49,8 +49,8 @@ def check_head(hidden, weight, targets, bias):
     for name, value in (("hidden", hidden), ("weight", weight), ("bias", bias)):
         if type(value).__name__ == "DTensor":
             raise ValueError(
-                f"{name} must be a whole plain tensor, got a DTensor: call the op inside lm_head's forward, where FSDP2 "
-                "has unsharded it (full_tensor() would leave its gradient unreduced)"
+                f"{name} must be a whole plain tensor, got a DTensor: call the op inside lm_head's forward, where "
+                "FSDP2 has unsharded it (full_tensor() would leave its gradient unreduced)"
             )
     if weight.dtype not in DTYPES:
         raise ValueError(f"weight must be float32, bfloat16, float16 or float64, got {weight.dtype}")

@@ -283,7 +283,9 @@ def backward(problem, stats, grad_logp, grad_entropy, needs):
     active = (problem.targets != IGNORE) & torch.stack([g != 0 for g in grads]).any(0)
     rows, count = compact_rows(active)
     chunks = Chunks(problem, needs)
-    launch = Launcher(problem, stats, grads, rows, count, row_scale(*(torch.where(active, g, 0.0) for g in grads)), chunks)
+    launch = Launcher(
+        problem, stats, grads, rows, count, row_scale(*(torch.where(active, g, 0.0) for g in grads)), chunks
+    )
     for chunk in chunks:
         launch.dlogits(*chunk)
         if needs[0]:

@@ -1,9 +1,12 @@
 """Fused forward: a program owns a block of rows and a run of vocabulary columns; logits stay in fp32 registers."""
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 
+from fastgrpo.backends.certified import Certificate, cutoff, distrust
 from fastgrpo.backends.problem import HeadProblem
 from fastgrpo.inputs import IGNORE, compact_rows
 from fastgrpo.kernels import tiles
@@ -20,7 +23,36 @@ from fastgrpo.kernels.common import (
     softplus,
 )  # fmt: skip
 
-PARTIALS = 4  # max, sum of exp, sum of exp * (max - z), label's logit
+PARTIALS = 5  # max, sum of exp, sum of exp * (max - z), label's logit; certified: sum of exp outside the flags
+
+
+@triton.jit
+def label_logits(
+    hidden_ptrs,  # (BLOCK_N,)
+    label,  # (BLOCK_N,) ids inside [0, V)
+    weight_ptr,  # (V, D)
+    bias_ptr,  # (V,) or None
+    strides,
+    D: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """hidden . weight[label] + bias[label] of each row, fp32."""
+    offs_d = tl.arange(0, BLOCK_D)
+    h_ptrs = hidden_ptrs[:, None] + offs_d[None, :] * strides.hidden_d
+    w_ptrs = weight_ptr + label[:, None] * strides.weight_v + offs_d[None, :] * tl.cast(strides.weight_d, tl.int64)
+    acc = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    for start in range(0, D, BLOCK_D):
+        mask_d = (start + offs_d < D)[None, :]
+        h = tl.load(h_ptrs, mask=mask_d, other=0.0).to(COMPUTE).to(tl.float32)
+        w = tl.load(w_ptrs, mask=mask_d, other=0.0).to(COMPUTE).to(tl.float32)
+        acc += tl.sum(h * w, axis=1)
+        h_ptrs += BLOCK_D * strides.hidden_d
+        w_ptrs += BLOCK_D * strides.weight_d
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + label).to(tl.float32)
+    return acc
 
 
 @triton.jit(do_not_specialize=["N", "T", "run", "runs"])
@@ -32,7 +64,9 @@ def forward_kernel(
     temperature_ptr,  # (N,) or None
     rows_ptr,  # (N,) rows to do
     count_ptr,  # (1,) how many
-    partials_ptr,  # (4, runs, N)
+    hint_ptr,  # (N,) log-probs near the current ones, or None
+    flags_ptr,  # (blocks, V) out: columns some row of the block keeps; None: not certified
+    partials_ptr,  # (5, runs, N) out
     N,
     V,
     T,
@@ -40,6 +74,7 @@ def forward_kernel(
     runs,
     strides,  # Strides
     logits,  # Logits
+    log_cutoff,  # a column is kept where log p reaches it
     ENTROPY: tl.constexpr,
     D: tl.constexpr,
     COMPUTE: tl.constexpr,
@@ -68,12 +103,27 @@ def forward_kernel(
     total = tl.zeros((BLOCK_N,), tl.float32)
     spread = tl.zeros((BLOCK_N,), tl.float32)
     label_z = tl.zeros((BLOCK_N,), tl.float32)
+    dropped = tl.zeros((BLOCK_N,), tl.float32)
+    threshold = tl.zeros((BLOCK_N,), tl.float32)
+    if flags_ptr is not None:
+        known = tl.where((label >= 0) & (label < V), label, 0)
+        guess = label_logits(h_ptrs, known, weight_ptr, bias_ptr, strides, D, COMPUTE, BLOCK_N, BLOCK_D)
+        guess = tl.sum(cap(guess[:, None], logits) * inv_temperature, axis=1)
+        if hint_ptr is not None:
+            hint = tl.load(hint_ptr + rows, mask=mask_n, other=0.0)
+            guess -= hint
+        threshold = tl.where(guess == guess, guess, 0.0) + log_cutoff
     for first_v in range(this_run * run, tl.minimum(V, (this_run + 1) * run), BLOCK_V):
         z = raw_logits(h_ptrs, weight_ptr, bias_ptr, first_v, V, strides, D, COMPUTE, BLOCK_N, BLOCK_V, BLOCK_D)
         z = cap(z, logits) * inv_temperature
         offs_v = first_v + tl.arange(0, BLOCK_V)
         is_label = offs_v[None, :] == label[:, None]
         label_z += tl.sum(tl.where(is_label, z, 0.0), axis=1)
+        if flags_ptr is not None:
+            hit = ((z >= threshold[:, None]) & mask_n[:, None]) | is_label
+            kept = tl.max(hit.to(tl.int32), axis=0)
+            flags = flags_ptr + tl.cast(block, tl.int64) * V + offs_v
+            tl.store(flags, kept.to(tl.uint8), mask=offs_v < V)
         z = tl.where(is_label | (offs_v >= V)[None, :], NOTHING, z)
         new_peak = tl.maximum(peak, tl.max(z, axis=1), propagate_nan=tl.PropagateNan.ALL)
         decay = tl.exp(peak - new_peak)
@@ -83,6 +133,10 @@ def forward_kernel(
             spread = (spread + (new_peak - peak) * total) * decay - tl.sum(e * below, axis=1)
         total = total * decay + tl.sum(e, axis=1)
         peak = new_peak
+        if flags_ptr is not None:
+            dropped = dropped * decay + tl.sum(tl.where((kept == 0)[None, :], e, 0.0), axis=1)
+            if hint_ptr is None:  # the running value serves
+                threshold = tl.maximum(threshold, peak + tl.log(total) + log_cutoff)
 
     out = partials_ptr + this_run.to(tl.int64) * N + offs_n
     step = tl.cast(runs, tl.int64) * N
@@ -90,14 +144,17 @@ def forward_kernel(
     tl.store(out + step, total, mask=mask_n)
     tl.store(out + 2 * step, spread, mask=mask_n)
     tl.store(out + 3 * step, label_z, mask=mask_n)
+    if flags_ptr is not None:
+        tl.store(out + 4 * step, dropped, mask=mask_n)
 
 
 @triton.jit(do_not_specialize=["N", "runs"])
 def combine_kernel(
-    partials_ptr,  # (4, runs, N)
+    partials_ptr,  # (5, runs, N)
     targets_ptr,  # (N,)
     rows_ptr,  # (N,)
     count_ptr,  # (1,)
+    dropped_ptr,  # (N,) out, in the order of rows: probability outside the flags; None: not certified
     stats_ptr,  # (5, N): log-prob, peak, log-sum-exp - peak, 1 - p, entropy
     N,
     V,
@@ -116,6 +173,7 @@ def combine_kernel(
     total = tl.zeros((BLOCK,), tl.float32)
     spread = tl.zeros((BLOCK,), tl.float32)
     label_z = tl.zeros((BLOCK,), tl.float32)
+    dropped = tl.zeros((BLOCK,), tl.float32)
     for i in range(runs):
         part = partials_ptr + tl.cast(i, tl.int64) * N + offs_n
         run_peak = tl.load(part, mask=mask_n, other=FLOOR)
@@ -128,6 +186,8 @@ def combine_kernel(
         spread = (spread + (new_peak - peak) * total) * old_decay
         spread += (run_spread + (new_peak - run_peak) * run_total) * run_decay
         total = total * old_decay + run_total * run_decay
+        if dropped_ptr is not None:
+            dropped = dropped * old_decay + tl.load(part + 4 * step, mask=mask_n, other=0.0) * run_decay
         peak = new_peak
 
     label_z = tl.where(label_z < ABSENT, -float("inf"), label_z)
@@ -146,6 +206,8 @@ def combine_kernel(
     tl.store(out + 2 * n, offset, mask=mask_n)
     tl.store(out + 3 * n, other_mass, mask=mask_n)
     tl.store(out + 4 * n, own + rest, mask=mask_n)
+    if dropped_ptr is not None:
+        tl.store(dropped_ptr + offs_n, tl.where(total == 0, 0.0, dropped / total * other_mass), mask=mask_n)
 
 
 def logit_arguments(problem):
@@ -171,17 +233,44 @@ def vocabulary_runs(blocks, columns, block_v, device):
 
 def forward(problem: HeadProblem):
     """(5, N) statistics of every counted row; launches two kernels and never waits for them."""
+    return run_forward(problem, *compact_rows(problem.targets != IGNORE), None, None, None)
+
+
+def certified_forward(problem: HeadProblem, hint):
+    """The statistics and a :class:`fastgrpo.backends.certified.Certificate`; no waiting either.
+
+    Args:
+        hint: (N,) float32 log-probs <= 0 near the current ones, or None. Rows are sorted by it.
+    """
+    n, vocab, _ = problem.sizes
+    device = problem.hidden.device
+    counted = problem.targets != IGNORE
+    rows, count = compact_rows(counted)
+    if hint is not None:
+        rows = torch.where(counted, hint, torch.inf).argsort(stable=True)
+    block = forward_tile(problem, certified=True).rows
+    flags = torch.zeros(triton.cdiv(n, block), vocab, dtype=torch.uint8, device=device)
+    dropped = torch.zeros(n, dtype=torch.float32, device=device)
+    stats = run_forward(problem, rows, count, hint, flags, dropped)
+    dropped = distrust(dropped, stats[0, rows], None if hint is None else hint[rows])
+    return stats, Certificate(rows, flags.view(torch.bool), dropped, block)
+
+
+def forward_tile(problem, certified):
+    full = problem.params.entropy or has_extras(problem) or certified
+    return tiles.for_tensor("forward_full" if full else "forward", problem.params.compute_dtype, problem.hidden.device)
+
+
+def run_forward(problem, rows, count, hint, flags, dropped):
     n, vocab, depth = problem.sizes
     stats = problem.new_stats(torch.float32)
     if n == 0:
         return stats
     device = problem.hidden.device
-    rows, count = compact_rows(problem.targets != IGNORE)
-    full = problem.params.entropy or has_extras(problem)
-    tile = tiles.for_tensor("forward_full" if full else "forward", problem.params.compute_dtype, device)
+    tile = forward_tile(problem, certified=flags is not None)
     blocks = triton.cdiv(n, tile.rows)
     runs, run = vocabulary_runs(blocks, vocab, tile.cols, device)
-    partials = torch.empty(PARTIALS, runs, n, dtype=torch.float32, device=device)
+    partials = torch.empty(PARTIALS if flags is not None else PARTIALS - 1, runs, n, dtype=torch.float32, device=device)
     strides, logits = logit_arguments(problem)
     forward_kernel[(triton.cdiv(blocks, tile.group) * tile.group * runs,)](
         hidden_ptr=problem.hidden,
@@ -191,6 +280,8 @@ def forward(problem: HeadProblem):
         temperature_ptr=problem.temperature,
         rows_ptr=rows,
         count_ptr=count,
+        hint_ptr=hint,
+        flags_ptr=flags,
         partials_ptr=partials,
         N=n,
         V=vocab,
@@ -199,6 +290,7 @@ def forward(problem: HeadProblem):
         runs=runs,
         strides=strides,
         logits=logits,
+        log_cutoff=0.0 if flags is None else math.log(cutoff(problem.params.tolerance)),
         ENTROPY=problem.params.entropy,
         D=depth,
         COMPUTE=TO_TRITON[str(problem.params.compute_dtype)],
@@ -214,6 +306,7 @@ def forward(problem: HeadProblem):
         targets_ptr=problem.targets,
         rows_ptr=rows,
         count_ptr=count,
+        dropped_ptr=dropped,
         stats_ptr=stats,
         N=n,
         V=vocab,

@@ -1,10 +1,10 @@
 """The certified backward: only the columns that matter, with a proof of what was left out.
 
-The forward sorts the rows, keeps one flag per (block of rows, column), "some row has p >= cutoff here", and sums for every
-row the probability mass outside its block's flagged columns: its certificate. The backward recomputes the flagged
-logits of each group of blocks with ordinary GEMMs; rows whose certificate is too large keep all columns. What a row
-leaves out is known to the bit of the certificate; it is put back as if spread evenly over the columns left out, which
-removes the part of the error that adds up (the columns share a direction). Bad hints cost time, never correctness.
+The forward sorts the rows, keeps one flag per (block of rows, column), "some row has p >= cutoff here", and sums for
+every row the probability mass outside its block's flagged columns: its certificate. The backward recomputes the flagged
+logits of each group of blocks with ordinary GEMMs; rows whose certificate is too large keep all columns. How much a row
+leaves out is known; it is put back as if spread evenly over the columns left out, which removes the part of the error
+that adds up (the columns share a direction). Bad hints cost time, never correctness.
 """
 
 import math
@@ -17,17 +17,18 @@ from fastgrpo.backends.problem import FLOOR, NOTHING
 from fastgrpo.inputs import IGNORE
 
 BLOCK = 128  # rows that share their flags
-CUTOFF_PER_TOLERANCE = 2.0**-8  # columns of p >= tolerance * this are flagged
+CUTOFF_PER_TOLERANCE = 2.0**-7  # columns of p >= tolerance * this are flagged
 MOSTLY_FLAT = 0.5  # share of rows over the tolerance from which on the exact path is cheaper
 # What one more kept column of a group costs beside its GEMM (gather, scatter), in rows of GEMM; measured.
-OVERHEAD_ROWS = {"cpu": 64, "cuda": 256}
+OVERHEAD_ROWS = {"cpu": 48, "cuda": 256}
 LEVELS = 4  # groups of up to 2^LEVELS blocks
+HINT_SLACK = 1.4  # nats by which a hint may fall short: the cutoff is then at most 4 times too high
 TRUSTED = (1e-20, 1e30)  # range of a row's sum of exp in which the guessed shift was good enough
 
 
 @dataclass(frozen=True)
 class Certificate:
-    order: torch.Tensor  # (n,) int64, counted rows, alike ones next to each other
+    order: torch.Tensor  # (n,) int64, alike rows next to each other; ignored ones left out or last
     flags: torch.Tensor  # (ceil(n / block), V) bool, columns kept
     dropped: torch.Tensor  # (n,) probability outside the flagged columns, of rows in this order
     block: int
@@ -45,7 +46,7 @@ def forward(problem, hint=None):
     """Statistics as :func:`fastgrpo.backends.torch_backend.forward`, and the certificate.
 
     Args:
-        hint: (N,) log-probs close to the current ones, or None. It orders the rows and places the cutoff; the values
+        hint: (N,) log-probs <= 0 close to the current ones, or None. It orders the rows and places the cutoff; values
             do not depend on it.
     """
     reader = dense.Reader(problem)
@@ -53,12 +54,13 @@ def forward(problem, hint=None):
     rows = (problem.targets != IGNORE).nonzero().squeeze(1)
     n, (_, vocab, _) = rows.numel(), problem.sizes
     if hint is not None:
-        rows = rows[torch.nan_to_num(hint[rows], nan=0.0).argsort(stable=True)]
+        rows = rows[hint[rows].argsort(stable=True)]
     flags = torch.zeros(-(-n // BLOCK), vocab, dtype=torch.bool, device=stats.device)
     dropped = stats.new_zeros(n)
     if n == 0:
         return stats, Certificate(rows, flags, dropped, BLOCK)
     label = label_logits(problem, reader, rows)
+    keep_labels(flags, problem.targets[rows])
     fold = Fold(problem, label, None if hint is None else hint[rows], flags)
     tile = dense.tiling(problem, n, buffers=2)
     height = -(-tile.rows // BLOCK) * BLOCK
@@ -76,9 +78,8 @@ def forward(problem, hint=None):
             dense.transformed(problem, z, bias, dense.row_inverse_temperature(problem, index))
             whole[index.numel() :] = NOTHING
             fold.tile(whole, problem.targets[index] - v, r, v)
-    keep_labels(flags, problem.targets[rows])
     stats[:, rows] = dense.combine((fold.shift, fold.total, fold.spread), label)
-    dropped = fold.dropped / fold.total * stats[3, rows]
+    dropped = distrust(fold.dropped / fold.total * stats[3, rows], stats[0, rows], None if hint is None else hint[rows])
     return repair(problem, stats, Certificate(rows, flags, dropped, BLOCK), fold.total)
 
 
@@ -103,7 +104,7 @@ class Fold:
     def __init__(self, problem, label, hint, flags):
         self.log_cutoff = math.log(cutoff(problem.params.tolerance))
         self.entropy, self.flags, self.label = problem.params.entropy, flags, label
-        guess = label if hint is None else label - hint.clamp(max=0.0)
+        guess = label if hint is None else label - hint
         self.guided = hint is not None
         self.shift = torch.nan_to_num(guess, nan=0.0, posinf=0.0, neginf=FLOOR) + self.log_cutoff
         self.total, self.spread, self.dropped = torch.zeros(3, label.numel(), dtype=label.dtype, device=label.device)
@@ -117,8 +118,8 @@ class Fold:
             self.raise_shift(z[:n], part, first=v == 0)
         z[:n] -= self.shift[part, None]
         grouped = z.view(blocks, BLOCK, -1)
-        kept = grouped.amax(1) >= 0
-        self.flags[r // BLOCK : r // BLOCK + blocks, v : v + z.shape[1]] = kept
+        kept = self.flags[r // BLOCK : r // BLOCK + blocks, v : v + z.shape[1]]
+        kept |= grouped.amax(1) >= 0
         if self.entropy:
             weighted = dense.exp_(z[:n].clamp_(min=dense.FAR).clone())
             self.spread[part] -= (z[:n] * weighted).sum(1)
@@ -148,6 +149,11 @@ def keep_labels(flags, targets):
     flags[blocks, targets.clamp(0, flags.shape[1] - 1)] = True
 
 
+def distrust(dropped, logp, hint):
+    """A hint far below the log-prob it stands for has put the cutoff too high: such a row keeps all columns."""
+    return dropped if hint is None else torch.where(logp - hint > HINT_SLACK, torch.inf, dropped)
+
+
 def repair(problem, stats, certificate, total):
     """Rows whose shift was so far off that their sums left the trusted range go through the plain forward."""
     bad = ~((total > TRUSTED[0]) & (total < TRUSTED[1]))
@@ -165,23 +171,23 @@ def repair(problem, stats, certificate, total):
 def backward(problem, stats, certificate, grad_logp, needs):
     """Gradients of hidden, weight and bias (None where not needed); the columns kept differ per row.
 
-    A row is left to its flagged columns if ``|g| * dropped <= tolerance * rms(|g| (1 - p))`` over the rows with a
-    gradient: then the relative Frobenius error of dlogits is at most the tolerance.
+    Rows are left to their flagged columns, those that lose least first, while
+    ``sum((g dropped)^2) <= tolerance^2 sum((g (1 - p))^2)``: what a row leaves out has at most the norm ``g dropped``,
+    and the label's entry alone is ``g (1 - p)``: the relative Frobenius error of dlogits is at most the tolerance.
     """
     out = dense.new_gradients(problem, needs)
     if not any(needs):
         return out
     order, grad = certificate.order, grad_logp[certificate.order]
-    active = grad != 0
-    scale = (grad * stats[3, order]).square().sum() / active.sum().clamp(min=1)
-    allowed = problem.params.tolerance * scale.sqrt()
-    sparse = active & (grad.abs() * certificate.dropped <= allowed)  # a NaN is never sparse
-    groups = plan_groups(problem, certificate, active, sparse)
-    if groups is None:
-        dense.add_exact_rows(problem, stats, order[active], [grad_logp], out)
+    active = (grad != 0) & (problem.targets[order] != IGNORE)
+    norm = torch.where(active, grad * stats[3, order], 0.0).square().sum()
+    sparse = active & within_budget((grad * certificate.dropped).square(), problem.params.tolerance**2 * norm, active)
+    groups, whole = plan_groups(problem, certificate, active, sparse)
+    kept = order[whole].sort().values
+    if not groups:
+        dense.add_exact_rows(problem, stats, kept, [grad_logp], out)
         return out
-    kept = order[active & ~sparse]
-    work = SparseRows(problem, stats, groups, grad_logp, out[0])
+    work = SparseRows(problem, stats, groups, grad_logp, out[0], d_weight=needs[1])
     narrow = needs[1] and problem.weight.dtype != stats.dtype
     if narrow:  # dW needs an fp32 sum of every chunk: both kinds of rows go through the vocabulary together
         dense.add_exact_rows(problem, stats, kept, [grad_logp], out, extra=work)
@@ -192,11 +198,24 @@ def backward(problem, stats, certificate, grad_logp, needs):
     return out
 
 
-def plan_groups(problem, certificate, active, sparse):
-    """Rows and columns of each group, [(positions, columns)], or None where the exact path is cheaper.
+def within_budget(costs, budget, active):
+    """(n,) bool: the cheapest active rows whose costs together stay within the budget; a NaN never does.
 
-    Neighbouring blocks share a group where the union of their columns costs less than their own; the best partition
-    of aligned runs of 1, 2, 4, ... blocks is found on the host from counts that are copied once.
+    Summed as integers, so that the choice is the same on every run on every device.
+    """
+    one = 2**40
+    share = torch.nan_to_num(costs / budget, nan=2.0, posinf=2.0).clamp(max=2.0)
+    units = torch.where(active, (share.double() * one).ceil().to(torch.int64), 0)
+    ranked, order = units.sort(stable=True)
+    return torch.zeros_like(active).scatter_(0, order, ranked.cumsum(0) <= one)
+
+
+def plan_groups(problem, certificate, active, sparse):
+    """-> rows and columns of each group, [(rows, columns)]; (n,) bool, the positions that keep all columns.
+
+    Neighbouring blocks share a group where the union of their columns costs less than their own, and keep all columns
+    where that costs less; the best partition of aligned runs of 1, 2, 4, ... blocks is found on the host from counts
+    that are copied once.
     """
     flags = certificate.flags
     blocks, vocab = flags.shape
@@ -210,18 +229,19 @@ def plan_groups(problem, certificate, active, sparse):
         sizes.append(numbers[at : at + level.numel()])
         at += level.numel()
     overhead = OVERHEAD_ROWS.get(flags.device.type, 256)
-    runs, cost = best_partition(rows, sizes, overhead)
+    runs, cost = best_partition(rows, sizes, overhead, vocab)
     n_dense = n_active - sum(rows)
     if n_dense > MOSTLY_FLAT * n_active or cost + n_dense * vocab > 0.9 * n_active * vocab:
-        return None
-    groups = []
-    for first, last in runs:
-        if sum(rows[first:last]):
-            positions = first * certificate.block + (
-                sparse[first * certificate.block : last * certificate.block].nonzero().squeeze(1)
-            )
+        return [], active
+    whole, groups = active & ~sparse, []
+    for first, last, gathered in runs:
+        span = slice(first * certificate.block, last * certificate.block)
+        if not gathered:
+            whole[span] = active[span]
+        elif sum(rows[first:last]):
+            positions = span.start + sparse[span].nonzero().squeeze(1)
             groups.append((certificate.order[positions], flags[first:last].any(0).nonzero().squeeze(1)))
-    return groups
+    return groups, whole
 
 
 def level_counts(flags, chunk=16384):
@@ -238,19 +258,22 @@ def level_counts(flags, chunk=16384):
     return totals
 
 
-def best_partition(rows, sizes, overhead):
-    """-> [(first block, last block)], cost in cells. ``sizes[k][i]``: columns of blocks [i 2^k, (i + 1) 2^k)."""
-    best = [([(i, i + 1)], (rows[i] + overhead) * sizes[0][i] if rows[i] else 0) for i in range(len(rows))]
-    for level in range(1, len(sizes)):
-        width = 2**level
-        merged = []
-        for i, columns in enumerate(sizes[level]):
+def best_partition(rows, sizes, overhead, vocab):
+    """-> [(first block, last block, whether its columns are gathered)], cost in cells.
+
+    ``sizes[k][i]``: columns of blocks [i 2^k, (i + 1) 2^k). Gathering costs (rows + overhead) * columns.
+    """
+    best = []
+    for level, columns_of in enumerate(sizes):
+        width, merged = 2**level, []
+        for i, columns in enumerate(columns_of):
+            first, last = i * width, min((i + 1) * width, len(rows))
+            members = sum(rows[first:last])
+            gathered, whole = (members + overhead) * columns if members else 0, members * vocab
+            own = ([(first, last, gathered <= whole)], min(gathered, whole))
             children = best[2 * i : 2 * i + 2]
-            apart = ([run for c in children for run in c[0]], sum(c[1] for c in children))
-            span = (i * width, min((i + 1) * width, len(rows)))
-            members = sum(rows[span[0] : span[1]])
-            together = (members + overhead) * columns if members else 0
-            merged.append(([span], together) if together < apart[1] else apart)
+            apart = sum(c[1] for c in children) if children else math.inf
+            merged.append(own if own[1] < apart else ([run for c in children for run in c[0]], apart))
         best = merged
     return [run for runs, _ in best for run in runs], sum(cost for _, cost in best)
 
@@ -258,13 +281,19 @@ def best_partition(rows, sizes, overhead):
 class SparseRows:
     """Adds the groups' part of the gradients, a range of columns at a time."""
 
-    def __init__(self, problem, stats, groups, grad_logp, d_hidden):
+    def __init__(self, problem, stats, groups, grad_logp, d_hidden, d_weight):
         self.problem, self.stats, self.grad, self.d_hidden = problem, stats, grad_logp, d_hidden
         self.reader = dense.Reader(problem)
         depth = problem.weight.shape[1]
         self.groups = [Group(rows, columns, stats, depth) for rows, columns in groups]
         self.column_sum = stats.new_zeros(depth)
         self.scale = dense.row_scale(grad_logp) if self.reader.native else None
+        # Fresh memory costs a page fault every 4 KiB, several times the gather itself: each buffer is made once.
+        columns = max([g.piece(problem.params.workspace) for g in self.groups], default=0)
+        cells = max([g.piece(problem.params.workspace) * g.rows.numel() for g in self.groups], default=0)
+        self.kept = torch.empty(columns, depth, dtype=problem.weight.dtype, device=stats.device)
+        self.logits = stats.new_empty(0 if self.reader.native else cells)
+        self.product = stats.new_empty(0 if self.reader.native or not d_weight else columns, depth)
 
     def add(self, span, weight, d_weight, d_bias):
         """weight: rows ``span`` of the head; d_weight (C, D) and d_bias (C,) of the same rows are added to, or None."""
@@ -276,16 +305,18 @@ class SparseRows:
 
     def add_piece(self, group, columns, local, weight, d_weight, d_bias):
         problem, reader, rows = self.problem, self.reader, group.rows
-        kept = reader.cast(weight.index_select(0, local))
+        n, k = rows.numel(), columns.numel()
+        source = weight if weight.dtype == self.kept.dtype else weight.to(self.kept.dtype)
+        kept = reader.cast(torch.index_select(source, 0, local, out=self.kept[:k]))
         hidden = reader.hidden(rows)
-        z = reader.mm(hidden, kept.t(), self.stats.new_empty(rows.numel(), columns.numel()))
+        z = reader.mm(hidden, kept.t(), self.logits[: n * k].view(n, k) if self.logits.numel() else None)
         label = torch.searchsorted(columns, problem.targets[rows])
         found = columns[label.clamp(max=columns.numel() - 1)] == problem.targets[rows]
         bias = None if problem.bias is None else problem.bias[columns]
         grad = self.grad[rows] if self.scale is None else self.grad[rows] * self.scale
         dz = dense.logits_gradient(problem, z, bias, rows, torch.where(found, label, -1), self.stats[:, rows], grad)
         if d_bias is not None:
-            add_rows(d_bias, local, self.unscaled(dz.sum(0)))
+            d_bias.index_add_(0, local, self.unscaled(dz.sum(0)))  # no index repeats: any order gives the same sum
         if self.d_hidden is not None:
             group.tail += dz.sum(1)
             group.kept_sum += kept.sum(0, dtype=self.stats.dtype)
@@ -294,7 +325,7 @@ class SparseRows:
         if self.d_hidden is not None:
             reader.add_mm(group.total, dz, kept)
         if d_weight is not None:
-            add_rows(d_weight, local, self.unscaled(reader.mm(dz.t(), hidden, None)))
+            d_weight.index_add_(0, local, self.unscaled(reader.mm(dz.t(), hidden, self.product[:k])))
 
     def unscaled(self, x):
         return x if self.scale is None else x / self.scale
@@ -328,10 +359,9 @@ class Group:
             bounds = torch.tensor([span.start, span.stop], device=columns.device)
             first, last = torch.searchsorted(columns, bounds).tolist()
             columns = columns[first:last]
-        cell = self.total.element_size() * (2 * self.total.shape[1] + 2 * self.rows.numel())
-        return [c for c in columns.split(max(workspace // 2 // cell, 16)) if c.numel()]
+        return [c for c in columns.split(self.piece(workspace)) if c.numel()]
 
-
-def add_rows(destination, index, value):
-    """destination[index] += value for indices that do not repeat: a gather and a scatter, in a fixed order."""
-    destination.index_copy_(0, index, destination.index_select(0, index) + value)
+    def piece(self, workspace):
+        """How many columns at once: gathered, cast and multiplied, and their logits, in half the workspace."""
+        cell = self.total.element_size() * (3 * self.total.shape[1] + 2 * self.rows.numel())
+        return min(max(workspace // 2 // cell, 16), self.columns.numel())

@@ -19,6 +19,11 @@ def forward(problem):
         return _forward.forward(problem)
 
 
+def certified_forward(problem, hint):
+    with on_device(problem.hidden):
+        return _forward.certified_forward(problem, hint)
+
+
 def backward(problem, stats, grad_logp, grad_entropy, needs):
     with on_device(problem.hidden):
         return _backward.backward(problem, stats, grad_logp, grad_entropy, needs)
