@@ -28,7 +28,8 @@ class GRPOLoss(NamedTuple):
 class Batch:
     """The flat batch: every tensor (N,) in the accumulator's dtype, cleaned where the mask is 0."""
 
-    mask: torch.Tensor
+    mask: torch.Tensor  # 1 where a token counts
+    measured: torch.Tensor  # bool: where its log-prob is computed too
     advantages: torch.Tensor
     old: torch.Tensor | None
     ref: torch.Tensor | None
@@ -73,6 +74,8 @@ def grpo_loss(
     backend="auto",
     backward="auto",
     temperature=None,
+    return_logprobs=True,
+    tolerance=None,
     workspace_mb=128,
 ):
     """The GRPO-family loss of a batch of completions, from hidden states and LM head, never holding their logits.
@@ -92,16 +95,20 @@ def grpo_loss(
         num_items: normaliser of dapo, cispo and vespo (ignored by the others); a number or 0-dim tensor; None: the
             counted tokens of this call.
         entropy_threshold: for ``top_entropy_quantile`` across ranks; None: the quantile of the given tokens.
-        bias, softcap, logit_scale, backend, backward, workspace_mb: see :func:`linear_logprobs`.
+        bias, softcap, logit_scale, backend, backward, tolerance, workspace_mb: see :func:`linear_logprobs`; the hint of
+            the certified backward is ``old_logprobs``, else ``sampling_logprobs``.
         temperature: overrides ``config.temperature``; a number or a float tensor shaped like ``targets``.
+        return_logprobs: False: tokens that cannot have a gradient (advantage 0, no KL, no entropy term) skip the
+            forward too; loss and gradients are the same, their ``logprobs`` and ``entropy`` are 0.
 
     Returns:
         ``GRPOLoss``: ``loss`` 0-dim, differentiable in hidden, weight and bias; ``logprobs`` detached, like
         ``targets``, 0 where not counted; ``entropy`` likewise (nats), or None when ``config.log_entropy`` is False and
-        the loss does not need it; ``metrics`` 0-dim tensors: sums over the counted tokens (``kl_sum``,
+        the loss does not need it; ``metrics`` 0-dim tensors: sums over the measured tokens (``kl_sum``,
         ``entropy_sum``, ``ratio_sum``, ``clip_low_sum``, ``clip_high_sum``, ``clip_region_sum``), ``ratio_min``,
-        ``ratio_max``, and counts (``tokens``, ``active_tokens``, ``skipped_tokens``, ``sequences``). A skipped token
-        has no gradient and costs no backward GEMM. The call never communicates with other ranks.
+        ``ratio_max``, and counts: ``tokens`` (the mask's), ``measured_tokens`` (fewer only without
+        ``return_logprobs``), ``active_tokens`` (with a gradient), ``skipped_tokens`` (without: no backward GEMM),
+        ``sequences``. The call never communicates with other ranks.
 
     Raises:
         ValueError, TypeError: a bad argument, named, with what was expected and what came, before anything runs.
@@ -116,15 +123,18 @@ def grpo_loss(
         targets, segments, config, advantages, mask, old_logprobs, ref_logprobs, sampling_logprobs,
         importance_weights, num_items, entropy_threshold,
     )  # fmt: skip
+    entropy_is_needed = config.top_entropy_quantile < 1.0 and entropy_threshold is None
     batch = flatten(
         hidden, targets, segments, config, advantages, mask, old_logprobs, ref_logprobs, sampling_logprobs,
-        importance_weights,
+        importance_weights, skip=not return_logprobs and not entropy_is_needed,
     )  # fmt: skip
     out = linear_logprobs(
-        hidden, weight, torch.where(batch.mask.view(targets.shape) > 0, targets, inputs.IGNORE), bias,
+        hidden, weight, torch.where(batch.measured.view(targets.shape), targets, inputs.IGNORE), bias,
         temperature=config.temperature if temperature is None else temperature,
         softcap=softcap, logit_scale=logit_scale, return_entropy=config.needs_entropy or config.log_entropy,
-        old_logprobs=old_logprobs, backend=backend, backward=backward, workspace_mb=workspace_mb,
+        old_logprobs=sampling_logprobs if old_logprobs is None else old_logprobs, backend=backend,
+        backward="exact" if config.entropy_coef != 0.0 and backward != "certified" else backward,
+        tolerance=tolerance, workspace_mb=workspace_mb,
     )  # fmt: skip
     logprobs = out.logprobs.reshape(-1)
     entropy = None if out.entropy is None else out.entropy.reshape(-1)
@@ -181,7 +191,7 @@ def check_batch(
 
 def flatten(
     hidden, targets, segments, config, advantages, mask, old_logprobs, ref_logprobs, sampling_logprobs,
-    importance_weights,
+    importance_weights, skip,
 ):  # fmt: skip
     dtype = inputs.accumulator_dtype(hidden)
     counted = targets.reshape(-1) != inputs.IGNORE
@@ -203,16 +213,33 @@ def flatten(
         log_importance = logs if once else segments.sum(tokens(logs))
     elif importance_weights is not None:
         importance = broadcast(importance_weights)
+    advantages, measured = broadcast(advantages), counted
+    if skip and config.beta == 0 and config.entropy_coef == 0.0:
+        measured = counted & may_have_gradient(config, advantages, segments)
+    old = tokens(old_logprobs)
     return Batch(
         mask=counted.to(dtype),
-        advantages=broadcast(advantages),
-        old=tokens(old_logprobs),
+        measured=measured,
+        advantages=advantages,
+        old=None if old is None else torch.where(measured, old, 0.0),
         ref=tokens(ref_logprobs) if config.beta > 0 else None,
         sampling=tokens(None if sampling_logprobs is None else sampling_logprobs),
         importance=importance,
         log_importance=log_importance,
         segments=segments,
     )
+
+
+def may_have_gradient(config, advantages, segments):
+    """(N,) bool: False where the policy term is 0 whatever the log-probs are, so that they need not be known.
+
+    Where a sequence's tokens share a ratio or a mask, one non-zero advantage makes all of them matter.
+    """
+    moving = advantages != 0
+    shared = config.importance_sampling_level != "token" or config.loss_type == "vespo"
+    if shared or config.off_policy_mask_threshold is not None:
+        moving = segments.expand(segments.sum(moving.to(advantages.dtype))) > 0
+    return moving
 
 
 def evaluate(config, batch, logp, entropy, num_items, entropy_threshold, backend):
@@ -226,6 +253,7 @@ def evaluate(config, batch, logp, entropy, num_items, entropy_threshold, backend
     keep = None
     if config.top_entropy_quantile < 1.0:
         keep = high_entropy(entropy, batch.mask, 1.0 - config.top_entropy_quantile, entropy_threshold)
+    # the gate: everything that multiplies the policy term but not the KL
     factors = [batch.importance, off_policy_mask(config, batch, logp, old, lengths), keep]
     factors = [f for f in factors if f is not None]
     gate = torch.stack(factors).prod(0) if factors else None
@@ -282,8 +310,8 @@ def high_entropy(entropy, mask, quantile, threshold=None):
 
 
 def metrics(batch, entropy, kl, ratio, low, high, d_logprobs, d_entropy):
-    """Sums and counts over the counted tokens, which ranks can add; extremes, which they can compare."""
-    counted = batch.mask > 0
+    """Sums and counts over the measured tokens, which ranks can add; extremes, which they can compare."""
+    counted = batch.measured
     active = d_logprobs != 0
     if d_entropy is not None:
         active = active | (d_entropy != 0)
@@ -302,6 +330,7 @@ def metrics(batch, entropy, kl, ratio, low, high, d_logprobs, d_entropy):
         "clip_high_sum": total(high.to(ratio.dtype)),
         "clip_region_sum": total((low | high).to(ratio.dtype)),
         "tokens": tokens,
+        "measured_tokens": counted.sum(),
         "active_tokens": active_tokens,
         "skipped_tokens": tokens - active_tokens,
         "sequences": tokens.new_full((), batch.segments.count),

@@ -38,7 +38,7 @@ def grpo_loss(
     hidden, weight, targets, advantages, config=None, mask=None, cu_seqlens=None, old_logprobs=None,
     ref_logprobs=None, sampling_logprobs=None, importance_weights=None, num_items=None, entropy_threshold=None,
     bias=None, softcap=None, logit_scale=1.0, backend="auto", backward="auto", temperature=None, tolerance=None,
-    workspace_mb=None,
+    return_logprobs=True, workspace_mb=None,
 ):  # fmt: skip
     """Same arguments and loss as :func:`fastgrpo.grpo_loss`, computed sequence by sequence; no metrics."""
     from fastgrpo.loss import GRPOLoss

@@ -257,8 +257,9 @@ def certified_forward(problem: HeadProblem, hint):
 
 
 def forward_tile(problem, certified):
-    full = problem.params.entropy or has_extras(problem) or certified
-    return tiles.for_tensor("forward_full" if full else "forward", problem.params.compute_dtype, problem.hidden.device)
+    name = "forward_certified" if certified else "forward"
+    name += "_full" if problem.params.entropy or has_extras(problem) else ""
+    return tiles.for_tensor(name, problem.params.compute_dtype, problem.hidden.device)
 
 
 def run_forward(problem, rows, count, hint, flags, dropped):

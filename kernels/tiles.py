@@ -25,13 +25,21 @@ SQUARE = {
     "sm_100": Tile(128, 128, 64, 8, 3),
     "gfx942": Tile(128, 128, 32, 8, 2),
 }
+NARROW = {
+    "default": Tile(128, 64, 32, 8, 3),
+    "sm_90": Tile(128, 64, 64, 8, 3),
+    "sm_100": Tile(128, 64, 64, 8, 3),
+    "gfx942": Tile(128, 64, 32, 8, 2),
+}
 LOGITS = {**SQUARE, "sm_80": Tile(128, 128, 64, 8, 3)}
 TILES = {
     "forward": {2: LOGITS, 4: FP32},
     # bias, softcap, per-token temperature or entropy: more values live at once (sm_100 spills at 128 columns)
     "forward_full": {2: {**LOGITS, "sm_100": Tile(128, 64, 64, 8, 3)}, 4: FP32},
+    "forward_certified": {2: {**LOGITS, "sm_100": Tile(128, 64, 64, 8, 3)}, 4: FP32},
+    "forward_certified_full": {2: NARROW, 4: FP32},
     "dlogits": {2: LOGITS, 4: FP32},
-    "dlogits_full": {2: {"default": Tile(128, 64, 32, 8, 3), "gfx942": Tile(128, 64, 32, 8, 2)}, 4: FP32},
+    "dlogits_full": {2: NARROW, 4: FP32},
     "dhidden": {2: SQUARE, 4: FP32},
     "dweight": {2: SQUARE, 4: FP32},
 }

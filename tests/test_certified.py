@@ -212,3 +212,77 @@ def test_best_partition_merges_and_gives_up_where_it_pays():
     assert plan([128, 128], [[10, 10], [400]], 48, 1000)[0] == [(0, 1, True), (1, 2, True)]
     assert plan([128, 128], [[990, 10], [995]], 48, 1000)[0] == [(0, 1, False), (1, 2, True)]
     assert plan([0, 128, 128], [[0, 10, 10], [10, 10], [11]], 48, 1000)[0] == [(0, 3, True)]
+
+
+def loss_problem(backend, device="cpu", batch=None, sequences=8):
+    """grpo_loss arguments on peaked logits; a third of the sequences have no advantage."""
+    p = peaked(backend, device)
+    n = p["targets"].numel() // sequences * sequences
+    shape = (sequences, n // sequences)
+    advantages = torch.randn(sequences, device=device)
+    advantages[::3] = 0
+    mask = torch.arange(shape[1], device=device) < torch.randint(shape[1] // 2, shape[1], (sequences, 1), device=device)
+    return {
+        "hidden": p["hidden"][:n].view(*shape, -1), "weight": p["weight"], "targets": p["targets"][:n].view(shape),
+        "old_logprobs": p["old_logprobs"][:n].view(shape), "advantages": advantages, "mask": mask,
+        "ref_logprobs": p["old_logprobs"][:n].view(shape) * 0.98,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("settings", [{}, {"beta": 0.05}, {"importance_sampling_level": "sequence"}], ids=str)
+def test_loss(backend, device, settings, packed):
+    from fastgrpo import GRPOLossConfig, grpo_loss
+
+    arguments = loss_problem(backend, device)
+    arguments = problems.packed(arguments) if packed else arguments
+    results = []
+    for backward in ("exact", "certified"):
+        leaf = problems.with_grad(arguments, ("hidden", "weight"))
+        result = grpo_loss(config=GRPOLossConfig(epsilon=0.3, **settings), backward=backward, backend=backend, **leaf)
+        result.loss.backward()
+        results.append((result.loss.detach(), leaf["hidden"].grad, leaf["weight"].grad))
+    assert abs(results[0][0] - results[1][0]) < 1e-5
+    for a, b in zip(results[0][1:], results[1][1:]):
+        assert problems.relative_error(b, a) < 1.2e-4
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "cispo", "sapo", "vespo", "luspo"])
+@pytest.mark.parametrize("level", ["token", "sequence", "sequence_token"])
+def test_tokens_without_advantage_skip_the_forward(backend, device, loss_type, level):
+    """Loss, every normaliser and the gradients are those of the whole batch; the metrics say what was left out."""
+    from fastgrpo import GRPOLossConfig, grpo_loss
+
+    arguments = problems.batch(batch_size=6, seed=3, token_advantages=level == "token")
+    arguments["advantages"][1::2] = 0
+    if level == "token":
+        arguments["advantages"][:, 2] = 0
+    arguments = {k: problems.cast(v, torch.float32, device) for k, v in arguments.items()}
+    for extra in ({}, {"off_policy_mask_threshold": 0.05}):
+        config = GRPOLossConfig(loss_type=loss_type, importance_sampling_level=level, **extra)
+        whole, part = problems.with_grad(arguments), problems.with_grad(arguments)
+        full = grpo_loss(config=config, backend=backend, **whole)
+        short = grpo_loss(config=config, backend=backend, return_logprobs=False, **part)
+        full.loss.backward()
+        short.loss.backward()
+        torch.testing.assert_close(short.loss, full.loss, rtol=1e-5, atol=1e-7)
+        for name in GRADS:
+            torch.testing.assert_close(part[name].grad, whole[name].grad, rtol=1e-4, atol=1e-6)
+        m = short.metrics
+        assert full.metrics["measured_tokens"] == full.metrics["tokens"] == m["tokens"]
+        assert m["measured_tokens"] < m["tokens"]
+        assert m["active_tokens"] == full.metrics["active_tokens"]
+        skipped = (short.logprobs == 0) & (full.logprobs != 0)
+        assert skipped.sum() == m["tokens"] - m["measured_tokens"]
+        seen = (full.logprobs != 0) & ~skipped
+        torch.testing.assert_close(m["entropy_sum"], full.entropy[seen].sum(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("settings", [{"beta": 0.1}, {"entropy_coef": 0.1}, {"top_entropy_quantile": 0.5}], ids=str)
+def test_nothing_is_skipped_where_every_token_matters(settings):
+    from fastgrpo import GRPOLossConfig, grpo_loss
+
+    arguments = problems.batch(seed=3)
+    arguments["advantages"][:] = 0
+    m = grpo_loss(config=GRPOLossConfig(**settings), return_logprobs=False, **arguments).metrics
+    assert m["measured_tokens"] == m["tokens"]
