@@ -28,12 +28,16 @@ class DemoConfig:
     seed: int = 0
     device: str = "auto"
     backend: str = "auto"
+    backward: str = "auto"
+    vocabulary: int = 32
     output: str = "runs/demo"
 
     def __post_init__(self):
         for name in ("steps", "prompts", "group_size", "steps_per_generation"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        if self.vocabulary < 32:
+            raise ValueError(f"vocabulary must be >= 32, got {self.vocabulary}")
 
 
 @dataclass
@@ -107,6 +111,7 @@ def grpo_steps(model, task, config, loss_config, generator):
             result = grpo_loss(
                 hidden_states(model, part.prompts, part.completions), model.lm_head.weight, part.completions,
                 part_advantages, loss_config, mask=part.mask, old_logprobs=part.logprobs, backend=config.backend,
+                backward=config.backward,
             )  # fmt: skip
             norm = update(model, optimizer, result.loss, config.max_grad_norm)
             yield row(part, result, norm)
@@ -161,7 +166,7 @@ def run(config=None):
     device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
     torch.manual_seed(config.seed)
     generator = torch.Generator().manual_seed(config.seed)
-    tokenizer = make_tokenizer()
+    tokenizer = make_tokenizer(config.vocabulary)
     task, model = SortTask(tokenizer, device), make_model(tokenizer).to(device)
     loss_config = GRPOLossConfig(epsilon=0.2, epsilon_high=0.28)
     with RunLog(output / "log.jsonl", config.steps, "GRPO", ("reward", "entropy", "clip_fraction")) as log:

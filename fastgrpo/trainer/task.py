@@ -7,12 +7,12 @@ SPECIAL = ("<pad>", "<bos>", "<eos>", "=")
 HELD_OUT = 11  # every eleventh prompt is kept from training
 
 
-def make_tokenizer():
-    """One token a character: ten digits, four special tokens, letters up to 32; of the model's own tokenizer class."""
+def make_tokenizer(vocabulary=32):
+    """One token a character: ten digits, four special tokens, then unused ones; of the model's own tokenizer class."""
     from transformers import Qwen2Tokenizer
 
     words = [*SPECIAL, *map(str, range(10))]
-    words += [chr(ord("a") + i) for i in range(32 - len(words))]
+    words += [f"<unused{i}>" for i in range(vocabulary - len(words))]
     return Qwen2Tokenizer(
         vocab={word: i for i, word in enumerate(words)}, merges=[], pad_token="<pad>", bos_token="<bos>",
         eos_token="<eos>", unk_token="<pad>",
