@@ -7,10 +7,11 @@ FAVOURED_BELOW, BASE = 0.7, 2.0  # rows under 0.7 nats: a 2-nat distribution and
 
 def rl_entropies(n, generator):
     """(n,) target entropies in nats: half under 0.01, 80 % under 0.7, then an exponential tail to 5."""
-    u = torch.rand(n, generator=generator)
-    low = 10 ** torch.empty(n).uniform_(-5, -2, generator=generator)
-    middle = 10 ** torch.empty(n).uniform_(-2, -0.155, generator=generator)
-    tail = 0.7 + 0.8 * torch.empty(n).exponential_(generator=generator)
+    draw = {"generator": generator, "device": generator.device}
+    u = torch.rand(n, **draw)
+    low = 10 ** (-5 + 3 * torch.rand(n, **draw))
+    middle = 10 ** (-2 + 1.845 * torch.rand(n, **draw))
+    tail = 0.7 - 0.8 * torch.rand(n, **draw).clamp(min=1e-6).log()
     return torch.where(u < 0.5, low, torch.where(u < 0.8, middle, tail)).clamp(max=5.0)
 
 
@@ -66,22 +67,26 @@ def problem(n, vocab, depth, profile="rl", dtype=torch.float32, device="cpu", se
     its part of the logits' variance, so that frequent tokens are frequent everywhere. shared=0: every row has likely
     columns of its own, the worst case for columns kept per block. profile "rl" or "flat" (unit-variance logits).
     """
-    g = torch.Generator().manual_seed(seed)
-    weight = torch.randn(vocab, depth, generator=g) / depth**0.5
-    weight += 0.3 * torch.randn(1, depth, generator=g) / depth**0.5
-    common = torch.randn(1, depth, generator=g)
-    hidden = shared**0.5 * common + (1 - shared) ** 0.5 * torch.randn(n, depth, generator=g)
+    g = torch.Generator(device).manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=g, device=device)
+
+    weight = normal(vocab, depth) / depth**0.5
+    weight += 0.3 * normal(1, depth) / depth**0.5
+    hidden = shared**0.5 * normal(1, depth) + (1 - shared) ** 0.5 * normal(n, depth)
     wanted = rl_entropies(n, g)
-    targets, logp = torch.empty(n, dtype=torch.int64), torch.empty(n)
-    for rows in torch.arange(n).split(256):
+    targets = torch.empty(n, dtype=torch.int64, device=device)
+    logp = torch.empty(n, device=device)
+    for rows in torch.arange(n, device=device).split(256):
         if profile != "flat":
             base = torch.where(wanted[rows] < FAVOURED_BELOW, BASE, wanted[rows])
-            scale = refine(torch.full((len(rows),), 3.0), hidden[rows] @ weight.T, base)
+            scale = refine(torch.full_like(base, 3.0), hidden[rows] @ weight.T, base)
             hidden[rows] = with_favourites(hidden[rows] * scale[:, None], weight, wanted[rows], g)
         z = (hidden[rows] @ weight.T).log_softmax(1)
         targets[rows] = torch.multinomial(z.exp(), 1, generator=g)[:, 0]
         logp[rows] = z.gather(1, targets[rows, None])[:, 0]
-    old = (logp * (1 + drift * torch.randn(n, generator=g))).clamp(max=0.0)
-    upstream = torch.randn(n, generator=g) / n
-    move = {"hidden": hidden.to(device, dtype), "weight": weight.to(device, dtype)}
-    return {**move, "targets": targets.to(device), "old_logprobs": old.to(device), "upstream": upstream.to(device)}
+    return {
+        "hidden": hidden.to(dtype), "weight": weight.to(dtype), "targets": targets,
+        "old_logprobs": (logp * (1 + drift * normal(n))).clamp(max=0.0), "upstream": normal(n) / n,
+    }  # fmt: skip

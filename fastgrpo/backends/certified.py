@@ -8,7 +8,7 @@ that adds up (the columns share a direction). Bad hints cost time, never correct
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -161,8 +161,6 @@ def repair(problem, stats, certificate, total):
         rows = certificate.order[bad]
         targets = torch.full_like(problem.targets, IGNORE)
         targets[rows] = problem.targets[rows]
-        from dataclasses import replace
-
         stats[:, rows] = dense.forward(replace(problem, targets=targets))[:, rows]
         certificate.dropped[bad] = torch.inf
     return stats, certificate
@@ -187,12 +185,14 @@ def backward(problem, stats, certificate, grad_logp, needs):
     if not groups:
         dense.add_exact_rows(problem, stats, kept, [grad_logp], out)
         return out
-    work = SparseRows(problem, stats, groups, grad_logp, out[0], d_weight=needs[1])
     narrow = needs[1] and problem.weight.dtype != stats.dtype
     if narrow:  # dW needs an fp32 sum of every chunk: both kinds of rows go through the vocabulary together
-        dense.add_exact_rows(problem, stats, kept, [grad_logp], out, extra=work)
+        half = replace(problem, params=replace(problem.params, workspace=problem.params.workspace // 2))
+        work = SparseRows(half, stats, groups, grad_logp, out[0], d_weight=True)
+        dense.add_exact_rows(half, stats, kept, [grad_logp], out, extra=work)
     else:
         dense.add_exact_rows(problem, stats, kept, [grad_logp], out)
+        work = SparseRows(problem, stats, groups, grad_logp, out[0], d_weight=needs[1])
         work.add(slice(0, problem.weight.shape[0]), problem.weight, out[1], out[2])
     work.finish()
     return out
@@ -316,7 +316,7 @@ class SparseRows:
         grad = self.grad[rows] if self.scale is None else self.grad[rows] * self.scale
         dz = dense.logits_gradient(problem, z, bias, rows, torch.where(found, label, -1), self.stats[:, rows], grad)
         if d_bias is not None:
-            d_bias.index_add_(0, local, self.unscaled(dz.sum(0)))  # no index repeats: any order gives the same sum
+            add_rows(d_bias, local, self.unscaled(dz.sum(0)))
         if self.d_hidden is not None:
             group.tail += dz.sum(1)
             group.kept_sum += kept.sum(0, dtype=self.stats.dtype)
@@ -325,7 +325,7 @@ class SparseRows:
         if self.d_hidden is not None:
             reader.add_mm(group.total, dz, kept)
         if d_weight is not None:
-            d_weight.index_add_(0, local, self.unscaled(reader.mm(dz.t(), hidden, self.product[:k])))
+            add_rows(d_weight, local, self.unscaled(reader.mm(dz.t(), hidden, self.product[:k])))
 
     def unscaled(self, x):
         return x if self.scale is None else x / self.scale
@@ -365,3 +365,11 @@ class Group:
         """How many columns at once: gathered, cast and multiplied, and their logits, in half the workspace."""
         cell = self.total.element_size() * (3 * self.total.shape[1] + 2 * self.rows.numel())
         return min(max(workspace // 2 // cell, 16), self.columns.numel())
+
+
+def add_rows(destination, index, value):
+    """destination[index] += value for indices that do not repeat. On a GPU index_add_ would use atomics."""
+    if value.device.type == "cpu":
+        destination.index_add_(0, index, value)
+    else:
+        destination.index_copy_(0, index, destination.index_select(0, index) + value)

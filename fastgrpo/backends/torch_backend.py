@@ -216,8 +216,8 @@ def add_exact_rows(problem, stats, rows, grads, out, extra=None):
         span = slice(v, min(v + tile.cols, vocab))
         weight = reader.cast(problem.weight[span])
         bias = None if problem.bias is None else problem.bias[span]
-        d_weight = stats.new_zeros(weight.shape) if d_weight_out is not None else None
-        d_bias = stats.new_zeros(weight.shape[0]) if d_bias_out is not None else None
+        d_weight = accumulator(d_weight_out, span, stats.dtype, in_place=scale is None)
+        d_bias = accumulator(d_bias_out, span, stats.dtype, in_place=scale is None)
         for r in range(0, n, tile.rows):
             index = rows[r : r + tile.rows]
             hidden = reader.hidden(index)
@@ -237,12 +237,20 @@ def add_exact_rows(problem, stats, rows, grads, out, extra=None):
         if extra is not None:
             extra.add(span, weight, d_weight, d_bias)
         for destination, value in ((d_weight_out, d_weight), (d_bias_out, d_bias)):
-            if destination is not None:
+            if destination is not None and value.data_ptr() != destination[span].data_ptr():
                 destination[span] = value
     if total is not None and total.data_ptr() != d_hidden.data_ptr():
         for index, value in zip(rows.split(tile.rows), total.split(tile.rows)):
             value = value if scale is None else value / scale
             d_hidden.view(n_all, depth).index_copy_(0, index, value.to(d_hidden.dtype))
+
+
+def accumulator(destination, span, dtype, in_place):
+    """Zeros to sum one chunk of dW or db in: the chunk itself, still zero, where its dtype is the accumulator's."""
+    if destination is None:
+        return None
+    chunk = destination[span]
+    return chunk if in_place and chunk.dtype == dtype else torch.zeros_like(chunk, dtype=dtype)
 
 
 def hidden_accumulator(problem, d_hidden, n, dtype):
