@@ -34,7 +34,7 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch):
     """torch.empty and new_empty return NaN (or a large integer), as freed memory might."""
-    plain_empty, plain_new_empty = torch.empty, torch.Tensor.new_empty
+    plain_empty, plain_new_empty, plain_empty_like = torch.empty, torch.Tensor.new_empty, torch.empty_like
 
     def poison(x):
         if x.is_floating_point():
@@ -42,6 +42,7 @@ def poisoned_memory(monkeypatch):
         return x if x.dtype == torch.bool or x.is_complex() else x.fill_(torch.iinfo(x.dtype).max // 2)
 
     monkeypatch.setattr(torch, "empty", lambda *a, **k: poison(plain_empty(*a, **k)))
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: poison(plain_empty_like(*a, **k)))
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: poison(plain_new_empty(*a, **k)))
 
 

@@ -194,16 +194,28 @@ def test_padded_batch_and_fp64(device):
 def test_auto_certifies_where_it_pays():
     from fastgrpo.logprobs import certified_tolerance
 
-    def tolerance(backward="auto", value=None, compute=torch.float32, tokens=2048, vocab=32768, with_grad=True):
-        return certified_tolerance(backward, value, compute, tokens, vocab, with_grad)
+    def tolerance(backward="auto", value=None, compute=torch.float32, sizes=(2048, 32768, 1024), with_grad=True):
+        return certified_tolerance(backward, value, compute, sizes, with_grad)
 
-    assert tolerance() == 0.001
+    assert tolerance() == 0.0008
     assert tolerance(compute=torch.bfloat16) == 0.005
     assert tolerance(value=0.1) == 0.1
     assert tolerance("exact") is None
-    for exact in ({"with_grad": False}, {"vocab": 100}, {"tokens": 8}, {"compute": torch.float64}):
+    small = [{"sizes": s} for s in ((8, 32768, 1024), (2048, 100, 1024), (2048, 32768, 64))]
+    for exact in (*small, {"with_grad": False}, {"compute": torch.float64}):
         assert tolerance(**exact) is None
-    assert tolerance("certified", vocab=100) == 0.001
+    assert tolerance("certified", sizes=(8, 100, 8)) == 0.0008
+
+
+def test_auto_fp32_keeps_both_gradients_under_1e_4():
+    """At sizes where "auto" certifies, for upstream gradients of several kinds, entropy profiles and hints."""
+    for options in ({}, {"shared": 0.0}, {"drift": 0.3}):
+        p = profiles.problem(1024, 8192, 256, **options)
+        for upstream in (p["upstream"], p["upstream"].sign(), p["upstream"] * (torch.rand(1024) < 0.3)):
+            _, want = gradients(p, "torch", "exact", upstream=upstream)
+            _, got = gradients(p, "torch", "auto", upstream=upstream)
+            errors = [problems.relative_error(got[k], want[k]) for k in want]
+            assert 1e-7 < max(errors) < 1e-4, errors
 
 
 def test_best_partition_merges_and_gives_up_where_it_pays():

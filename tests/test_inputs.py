@@ -58,6 +58,10 @@ LOSS_ERRORS = {
     "ref shape": ({"ref_logprobs": torch.zeros(4, 8)}, ValueError, "ref_logprobs must have the shape"),
     "sampling": ({"sampling_logprobs": torch.zeros(3, 7)}, ValueError, "sampling_logprobs must have the shape"),
     "weights": ({"importance_weights": torch.zeros(2)}, ValueError, r"importance_weights must be \(4,\) or shaped"),
+    "weights negative": (
+        {"importance_weights": -torch.ones(4, dtype=torch.float64)}, ValueError, "importance_weights must be >= 0"),
+    "num_items infinite": ({"num_items": float("inf")}, ValueError, "num_items must be a number >= 0, got inf"),
+    "threshold vector": ({"entropy_threshold": torch.ones(2)}, ValueError, "entropy_threshold must hold one number"),
     "num_items": ({"num_items": -1}, ValueError, "num_items must be a number >= 0, got -1"),
     "num_items tensor": ({"num_items": torch.ones(2)}, ValueError, "num_items must be a number or a 0-dim tensor"),
     "threshold": ({"entropy_threshold": "high"}, ValueError, "entropy_threshold must be a finite number"),

@@ -177,6 +177,53 @@ def test_three_dimensions_and_strides(backend, device):
             assert results[0][1].shape == view.shape
 
 
+def test_strided_targets_bias_and_temperature(backend, device):
+    hidden, weight, targets, bias = problems.head(20, 130, 16, torch.float32, device, bias=True)
+    temperature = torch.rand(20, device=device) + 0.5
+    want = linear_logprobs(hidden, weight, targets, bias, temperature=temperature, backend=backend).logprobs
+
+    def strided(x):
+        return torch.stack((x, x * 0 + 7), 1)[:, 0]
+
+    got = linear_logprobs(
+        hidden, weight, strided(targets), strided(bias), temperature=strided(temperature), backend=backend
+    ).logprobs
+    assert torch.equal(got, want)
+    scalar = linear_logprobs(hidden, weight, targets, temperature=torch.tensor(0.7, device=device), backend=backend)
+    torch.testing.assert_close(
+        scalar.logprobs, linear_logprobs(hidden, weight, targets, temperature=0.7, backend=backend).logprobs
+    )
+    same = linear_logprobs(hidden, weight, targets[:1].expand(20), bias[:1].expand(130), backend=backend).logprobs
+    assert same.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+def test_small_integer_targets(backend, device, dtype):
+    hidden, weight, targets, _ = problems.head(20, 200, 16, torch.float32, device)
+    narrow = linear_logprobs(hidden, weight, targets.clamp(max=120).to(dtype), backend=backend)
+    wide = linear_logprobs(hidden, weight, targets.clamp(max=120), backend=backend)
+    assert torch.equal(narrow.logprobs, wide.logprobs)
+
+
+@pytest.mark.parametrize("softcap", [30.0, 200.0])
+def test_softcap_keeps_fp32_accuracy(backend, device, softcap):
+    hidden, weight, targets, _ = problems.head(40, 300, 32, torch.float32, device, peak=8.0)
+    got = linear_logprobs(hidden, weight, targets, softcap=softcap, backend=backend).logprobs
+    want = reference.linear_logprobs(hidden.double(), weight.double(), targets, softcap=softcap).logprobs
+    assert (got - want).abs().max() < 1e-5
+
+
+def test_upstream_of_an_ignored_row_scales_nothing(backend, device):
+    """fp16: the power-of-two scale looks at the rows that take part alone."""
+    hidden, weight, targets, _ = problems.head(20, 130, 16, torch.float16, device)
+    targets[3] = -100
+    upstream = torch.randn(2, 20, device=device)
+    _, _, want = run(linear_logprobs, leaves(hidden, weight, None), targets, upstream, backend=backend)
+    upstream[:, 3] = 1e9
+    _, _, got = run(linear_logprobs, leaves(hidden, weight, None), targets, upstream, backend=backend)
+    assert torch.equal(got["weight"], want["weight"])
+
+
 @pytest.mark.parametrize("needs", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (1, 0, 1), (0, 1, 1)])
 def test_each_combination_of_gradients(backend, device, needs):
     hidden, weight, targets, bias = problems.head(20, 130, 16, torch.float32, device, bias=True)

@@ -10,7 +10,10 @@ from fastgrpo.config import LOSS_TYPES
 import problems
 
 pytest.importorskip("triton")
-WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "item", "is_nonzero", "equal", "unique", "_unique2"}
+WAITING = {
+    "_local_scalar_dense", "nonzero", "masked_select", "item", "is_nonzero", "equal", "unique", "_unique2",
+    "repeat_interleave",
+}  # fmt: skip
 
 
 class NoSync(TorchDispatchMode):
@@ -37,12 +40,25 @@ def test_forward_and_backward(loss_type, packed, device, monkeypatch):
     arguments = problems.batch(vocab=20, depth=4)
     arguments = problems.packed(arguments) if packed else arguments
     arguments = problems.with_grad({k: problems.cast(v, torch.float32, device) for k, v in arguments.items()})
+    forbid_lists(monkeypatch)
     with NoSync():
         grpo_loss(config=config, backend="triton", **arguments).loss.backward()
     assert arguments["hidden"].grad.isfinite().all()
 
 
-def test_the_check_can_fail():
+def forbid_lists(monkeypatch):
+    """tolist and numpy read a device's memory without an operation that a dispatch mode could see."""
+    for name in ("tolist", "numpy"):
+        monkeypatch.setattr(torch.Tensor, name, lambda *_, name=name: pytest.fail(f"Tensor.{name} was called"))
+
+
+def test_the_check_can_fail(monkeypatch):
+    with monkeypatch.context() as m:
+        forbid_lists(m)
+        with pytest.raises(pytest.fail.Exception, match="tolist"):
+            torch.ones(1).tolist()
+    with pytest.raises(AssertionError, match="repeat_interleave"), NoSync():
+        torch.ones(2).repeat_interleave(torch.tensor([1, 2]))
     with pytest.raises(AssertionError, match="nonzero"), NoSync():
         torch.ones(3).nonzero()
     with pytest.raises(AssertionError, match="boolean mask"), NoSync():

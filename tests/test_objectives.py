@@ -140,6 +140,20 @@ def test_masked_positions_hold_anything():
         assert torch.equal(clean[name].grad, dirty[name].grad), name
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_a_nan_never_ends_in_a_clean_gradient(loss_type, backend):
+    """One row of NaN activations: loss and weight gradient are NaN, so that a gradient check can see it."""
+    arguments = {k: problems.cast(v, torch.float32) for k, v in problems.batch(seed=4).items()}
+    arguments["hidden"][2, 0] = torch.nan
+    leaf = problems.with_grad(arguments)
+    loss = grpo_loss(config=GRPOLossConfig(loss_type=loss_type, max_completion_length=9), backend=backend, **leaf).loss
+    loss.backward()
+    assert loss.isnan()
+    assert leaf["weight"].grad.isnan().any()
+    assert leaf["hidden"].grad[2, 0].isnan().all()
+
+
 def test_unscored_sampling_tokens_are_no_evidence():
     arguments = problems.batch(seed=4)
     config = GRPOLossConfig(off_policy_mask_threshold=0.05)

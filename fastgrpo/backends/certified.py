@@ -306,8 +306,7 @@ class SparseRows:
     def add_piece(self, group, columns, local, weight, d_weight, d_bias):
         problem, reader, rows = self.problem, self.reader, group.rows
         n, k = rows.numel(), columns.numel()
-        source = weight if weight.dtype == self.kept.dtype else weight.to(self.kept.dtype)
-        kept = reader.cast(torch.index_select(source, 0, local, out=self.kept[:k]))
+        kept = reader.cast(torch.index_select(weight, 0, local, out=self.kept[:k]))
         hidden = reader.hidden(rows)
         z = reader.mm(hidden, kept.t(), self.logits[: n * k].view(n, k) if self.logits.numel() else None)
         label = torch.searchsorted(columns, problem.targets[rows])

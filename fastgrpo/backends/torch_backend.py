@@ -13,7 +13,7 @@ from fastgrpo.inputs import IGNORE, accumulator_dtype
 from fastgrpo.objective import token_objective
 
 # A tile that stays in a CPU core's share of the cache between the GEMM and the passes over it.
-CPU_ROWS, CPU_COLS = 1024, 2048
+CPU_ROWS, CPU_COLS = 2048, 2048
 LOG2_E = math.log2(math.e)
 FAR = -1e4  # a log-probability below it is as good as -inf, and finite times 0
 
@@ -185,12 +185,14 @@ def backward(problem, stats, grad_logp, grad_entropy, needs):
 
 
 def new_gradients(problem, needs):
-    return [torch.zeros_like(x, memory_format=torch.contiguous_format) if need else None
-            for x, need in zip((problem.hidden, problem.weight, problem.bias), needs)]  # fmt: skip
+    """[dX, dW, db]: zeros, but dW, of which :func:`add_exact_rows` writes every row."""
+    makers = (torch.zeros_like, torch.empty_like, torch.zeros_like)
+    return [make(x, memory_format=torch.contiguous_format) if need else None
+            for make, x, need in zip(makers, (problem.hidden, problem.weight, problem.bias), needs)]  # fmt: skip
 
 
 def add_exact_rows(problem, stats, rows, grads, out, extra=None):
-    """Write the gradients of some rows into ``out`` (zeros so far), every column of each.
+    """Write the gradients of some rows into ``out``, fresh from :func:`new_gradients`, every column of each.
 
     Args:
         rows: (n,) the rows, rising. grads: [(N,)] of the log-probs and, if it has one, of the entropy.
@@ -201,6 +203,8 @@ def add_exact_rows(problem, stats, rows, grads, out, extra=None):
     d_hidden, d_weight_out, d_bias_out = out
     n = rows.numel()
     if n == 0 and extra is None:
+        if d_weight_out is not None:
+            d_weight_out.zero_()
         return
     tile = tiling(problem, n, buffers=2 if problem.params.softcap or len(grads) > 1 else 1)
     if (
@@ -216,7 +220,7 @@ def add_exact_rows(problem, stats, rows, grads, out, extra=None):
         span = slice(v, min(v + tile.cols, vocab))
         weight = reader.cast(problem.weight[span])
         bias = None if problem.bias is None else problem.bias[span]
-        d_weight = accumulator(d_weight_out, span, stats.dtype, in_place=scale is None)
+        d_weight = accumulator(d_weight_out, span, stats.dtype, in_place=scale is None and n > 0)
         d_bias = accumulator(d_bias_out, span, stats.dtype, in_place=scale is None)
         for r in range(0, n, tile.rows):
             index = rows[r : r + tile.rows]
@@ -230,12 +234,14 @@ def add_exact_rows(problem, stats, rows, grads, out, extra=None):
                 dz = dz.to(reader.compute)
             if total is not None:
                 reader.add_mm(total[r : r + tile.rows], dz, weight)
-            if d_weight is not None:
+            if d_weight is not None and r == 0 and not reader.native:
+                reader.mm(dz.t(), hidden, d_weight)
+            elif d_weight is not None:
                 reader.add_mm(d_weight, dz.t(), hidden)
         if scale is not None:
             d_weight, d_bias = (None if x is None else x / scale for x in (d_weight, d_bias))
         if extra is not None:
-            extra.add(span, weight, d_weight, d_bias)
+            extra.add(span, problem.weight[span], d_weight, d_bias)
         for destination, value in ((d_weight_out, d_weight), (d_bias_out, d_bias)):
             if destination is not None and value.data_ptr() != destination[span].data_ptr():
                 destination[span] = value
@@ -246,7 +252,7 @@ def add_exact_rows(problem, stats, rows, grads, out, extra=None):
 
 
 def accumulator(destination, span, dtype, in_place):
-    """Zeros to sum one chunk of dW or db in: the chunk itself, still zero, where its dtype is the accumulator's."""
+    """Where to sum one chunk of dW or db: the chunk itself where its dtype is the accumulator's, else zeros."""
     if destination is None:
         return None
     chunk = destination[span]
