@@ -35,7 +35,7 @@ def gradients(p, backend, backward, hint=True, upstream=None, names=("hidden", "
 
 def compare(p, backend, limit=1e-4, **options):
     exact, want = gradients(p, backend, "exact", **options)
-    ours, got = gradients(p, backend, "certified", **options)
+    ours, got = gradients(p, backend, "certified", **{"tolerance": 0.0008, **options})
     torch.testing.assert_close(ours.logprobs, exact.logprobs, rtol=1e-5, atol=2e-5)
     for name, truth in want.items():
         error = problems.relative_error(got[name], truth)
@@ -185,7 +185,7 @@ def test_padded_batch_and_fp64(device):
     q = {**p, "hidden": p["hidden"].view(7, 100, -1)}
     for name in ("targets", "old_logprobs", "upstream"):
         q[name] = p[name].view(7, 100)
-    _, got = gradients(q, "torch", "certified")
+    _, got = gradients(q, "torch", "certified", tolerance=0.0008)
     torch.testing.assert_close(got["hidden"].view(700, -1), flat["hidden"], rtol=1e-5, atol=1e-9)
     double = {k: problems.cast(v, torch.float64) for k, v in p.items()}
     compare(double, "torch", limit=1.2e-4)
@@ -204,7 +204,7 @@ def test_auto_certifies_where_it_pays():
     small = [{"sizes": s} for s in ((8, 32768, 1024), (2048, 100, 1024), (2048, 32768, 64))]
     for exact in (*small, {"with_grad": False}, {"compute": torch.float64}):
         assert tolerance(**exact) is None
-    assert tolerance("certified", sizes=(8, 100, 8)) == 0.0008
+    assert tolerance("certified", sizes=(8, 100, 8)) == 0.005
 
 
 def test_auto_fp32_keeps_both_gradients_under_1e_4():
@@ -251,7 +251,8 @@ def test_loss(backend, device, settings, packed):
     results = []
     for backward in ("exact", "certified"):
         leaf = problems.with_grad(arguments, ("hidden", "weight"))
-        result = grpo_loss(config=GRPOLossConfig(epsilon=0.3, **settings), backward=backward, backend=backend, **leaf)
+        config = GRPOLossConfig(epsilon=0.3, **settings)
+        result = grpo_loss(config=config, backward=backward, backend=backend, tolerance=0.0008, **leaf)
         result.loss.backward()
         results.append((result.loss.detach(), leaf["hidden"].grad, leaf["weight"].grad))
     assert abs(results[0][0] - results[1][0]) < 1e-5
