@@ -299,3 +299,10 @@ def test_nothing_is_skipped_where_every_token_matters(settings):
     arguments["advantages"][:] = 0
     m = grpo_loss(config=GRPOLossConfig(**settings), return_logprobs=False, **arguments).metrics
     assert m["measured_tokens"] == m["tokens"]
+
+
+def test_deterministic(backend, device):
+    p = peaked(backend, device)
+    (first, a), (second, b) = (gradients(p, backend, "certified") for _ in range(2))
+    assert torch.equal(first.logprobs, second.logprobs)
+    assert all(torch.equal(a[k], b[k]) for k in a)
