@@ -5,9 +5,7 @@ import os
 
 import torch
 
-from fastgrpo.inputs import check_choice
-
-NAMES = ("triton", "torch")
+from fastgrpo.inputs import BACKENDS, check_choice
 
 
 def interpreting():
@@ -25,7 +23,7 @@ def choose(backend, hidden):
     Raises:
         ValueError: if "triton" is asked for where it cannot run.
     """
-    check_choice("backend", backend, ("auto", *NAMES))
+    check_choice("backend", backend, BACKENDS)
     runs_on = hidden.is_cuda or (hidden.device.type == "cpu" and interpreting())
     if backend == "auto":
         return "triton" if hidden.is_cuda and has_triton() and hidden.dtype != torch.float64 else "torch"

@@ -90,7 +90,7 @@ def label_logits(problem, reader, rows):
     safe = torch.where(inside, targets, 0)
     out = torch.empty(rows.numel(), dtype=reader.accumulate, device=rows.device)
     for part in torch.arange(rows.numel(), device=rows.device).split(1024):
-        hidden = reader.cast(reader.hidden(rows[part])).to(reader.accumulate)
+        hidden = reader.hidden(rows[part]).to(reader.accumulate)
         weight = reader.cast(problem.weight[safe[part]]).to(reader.accumulate)
         z = (hidden * weight).sum(1, keepdim=True)
         bias = None if problem.bias is None else problem.bias[safe[part], None]
