@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: demo test kernel-report lint clean
+.PHONY: demo test bench kernel-report lint clean
 
 $(READY): requirements.txt pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -18,6 +18,9 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+
+bench: $(READY)
+	$(BIN)/python -m bench $(ARGS)
 
 kernel-report: $(READY)
 	$(BIN)/python -m fastgrpo.kernels.report $(ARGS)

@@ -1,6 +1,6 @@
 """Does what the certified backward leaves out push training anywhere? Three answers, with a picture of the third.
 
-``python bench/bias.py``: (1) what to do with the mass left out: nothing, spread it evenly, or renormalise the kept
+``python -m bench.bias``: (1) what to do with the mass left out: nothing, spread it evenly, or renormalise the kept
 columns; (2) the gradient error's component along the true gradient over 1e5 tokens; (3) the demo trained with the exact
 and with the certified backward, three seeds each, on a vocabulary of 2048. Rows go to
 bench/results/bias-cpu.jsonl, the curves beside them.
@@ -13,10 +13,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-import profiles
 import torch
-from head import RESULTS, errors, machine, step
 
+from bench import measure, profiles
+from bench.__main__ import RESULTS
 from fastgrpo import linear_logprobs
 from fastgrpo.backends import certified
 from fastgrpo.trainer import demo
@@ -45,10 +45,12 @@ def study_of_the_rest(n=2048, vocab=32768, depth=512, cutoff=2.0**-14, block=128
         "spread evenly": torch.where(kept, base, -share),
         "renormalise kept": torch.where(label, base, base * kept * stretch),
     }  # fmt: skip
-    truth = (torch.zeros(1, dtype=torch.float64), (base * g) @ weight, (base * g).T @ hidden)
+    truth = {"d_hidden": ((base * g) @ weight).double(), "d_weight": ((base * g).T @ hidden).double()}
     for name, matrix in ways.items():
-        result = errors((torch.zeros(1), (matrix * g) @ weight, (matrix * g).T @ hidden), truth)
-        yield {"study": "the rest", "way": name, "N": n, "V": vocab, "D": depth, "cutoff": cutoff, **result}
+        row = {"study": "the rest", "way": name, "N": n, "V": vocab, "D": depth, "cutoff": cutoff}
+        for key, got in (("d_hidden", (matrix * g) @ weight), ("d_weight", (matrix * g).T @ hidden)):
+            row[f"{key}_error"], row[f"{key}_bias"] = measure.relative(got, truth[key])
+        yield row
 
 
 def bias_over_tokens(tokens=102400, n=10240, vocab=8192, depth=256):
@@ -58,8 +60,8 @@ def bias_over_tokens(tokens=102400, n=10240, vocab=8192, depth=256):
         p = profiles.problem(n, vocab, depth, seed=seed)
         p["hidden"].requires_grad_()
         p["weight"].requires_grad_()
-        exact, ours = (step(entry(backward), p) for backward in ("exact", "certified"))
-        for (_, total), a, b in zip(sums.items(), ours[1:], exact[1:]):
+        exact, ours = (gradients(p, backward) for backward in ("exact", "certified"))
+        for (_, total), a, b in zip(sums.items(), ours, exact):
             a, b = a.double(), b.double()
             for i, value in enumerate(((a - b).square().sum(), b.square().sum(), ((a - b) * b).sum())):
                 total[i] += value.item()
@@ -69,12 +71,11 @@ def bias_over_tokens(tokens=102400, n=10240, vocab=8192, depth=256):
     yield row
 
 
-def entry(backward):
-    def run(p):
-        tensors = p["hidden"], p["weight"], p["targets"]
-        return linear_logprobs(*tensors, old_logprobs=p["old_logprobs"], backward=backward).logprobs
-
-    return run
+def gradients(p, backward):
+    """-> gradients of hidden and weight"""
+    leaves = p["hidden"], p["weight"]
+    out = linear_logprobs(*leaves, p["targets"], old_logprobs=p["old_logprobs"], backward=backward)
+    return torch.autograd.grad(out.logprobs, leaves, p["upstream"])
 
 
 def training_curves(seeds, steps):
@@ -143,7 +144,7 @@ def main():
     parser.add_argument("--tokens", type=int, default=102400)
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
-    about, rows = {**machine("cpu"), "command": "python bench/bias.py " + " ".join(sys.argv[1:])}, []
+    about, rows = measure.machine("cpu", " ".join(["python -m bench.bias", *sys.argv[1:]])), []
     studies = study_of_the_rest(), bias_over_tokens(options.tokens), training_curves(options.seeds, options.steps)
     for row in itertools.chain(*studies):
         rows.append({**about, **row})

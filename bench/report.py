@@ -1,55 +1,137 @@
-"""Rebuild README's table of figures from bench/results/, so that none is typed by hand: ``python bench/report.py``."""
+"""README's tables of figures, rebuilt from bench/results/ so that none is typed by hand."""
 
+import argparse
 import json
 import sys
 from pathlib import Path
 
+from bench import charts
+from bench.suites import accuracy
+
 ROOT = Path(__file__).resolve().parents[1]
-START, END = "<!-- figures: written by bench/report.py -->", "<!-- end of figures -->"
+START, END = "<!-- figures: written by python -m bench report -->", "<!-- end of figures -->"
+KINDS = {"cuda": "GPU", "cpu": "CPU"}
 
 
-def table(rows):
-    """Markdown: a row an entry and case, times in bare logits GEMMs."""
-    about = rows[0]
-    lines = [
-        f"{about['device']}, torch {about['torch']}, {rows[0]['dtype'].removeprefix('torch.')}, {about['date'][:10]}, "
-        f"`{about['command'].strip()}`. One GEMM is `hidden @ weight.T` alone. Memory is what a step adds beyond its "
-        "inputs and gradients.",
-        "",
-        "| N, V, D, logits | entry | forward | forward + backward | x TRL | memory | error of dX, dW |",
-        "|---|---|---|---|---|---|---|",
+def load(folder, suite, kind):
+    path = folder / f"{suite}-{kind}.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def markdown(columns, rows):
+    lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
+    return "\n".join(lines + [f"| {' | '.join(map(str, row))} |" for row in rows])
+
+
+def names(rows, key):
+    return list(dict.fromkeys(r[key] for r in rows))
+
+
+def cell(row, value):
+    """A figure, or what stands in its place."""
+    if row is None:
+        return ""
+    if "reason" in row:
+        return row["reason"]
+    return value(row) if row.get("correct", True) else "wrong"
+
+
+def matrix(rows, value, first):
+    """A line an entry, a column a case; an entry with the same reason everywhere says it once."""
+    titles = names(rows, "title")
+    found = {(r["entry"], r["title"]): r for r in rows}
+    lines = []
+    for entry in names(rows, "entry"):
+        cells = [cell(found.get((entry, title)), value) for title in titles]
+        same = len(set(cells)) == 1 and "reason" in found[entry, titles[0]]
+        lines.append((entry, cells[0], *[""] * (len(titles) - 1)) if same else (entry, *cells))
+    return markdown((first, *titles), lines)
+
+
+def head_section(rows):
+    base = [r for r in rows if r["group"] in ("base", "models")]
+    gemm = "; ".join(f"{r['gemm_seconds'] * 1e3:.0f} ms" for r in first_of_each(base))
+
+    def value(r):
+        memory = f", {r['peak_mib']:.0f} MiB" if r.get("peak_mib") is not None else ""
+        return f"{r['gemms']:.2f}{memory}"
+
+    return (
+        "Forward and backward of the loss head in units of one bare `hidden @ weight.T` of the same run "
+        f"({gemm}), and peak memory beyond inputs and gradients:\n\n" + matrix(base, value, "loss head")
+    )
+
+
+def first_of_each(rows):
+    return [next(r for r in rows if r["title"] == t and "gemm_seconds" in r) for t in names(rows, "title")]
+
+
+def accuracy_section(rows):
+    title = names(rows, "title")[0]
+    mine = [r for r in rows if r["title"] == title]
+    lines = []
+    for r in mine:
+        figures = [accuracy.text(k, r[k]) if k in r else "" for k in accuracy.FIGURES]
+        lines.append((r["entry"], *(figures if "reason" not in r else [r["reason"], *figures[1:]])))
+    return f"Errors against float64 on the same inputs ({title}):\n\n" + markdown(
+        ("accuracy", *accuracy.FIGURES.values()), lines
+    )
+
+
+def step_section(rows):
+    return "A whole learner step, seconds:\n\n" + matrix(rows, lambda r: f"{r['step_seconds']:.2f}", "step")
+
+
+def fit_section(rows):
+    """Measured answers only: computed ones stay in bench/results/."""
+    mine = [{**r, "title": f"{r['card']} GiB"} for r in rows if r.get("measured")]
+    parts = [
+        f"{title}:\n\n" + matrix([r for r in mine if plan(r) == title], lambda r: str(r["tokens"]), "tokens that fit")
+        for title in dict.fromkeys(map(plan, mine))
     ]
-    for r in rows:
-        case = f"{r['N']}, {r['V']}, {r['D']}, {r['profile']}"
-        if "reason" in r:
-            lines.append(f"| {case} | {r['entry']} | {r['reason']} | | | | |")
+    return "\n\n".join(parts)
+
+
+def plan(row):
+    return f"{row['shape']}, {row['tuning']}, {row['question']}"
+
+
+SECTIONS = {"loss": head_section, "accuracy": accuracy_section, "step": step_section, "fit": fit_section}
+
+
+def figures(folder):
+    """Markdown of everything measured; a heading and a line of where for each kind of device."""
+    parts = []
+    for kind, name in KINDS.items():
+        found = {suite: load(folder, suite, kind) for suite in SECTIONS}
+        found = {suite: rows for suite, rows in found.items() if rows}
+        if not found:
             continue
-        trl = next(x["gemms"] for x in rows if same_case(x, r) and x["entry"] == "TRL 1.16 op")
-        figures = (
-            f"{r['forward_seconds'] / r['gemm_seconds']:.2f} GEMMs | {r['gemms']:.2f} GEMMs | {trl / r['gemms']:.1f} | "
-            f"{r['peak_mib']:.0f} MiB | {r['d_hidden_error']:.0e}, {r['d_weight_error']:.0e}"
-        )
-        lines.append(f"| {case} | {r['entry']} | {figures if r['correct'] else 'wrong | | | |'} |")
-    return "\n".join(lines)
+        some = next(iter(found.values()))
+        commands = ", ".join(dict.fromkeys(f"`{rows[0]['command']}`" for rows in found.values()))
+        versions = ", ".join(f"{k} {v}" for k, v in some[0]["versions"].items())
+        parts.append(f"**{name}**: {charts.where(some)}, {versions}; {commands}.")
+        parts += [text for suite, rows in found.items() if (text := SECTIONS[suite](rows))]
+    return "\n\n".join(parts)
 
 
-def same_case(a, b):
-    return all(a[k] == b[k] for k in ("N", "V", "D", "profile"))
-
-
-def rebuilt(readme, rows):
+def rebuilt(readme, folder):
+    """README's text with its figures as the results have them."""
     head, rest = readme.split(START)
-    return f"{head}{START}\n{table(rows)}\n{END}{rest.split(END)[1]}"
+    return f"{head}{START}\n{figures(folder)}\n{END}{rest.split(END)[1]}"
 
 
-def main():
-    rows = [json.loads(x) for x in (ROOT / "bench/results/head-cpu.jsonl").read_text().splitlines()]
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="python -m bench report", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if README would change")
+    options = parser.parse_args(argv)
     path = ROOT / "README.md"
-    text = rebuilt(path.read_text(), rows)
-    if "--check" in sys.argv and text != path.read_text():
-        sys.exit("README.md is not what bench/report.py writes")
+    text = rebuilt(path.read_text(), ROOT / "bench/results")
+    if options.check:
+        return print("README.md is not what python -m bench report writes") or 1 if text != path.read_text() else 0
     path.write_text(text)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

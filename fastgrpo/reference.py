@@ -44,15 +44,27 @@ def grpo_loss(
     from fastgrpo.loss import GRPOLoss
 
     config = config or GRPOLossConfig()
-    temperature = config.temperature if temperature is None else temperature
-    shape = targets.shape
     counted = targets != -100
     if mask is not None:
-        counted = counted & (mask.reshape(shape) != 0)
+        counted = counted & (mask.reshape(targets.shape) != 0)
     out = linear_logprobs(
-        hidden, weight, targets.where(counted, -100), bias, temperature=temperature, softcap=softcap,
+        hidden, weight, targets.where(counted, -100), bias,
+        temperature=config.temperature if temperature is None else temperature, softcap=softcap,
         logit_scale=logit_scale, return_entropy=True,
     )  # fmt: skip
+    loss = loss_of_logprobs(
+        out.logprobs, out.entropy, counted, advantages, config, cu_seqlens, old_logprobs, ref_logprobs,
+        sampling_logprobs, importance_weights, num_items, entropy_threshold,
+    )  # fmt: skip
+    return GRPOLoss(loss, out.logprobs.detach(), out.entropy.detach(), {})
+
+
+def loss_of_logprobs(
+    logp, entropy, counted, advantages, config, cu_seqlens=None, old_logprobs=None, ref_logprobs=None,
+    sampling_logprobs=None, importance_weights=None, num_items=None, entropy_threshold=None,
+):  # fmt: skip
+    """The loss of given log-probs and entropies (shaped like targets, differentiable); ``counted`` is bool."""
+    shape = logp.shape
     bounds = [i * shape[1] for i in range(shape[0] + 1)] if cu_seqlens is None else cu_seqlens.tolist()
 
     def split(x):  # -> list over sequences of (length,) tensors, or of 0-dim ones for per-sequence input
@@ -62,7 +74,6 @@ def grpo_loss(
             return list(x.reshape(-1))
         return [x.reshape(-1)[a:b] for a, b in itertools.pairwise(bounds)]
 
-    logp, entropy = out.logprobs, out.entropy
     keep = counted
     if config.top_entropy_quantile < 1.0:
         if entropy_threshold is None:
@@ -77,7 +88,7 @@ def grpo_loss(
     loss = reduce(config, token_losses, masks, num_items, shape)
     if config.entropy_coef:
         loss = loss - config.entropy_coef * (entropy * keep).sum() / keep.sum().clamp(min=1)
-    return GRPOLoss(loss, logp.detach(), entropy.detach(), {})
+    return loss
 
 
 def sequence_losses(config, logp, old, ref, sampling, r_is, adv, counted, keep):

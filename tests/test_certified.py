@@ -1,18 +1,13 @@
 """The certified backward: close to exact on both backends, with every option, and never a wrong certificate."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
+from bench import profiles
 from fastgrpo import linear_logprobs
 from fastgrpo.backends import certified, torch_backend
 
 import problems
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
-import profiles
 
 GRADS = ("hidden", "weight", "bias")
 SIZES = {"torch": (700, 2100, 32), "triton": (150, 700, 32)}

@@ -3,16 +3,11 @@
 ``python -m pytest tests/gpu`` runs them; they are skipped where there is no GPU.
 """
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
+from bench import profiles
 from fastgrpo import GRPOLossConfig, grpo_loss, linear_logprobs
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
-import profiles
 
 pytestmark = pytest.mark.gpu
 N, V, D = 16384, 152064, 1024  # N * V = 2.5e9

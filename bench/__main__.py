@@ -1,0 +1,97 @@
+"""``python -m bench``: what a GRPO loss costs with fastgrpo and with everything else, and what fits on a card.
+
+``python -m bench`` runs all suites, ``python -m bench report`` rebuilds README's tables from bench/results/.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import sys
+from pathlib import Path
+
+SUITES = ("loss", "accuracy", "step", "fit")
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def arguments(argv):
+    import torch
+
+    from bench import entries
+    from bench.suites import parse_case
+
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("--suite", nargs="+", choices=(*SUITES, "all"), default=["all"])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--entries", nargs="+", metavar="NAME", default=list(entries.ENTRIES), help="default: all")
+    parser.add_argument(
+        "--case", type=parse_case, action="append", default=[], metavar="N,V,D[,KEY=VALUE...]",
+        help="for loss and accuracy, repeatable: profile, head, objective, dtype, softcap, zero_share",
+    )  # fmt: skip
+    parser.add_argument("--repeats", type=int, help="default: the suite's own")
+    parser.add_argument("--output", type=Path, default=RESULTS, help=f"default: {os.path.relpath(RESULTS)}")
+    parser.add_argument("--tag", default="", help="added to the names of the files")
+    parser.add_argument(
+        "--time-limit", type=float, help="seconds; cases not begun by then say so; default: 540 on a GPU, 600 elsewhere"
+    )
+    options = parser.parse_args(argv)
+    if unknown := [e for e in options.entries if e not in entries.ENTRIES]:
+        parser.error(f"--entries: expected some of {', '.join(entries.ENTRIES)}; got {', '.join(unknown)}")
+    if options.time_limit is None:
+        options.time_limit = 540.0 if options.device == "cuda" else 600.0
+    if options.repeats is not None and options.repeats < 1:
+        parser.error(f"--repeats must be >= 1, got {options.repeats}")
+    return options
+
+
+def run_suites(chosen):
+    """-> exit status: 1 if one of fastgrpo's own entries was wrong or failed."""
+    from bench import measure
+    from bench.show import Show
+    from bench.suites import Options
+
+    names = SUITES if "all" in chosen.suite else tuple(dict.fromkeys(chosen.suite))
+    options = Options(
+        chosen.device, list(names), chosen.output, chosen.repeats, chosen.entries, chosen.case, chosen.time_limit
+    )
+    about = measure.machine(chosen.device, " ".join(["python -m bench", *sys.argv[1:]]))
+    chosen.output.mkdir(parents=True, exist_ok=True)
+    failed = []
+    with Show() as show:
+        show.console.print(f"{about['device']}, torch {about['torch']}, {about['versions']}")
+        for name in names:
+            suite = importlib.import_module(f"bench.suites.{name}")
+            rows = [{**about, **row} for row in suite.run(options, show)]
+            stem = chosen.output / f"{name}-{chosen.device}{'-' + chosen.tag if chosen.tag else ''}"
+            path = Path(f"{stem}.jsonl")
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            written = [path, *map(Path, suite.charts(rows, str(stem)))]
+            show.console.print("written:", ", ".join(os.path.relpath(x) for x in written))
+            failed += [r for r in rows if r["entry"].startswith("fastgrpo") and not fine(r)]
+        for row in failed:
+            why = row.get("reason", "wrong")
+            show.console.print(f"{row['suite']}: {row['entry']}: {row['title']}: {why}", style="red")
+    return 1 if failed else 0
+
+
+def fine(row):
+    """Right, or not run for want of time."""
+    return row["reason"].startswith("not run") if "reason" in row else row.get("correct", True)
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["report"]:
+        from bench import report
+
+        return report.main(argv[1:])
+    if argv[:1] == ["--child"]:  # a fresh process that a suite started to measure memory in
+        from bench import measure
+
+        print(json.dumps(measure.CHILDREN[argv[1]](*argv[2:])))
+        return 0
+    return run_suites(arguments(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

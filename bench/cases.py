@@ -1,0 +1,203 @@
+"""What is measured: a case (shape, logits, head, objective), and the tensors of one."""
+
+from dataclasses import asdict, dataclass, field, replace
+
+import torch
+
+from bench import profiles
+from bench.shapes import SHAPES
+from fastgrpo import GRPOLossConfig, reference
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+SEQUENCES = 8  # B of a case: its N tokens are 8 completions of one prompt
+OBJECTIVES = {  # every loss type, level and extra term, by the name it has in charts
+    "dapo": {},
+    "grpo + kl": {"loss_type": "grpo", "beta": 0.04},
+    "bnpo": {"loss_type": "bnpo"},
+    "dr_grpo": {"loss_type": "dr_grpo", "max_completion_length": 1024},
+    "gspo": {"loss_type": "grpo", "importance_sampling_level": "sequence"},
+    "gspo-token": {"loss_type": "grpo", "importance_sampling_level": "sequence_token"},
+    "cispo": {"loss_type": "cispo", "epsilon_high": 5.0},
+    "sapo": {"loss_type": "sapo"},
+    "luspo": {"loss_type": "luspo", "importance_sampling_level": "sequence"},
+    "vespo": {"loss_type": "vespo"},
+    "dapo two-sided": {"delta": 4.0},
+    "dapo dual clip": {"dual_clip": 3.0},
+    "dppo tv": {"divergence_mask": "tv"},
+    "dapo + entropy bonus": {"entropy_coef": 0.01},
+    "dapo top entropy": {"top_entropy_quantile": 0.2},
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One point of a suite. ``zero_share``: share of the sequences with advantage 0."""
+
+    N: int
+    V: int
+    D: int
+    profile: str = "rl"
+    head: str = "trained"  # or "frozen"
+    objective: str = "dapo"
+    dtype: str = "fp32"
+    softcap: float | None = None
+    zero_share: float = 0.0
+    shape: str = ""  # the model it is the head of
+    group: str = "base"  # which table and chart of the suite it belongs to
+    memory: bool = True  # whether peak memory is taken (a fresh process an entry on a CPU)
+
+    @classmethod
+    def of(cls, name, n, **options):
+        s = SHAPES[name]
+        return cls(n, s.vocab, s.width, softcap=s.softcap, shape=name, **options)
+
+    @property
+    def title(self):
+        extras = [self.profile, self.dtype]
+        extras += [f"{self.head} head"] if self.head != "trained" else []
+        extras += [self.objective] if self.objective != "dapo" else []
+        extras += [f"softcap {self.softcap:g}"] if self.softcap else []
+        extras += [f"{self.zero_share:.0%} of advantages 0"] if self.zero_share else []
+        name = f"{self.shape}: " if self.shape else ""
+        return f"{name}N {self.N}, V {self.V}, D {self.D}, {', '.join(extras)}"
+
+    @property
+    def data_key(self):
+        """Cases with the same key share their tensors."""
+        return (self.N, self.V, self.D, self.profile, self.dtype, self.softcap)
+
+    @property
+    def gemm_flops(self):
+        return 2 * self.N * self.V * self.D
+
+    @property
+    def itemsize(self):
+        return DTYPES[self.dtype].itemsize
+
+    @property
+    def input_bytes(self):
+        """Hidden states and head, read once."""
+        return (self.N + self.V) * self.D * self.itemsize
+
+    @property
+    def memory_bound_mib(self):
+        """DESIGN's bound of our op beyond inputs and gradients: workspace + 4 N D + 64 N + N V / 128."""
+        return 128 + (4 * self.N * self.D + 64 * self.N + self.N * self.V / 128) / 2**20
+
+    def row(self):
+        return asdict(self)
+
+
+@dataclass
+class Problem:
+    """The tensors of a case: B sequences of T = N / B completion tokens, none masked."""
+
+    case: Case
+    hidden: torch.Tensor  # (B, T, D)
+    weight: torch.Tensor  # (V, D)
+    targets: torch.Tensor  # (B, T)
+    advantages: torch.Tensor  # (B,)
+    mask: torch.Tensor  # (B, T), ones
+    old: torch.Tensor  # (B, T)
+    ref: torch.Tensor  # (B, T)
+    config: GRPOLossConfig = field(repr=False)
+
+    @property
+    def flat(self):
+        """hidden (N, D), weight, targets (N,): what most peers take."""
+        return self.hidden.flatten(0, 1), self.weight, self.targets.flatten()
+
+    @property
+    def leaves(self):
+        """What gradients are taken of."""
+        return tuple(x for x in (self.hidden, self.weight) if x.requires_grad)
+
+    @property
+    def device(self):
+        return self.hidden.device.type
+
+    def part(self, sequences):
+        """The first few sequences, for a warm-up that costs little."""
+        cut = {k: getattr(self, k)[:sequences].detach() for k in ("targets", "advantages", "mask", "old", "ref")}
+        return replace(self, hidden=self.hidden[:sequences].detach().requires_grad_(), **cut)
+
+
+def tensors(case, device, seed=0):
+    """The data of a case as a plain dict, which travels to other processes; same seed, same numbers."""
+    data = profiles.problem(
+        case.N, case.V, case.D, case.profile, dtype=DTYPES[case.dtype], device=device, seed=seed, softcap=case.softcap
+    )
+    g = torch.Generator(device).manual_seed(seed + 1)
+    data["ref"] = (data["old_logprobs"] * (1 + 0.1 * torch.randn(case.N, generator=g, device=device))).clamp(max=0.0)
+    data["advantages"] = torch.randn(SEQUENCES, generator=g, device=device)
+    return data
+
+
+def problem(case, data):
+    """-> Problem; hidden and, unless the head is frozen, weight require gradients."""
+    tokens = (SEQUENCES, case.N // SEQUENCES)
+    advantages = data["advantages"].clone()
+    advantages[: round(case.zero_share * SEQUENCES)] = 0.0
+    return Problem(
+        case=case,
+        hidden=data["hidden"].detach().view(*tokens, case.D).requires_grad_(),
+        weight=data["weight"].detach().requires_grad_(case.head == "trained"),
+        targets=data["targets"].view(tokens),
+        advantages=advantages,
+        mask=torch.ones(tokens, dtype=torch.int64, device=advantages.device),
+        old=data["old_logprobs"].view(tokens),
+        ref=data["ref"].view(tokens),
+        config=GRPOLossConfig(**OBJECTIVES[case.objective], log_entropy=False),
+    )
+
+
+@dataclass
+class Truth:
+    """What the same inputs give in float64."""
+
+    logprobs: torch.Tensor  # (N,)
+    entropy: torch.Tensor  # (N,)
+    loss: torch.Tensor  # 0-dim
+    d_hidden: torch.Tensor  # (N, D)
+    d_weight: torch.Tensor | None  # (V, D), None for a frozen head
+
+
+def logits64(p, rows):
+    """(n, V) in float64."""
+    hidden, weight, _ = p.flat
+    z = hidden[rows].detach().double() @ weight.detach().double().T
+    return z if p.case.softcap is None else p.case.softcap * (z / p.case.softcap).tanh()
+
+
+def truth(p, chunk=256):
+    """Log-probs, then the reference's loss on them, then dlogits by hand, a chunk of rows at a time."""
+    targets, n = p.targets.flatten(), p.case.N
+    logp, entropy = (torch.empty(n, dtype=torch.float64, device=targets.device) for _ in range(2))
+    chunks = torch.arange(n, device=targets.device).split(chunk)
+    for rows in chunks:
+        z = logits64(p, rows).log_softmax(1)
+        logp[rows] = z.gather(1, targets[rows, None])[:, 0]
+        entropy[rows] = -(z.exp() * z).sum(1)
+    logp.requires_grad_()
+    entropy.requires_grad_()
+    loss = reference.loss_of_logprobs(
+        logp.view(p.targets.shape), entropy.view(p.targets.shape), p.mask.bool(), p.advantages.double(), p.config,
+        old_logprobs=p.old.double(), ref_logprobs=p.ref.double(),
+    )  # fmt: skip
+    g_logp, g_entropy = torch.autograd.grad(loss, (logp, entropy), allow_unused=True)
+    weight, hidden = p.weight.detach().double(), p.flat[0].detach()
+    d_hidden = torch.empty(n, p.case.D, dtype=torch.float64, device=targets.device)
+    d_weight = torch.zeros_like(weight) if p.weight.requires_grad else None
+    for rows in chunks:
+        z = logits64(p, rows)
+        slope = None if p.case.softcap is None else 1 - (z / p.case.softcap).square()
+        z = z.log_softmax(1)
+        prob = z.exp()
+        dz = (-g_logp[rows, None] * prob).scatter_add_(1, targets[rows, None], g_logp[rows, None])
+        if g_entropy is not None:
+            dz -= g_entropy[rows, None] * prob * (z + entropy[rows, None].detach())
+        dz = dz if slope is None else dz * slope
+        d_hidden[rows] = dz @ weight
+        if d_weight is not None:
+            d_weight.addmm_(dz.T, hidden[rows].double())
+    return Truth(logp.detach(), entropy.detach(), loss.detach(), d_hidden, d_weight)

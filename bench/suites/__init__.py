@@ -1,0 +1,45 @@
+"""The four suites. Each module has ``run(options, show) -> rows``, ``table(rows)`` and ``charts(rows, stem)``."""
+
+import argparse
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bench import entries as peers
+
+
+@dataclass
+class Options:
+    """What the command line asks for."""
+
+    device: str
+    suites: list[str]
+    output: Path
+    repeats: int | None = None  # None: the suite's own number
+    entries: list[str] = field(default_factory=lambda: list(peers.ENTRIES))
+    cases: list = field(default_factory=list)  # Case; empty: the suite's own
+    time_limit: float = 540.0
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def late(self):
+        """Why nothing more is started, or None."""
+        spent = time.monotonic() - self.started
+        return f"not run: the time limit of {self.time_limit:.0f} s is over" if spent > self.time_limit else None
+
+    def runnable(self, case):
+        """-> ({name: Entry}, {name: why not})"""
+        reasons = {n: self.late or peers.ENTRIES[n].why_not(case, self.device) for n in self.entries}
+        return {n: peers.ENTRIES[n] for n, r in reasons.items() if r is None}, {n: r for n, r in reasons.items() if r}
+
+
+def parse_case(text):
+    """``N,V,D[,key=value...]`` -> keyword arguments of a Case."""
+    parts = text.split(",")
+    try:
+        fields = dict(zip("NVD", map(int, parts[:3]), strict=True))
+        fields |= dict(x.split("=") for x in parts[3:])
+        fields |= {k: float(fields[k]) for k in ("softcap", "zero_share") if k in fields}
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"a case is N,V,D[,profile=flat,head=frozen,...], got {text!r}") from None
+    return fields

@@ -1,0 +1,181 @@
+"""The loss head: forward, backward, log-probs alone; memory; sweeps of N, V, D; named shapes; every objective."""
+
+import functools
+from dataclasses import replace
+
+from bench import measure, stages
+from bench.cases import OBJECTIVES, SEQUENCES, Case, problem, tensors, truth
+
+TITLE = "loss head"
+SKIPPING = 0.5  # share of the sequences with advantage 0 in the case that shows what skipping them saves
+
+
+def cases(device):
+    return cuda_cases() if device == "cuda" else cpu_cases()
+
+
+def cpu_cases():
+    half = Case(1024, 16384, 512)
+    return [
+        Case(1024, 32768, 512),
+        replace(half, head="frozen", memory=False),
+        replace(half, zero_share=SKIPPING, memory=False),
+        replace(half, profile="flat", memory=False),
+        Case.of("Qwen2.5-0.5B", 256, group="models", memory=False),
+        *(Case(n, 8192, 256, group="N", memory=n in (1024, 4096)) for n in (512, 1024, 2048, 4096)),
+        *(Case(512, v, 256, group="V") for v in (8192, 16384, 32768, 65536)),
+        *(Case(512, 8192, d, group="D", memory=False) for d in (128, 256, 512)),
+        *(Case(512, 4096, 256, objective=o, group="objectives", memory=False) for o in OBJECTIVES),
+    ]
+
+
+def cuda_cases():
+    models = ("Qwen2.5-0.5B", "Qwen2.5-1.5B", "Qwen2.5-7B", "Qwen3-0.6B", "Qwen3-4B", "Llama-3-8B", "Gemma-2-2B")
+    base = Case.of("Qwen2.5-1.5B", 8192, dtype="bf16")
+    sweep = {"dtype": "bf16"}
+    return [
+        base,
+        replace(base, head="frozen"),
+        replace(base, zero_share=SKIPPING),
+        replace(base, profile="flat"),
+        *(Case.of(m, 8192, dtype="bf16", group="models") for m in models),
+        *(Case.of("Qwen2.5-1.5B", n, dtype="bf16", group="N") for n in (2048, 4096, 8192, 16384, 32768)),
+        *(Case(8192, v, 1536, group="V", **sweep) for v in (32768, 65536, 131072, 262144)),
+        *(Case(8192, 131072, d, group="D", memory=False, **sweep) for d in (1024, 2048, 4096)),
+        *(Case(4096, 65536, 1536, objective=o, group="objectives", memory=False, **sweep) for o in OBJECTIVES),
+    ]
+
+
+def run(options, show):
+    """-> one row a case and entry."""
+    todo = [Case(**{"group": "base", **c}) for c in options.cases] or cases(options.device)
+    rows, jobs, held = [], [], (None, None)
+    for number, case in enumerate(todo, 1):
+        show.status(f"loss {number}/{len(todo)}: {case.title}")
+        known = [r for r in rows if r["title"] == case.title]
+        if known:  # a point of two sweeps is measured once
+            rows += [{**r, "group": case.group} for r in known]
+            continue
+        if held[0] != case.data_key and not options.late:
+            held = case.data_key, tensors(case, options.device)
+        new = run_case(case, held[1], options, show)
+        show.rows(case.title, new, table)
+        rows += new
+        if case.memory and options.device == "cpu" and not options.late:
+            jobs.append((case, held[1]))
+    if jobs:
+        show.status(f"loss: peak memory of {len(jobs)} cases, a process an entry")
+        add_memory(rows, jobs)
+        show.rows("peak memory beyond inputs and gradients", [r for r in rows if r.get("peak_mib")], memory_table)
+    return rows
+
+
+def run_case(case, data, options, show):
+    entries, reasons = options.runnable(case)
+    common = {
+        "suite": "loss", **case.row(), "title": case.title, "sequences": SEQUENCES, "floor_flops": case.gemm_flops,
+        "floor_bytes": case.input_bytes, "memory_bound_mib": case.memory_bound_mib,
+    }  # fmt: skip
+    rows = {name: {**common, "entry": name, "reason": reason} for name, reason in reasons.items()}
+    good = {}
+    if entries:
+        p = problem(case, data)
+        want = truth(p)
+    for name, entry in entries.items():
+        show.status(f"loss: {case.title}: {name}")
+        found, reason = measure.attempt(measure.errors, entry, p, want)
+        flops, moved = entry.model(case)
+        rows[name] = {**common, "entry": name, "model_flops": flops, "model_bytes": moved}
+        rows[name] |= {"reason": reason} if reason else found
+        if found and found["correct"]:
+            good[name] = entry
+    if good:
+        show.status(f"loss: {case.title}: timing")
+        repeats = options.repeats or (5 if options.device == "cuda" else 3 if case.gemm_flops < 5e10 else 2)
+        samples, gemms = measure.timings(good, p, repeats)
+        for name, entry in good.items():
+            rows[name] |= measure.statistics_row(samples[name], gemms, case)
+            if options.device == "cuda" and case.memory:
+                rows[name]["peak_mib"] = measure.peak_cuda(functools.partial(measure.step, entry, p))
+        if "fastgrpo certified" in good and options.device == "cpu" and case.group in ("base", "models"):
+            rows["fastgrpo certified"]["stages"] = stages.of_certified(p, rows["fastgrpo certified"]["gemm_seconds"])
+    return [rows[name] for name in options.entries]
+
+
+def add_memory(rows, jobs):
+    """Peak memory on a CPU: every entry measures its cases in a fresh process of its own."""
+    titles = [case.title for case, _ in jobs]
+    names = list(dict.fromkeys(r["entry"] for r in rows if r.get("correct") and r["title"] in titles))
+    for name, found in measure.peaks_cpu(names, jobs).items():
+        for title, mib in zip(titles, found):
+            for row in rows:
+                if row["entry"] == name and row["title"] == title and row.get("correct"):
+                    row["peak_mib"] = mib
+
+
+def table(rows):
+    """-> (columns, cells) of one case."""
+    columns = (
+        "entry",
+        "log-probs",
+        "forward",
+        "backward",
+        "both",
+        "GEMMs",
+        "by design",
+        "x ours",
+        "peak MiB",
+        "error dX",
+    )
+    mine = next((r["gemms"] for r in rows if r["entry"] == "fastgrpo certified" and "gemms" in r), None)
+    cells = []
+    for r in rows:
+        if "gemms" not in r:
+            cells.append((r["entry"], r.get("reason", "wrong")))
+            continue
+        seconds = [f"{r[k] * 1e3:.1f} ms" if k in r else "-" for k in SECONDS]
+        against = f"{r['gemms'] / mine:.2f}" if mine else "-"
+        memory = f"{r['peak_mib']:.0f}" if r.get("peak_mib") is not None else "-"
+        design = f"{r['model_flops'] / r['floor_flops']:.1f}"
+        cells.append((r["entry"], *seconds, f"{r['gemms']:.2f}", design, against, memory, f"{r['d_hidden_error']:.0e}"))
+    floor = next((r for r in rows if "gemm_seconds" in r), None)
+    if floor:
+        rate = floor["floor_flops"] / floor["gemm_seconds"] / 1e9
+        cells.append(
+            ("bare logits GEMM", "", f"{floor['gemm_seconds'] * 1e3:.1f} ms", "", "", "1.00", "1.0", "", "", "")
+        )
+        cells.append((f"  {floor['floor_flops'] / 1e9:.0f} GFLOP, {rate:.0f} GFLOP/s",))
+    return columns, cells
+
+
+SECONDS = ("logprobs_seconds", "forward_seconds", "backward_seconds", "both_seconds")
+
+
+def memory_table(rows):
+    cells = [
+        (r["title"], r["entry"], f"{r['peak_mib']:.0f}", f"{r['memory_bound_mib']:.0f}" if "fast" in r["entry"] else "")
+        for r in rows
+    ]
+    return ("case", "entry", "peak MiB", "bound MiB"), cells
+
+
+def charts(rows, stem):
+    """-> paths of the pictures written."""
+    from bench import charts as draw
+
+    paths = []
+    base = [r for r in rows if r["group"] in ("base", "models") and "gemms" in r]
+    if base:
+        paths.append(draw.stacked_bars(base, f"{stem}.png", "forward and backward, in bare logits GEMMs"))
+    for group, what, unit in (("N", "gemms", "bare logits GEMMs"), ("N", "both_seconds", "seconds"),
+                              ("N", "peak_mib", "MiB beyond inputs and gradients"),
+                              ("V", "both_seconds", "seconds"), ("V", "peak_mib", "MiB beyond inputs and gradients"),
+                              ("D", "both_seconds", "seconds")):  # fmt: skip
+        mine = [r for r in rows if r["group"] == group and r.get(what) is not None]
+        if len({r[group] for r in mine}) > 1:
+            name = {"gemms": "floor", "both_seconds": "time", "peak_mib": "memory"}[what]
+            paths.append(draw.lines(mine, group, what, unit, f"{stem}-{name}-over-{group}.png"))
+    objectives = [r for r in rows if r["group"] == "objectives" and "gemms" in r]
+    if objectives:
+        paths.append(draw.grid(objectives, "objective", "gemms", f"{stem}-objectives.png"))
+    return paths

@@ -1,0 +1,280 @@
+"""The benchmarks: their truth, their gate, their rows; no entry is lost, and no wrong figure is shown."""
+
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("rich")
+pytest.importorskip("matplotlib")
+
+from bench import __main__ as command
+from bench import charts, measure, report, shapes
+from bench.cases import OBJECTIVES, Case, problem, tensors, truth
+from bench.entries import ENTRIES, Entry, full_logits
+from bench.show import Show
+from bench.suites import Options, accuracy, fit, loss, parse_case, step
+from fastgrpo import reference
+
+SMALL = Case(128, 1000, 64)
+QUICK = ("fastgrpo certified", "fastgrpo exact", "full logits", "CCE")
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Real memory: other projects' code runs here too."""
+
+
+@pytest.fixture
+def options(tmp_path):
+    return Options("cpu", ["loss"], tmp_path, repeats=1, entries=list(QUICK))
+
+
+def make(case):
+    return problem(case, tensors(case, "cpu"))
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("objective", ["dapo", "grpo + kl", "gspo", "dapo + entropy bonus"])
+def test_truth_is_autograd_through_the_reference(objective, softcap):
+    p = make(replace(SMALL, objective=objective, softcap=softcap))
+    found = truth(p, chunk=48)
+    hidden, weight = (x.detach().double().requires_grad_() for x in (p.hidden, p.weight))
+    want = reference.grpo_loss(
+        hidden, weight, p.targets, p.advantages.double(), p.config, mask=p.mask, old_logprobs=p.old.double(),
+        ref_logprobs=p.ref.double(), softcap=softcap,
+    )  # fmt: skip
+    want.loss.backward()
+    torch.testing.assert_close(found.loss, want.loss.detach(), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(found.d_hidden, hidden.grad.flatten(0, 1), rtol=1e-8, atol=1e-14)
+    torch.testing.assert_close(found.d_weight, weight.grad, rtol=1e-8, atol=1e-14)
+
+
+CASES = {
+    **{name: replace(SMALL, objective=name) for name in OBJECTIVES},
+    "frozen": replace(SMALL, head="frozen"),
+    "bf16": replace(SMALL, dtype="bf16"),
+    "softcap": replace(SMALL, softcap=30.0),
+    "zero": replace(SMALL, zero_share=0.5),
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_every_entry_is_right_or_says_why_not(case):
+    p, right = make(case), 0
+    want = truth(p)
+    for name, entry in ENTRIES.items():
+        if "compile" in name or entry.why_not(case, "cpu"):
+            continue
+        row = measure.errors(entry, p, want)
+        assert row["correct"], (name, row)
+        right += 1
+    assert right >= 4
+
+
+def test_a_wrong_entry_gets_no_time(options, monkeypatch):
+    wrong = {
+        "half the gradient": Entry("half the gradient", "torch", None, lambda p: halved(full(p))),
+        "old log-probs": Entry("old log-probs", "torch", lambda p, e: (full_logits(p, e)[0] * 1.01, None)),
+        "NaN": Entry("NaN", "torch", None, lambda p: full(p) * torch.nan),
+        "raises": Entry("raises", "torch", None, lambda p: full(p).no_such_thing),
+    }
+    for name, entry in wrong.items():
+        monkeypatch.setitem(ENTRIES, name, entry)
+    options.entries = [*wrong, "full logits"]
+    rows = loss.run_case(SMALL, tensors(SMALL, "cpu"), options, SimpleNamespace(status=lambda text: None))
+    assert [r["entry"] for r in rows] == options.entries
+    for r in rows[:3]:
+        assert r["correct"] is False
+        assert "gemms" not in r
+    assert "no attribute 'no_such_thing'" in rows[3]["reason"]
+    assert rows[4]["gemms"] > 0
+    cells = loss.table(rows)[1]
+    assert [c[1] for c in cells[:3]] == ["wrong"] * 3
+
+
+def full(p):
+    return ENTRIES["full logits"].run_loss(p)
+
+
+def halved(x):
+    return x / 2 + x.detach() / 2
+
+
+def test_loss_suite_end_to_end(tmp_path, monkeypatch, capsys):
+    """A real run: rows of every entry with figures or a reason, memory from fresh processes, a picture."""
+    monkeypatch.setattr("sys.argv", ["bench"])
+    arguments = ["--suite", "loss", "--case", "1024,8192,32", "--entries", *QUICK, "--repeats", "2"]
+    assert command.main([*arguments, "--output", str(tmp_path)]) == 0
+    rows = {r["entry"]: r for r in map(json.loads, (tmp_path / "loss-cpu.jsonl").read_text().splitlines())}
+    assert list(rows) == list(QUICK)
+    assert rows["CCE"]["reason"] in ("needs a CUDA device", "cut_cross_entropy is not installed")
+    for name in QUICK[:3]:
+        r = rows[name]
+        assert {"device", "torch", "versions", "date", "command", "floor_flops", "floor_bytes", "model_flops"} <= set(r)
+        assert r["correct"]
+        assert r["forward_low"] <= r["forward_seconds"] <= r["forward_high"]
+        assert r["gemms"] == pytest.approx(r["both_seconds"] / r["gemm_seconds"])
+    logits = 1024 * 8192 * 4 / measure.MIB
+    assert rows["full logits"]["peak_mib"] > 2 * logits
+    assert rows["fastgrpo exact"]["peak_mib"] < rows["full logits"]["peak_mib"]
+    assert rows["fastgrpo exact"]["peak_mib"] < rows["fastgrpo exact"]["memory_bound_mib"]
+    assert (tmp_path / "loss-cpu.png").read_bytes()[:4] == b"\x89PNG"
+    assert "bare logits GEMM" in capsys.readouterr().out
+
+
+def test_sweeps_have_pictures_and_shared_points_are_measured_once(options, tmp_path, monkeypatch):
+    monkeypatch.setattr(loss, "cases", lambda device: [
+        *(replace(SMALL, N=n, group="N", memory=False) for n in (64, 128)),
+        *(replace(SMALL, V=v, group="V", memory=False) for v in (1000, 2000)),
+        replace(SMALL, objective="gspo", group="objectives", memory=False),
+    ])  # fmt: skip
+    counted, plain = [], loss.run_case
+    monkeypatch.setattr(loss, "run_case", lambda case, *a: counted.append(case.title) or plain(case, *a))
+    with Show(quiet=True) as show:
+        rows = loss.run(options, show)
+    assert len(counted) == len(set(counted)) == 4
+    assert len(rows) == 5 * len(QUICK)
+    about = measure.machine("cpu", "test")
+    names = {p.name for p in map(type(tmp_path), loss.charts([{**about, **r} for r in rows], str(tmp_path / "x")))}
+    assert names >= {"x-time-over-N.png", "x-time-over-V.png", "x-objectives.png"}
+
+
+def test_accuracy_suite(options, tmp_path):
+    options.cases = [{"N": 128, "V": 1000, "D": 64, "dtype": "bf16"}]
+    with Show(quiet=True) as show:
+        rows = {r["entry"]: r for r in accuracy.run(options, show)}
+    ours, theirs = rows["fastgrpo exact"], rows["full logits"]
+    assert ours["logp_max_error"] < 1e-5 < theirs["logp_max_error"]  # their logits are rounded to bf16
+    assert theirs["outside_ratio"] >= ours["outside_ratio"] == 0
+    assert "reason" in rows["CCE"]
+    drawn = accuracy.charts([{**measure.machine("cpu", ""), **r} for r in rows.values()], str(tmp_path / "a"))
+    assert len(drawn) == 2
+
+
+TINY = shapes.Shape("tiny", "qwen2", 512, 64, 128, 2, 4, 2, 16, True)
+
+
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+def test_learner_step(options, monkeypatch, tuning):
+    if tuning == "lora":
+        pytest.importorskip("peft")
+    monkeypatch.setitem(shapes.SHAPES, "tiny", TINY)
+    monkeypatch.setattr(measure, "child_process", lambda suite, name, *a: step.child(*a))  # it knows no tiny shape
+    what = step.Run("tiny", tuning, 4, 16, "fp32")
+    rows = {r["entry"]: r for r in step.run_one(what, options, SimpleNamespace(status=lambda text: None))}
+    assert rows["fastgrpo certified"]["step_seconds"] > 0
+    assert rows["fastgrpo certified"]["tokens_per_second"] > 0
+    assert "reason" in rows["CCE"]
+    learner = step.Learner(what, "cpu")
+    found = truth(learner.leaf_problem()).entropy
+    assert (found < 0.1).double().mean() > 0.4, "half of RL's tokens are nearly certain"
+    assert found.max() > 1
+    before = [p.detach().clone() for p in learner.model.parameters()]
+    learner.step(ENTRIES["fastgrpo exact"])
+    assert all(torch.equal(a, b) for a, b in zip(before, learner.model.parameters())), "entries see the same weights"
+
+
+def test_shapes_are_the_published_ones():
+    published = {"Qwen2.5-0.5B": 494.0, "Qwen2.5-1.5B": 1543.7, "Qwen2.5-7B": 7615.6, "Qwen3-0.6B": 596.0,
+                 "Qwen3-4B": 4022.5, "Llama-3-8B": 8030.3, "Gemma-2-2B": 2614.3}  # fmt: skip
+    assert set(published) == set(shapes.SHAPES)
+    for name, millions in published.items():
+        assert shapes.parameter_count(shapes.SHAPES[name]) / 1e6 == pytest.approx(millions, abs=0.06), name
+
+
+def test_memory_fits_find_the_law():
+    law = {"constant": 5e6, "NV": 6.0, "VD": 4.0, "ND": 4.0}
+    jobs = [(case, None) for case in fit.head_cases()]
+
+    def peak(n, v, d):
+        return law["constant"] + law["NV"] * n * v + law["VD"] * v * d + law["ND"] * n * d
+
+    head, worst = fit.fit_head(jobs, [peak(c.N, c.V, c.D) / measure.MIB for c, _ in jobs])
+    assert worst < 1e-6
+    assert head(10000, 151936, 896) == pytest.approx(peak(10000, 151936, 896), rel=1e-5)
+    transient, kept = 3000.0, 1800.0
+    points = [t * (transient + kept * layers) / measure.MIB for t, layers in fit.DECODER_POINTS]
+    assert fit.fit_decoder(points) == pytest.approx((transient, kept))
+
+
+@pytest.mark.parametrize("guess", [1, 90, 100, 130, 5000, -7])
+@pytest.mark.parametrize("most", [0, 1, 100, 1000])
+def test_search_under_a_cap(guess, most):
+    found = fit.search(lambda n: n <= most, guess, 4000)
+    assert most / 1.3 - 1 <= found <= most
+    assert fit.largest(lambda n: n <= most, 4000) == most
+
+
+def test_fit_is_marked_as_computed(options, tmp_path, monkeypatch):
+    """Off a GPU: a head whose logits grow with N V must fit fewer tokens than one that holds a workspace."""
+    laws = {"full logits": lambda c: 12 * c.N * c.V, "fastgrpo certified": lambda c: 1 << 27}
+    options.entries = [*laws, "CCE"]
+    monkeypatch.setattr(
+        measure, "peaks_cpu", lambda names, jobs: {n: [laws[n](c) / measure.MIB for c, _ in jobs] for n in names}
+    )
+    monkeypatch.setattr(fit, "tensors", lambda case, device: None)
+    monkeypatch.setattr(
+        measure, "child_process", lambda suite, name, shape, tokens, layers: tokens * (40 + layers) / 1024
+    )
+    with Show(quiet=True) as show:
+        rows = fit.run(options, show)
+    assert all(r["measured"] is False for r in rows if "tokens" in r)
+    for question in fit.QUESTIONS:
+        mine = {(r["entry"], r["card"]): r["tokens"] for r in rows
+                if r["question"] == question and r["shape"] == "Qwen2.5-0.5B" and "tokens" in r}  # fmt: skip
+        for card in fit.CARDS:
+            assert mine["full logits", card] < mine["fastgrpo certified", card], (question, card)
+        tokens = [mine["full logits", card] for card in fit.CARDS]
+        assert tokens == sorted(tokens)
+        assert tokens[0] > 0
+    drawn = fit.charts([{**measure.machine("cpu", ""), **r} for r in rows], str(tmp_path / "f"))
+    assert len(drawn) == 2 * len(fit.plans("cpu"))
+
+
+def test_nothing_is_dropped_when_time_is_over(options):
+    options.time_limit, options.cases = -1.0, [{"N": 64, "V": 512, "D": 32}]
+    with Show(quiet=True) as show:
+        rows = [*loss.run(options, show), *accuracy.run(options, show), *step.run(options, show)]
+    assert {r["entry"] for r in rows} == set(QUICK)
+    assert all(r["reason"].startswith("not run: the time limit") for r in rows)
+    assert all(command.fine(r) for r in rows)
+
+
+def test_exit_status_tells_of_our_own_failures(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["bench"])
+    monkeypatch.setitem(ENTRIES, "fastgrpo exact", replace(ENTRIES["fastgrpo exact"], loss=lambda p: halved(full(p))))
+    arguments = ["--suite", "accuracy", "--case", "64,512,32", "--entries", "fastgrpo exact", "--output", str(tmp_path)]
+    assert command.main(arguments) == 1
+    assert "wrong" in capsys.readouterr().out
+
+
+def test_bad_arguments_are_refused(capsys):
+    for arguments, said in ((["--entries", "Unsloth"], "got Unsloth"), (["--repeats", "0"], "must be >= 1, got 0"),
+                            (["--case", "1,2"], "a case is N,V,D")):  # fmt: skip
+        with pytest.raises(SystemExit):
+            command.main(arguments)
+        assert said in capsys.readouterr().err
+    assert parse_case("8,16,4,profile=flat,softcap=30") == {"N": 8, "V": 16, "D": 4, "profile": "flat", "softcap": 30.0}
+
+
+def test_report_shows_reasons_and_wrong_results(tmp_path):
+    common = {"device": "x", "torch": "2", "date": "2026-01-01", "versions": {}, "command": "c", "title": "t",
+              "group": "base", "gemm_seconds": 0.1}  # fmt: skip
+    rows = [
+        {**common, "entry": "good", "correct": True, "gemms": 1.25, "peak_mib": 12.0},
+        {**common, "entry": "bad", "correct": False},
+        {**common, "entry": "absent", "reason": "needs a CUDA device"},
+    ]
+    (tmp_path / "loss-cpu.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    text = report.rebuilt(f"before{report.START}old{report.END}after", tmp_path)
+    assert text.startswith("before")
+    assert text.endswith("after")
+    assert "| good | 1.25, 12 MiB |" in text
+    assert "| bad | wrong |" in text
+    assert "| absent | needs a CUDA device |" in text
+    assert "old" not in text
+    assert report.rebuilt(text, tmp_path) == text
+    assert charts.where(rows) in text
