@@ -123,9 +123,8 @@ class TransformersSampler:
             use_cache=True, **{name: getattr(sampling, name) for name in names},
         )  # fmt: skip
         recorder = Recorder(sampling.temperature)
-        processors = [recorder]  # it sees the model's own logits: before the penalty and the truncation
-        if sampling.repetition_penalty != 1:
-            processors.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
+        # the recorder sees the model's own logits: before the penalty and the truncation
+        processors = [recorder, RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty)]
         out = model.generate(ids, attention_mask=mask, generation_config=config, logits_processor=processors)
         recorder.take(out)
         rows = zip(out[:, width:].tolist(), torch.cat(recorder.logprobs, 1).tolist())
