@@ -199,7 +199,7 @@ class VLLMSampler:
 
 
 def make_sampler(config, tokenizer):
-    """``use_vllm`` and ``vllm_*`` are TRL's; ``generation_batch_tokens`` bounds a batch of transformers' generate."""
+    """``use_vllm`` and ``vllm_*`` are TRL's; ``max_generation_tokens`` bounds a batch of transformers' generate."""
     if config.use_vllm:
         return VLLMSampler(config, tokenizer)
-    return TransformersSampler(tokenizer, config.generation_batch_tokens)
+    return TransformersSampler(tokenizer, config.max_generation_tokens)
