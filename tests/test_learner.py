@@ -204,7 +204,7 @@ def test_micro_batches_fit_the_budget(packed):
 @pytest.mark.parametrize("fails_after", [0, 1, 2])
 def test_out_of_memory_starts_over_with_half_the_budget(fails_after):
     """A model that runs out of memory above 40 tokens, in any micro-batch, ends with the whole batch's gradients."""
-    config, model, episodes = GRPOLossConfig(), make_model(), make_episodes(groups=6)
+    config, model, episodes = GRPOLossConfig(), make_model(), make_episodes(groups=12)
     set_old(model, episodes, config)
     _, want = padded_gradients(model, episodes, config)
     calls = []
