@@ -26,6 +26,7 @@ class Episode:
     completion_ids: list[int]
     advantage: float = 0.0
     counts: bool = True  # False: masked, a truncated answer
+    finished: bool = True
     rewards: list[float] = field(default_factory=list)  # one a reward function, NaN: cannot score
     sampler: torch.Tensor | None = None  # log-probs of the sampler
     old: torch.Tensor | None = None  # of the policy that sampled; None: the current one
@@ -120,7 +121,7 @@ class Learner:
         """Micro-batches, as many on every rank (at least one): the missing ones hold a token that does not count."""
         batches = micro_batches(episodes, self.budget, self.packed)
         most = max(gather_object([len(batches), 1]))
-        return batches + [[Episode([0], [0], counts=False)]] * (most - len(batches))
+        return batches + [[Episode([0], [0], counts=False, ref=torch.zeros(1))]] * (most - len(batches))
 
     def within_memory(self, work, episodes):
         """``work(plan)``, again with half the token budget when memory runs out: it starts over, so nothing is lost."""
@@ -150,7 +151,8 @@ class Learner:
                 targets = known["targets"]
                 score = partial(linear_logprobs, targets=targets, temperature=temperature, return_entropy=entropy,
                                 backend=backend)  # fmt: skip
-                out = model(**inputs, fastgrpo=score)
+                with self.accelerator.autocast():
+                    out = model(**inputs, fastgrpo=score)
                 flat = (out.entropy if entropy else out.logprobs)[targets != IGNORE].cpu()
                 pieces = flat.split([len(e.completion_ids) for e in batch])
                 values.update((id(e), piece.clone()) for e, piece in zip(batch, pieces))

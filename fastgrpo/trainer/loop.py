@@ -1,0 +1,326 @@
+"""The loop: sample groups of answers, score them, learn from them. Read it from ``train`` down."""
+
+import copy
+import math
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object, set_seed
+from transformers import get_scheduler
+
+from fastgrpo import group_advantages
+from fastgrpo.integrations.transformers import fuse_lm_head
+from fastgrpo.trainer import checkpoint
+from fastgrpo.trainer.config import GRPOConfig
+from fastgrpo.trainer.data import decode, draw, encode, load_rows, score
+from fastgrpo.trainer.generate import Sampling, make_sampler
+from fastgrpo.trainer.learner import Episode, Learner, needs_learning
+from fastgrpo.trainer.logs import RunLog, plot_curves
+from fastgrpo.trainer.model import load_model, load_tokenizer, make_optimizer, make_trainable
+from fastgrpo.trainer.rewards import resolve
+
+
+class GRPOTrainer:
+    """GRPO on a transformers causal LM.
+
+    Args:
+        model: a folder, hub name or causal LM.
+        reward_funcs: one or a list of functions ``f(prompts, completions, **columns) -> list[float | None]`` (None:
+            cannot score), or names of shipped rewards; completions are texts, or ``[{"role": "assistant", "content":
+            str}]`` for chat prompts; ``completion_ids`` and the dataset's columns come as keyword arguments.
+        train_dataset, eval_dataset: a list of dicts, a .jsonl or .json file or a ``datasets`` object with "prompt"
+            (text or chat messages) and any other columns.
+        config: a :class:`GRPOConfig`. processing_class: the tokenizer; None: the model's. peft_config: of PEFT; None:
+            LoRA by the config's ``lora_*`` if ``use_peft``.
+
+    Raises:
+        ValueError, TypeError: a bad setting, reward or dataset, before the model is loaded.
+    """
+
+    def __init__(
+        self, model, reward_funcs, train_dataset, config=None, eval_dataset=None, processing_class=None,
+        peft_config=None,
+    ):  # fmt: skip
+        self.config = config = GRPOConfig() if config is None else config
+        if not isinstance(config, GRPOConfig):
+            raise TypeError(f"config must be a GRPOConfig, got {type(config).__name__}")
+        self.rewards = named_rewards(reward_funcs)
+        self.weights = torch.tensor(config.reward_weights or [1.0] * len(self.rewards))
+        if len(self.weights) != len(self.rewards):
+            raise ValueError(f"reward_weights must be {len(self.rewards)} numbers, one a function, got {self.weights}")
+        self.rows = load_rows(train_dataset)
+        self.eval_rows = None if eval_dataset is None else load_rows(eval_dataset, "eval_dataset")
+        if self.eval_rows is None and (config.eval_strategy != "no" or config.eval_on_start):
+            raise ValueError("eval_strategy and eval_on_start need an eval_dataset, got None")
+        self.start_from = self.find_start()
+        half = config.bf16 if config.bf16 is not None else torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        self.accelerator = Accelerator(
+            cpu=config.use_cpu, mixed_precision="bf16" if half else "no", log_with=config.trackers or None,
+            project_dir=config.output_dir,
+        )  # fmt: skip
+        set_seed(config.seed)
+        model = load_model(model, config, self.accelerator.device)
+        self.tokenizer = load_tokenizer(processing_class, model, config)
+        self.setup(model, peft_config, half or config.dtype != "float32")
+        self.step = self.used = self.position = 0  # optimiser steps; those taken on the rollout in hand; prompts drawn
+        self.rollout = []
+        set_seed(config.seed, device_specific=True)
+
+    def find_start(self):
+        """The checkpoint to go on from, or None."""
+        wanted, there = self.config.resume_from_checkpoint, checkpoint.found(self.config.output_dir)
+        if isinstance(wanted, str):
+            if not Path(wanted).is_dir():
+                raise ValueError(f"resume_from_checkpoint must be True or a checkpoint folder, got {wanted!r}")
+            return wanted
+        if there and not wanted:
+            raise ValueError(
+                f"output_dir {self.config.output_dir} holds checkpoints of an earlier run: resume, or choose another"
+            )
+        return there[-1] if there else None
+
+    def setup(self, model, peft_config, half):
+        """Model, frozen reference, optimiser, schedule, sampler and learner, on this rank's device."""
+        config, accelerator = self.config, self.accelerator
+        self.is_peft = peft_config is not None or config.use_peft or hasattr(model, "peft_config")
+        self.reference = None
+        if config.beta > 0 and not self.is_peft:
+            self.reference = fuse_lm_head(copy.deepcopy(model)).requires_grad_(False).eval()
+        model = make_trainable(model, config, peft_config).train()
+        self.model, self.optimizer = accelerator.prepare(model, make_optimizer(model, config))
+        if self.reference is not None:
+            self.reference = self.placed(self.reference)
+        if self.is_peft and not accelerator.is_fsdp2:
+            checkpoint.adapter_only(accelerator)
+        prompts = config.rollout // config.num_generations * accelerator.num_processes
+        steps = config.steps_per_rollout * config.num_iterations
+        rollouts = max(math.ceil(config.num_train_epochs * len(self.rows) / prompts), 1)
+        self.total = config.max_steps if config.max_steps > 0 else rollouts * steps
+        self.schedule = get_scheduler(config.lr_scheduler_type, self.optimizer, config.warmup_steps, self.total)
+        self.sampler = make_sampler(config, self.tokenizer)
+        flash = "flash" in str(model.config._attn_implementation)
+        self.learner = Learner(
+            self.model, accelerator, config.loss_config(), config.token_budget,
+            flash if config.packing == "auto" else config.packing, config.skip_zero_advantages,
+            config.activation_offloading, config.backend, config.backward,
+        )  # fmt: skip
+        self.rescore = config.use_vllm or (half and steps > 1)
+        if config.recompute_old_logprobs is not None:
+            self.rescore = config.recompute_old_logprobs
+
+    def placed(self, reference):
+        """The frozen reference on the device, sharded where the policy is."""
+        if self.accelerator.is_fsdp2:
+            from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+
+            return fsdp2_prepare_model(self.accelerator, reference)
+        return reference.to(self.accelerator.device)
+
+    def train(self):
+        """Trains to the last step; leaves log.jsonl, curves.png, model/ and checkpoints in ``output_dir``.
+
+        Returns:
+            list of the log's rows.
+        """
+        config, accelerator = self.config, self.accelerator
+        if self.start_from is not None:
+            self.restore(checkpoint.load(self.start_from, accelerator))
+        with RunLog(config.output_dir, self.total, accelerator, config.logging_steps, self.step) as self.log:
+            accelerator.init_trackers(config.run_name or "fastgrpo", config={"output_dir": config.output_dir})
+            if config.eval_on_start and self.step == 0:
+                self.log.write(0, self.evaluate())
+            while self.step < self.total:
+                started = time.perf_counter()
+                if not self.rollout:
+                    self.rollout, self.used = self.collect(), 0
+                row = self.learn(self.batch())
+                self.step, self.used = self.step + 1, self.used + 1
+                if self.used == config.steps_per_rollout * config.num_iterations:
+                    self.rollout = []
+                row["tokens_per_second"] = row.pop("step_tokens") / (time.perf_counter() - started)
+                self.log.write(self.step, row)
+                self.after_step()
+        return self.finish()
+
+    def after_step(self):
+        """What happens every so many steps: reference, evaluation, checkpoint."""
+        config = self.config
+        if config.sync_ref_model and self.step % config.ref_model_sync_steps == 0:
+            for old, new in zip(self.reference.parameters(), self.model.parameters()):
+                old.data.lerp_(new.data, config.ref_model_mixup_alpha)
+        if config.eval_strategy == "steps" and (self.step % config.eval_steps == 0 or self.step == self.total):
+            self.log.write(self.step, self.evaluate())
+        if config.save_strategy == "steps" and (self.step % config.save_steps == 0 or self.step == self.total):
+            self.save()
+
+    def collect(self):
+        """A rollout: this rank's episodes, sampled, scored, with advantages and the log-probs the loss will need."""
+        config, accelerator, rank = self.config, self.accelerator, self.accelerator.process_index
+        count = config.rollout // config.num_generations
+        everyone = count * accelerator.num_processes
+        numbers = draw(len(self.rows), self.position, everyone, config.seed, config.shuffle_dataset)
+        self.position += everyone
+        self.sampler.sync(self.model)
+        episodes = self.answer(
+            [self.rows[i] for i in numbers[rank * count : (rank + 1) * count]], config.num_generations
+        )
+        rewards = torch.tensor(gather_object([e.rewards for e in episodes])) * self.weights
+        advantages = group_advantages(rewards, config.num_generations, config.scale_rewards).tolist()
+        for episode, advantage in zip(episodes, advantages[rank * len(episodes) :]):
+            episode.advantage = advantage
+        self.add_logprobs([e for e in episodes if needs_learning(e, config) or not config.skip_zero_advantages])
+        return episodes
+
+    def answer(self, rows, n, greedy=False):
+        """-> ``n`` scored episodes a row."""
+        config, tokenizer = self.config, self.tokenizer
+        prompts = [encode(tokenizer, row["prompt"], config.chat_template_kwargs) for row in rows]
+        sampling = Sampling(
+            n, config.max_completion_length, config.temperature, config.top_p, config.top_k, config.min_p,
+            config.repetition_penalty,
+        )  # fmt: skip
+        groups = self.sampler.generate(self.model, prompts, sampling, greedy)
+        drawn = [(row, ids, c) for row, ids, group in zip(rows, prompts, groups) for c in group]
+        texts = [decode(tokenizer, row["prompt"], c.ids) for row, _, c in drawn]
+        scores = score(self.rewards, [row for row, *_ in drawn], texts, [c.ids for *_, c in drawn])
+        return [
+            Episode(
+                ids, c.ids, counts=c.finished or not config.mask_truncated_completions, finished=c.finished,
+                rewards=rewards, sampler=None if c.logprobs is None else torch.tensor(c.logprobs),
+            )
+            for (_, ids, c), rewards in zip(drawn, scores)
+        ]  # fmt: skip
+
+    def add_logprobs(self, episodes):
+        """Of the policy that sampled, where later steps need them, of the reference, and their mismatch with vLLM."""
+        config = self.config
+        if self.rescore:
+            for episode, old in zip(episodes, self.learner.score(episodes)):
+                episode.old = old
+                if config.use_vllm and config.vllm_importance_sampling_correction:
+                    episode.importance = config.mismatch_weights(old, episode.sampler)
+        elif config.steps_per_rollout * config.num_iterations > 1:
+            for episode in episodes:
+                episode.old = episode.sampler
+        if config.beta > 0:
+            bare = self.accelerator.unwrap_model(self.model)
+            with bare.disable_adapter() if self.is_peft else nullcontext():
+                for episode, ref in zip(episodes, self.learner.score(episodes, self.reference)):
+                    episode.ref = ref
+
+    def batch(self):
+        """The episodes of this optimiser step."""
+        size = len(self.rollout) // self.config.steps_per_rollout
+        start = self.used % self.config.steps_per_rollout * size
+        return self.rollout[start : start + size]
+
+    def learn(self, episodes):
+        """One optimiser step -> its numbers, read from the device once, before the weights change."""
+        accelerator = self.accelerator
+        tokens = sum(gather_object([sum(e.tokens for e in self.rollout)]))
+        numbers = self.learner.gradients(episodes, num_items=tokens / self.config.steps_per_rollout)
+        norm = accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
+        numbers["grad_norm"] = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        row = self.summary(episodes, numbers)
+        if not math.isfinite(row["loss"] + row["grad_norm"]):
+            path = Path(self.config.output_dir) / f"bad-batch-{self.step + 1}-rank{accelerator.process_index}.pt"
+            torch.save({"row": row, "episodes": [vars(e) for e in episodes]}, path)
+            raise FloatingPointError(f"step {self.step + 1}: loss {row['loss']}, gradient norm {row['grad_norm']}; the "
+                                     f"weights are as they were, the batch is in {path}")  # fmt: skip
+        row["learning_rate"] = self.schedule.get_last_lr()[0]
+        self.optimizer.step()
+        self.schedule.step()
+        self.learner.grow()
+        return row
+
+    def summary(self, episodes, numbers):
+        """The numbers of a step over all ranks."""
+        totals = {"answers": len(episodes), "all_tokens": sum(len(e.completion_ids) for e in episodes)}
+        totals |= {"truncated": sum(not e.finished for e in episodes), "reward": sum(map(self.reward, episodes))}
+        for i, name in enumerate(self.rewards):
+            known = [e.rewards[i] for e in episodes if not math.isnan(e.rewards[i])]
+            totals |= {f"rewards/{name}": sum(known), f"scored/{name}": len(known)}
+        values = torch.tensor(list(totals.values()), dtype=torch.float32, device=self.accelerator.device)
+        values = torch.cat((values, torch.stack([v.float() for v in numbers.values()])))
+        names, ranks = [*totals, *numbers], self.accelerator.gather(values[None]).T.tolist()
+        combine = {"ratio_min": min, "ratio_max": max, "grad_norm": max}
+        n = {name: combine.get(name, sum)(row) for name, row in zip(names, ranks)}
+        answers, measured = n["answers"], max(n["measured_tokens"], 1)
+        row = {"reward": n["reward"] / answers, "loss": n["loss"], "grad_norm": n["grad_norm"]}
+        row |= {name: n[name] / max(n[f"scored/{name[8:]}"], 1) for name in n if name.startswith("rewards/")}
+        row |= {
+            name: n[f"{name}_sum"] / measured
+            for name in ("kl", "entropy", "clip_low", "clip_high")
+            if f"{name}_sum" in n
+        }
+        return row | {
+            "clip_fraction": n["clip_region_sum"] / measured, "ratio_min": n["ratio_min"], "ratio_max": n["ratio_max"],
+            "skipped": 1 - n["tokens"] / n["all_tokens"], "length": n["all_tokens"] / answers,
+            "truncated": n["truncated"] / answers, "step_tokens": n["all_tokens"],
+        }  # fmt: skip
+
+    def reward(self, episode):
+        """The weighted sum, without functions that cannot score."""
+        return (torch.tensor(episode.rewards) * self.weights).nansum().item()
+
+    def evaluate(self):
+        """Greedy and sampled answers to the held-out prompts: mean rewards, and the share of prompts answered rightly
+        at once and once in ``num_generations_eval`` samples. Leaves the random numbers of training as they were."""
+        config, rank, world = self.config, self.accelerator.process_index, self.accelerator.num_processes
+        rows, k = [self.eval_rows[i] for i in range(rank, len(self.eval_rows), world)], config.num_generations_eval
+        with torch.random.fork_rng():
+            torch.manual_seed(config.seed + rank)
+            self.sampler.sync(self.model)
+            greedy, sampled = self.answer(rows, 1, greedy=True), self.answer(rows, k)
+        greedy = torch.tensor(gather_object([self.reward(e) for e in greedy]))
+        sampled = torch.tensor(gather_object([self.reward(e) for e in sampled])).view(-1, k)
+        right = sampled >= config.eval_pass_threshold
+        numbers = {
+            "greedy_reward": greedy.mean(), "greedy_pass": (greedy >= config.eval_pass_threshold).float().mean(),
+            "reward": sampled.mean(), "pass@1": right.float().mean(), f"pass@{k}": right.any(1).float().mean(),
+        }  # fmt: skip
+        return {f"eval/{name}": value.item() for name, value in numbers.items()}
+
+    def save(self):
+        """A checkpoint of everything that the next step depends on."""
+        state = {name: getattr(self, name) for name in ("step", "used", "position")}
+        state |= {"rollout": [vars(e) for e in self.rollout], "schedule": self.schedule.state_dict()}
+        state |= {"budget": self.learner.budget, "limit": self.learner.limit}
+        state["reference"] = self.reference.state_dict() if self.config.sync_ref_model else None
+        folder = Path(self.config.output_dir) / f"checkpoint-{self.step}"
+        checkpoint.save(folder, self.accelerator, self.model, self.tokenizer, state)
+        if self.config.save_total_limit is not None and self.accelerator.is_main_process:
+            checkpoint.keep_newest(self.config.output_dir, self.config.save_total_limit)
+
+    def restore(self, state):
+        self.step, self.used, self.position = state["step"], state["used"], state["position"]
+        self.rollout = [Episode(**e) for e in state["rollout"]]
+        self.schedule.load_state_dict(state["schedule"])
+        self.learner.budget, self.learner.limit = state["budget"], state["limit"]
+        if state["reference"] is not None:
+            self.reference.load_state_dict(state["reference"])
+
+    def finish(self):
+        """The model as ``from_pretrained`` loads it (an adapter alone with LoRA), and a picture of the run."""
+        output, accelerator = Path(self.config.output_dir), self.accelerator
+        state = accelerator.get_state_dict(self.model)
+        if accelerator.is_main_process:
+            accelerator.unwrap_model(self.model).save_pretrained(output / "model", state_dict=state)
+            self.tokenizer.save_pretrained(output / "model")
+            plot_curves(self.log.rows, output / "curves.png", self.config.run_name or "GRPO")
+        accelerator.end_training()
+        self.log.console.print(f"written: {output}/log.jsonl, curves.png, model/")
+        return self.log.rows
+
+
+def named_rewards(functions):
+    """{name: function}; one function, a name or a list of them."""
+    functions = functions if isinstance(functions, list | tuple) else [functions]
+    resolved = [resolve(f) for f in functions]
+    if not resolved:
+        raise ValueError("reward_funcs must hold at least one function, got none")
+    names = [getattr(f, "__name__", type(f).__name__) for f in resolved]
+    return {name if names.count(name) == 1 else f"{name}_{i}": f for i, (name, f) in enumerate(zip(names, resolved))}

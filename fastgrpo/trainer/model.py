@@ -1,0 +1,98 @@
+"""The model and its optimiser: attention, LoRA and QLoRA, Liger's layer kernels, checkpointing, 8-bit states."""
+
+from importlib.util import find_spec
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+from fastgrpo.integrations.transformers import causal_lm, fuse_lm_head
+
+
+def load_model(source, config, device):
+    """A causal LM from a folder or name; a module is taken as it is."""
+    if not isinstance(source, str):
+        return source
+    options = {"dtype": config.dtype, "trust_remote_code": config.trust_remote_code, **(config.model_init_kwargs or {})}
+    if config.load_in_4bit or config.load_in_8bit:
+        compute = torch.bfloat16 if device.type == "cuda" else torch.float32
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=config.load_in_4bit, load_in_8bit=config.load_in_8bit, bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute,
+        )  # fmt: skip
+        options["device_map"] = {"": device}
+    failed = None
+    for attention in attentions(config, device):
+        try:
+            model = AutoModelForCausalLM.from_pretrained(source, attn_implementation=attention, **options)
+        except (ValueError, ImportError) as error:
+            if config.attn_implementation is not None or ("attn" not in str(error) and "ttention" not in str(error)):
+                raise
+            failed = error
+            continue
+        if failed is not None:
+            print(f"attention: {attention}, because {failed}")
+        return model
+    raise failed
+
+
+def attentions(config, device):
+    """What to try, best first."""
+    if config.attn_implementation is not None:
+        return [config.attn_implementation]
+    half = config.dtype in ("bfloat16", "float16", "auto")
+    flash = device.type == "cuda" and half and find_spec("flash_attn") is not None
+    return (["flash_attention_2"] if flash else []) + ["sdpa", "eager"]
+
+
+def load_tokenizer(source, model, config):
+    if source is None:
+        source = AutoTokenizer.from_pretrained(model.config._name_or_path, trust_remote_code=config.trust_remote_code)
+    if source.eos_token_id is None:
+        raise ValueError("processing_class must have an eos_token: answers end with it")
+    return source
+
+
+def make_trainable(model, config, peft_config=None):
+    """Adapter, kernels, checkpointing and our op in the LM head."""
+    if config.disable_dropout:
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+    if config.use_liger_kernel:
+        from liger_kernel.transformers import _apply_liger_kernel_to_instance
+
+        _apply_liger_kernel_to_instance(model, cross_entropy=False, fused_linear_cross_entropy=False)
+    if (peft_config is not None or config.use_peft) and not hasattr(model, "peft_config"):
+        import peft
+
+        if getattr(model, "is_quantized", False):
+            model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        model = peft.get_peft_model(model, peft_config or lora(config))
+    if config.gradient_checkpointing:
+        base = causal_lm(model)
+        base.gradient_checkpointing_enable({"use_reentrant": False})
+        base.enable_input_require_grads()
+    return fuse_lm_head(model)
+
+
+def lora(config):
+    from peft import LoraConfig
+
+    return LoraConfig(
+        task_type="CAUSAL_LM", r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
+        target_modules=config.lora_target_modules, modules_to_save=config.lora_modules_to_save,
+    )  # fmt: skip
+
+
+def make_optimizer(model, config):
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    options = {
+        "lr": config.learning_rate, "betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_epsilon,
+        "weight_decay": config.weight_decay,
+    }  # fmt: skip
+    if config.optim.startswith("adamw_torch"):
+        return torch.optim.AdamW(parameters, fused=True if config.optim.endswith("fused") else None, **options)
+    import bitsandbytes
+
+    names = {"adamw_8bit": "AdamW8bit", "paged_adamw_8bit": "PagedAdamW8bit", "paged_adamw_32bit": "PagedAdamW"}
+    return getattr(bitsandbytes.optim, names[config.optim])(parameters, **options)
