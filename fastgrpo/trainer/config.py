@@ -96,6 +96,7 @@ class GRPOConfig(GRPOLossConfig, VLLMOptions):
     adam_epsilon: float = 1e-8
     max_grad_norm: float = 1.0
     model_init_kwargs: dict | None = None
+    tiny_vocabulary: int | None = None
     trust_remote_code: bool = False
     dtype: str = "float32"
     disable_dropout: bool = False

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import torch
 
+from fastgrpo.trainer import examples
+
 
 def load_rows(source, name="train_dataset"):
     """Rows ``{"prompt": text or chat, column: value ...}`` of a list, a .jsonl or .json file or a ``datasets`` object.
@@ -12,6 +14,8 @@ def load_rows(source, name="train_dataset"):
     Raises:
         ValueError, TypeError: naming what is missing, before a model is loaded.
     """
+    if isinstance(source, str) and source.startswith(("world:", "tiny:")):
+        return examples.load_rows(source)
     if isinstance(source, str | Path):
         if not Path(source).is_file():
             raise ValueError(f"{name} must be a .jsonl or .json file, a list or a datasets object, got {str(source)!r}")

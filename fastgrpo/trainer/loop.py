@@ -13,14 +13,14 @@ from transformers import get_scheduler
 
 from fastgrpo import group_advantages
 from fastgrpo.integrations.transformers import fuse_lm_head
-from fastgrpo.trainer import checkpoint
+from fastgrpo.trainer import checkpoint, examples
 from fastgrpo.trainer.config import GRPOConfig
 from fastgrpo.trainer.data import decode, draw, encode, load_rows, score
 from fastgrpo.trainer.generate import Sampling, make_sampler
 from fastgrpo.trainer.learner import Episode, Learner, needs_learning
 from fastgrpo.trainer.logs import RunLog, plot_curves
 from fastgrpo.trainer.model import load_model, load_tokenizer, make_optimizer, make_trainable
-from fastgrpo.trainer.rewards import resolve
+from fastgrpo.trainer.rewards import columns_needed, resolve
 
 
 class GRPOTrainer:
@@ -55,6 +55,12 @@ class GRPOTrainer:
         self.eval_rows = None if eval_dataset is None else load_rows(eval_dataset, "eval_dataset")
         if self.eval_rows is None and (config.eval_strategy != "no" or config.eval_on_start):
             raise ValueError("eval_strategy and eval_on_start need an eval_dataset, got None")
+        for name, function in self.rewards.items():
+            missing = set(columns_needed(function)) - set(self.rows[0])
+            if missing:
+                raise ValueError(f"reward {name} needs the columns {sorted(missing)}, got {sorted(self.rows[0])}")
+        if isinstance(model, str) and model.startswith("tiny:"):
+            examples.parse(model)
         self.start_from = self.find_start()
         half = config.bf16 if config.bf16 is not None else torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         self.accelerator = Accelerator(
@@ -62,8 +68,8 @@ class GRPOTrainer:
             project_dir=config.output_dir,
         )  # fmt: skip
         set_seed(config.seed)
-        model = load_model(model, config, self.accelerator.device)
-        self.tokenizer = load_tokenizer(processing_class, model, config)
+        model, tokenizer = load_model(model, config, self.accelerator.device)
+        self.tokenizer = load_tokenizer(processing_class or tokenizer, model, config)
         self.setup(model, peft_config, half or config.dtype != "float32")
         self.step = self.used = self.position = 0  # optimiser steps; those taken on the rollout in hand; prompts drawn
         self.rollout = []

@@ -6,12 +6,15 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from fastgrpo.integrations.transformers import causal_lm, fuse_lm_head
+from fastgrpo.trainer import examples
 
 
 def load_model(source, config, device):
-    """A causal LM from a folder or name; a module is taken as it is."""
+    """A causal LM from a folder or name, and the tokenizer of ``tiny:NAME``; a module is taken as it is."""
     if not isinstance(source, str):
-        return source
+        return source, None
+    if source.startswith("tiny:"):
+        return examples.tiny_model(source, config.seed, config.tiny_vocabulary, device)
     options = {"dtype": config.dtype, "trust_remote_code": config.trust_remote_code, **(config.model_init_kwargs or {})}
     if config.load_in_4bit or config.load_in_8bit:
         compute = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -31,7 +34,7 @@ def load_model(source, config, device):
             continue
         if failed is not None:
             print(f"attention: {attention}, because {failed}")
-        return model
+        return model, None
     raise failed
 
 
