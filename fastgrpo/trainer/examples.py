@@ -2,7 +2,8 @@
 
 A dataset is named ``KIND:NAME[:PART]``. KIND ``world``: chat prompts with instructions, for a real model; ``tiny``:
 terse prompts for the tiny model of the same name, which is made offline in seconds. PART is ``train`` (the default) or
-``test``, whose prompts are never in ``train``; gsm8k reads a file instead: ``world:gsm8k:path/train.jsonl``.
+``test``, whose prompts are never in ``train``; for gsm8k it is a file, ``world:gsm8k:path/train.jsonl`` (``tiny:gsm8k``
+without one draws stories in GSM8K's format).
 """
 
 import json
@@ -63,7 +64,7 @@ def story(draw, largest):
     text, sign = draw.choice(STORIES)
     a, b = draw.randint(1, largest), draw.randint(1, largest)
     if sign == "*":
-        a, b = draw.randint(2, 9), draw.randint(2, 9)
+        a, b = draw.randint(2, min(largest, 99)), draw.randint(2, min(largest, 99))
     if sign == "-":
         a, b = max(a, b), min(a, b)
     text = text.format(name=draw.choice(NAMES), thing=draw.choice(THINGS), a=a, b=b)
@@ -71,14 +72,14 @@ def story(draw, largest):
 
 
 def arithmetic_problem(draw, tiny):
-    text, _, value = story(draw, 9 if tiny else 999)
+    text, _, value = story(draw, 6 if tiny else 999)
     prompt = text if tiny else f"{text} {THINK.format(what='the number')}"
     return {"prompt": prompt, "answer": str(value), "solution": f" {value}"}
 
 
 def gsm8k_problem(draw, tiny):
     """What the tiny model of gsm8k starts from: stories solved in GSM8K's format."""
-    text, expression, value = story(draw, 9)
+    text, expression, value = story(draw, 6)
     return {
         "prompt": f"{text}\n",
         "answer": str(value),
@@ -107,7 +108,7 @@ def read_gsm8k(path, tiny):
 class World:
     """A way to draw problems, and the tiny model that can learn them."""
 
-    problem: Callable  # (random.Random, tiny) -> row; "solution" is what the supervised start teaches
+    problem: Callable  # (random.Random, tiny) -> row; its "solution" is what the supervised start teaches
     words: bool = False  # the tiny tokenizer has words, not characters alone
     hidden_size: int = 64
     layers: int = 2
@@ -117,10 +118,10 @@ class World:
 
 
 WORLDS = {
-    "sort": World(sort_problem),
-    "countdown": World(countdown_problem),
-    "arithmetic": World(arithmetic_problem, words=True),
-    "gsm8k": World(gsm8k_problem, words=True),
+    "sort": World(sort_problem, start_steps=65),
+    "countdown": World(countdown_problem, start_steps=150, start_batch=128, start_learning_rate=2e-3),
+    "arithmetic": World(arithmetic_problem, words=True, start_steps=100, start_learning_rate=2e-3),
+    "gsm8k": World(gsm8k_problem, words=True, start_steps=80, start_learning_rate=2e-3),
 }
 
 
@@ -144,12 +145,16 @@ def parse(spec):
 
 
 def load_rows(spec, seed=0):
-    """``"world:countdown"``, ``"tiny:sort:test"``, ``"world:gsm8k:train.jsonl"`` -> a list of rows."""
+    """``"world:countdown"``, ``"tiny:sort:test"``, ``"world:gsm8k:train.jsonl"`` -> a list of rows.
+
+    Raises:
+        ValueError: no such world or part, or a file that is missing or not in GSM8K's format.
+    """
     tiny, name, part = parse(spec)
-    if name == "gsm8k":
-        if not Path(part).is_file():
-            raise ValueError(f"gsm8k needs a file: '{spec.split(':')[0]}:gsm8k:path/train.jsonl', got {spec!r}")
+    if name == "gsm8k" and Path(part).is_file():
         rows = read_gsm8k(part, tiny)
+    elif name == "gsm8k" and (part.endswith(".jsonl") or not tiny):
+        raise ValueError(f"gsm8k needs a file: '{spec.partition(':')[0]}:gsm8k:path/train.jsonl', got {spec!r}")
     elif part in ("", "train", "test"):
         count = TEST_ROWS if part == "test" else TRAIN_ROWS
         rows = problems(WORLDS[name], count, seed, part == "test", tiny)
