@@ -72,13 +72,8 @@ class RunLog:
 
         table = Table("prompt", "answer", "reward", title=title)
         for prompt, answer, reward in rows:
-            table.add_row(Text(text(prompt)), Text(text(answer)), f"{reward:.3g}")
+            table.add_row(Text(prompt), Text(answer), f"{reward:.3g}")
         self.console.print(table)
-
-
-def text(x):
-    """Of a prompt or an answer: a chat's last message."""
-    return x if isinstance(x, str) else x[-1]["content"]
 
 
 def plot_curves(rows, path, title, panels=None):

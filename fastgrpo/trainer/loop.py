@@ -132,6 +132,7 @@ class GRPOTrainer:
             list of the log's rows.
         """
         config, accelerator = self.config, self.accelerator
+        steps = config.steps_per_rollout * config.num_iterations
         if self.start_from is not None:
             self.restore(checkpoint.load(self.start_from, accelerator))
         with RunLog(config.output_dir, self.total, accelerator, config.logging_steps, self.step) as self.log:
@@ -142,9 +143,11 @@ class GRPOTrainer:
                 started = time.perf_counter()
                 if not self.rollout:
                     self.rollout, self.used = self.collect(), 0
+                    if config.log_completions or self.total - self.step <= steps:  # the last ones always
+                        self.show(self.rollout)
                 row = self.learn(self.batch())
                 self.step, self.used = self.step + 1, self.used + 1
-                if self.used == config.steps_per_rollout * config.num_iterations:
+                if self.used == steps:
                     self.rollout = []
                 row["tokens_per_second"] = row.pop("step_tokens") / (time.perf_counter() - started)
                 self.log.write(self.step, row)
@@ -199,6 +202,13 @@ class GRPOTrainer:
             )
             for (_, ids, c), rewards in zip(drawn, scores)
         ]  # fmt: skip
+
+    def show(self, episodes):
+        """A table of some answers."""
+        sample = episodes[:: max(len(episodes) // self.config.num_completions_to_print, 1)]
+        text = self.tokenizer.decode
+        rows = [(text(e.prompt_ids), text(e.completion_ids), self.reward(e)) for e in sample]
+        self.log.answers(f"answers before step {self.step + 1}", rows[: self.config.num_completions_to_print])
 
     def add_logprobs(self, episodes):
         """Of the policy that sampled, where later steps need them, of the reference, and their mismatch with vLLM."""
