@@ -25,7 +25,11 @@ def save(folder, accelerator, model, tokenizer, state):
         describe(part, accelerator.unwrap_model(model), tokenizer)
         for path in [*part.rglob("*"), part]:
             flush(path)
+        replaced = Path(f"{folder}.old")
+        if folder.exists():  # resumed from before it
+            folder.rename(replaced)
         part.rename(folder)
+        shutil.rmtree(replaced, ignore_errors=True)
         flush(folder.parent)
     accelerator.wait_for_everyone()
 

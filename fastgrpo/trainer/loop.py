@@ -317,7 +317,8 @@ class GRPOTrainer:
             accelerator.unwrap_model(self.model).save_pretrained(output / "model", state_dict=state)
             self.tokenizer.save_pretrained(output / "model")
             plot_curves(self.log.rows, output / "curves.png", self.config.run_name or "GRPO")
-        accelerator.end_training()
+        for tracker in accelerator.trackers:
+            tracker.finish()
         self.log.console.print(f"written: {output}/log.jsonl, curves.png, model/")
         return self.log.rows
 
