@@ -21,14 +21,14 @@ def digits(completions, **_):
     return [sum(c.isdigit() for c in text) / 6 + len(text) / 100 for text in completions]
 
 
-def make_model(tied=False, dropout=0.1, **options):
+def make_model(tied=False, dropout=0.1, width=32):
     tokenizer = examples.tiny_tokenizer(examples.WORLDS["sort"])
     torch.manual_seed(1)
     config = Qwen2Config(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=tied, attention_dropout=dropout,
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=tied,
+        attention_dropout=dropout,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-        **options,
     )  # fmt: skip
     return Qwen2ForCausalLM(config), tokenizer
 

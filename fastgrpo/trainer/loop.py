@@ -273,7 +273,8 @@ class GRPOTrainer:
             if f"{name}_sum" in n
         }
         return row | {
-            "clip_fraction": n["clip_region_sum"] / measured, "ratio_min": n["ratio_min"], "ratio_max": n["ratio_max"],
+            "clip_fraction": n["clip_region_sum"] / measured, "ratio_max": n["ratio_max"],
+            "ratio_min": n["ratio_min"] if n["measured_tokens"] else 0.0,
             "skipped": 1 - n["tokens"] / n["all_tokens"], "length": n["all_tokens"] / answers,
             "truncated": n["truncated"] / answers, "step_tokens": n["all_tokens"],
         }  # fmt: skip
