@@ -9,8 +9,9 @@ import torch
 pytest.importorskip("accelerate")
 transformers = pytest.importorskip("transformers")
 
+from fastgrpo.integrations.vllm import named_weights  # noqa: E402
 from fastgrpo.trainer import generate  # noqa: E402
-from fastgrpo.trainer.generate import Recorder, Sampling, TransformersSampler, end_tokens, named_weights  # noqa: E402
+from fastgrpo.trainer.generate import Recorder, Sampling, TransformersSampler, end_tokens  # noqa: E402
 
 PAD, EOS, V = 0, 2, 48
 TOKENIZER = SimpleNamespace(pad_token_id=PAD, eos_token_id=EOS)

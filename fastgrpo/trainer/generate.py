@@ -1,18 +1,12 @@
-"""Rollouts: answers for a list of prompts, by transformers' ``generate`` or by vLLM behind the same two methods.
-
-vLLM runs on a GPU alone: here it is tested against its interface, with stand-ins for ``vllm`` and its client.
-"""
+"""Rollouts: answers for a list of prompts, by transformers' ``generate`` or by vLLM behind the same two methods."""
 
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import extract_model_from_parallel
 from torch.distributed.fsdp import FSDPModule
 from transformers import GenerationConfig, LogitsProcessor, RepetitionPenaltyLogitsProcessor
-
-from fastgrpo.trainer.logs import need
 
 
 @dataclass(frozen=True)
@@ -131,75 +125,10 @@ class TransformersSampler:
         return [completion(tokens, logprobs, ends) for tokens, logprobs in rows]
 
 
-@torch.no_grad()
-def named_weights(model):
-    """(name, tensor) of each weight of the bare model, one at a time: shards gathered (every rank must iterate), 4-bit
-    weights dequantised, LoRA's update added to a copy: the model itself is never merged, so it cannot drift."""
-    model = extract_model_from_parallel(model)
-    modules, is_peft = dict(model.named_modules()), hasattr(model, "peft_config")
-    for name, tensor in model.named_parameters():
-        owner, _, leaf = name.rpartition(".")
-        if is_peft and (model.prefix in name or "original_module" in name):
-            continue
-        if is_peft and leaf == "weight":
-            from peft.utils.integrations import dequantize_module_weight
-
-            tensor, layer = dequantize_module_weight(modules[owner]), modules[owner.removesuffix(".base_layer")]
-            for adapter in layer.active_adapters if layer is not modules[owner] else ():
-                tensor = tensor + layer.get_delta_weight(adapter).to(tensor.dtype)
-        tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-        name = name.removeprefix("base_model.model.").replace(".base_layer", "")
-        yield name.replace("modules_to_save.default.", "").replace("_checkpoint_wrapped_module.", ""), tensor.detach()
-
-
-class VLLMSampler:
-    """vLLM as a server or in this process ("colocate"), through TRL's ``VLLMGeneration`` and TRL's names in the config.
-
-    The log-probs are those of the distribution vLLM draws from, truncation included. A server is started by
-    ``VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --weight-transfer-config '{"backend": "nccl"}' --logprobs-mode
-    processed_logprobs --max-logprobs -1``.
-    """
-
-    def __init__(self, config, tokenizer):
-        need("vllm", "vllm")
-        self.config, self.tokenizer, self.engine = config, tokenizer, None
-
-    def start(self, model):
-        base = need("trl.generation.vllm_generation", "vllm").VLLMGeneration
-        engine = type("Engine", (base,), {"_iter_named_params": lambda self: named_weights(self.model)})
-        names = (
-            "server_base_url",
-            "server_host",
-            "server_port",
-            "server_timeout",
-            "group_port",
-            "tensor_parallel_size",
-        )
-        names += ("gpu_memory_utilization", "max_model_length", "enable_sleep_mode", "model_impl", "mode")
-        options = {name: getattr(self.config, f"vllm_{name}") for name in names}
-        return engine(extract_model_from_parallel(model), Accelerator(), self.tokenizer, **options)
-
-    def sync(self, model):
-        """Push the weights; every rank calls it."""
-        self.engine = self.engine or self.start(model)
-        self.engine.sync_weights()
-
-    def generate(self, model, prompts, sampling, greedy=False):
-        """-> for each prompt (a list of ids) its ``sampling.n`` completions; ``greedy``: one."""
-        if self.engine is None:
-            self.sync(model)
-        n, ends = 1 if greedy else sampling.n, end_tokens(model, self.tokenizer)
-        for name in ("top_p", "top_k", "min_p", "repetition_penalty"):
-            setattr(self.engine, name, getattr(sampling, name))
-        self.engine.temperature = 0.0 if greedy else sampling.temperature
-        self.engine.max_completion_length = sampling.max_new_tokens
-        _, ids, logprobs, _ = self.engine.generate([p for p in prompts for _ in range(n)], None, n)
-        rows = [completion(list(i), [step[0] for step in steps], ends) for i, steps in zip(ids, logprobs)]
-        return [rows[i : i + n] for i in range(0, len(rows), n)]
-
-
 def make_sampler(config, tokenizer):
     """``use_vllm`` and ``vllm_*`` are TRL's; ``max_generation_tokens`` bounds a batch of transformers' generate."""
     if config.use_vllm:
+        from fastgrpo.integrations.vllm import VLLMSampler
+
         return VLLMSampler(config, tokenizer)
     return TransformersSampler(tokenizer, config.max_generation_tokens)
