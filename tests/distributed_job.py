@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import torch
-import trainer_job
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState, DistributedType, GradientState, PartialState
 from torch.distributed.tensor import DTensor
@@ -17,6 +16,8 @@ from fastgrpo import GRPOLossConfig
 from fastgrpo.integrations.transformers import fuse_lm_head
 from fastgrpo.trainer import loop
 from fastgrpo.trainer.learner import Episode, Learner
+
+import trainer_job
 
 CASES = {
     "dapo": {}, "grpo, kl": {"loss_type": "grpo", "beta": 0.1},

@@ -11,10 +11,11 @@ import torch
 
 pytest.importorskip("accelerate")
 
-import trainer_job
 from safetensors.torch import load_file
 
 from fastgrpo.trainer import checkpoint
+
+import trainer_job
 
 
 @pytest.fixture(autouse=True)

@@ -10,12 +10,12 @@ import torch
 
 pytest.importorskip("accelerate")
 
-import trainer_job
-
 from fastgrpo.trainer import GRPOConfig, GRPOTrainer, cli, examples
 from fastgrpo.trainer import model as models
 from fastgrpo.trainer.config import load_config
 from fastgrpo.trainer.data import draw, encode, load_rows, score
+
+import trainer_job
 
 ROWS = [{"prompt": "12=", "answer": "12"}, {"prompt": "31=", "answer": "13"}]
 

@@ -271,6 +271,8 @@ def load_config(source, overrides=()):
         if key not in hints and key not in JOB:
             close = difflib.get_close_matches(key, [*hints, *JOB], n=1)
             raise ValueError(f"{key} is not a setting" + (f": did you mean {close[0]}?" if close else ""))
+        if key.endswith("_strategy") and value is False:  # YAML's no
+            settings[key] = "no"
         if isinstance(value, str) and key in hints and fits(1.5, hints[key]):  # YAML reads 1e-6 as text
             settings[key] = number(key, value)
     job = {key: settings.pop(key) for key in JOB if key in settings}
