@@ -99,18 +99,22 @@ def test_only_the_newest_are_kept(tmp_path):
         trainer_job.make_trainer(tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-9"))
 
 
+@pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize(
-    "settings", [{"use_peft": True}, {"beta": 0.1, "sync_ref_model": True, "ref_model_sync_steps": 2}]
+    "settings",
+    [{"use_peft": True}, {"beta": 0.1, "sync_ref_model": True, "ref_model_sync_steps": 2}],
+    ids=["lora", "ref"],
 )
-def test_adapter_and_moving_reference_resume_too(tmp_path, settings):
+def test_adapter_and_moving_reference_resume_too(tmp_path, settings, tied):
     if "use_peft" in settings:
         pytest.importorskip("peft")
     outputs = [tmp_path / "whole", tmp_path / "resumed"]
-    trainer_job.make_trainer(outputs[0], max_steps=5, **settings).train()
+    trainer_job.make_trainer(outputs[0], trainer_job.make_model(tied), max_steps=5, **settings).train()
     outputs[1].mkdir()
     shutil.copytree(outputs[0] / "checkpoint-3", outputs[1] / "checkpoint-3")
     shutil.copy(outputs[0] / "log.jsonl", outputs[1])
-    trainer_job.make_trainer(outputs[1], max_steps=5, resume_from_checkpoint=True, **settings).train()
+    resumed = {**settings, "resume_from_checkpoint": True}
+    trainer_job.make_trainer(outputs[1], trainer_job.make_model(tied), max_steps=5, **resumed).train()
     assert trainer_job.log_rows(outputs[0]) == trainer_job.log_rows(outputs[1])
     name = "adapter_model.safetensors" if "use_peft" in settings else "model.safetensors"
     a, b = (load_file(x / "model" / name) for x in outputs)

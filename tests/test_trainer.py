@@ -4,6 +4,7 @@ import ast
 import io
 import json
 import tokenize
+from pathlib import Path
 
 import pytest
 import torch
@@ -68,7 +69,7 @@ MISTAKES = [
     ({"use_vllm": True, "loss_type": "vespo"}, "vllm"),
     ({"vllm_mode": "remote"}, "vllm_mode must be one of 'colocate', 'server'"),
     ({"vllm_importance_sampling_clip_min": 4.0}, "must be below clip_max"),
-    ({"report_to": "carrier-pigeon"}, "carrier-pigeon"),
+    ({"report_to": "carrier-pigeon"}, "report_to must be one of"),
 ]  # fmt: skip
 if not torch.cuda.is_available():
     MISTAKES += [
@@ -368,3 +369,9 @@ def code_lines(path):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
             lines -= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
     return len(lines)
+
+
+@pytest.mark.xfail(strict=True, reason="the trainer does all it should, in more lines than it should")
+def test_the_trainer_is_thin():
+    folder = Path(trainer_job.examples.__file__).parent
+    assert sum(code_lines(folder / f"{name}.py") for name in COUNTED) <= 600

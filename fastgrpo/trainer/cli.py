@@ -1,10 +1,10 @@
 """The ``fastgrpo`` command."""
 
 import argparse
+import logging
 
 from fastgrpo import __version__
-from fastgrpo.trainer.config import load_config
-from fastgrpo.trainer.loop import GRPOTrainer
+from fastgrpo.trainer.logs import need
 
 
 def main(argv=None):
@@ -15,7 +15,16 @@ def main(argv=None):
     train.add_argument("config", help="a YAML file, or a preset's name")
     commands.add_parser("demo", help="train a small model to sort digits, in about a minute on a CPU")
     options, overrides = parser.parse_known_args(argv)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels that this CPU could do without
     try:
+        for package in ("accelerate", "yaml", "rich", "matplotlib"):
+            need(package)
+        from transformers.utils.logging import disable_progress_bar
+
+        from fastgrpo.trainer.config import load_config
+        from fastgrpo.trainer.loop import GRPOTrainer
+
+        disable_progress_bar()
         job, config = load_config(getattr(options, "config", "demo"), overrides)
         missing = {"model", "reward_funcs", "train_dataset"} - job.keys()
         if missing:

@@ -140,12 +140,14 @@ class GRPOConfig(GRPOLossConfig, VLLMOptions):
                 raise ValueError(f"{name} must be {expected}, got {value!r}")
         for name, allowed in CHOICES:
             check_choice(name, getattr(self, name), allowed)
+        for name in self.trackers:
+            check_choice("report_to", name, TRACKERS)
         for ok, message in self.combinations():
             if not ok:
                 raise ValueError(message)
-        for wanted, package, extra in self.packages():
+        for wanted, package, install in self.packages():
             if wanted and find_spec(package) is None:
-                raise ValueError(f"this config needs {package}: pip install 'fastgrpo[{extra}]'")
+                raise ValueError(f"this config needs {package}: pip install {install}")
 
     def combinations(self):
         """(holds, what is wrong otherwise) of settings that depend on each other."""
@@ -169,6 +171,16 @@ class GRPOConfig(GRPOLossConfig, VLLMOptions):
         )
         yield self.max_steps > 0 or self.max_steps == -1, f"max_steps must be > 0 or -1 (epochs), got {self.max_steps}"
         yield not quantised or self.use_peft, "load_in_4bit and load_in_8bit need use_peft=True, got False"
+        sequences = self.vllm_importance_sampling_correction and self.vllm_importance_sampling_mode.startswith(
+            "sequence"
+        )
+        yield (
+            not (self.use_vllm and self.loss_type == "vespo" and sequences),
+            (
+                "loss_type='vespo' weighs sequences itself: vllm_importance_sampling_mode must be 'token_...', got "
+                f"{self.vllm_importance_sampling_mode!r}"
+            ),
+        )
         yield not (self.load_in_4bit and self.load_in_8bit), "load_in_4bit and load_in_8bit cannot both be True"
         yield not self.sync_ref_model or self.beta > 0, "sync_ref_model needs a reference: beta > 0, got 0"
         yield (
@@ -186,12 +198,12 @@ class GRPOConfig(GRPOLossConfig, VLLMOptions):
         yield hasattr(torch, self.dtype) or self.dtype == "auto", f"dtype must be 'auto' or torch's, got {self.dtype!r}"
 
     def packages(self):
-        """(needed, package, the extra that brings it)."""
-        yield self.use_peft, "peft", "peft"
-        yield self.load_in_4bit or self.load_in_8bit or "bit" in self.optim, "bitsandbytes", "quant"
-        yield self.use_liger_kernel, "liger_kernel", "liger"
-        yield "flash" in (self.attn_implementation or ""), "flash_attn", "flash"
-        yield from ((True, name, "train") for name in self.trackers)
+        """(needed, package, what brings it)."""
+        yield self.use_peft, "peft", "'fastgrpo[peft]'"
+        yield self.load_in_4bit or self.load_in_8bit or "bit" in self.optim, "bitsandbytes", "'fastgrpo[quant]'"
+        yield self.use_liger_kernel, "liger_kernel", "'fastgrpo[liger]'"
+        yield "flash" in (self.attn_implementation or ""), "flash_attn", "'fastgrpo[flash]'"
+        yield from ((True, name, name) for name in self.trackers)
 
     @property
     def trackers(self):
