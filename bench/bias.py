@@ -97,10 +97,9 @@ def training_curves(seeds, steps):
             try:
                 with tempfile.TemporaryDirectory() as folder:
                     options = {"max_steps": steps, "seed": seed, "backward": backward, "tiny_vocabulary": VOCABULARY}
-                    options |= {"output_dir": folder, "eval_strategy": "no", "eval_on_start": "false"}
-                    words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
+                    options |= {"output_dir": folder, "eval_strategy": "no", "eval_on_start": False}
                     examples.WORLDS["sort"] = dataclasses.replace(examples.WORLDS["sort"], start_steps=150)
-                    job, config = load_config("demo", words)
+                    job, config = load_config("demo", options)
                     rows = [r for r in GRPOTrainer(config=config, **job).train() if "reward" in r]
             finally:
                 certified.plan_groups = plain

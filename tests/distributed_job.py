@@ -79,7 +79,12 @@ def train(kind, output):
     """The whole trainer: three steps, a checkpoint, two more; then the two again from the checkpoint."""
     loop.Accelerator = lambda **options: make_accelerator(kind, **options)
     for resume in (False, True):
-        settings = {"max_steps": 5, "save_steps": 3, "resume_from_checkpoint": resume and f"{output}/checkpoint-3"}
+        settings = {
+            "max_steps": 5,
+            "save_steps": 3,
+            "beta": 0.05,
+            "resume_from_checkpoint": resume and f"{output}/checkpoint-3",
+        }
         trainer = trainer_job.make_trainer(output, model=trainer_job.make_model(dropout=0.0), **settings)
         trainer.train()
         weights = {n.removeprefix("module."): full(p).detach().clone() for n, p in trainer.model.named_parameters()}

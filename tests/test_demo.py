@@ -9,7 +9,8 @@ pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 pytest.importorskip("accelerate")
 
-from fastgrpo.trainer import cli, examples, logs
+from fastgrpo import checks
+from fastgrpo.trainer import cli, examples
 from fastgrpo.trainer.generate import Sampling, TransformersSampler
 
 
@@ -47,7 +48,7 @@ def check_model(path, greedy):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
     rows = examples.load_rows("tiny:sort:test")
     prompts = tokenizer([r["prompt"] for r in rows]).input_ids
-    answers = TransformersSampler(tokenizer).generate(model, prompts, Sampling(1, 5), greedy=True)
+    answers = TransformersSampler(tokenizer).generate(model, prompts, Sampling(max_completion_length=5), greedy=True)
     texts = [tokenizer.decode(group[0].ids, skip_special_tokens=True) for group in answers]
     right = [text == row["answer"] for text, row in zip(texts, rows)]
     assert sum(right) / len(right) == pytest.approx(greedy, abs=1e-6)
@@ -68,4 +69,4 @@ def test_triton_path_gives_the_same_steps(tmp_path, monkeypatch):
 
 def test_missing_extra_is_named():
     with pytest.raises(ImportError, match=r"pip install 'fastgrpo\[train\]'"):
-        logs.need("a_package_nobody_has")
+        checks.need("a_package_nobody_has")

@@ -65,7 +65,7 @@ def teacher_forced(model, prompt, ids, temperature=1.0):
 def test_logprobs_are_those_of_the_model(model, options, peft):
     """Whatever truncates or penalises the draw, the log-probs are the whole distribution's at the temperature."""
     model = lora(model) if peft else model
-    sampling = Sampling(n=3, max_new_tokens=12, **options)
+    sampling = Sampling(num_generations=3, max_completion_length=12, **options)
     groups = TransformersSampler(TOKENIZER).generate(model, PROMPTS, sampling)
     assert [len(g) for g in groups] == [3] * len(PROMPTS)
     model.eval()
@@ -78,13 +78,15 @@ def test_logprobs_are_those_of_the_model(model, options, peft):
 
 def test_top_k_one_is_greedy(model):
     sampler = TransformersSampler(TOKENIZER)
-    one = sampler.generate(model, PROMPTS, Sampling(max_new_tokens=8, top_k=1))
-    greedy = sampler.generate(model, PROMPTS, Sampling(n=4, max_new_tokens=8), greedy=True)
+    one = sampler.generate(model, PROMPTS, Sampling(max_completion_length=8, top_k=1))
+    greedy = sampler.generate(model, PROMPTS, Sampling(num_generations=4, max_completion_length=8), greedy=True)
     assert [g[0].ids for g in one] == [g[0].ids for g in greedy]
 
 
 def test_greedy_is_the_argmax_loop(model):
-    groups = TransformersSampler(TOKENIZER).generate(model, PROMPTS, Sampling(n=4, max_new_tokens=10), greedy=True)
+    groups = TransformersSampler(TOKENIZER).generate(
+        model, PROMPTS, Sampling(num_generations=4, max_completion_length=10), greedy=True
+    )
     model.eval()
     for prompt, (answer,) in zip(PROMPTS, groups):
         ids = []
@@ -97,7 +99,9 @@ def test_stops(model):
     """Every end token stops, the cut answer holds it, and only its last position."""
     model.generation_config.eos_token_id = [7, 9]
     assert end_tokens(model, TOKENIZER) == [EOS, 7, 9]
-    groups = TransformersSampler(TOKENIZER).generate(model, PROMPTS, Sampling(n=20, max_new_tokens=15))
+    groups = TransformersSampler(TOKENIZER).generate(
+        model, PROMPTS, Sampling(num_generations=20, max_completion_length=15)
+    )
     answers = [a for g in groups for a in g]
     assert {a.ids[-1] for a in answers if a.finished} == {EOS, 7, 9}
     assert any(not a.finished for a in answers)
@@ -110,14 +114,14 @@ def test_stops(model):
 def test_a_tokenizer_without_padding(model):
     tokenizer = SimpleNamespace(pad_token_id=None, eos_token_id=EOS)
     torch.manual_seed(0)
-    bare = TransformersSampler(tokenizer).generate(model, PROMPTS, Sampling(max_new_tokens=8))
+    bare = TransformersSampler(tokenizer).generate(model, PROMPTS, Sampling(max_completion_length=8))
     torch.manual_seed(0)
-    assert bare == TransformersSampler(TOKENIZER).generate(model, PROMPTS, Sampling(max_new_tokens=8))
+    assert bare == TransformersSampler(TOKENIZER).generate(model, PROMPTS, Sampling(max_completion_length=8))
 
 
 def test_uneven_prompts_equal_one_by_one(model):
     """Left padding changes nothing; neither does the token budget, nor the order of the batches."""
-    sampling = Sampling(max_new_tokens=9)
+    sampling = Sampling(max_completion_length=9)
     together = TransformersSampler(TOKENIZER).generate(model, PROMPTS, sampling, greedy=True)
     for budget in (1, 30, 40):
         split = TransformersSampler(TOKENIZER, budget).generate(model, PROMPTS, sampling, greedy=True)
@@ -130,7 +134,7 @@ def test_a_batch_stays_within_its_tokens(model, monkeypatch):
     sizes = []
     inner = model.generate
     monkeypatch.setattr(model, "generate", lambda ids, **k: sizes.append(ids.shape) or inner(ids, **k))
-    TransformersSampler(TOKENIZER, 64).generate(model, PROMPTS, Sampling(n=5, max_new_tokens=8))
+    TransformersSampler(TOKENIZER, 64).generate(model, PROMPTS, Sampling(num_generations=5, max_completion_length=8))
     assert sum(rows for rows, _ in sizes) == 5 * len(PROMPTS)
     assert all(rows * (width + 8) <= 64 for rows, width in sizes)
     assert [width for _, width in sizes] == sorted((width for _, width in sizes), reverse=True)
@@ -140,7 +144,7 @@ def test_torch_seed_decides(model):
     sampler, draws = TransformersSampler(TOKENIZER), []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        draws.append(sampler.generate(model, PROMPTS, Sampling(n=2, max_new_tokens=8)))
+        draws.append(sampler.generate(model, PROMPTS, Sampling(num_generations=2, max_completion_length=8)))
     assert draws[0] == draws[1] != draws[2]
 
 
@@ -173,9 +177,9 @@ def test_the_model_comes_back_as_it_was(model, peft, fails, monkeypatch):
     if fails:
         monkeypatch.setattr(Recorder, "take", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            TransformersSampler(TOKENIZER).generate(model, PROMPTS, Sampling(max_new_tokens=4))
+            TransformersSampler(TOKENIZER).generate(model, PROMPTS, Sampling(max_completion_length=4))
     else:
-        TransformersSampler(TOKENIZER).generate(model, PROMPTS, Sampling(max_new_tokens=4))
+        TransformersSampler(TOKENIZER).generate(model, PROMPTS, Sampling(max_completion_length=4))
     assert model.training
     assert not frozen.training
     assert all(m.training for n, m in model.named_modules() if "mlp" not in n)
@@ -190,7 +194,7 @@ def test_the_checkpoints_own_defaults_do_not_leak(model):
     """A checkpoint's top_k, temperature or penalty would sample from another distribution than the one trained on."""
     model.generation_config.update(top_k=1, temperature=0.01, repetition_penalty=3.0, do_sample=True)
     torch.manual_seed(0)
-    a = TransformersSampler(TOKENIZER).generate(model, PROMPTS, Sampling(n=4, max_new_tokens=8))
+    a = TransformersSampler(TOKENIZER).generate(model, PROMPTS, Sampling(num_generations=4, max_completion_length=8))
     assert len({tuple(x.ids) for x in a[0]}) > 1
     assert model.generation_config.top_k == 1
 
@@ -202,7 +206,9 @@ def test_a_wrapped_model_and_dropout(model):
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         parallel = torch.nn.parallel.DistributedDataParallel(wrapped)
-        groups = TransformersSampler(TOKENIZER).generate(parallel, PROMPTS, Sampling(n=2, max_new_tokens=8))
+        groups = TransformersSampler(TOKENIZER).generate(
+            parallel, PROMPTS, Sampling(num_generations=2, max_completion_length=8)
+        )
     finally:
         torch.distributed.destroy_process_group()
     wrapped.eval()
@@ -219,13 +225,17 @@ def test_sharded_model(model):
     try:
         wrapped = lora(model)
         whole = {name: x.clone() for name, x in named_weights(wrapped)}
-        expected = TransformersSampler(TOKENIZER).generate(wrapped, PROMPTS, Sampling(max_new_tokens=8), greedy=True)
+        expected = TransformersSampler(TOKENIZER).generate(
+            wrapped, PROMPTS, Sampling(max_completion_length=8), greedy=True
+        )
         mesh = torch.distributed.init_device_mesh("cpu", (1,))
         for layer in wrapped.get_base_model().model.layers:
             fsdp.fully_shard(layer, mesh=mesh)
         fsdp.fully_shard(wrapped, mesh=mesh)
         for _ in range(2):
-            got = TransformersSampler(TOKENIZER).generate(wrapped, PROMPTS, Sampling(max_new_tokens=8), greedy=True)
+            got = TransformersSampler(TOKENIZER).generate(
+                wrapped, PROMPTS, Sampling(max_completion_length=8), greedy=True
+            )
             assert [[a.ids for a in g] for g in got] == [[a.ids for a in g] for g in expected]
             assert all(hasattr(p, "full_tensor") for p in wrapped.parameters())
             gathered = dict(named_weights(wrapped))
@@ -351,7 +361,9 @@ def test_vllm_pushes_and_samples(model, fake_vllm, mode):
     model.name_or_path = "a/model"
     wrapped = lora(model)
     sampler = generate.make_sampler(vllm_config(mode=mode), TOKENIZER)
-    sampling = Sampling(n=2, max_new_tokens=5, temperature=0.7, top_p=0.9, top_k=3, repetition_penalty=1.1)
+    sampling = Sampling(
+        num_generations=2, max_completion_length=5, temperature=0.7, top_p=0.9, top_k=3, repetition_penalty=1.1
+    )
     state = {n: x.clone() for n, x in wrapped.state_dict().items()}
     groups = sampler.generate(wrapped, PROMPTS, sampling)
     back = sampler.engine.llm if mode == "colocate" else sampler.engine.vllm_client
@@ -391,7 +403,7 @@ def test_vllm_pushes_and_samples(model, fake_vllm, mode):
 def test_vllm_sleeps_between_rollouts(model, fake_vllm):
     model.name_or_path = "a/model"
     sampler = generate.make_sampler(vllm_config(enable_sleep_mode=True), TOKENIZER)
-    sampler.generate(model, PROMPTS, Sampling(max_new_tokens=5))
+    sampler.generate(model, PROMPTS, Sampling(max_completion_length=5))
     assert sampler.engine.llm.state == "asleep"
     sampler.sync(model)
     assert sampler.engine.llm.state == "awake"

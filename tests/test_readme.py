@@ -39,7 +39,7 @@ def test_yaml_example(tmp_path):
     from fastgrpo.trainer.config import load_config
 
     (tmp_path / "job.yaml").write_text(re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)[0])
-    job, config = load_config(tmp_path / "job.yaml", ["--beta", "0.04", "--resume", "--optim", "adamw_8bit"])
+    job, config = load_config(tmp_path / "job.yaml", {"beta": 0.04, "resume": True, "optim": "adamw_8bit"})
     assert job["model"] == "path/to/model"
     assert config.beta == 0.04
 

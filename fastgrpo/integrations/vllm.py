@@ -4,17 +4,17 @@ vLLM runs on a GPU alone: here it is tested against its interface, with stand-in
 """
 
 from dataclasses import dataclass
-from importlib.util import find_spec
+from typing import Literal
 
 import torch
 
-from fastgrpo.inputs import check_choice
+from fastgrpo.checks import Checked, installed, need
 
 MISMATCH_MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
 
 
 @dataclass(frozen=True, kw_only=True)
-class VLLMOptions:
+class VLLMOptions(Checked):
     """Sampling through vLLM, and the correction of its mismatch with the learner: ``exp(old - sampled)`` log-probs.
 
     The ratio is a token's or a sequence's ("token_*", "sequence_*"); outside ``[clip_min, clip_max]`` it is cut
@@ -22,7 +22,7 @@ class VLLMOptions:
     """
 
     use_vllm: bool = False
-    vllm_mode: str = "colocate"
+    vllm_mode: Literal["colocate", "server"] = "colocate"
     vllm_model_impl: str = "vllm"
     vllm_enable_sleep_mode: bool = False
     vllm_server_base_url: str | None = None
@@ -34,18 +34,16 @@ class VLLMOptions:
     vllm_max_model_length: int | None = None
     vllm_tensor_parallel_size: int = 1
     vllm_importance_sampling_correction: bool = True
-    vllm_importance_sampling_mode: str = "sequence_mask"
+    vllm_importance_sampling_mode: Literal[MISMATCH_MODES] = "sequence_mask"
     vllm_importance_sampling_clip_max: float | None = 3.0
     vllm_importance_sampling_clip_min: float | None = None
 
-    def __post_init__(self):
-        check_choice("vllm_mode", self.vllm_mode, ("colocate", "server"))
-        check_choice("vllm_importance_sampling_mode", self.vllm_importance_sampling_mode, MISMATCH_MODES)
+    def combinations(self):
+        yield from super().combinations()
         low, high = self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max
-        if low is not None and high is not None and low >= high:
-            raise ValueError(f"vllm_importance_sampling_clip_min must be below clip_max {high}, got {low}")
-        if self.use_vllm and find_spec("vllm") is None:
-            raise ValueError("use_vllm needs vllm: pip install 'fastgrpo[vllm]'")
+        ordered = low is None or high is None or low < high
+        yield ordered, f"vllm_importance_sampling_clip_min must be below clip_max {high}, got {low}"
+        yield installed(self.use_vllm, "vllm", "'fastgrpo[vllm]'")
 
     def mismatch_weights(self, old, sampled):
         """Importance weights of one answer, (length,) each: log-probs of the learner's policy and of the sampler."""
@@ -91,16 +89,12 @@ class VLLMSampler:
     """
 
     def __init__(self, config, tokenizer):
-        from fastgrpo.trainer.logs import need
-
         need("vllm", "vllm")
         self.config, self.tokenizer, self.engine = config, tokenizer, None
 
     def start(self, model):
         from accelerate import Accelerator
         from accelerate.utils import extract_model_from_parallel
-
-        from fastgrpo.trainer.logs import need
 
         base = need("trl.generation.vllm_generation", "vllm").VLLMGeneration
         engine = type("Engine", (base,), {"_iter_named_params": lambda self: named_weights(self.model)})
@@ -115,16 +109,15 @@ class VLLMSampler:
         self.engine.sync_weights()
 
     def generate(self, model, prompts, sampling, greedy=False):
-        """-> for each prompt (a list of ids) its ``sampling.n`` completions; ``greedy``: one."""
+        """-> for each prompt (a list of ids) its ``sampling.num_generations`` completions; ``greedy``: one."""
         from fastgrpo.trainer.generate import completion, end_tokens
 
         if self.engine is None:
             self.sync(model)
-        n, ends = 1 if greedy else sampling.n, end_tokens(model, self.tokenizer)
-        for name in ("top_p", "top_k", "min_p", "repetition_penalty"):
+        n, ends = 1 if greedy else sampling.num_generations, end_tokens(model, self.tokenizer)
+        for name in ("top_p", "top_k", "min_p", "repetition_penalty", "max_completion_length"):
             setattr(self.engine, name, getattr(sampling, name))
         self.engine.temperature = 0.0 if greedy else sampling.temperature
-        self.engine.max_completion_length = sampling.max_new_tokens
         _, ids, logprobs, _ = self.engine.generate([p for p in prompts for _ in range(n)], None, n)
         rows = [completion(list(i), [step[0] for step in steps], ends) for i, steps in zip(ids, logprobs)]
         return [rows[i : i + n] for i in range(0, len(rows), n)]

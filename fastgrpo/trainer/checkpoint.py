@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 ADAPTER = "adapter_model.safetensors"
 
 
-def save(folder, accelerator, model, tokenizer, state):
-    """``state``: what each rank needs besides model, optimiser and random numbers, which accelerate writes."""
+def save(folder, accelerator, model, tokenizer, state, limit=None):
+    """``state``: what each rank needs besides model, optimiser and random numbers, which accelerate writes.
+    ``limit``: older checkpoints are removed; None: kept."""
     folder, part = Path(folder), Path(f"{folder}.part")
     if accelerator.is_main_process:
         shutil.rmtree(part, ignore_errors=True)
@@ -31,6 +32,8 @@ def save(folder, accelerator, model, tokenizer, state):
         part.rename(folder)
         shutil.rmtree(replaced, ignore_errors=True)
         flush(folder.parent)
+        for old in found(folder.parent)[:-limit] if limit else ():
+            shutil.rmtree(old)
     accelerator.wait_for_everyone()
 
 
@@ -38,9 +41,7 @@ def load(folder, accelerator):
     """Restores model, optimiser and random numbers -> this rank's ``state``."""
     path = Path(folder) / f"trainer_{accelerator.process_index}.pt"
     if not path.is_file():
-        raise ValueError(
-            f"{folder} must be a checkpoint of {accelerator.num_processes} processes, {path.name} is missing"
-        )
+        raise ValueError(f"{folder} must be of {accelerator.num_processes} processes, but {path.name} is missing")
     state = torch.load(path, weights_only=True)
     accelerator.load_state(str(folder))
     return state
@@ -52,9 +53,14 @@ def found(output_dir):
     return sorted(folders, key=lambda p: int(p.name.split("-")[1]))
 
 
-def keep_newest(output_dir, count):
-    for old in found(output_dir)[:-count]:
-        shutil.rmtree(old)
+def start(output_dir, resume):
+    """The checkpoint to go on from, or None. ``resume``: True, False or a folder."""
+    there = found(output_dir)
+    if isinstance(resume, str) and not Path(resume).is_dir():
+        raise ValueError(f"resume_from_checkpoint must be True or a checkpoint folder, got {resume!r}")
+    if there and not resume:
+        raise ValueError(f"output_dir {output_dir} holds checkpoints of an earlier run: resume, or choose another")
+    return resume if isinstance(resume, str) else there[-1] if there else None
 
 
 def describe(folder, model, tokenizer):

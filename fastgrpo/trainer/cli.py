@@ -4,7 +4,6 @@ import argparse
 import logging
 
 from fastgrpo import __version__
-from fastgrpo.trainer.logs import need
 
 
 def main(argv=None):
@@ -17,15 +16,13 @@ def main(argv=None):
     options, overrides = parser.parse_known_args(argv)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels that this CPU could do without
     try:
-        for package in ("accelerate", "yaml", "rich", "matplotlib"):
-            need(package)
         from transformers.utils.logging import disable_progress_bar
 
+        from fastgrpo.trainer import GRPOTrainer
         from fastgrpo.trainer.config import load_config
-        from fastgrpo.trainer.loop import GRPOTrainer
 
         disable_progress_bar()
-        job, config = load_config(getattr(options, "config", "demo"), overrides)
+        job, config = load_config(getattr(options, "config", "demo"), parse(overrides))
         missing = {"model", "reward_funcs", "train_dataset"} - job.keys()
         if missing:
             raise ValueError(f"the config must also give {', '.join(sorted(missing))}")
@@ -34,3 +31,20 @@ def main(argv=None):
         parser.error(str(error))
     trainer.train()
     return 0
+
+
+def parse(words):
+    """``--key value``, ``--key=value`` and ``--flag`` -> settings; values are YAML's."""
+    import yaml
+
+    from fastgrpo.trainer.config import Loader
+
+    settings = {}
+    words = [part for word in words for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    while words:
+        key = words.pop(0)
+        if not key.startswith("--"):
+            raise ValueError(f"expected --key value, got {key!r}")
+        flag = not words or words[0].startswith("--")
+        settings[key[2:].replace("-", "_")] = True if flag else yaml.load(words.pop(0), Loader)
+    return settings

@@ -8,18 +8,20 @@ from accelerate.utils import extract_model_from_parallel
 from torch.distributed.fsdp import FSDPModule
 from transformers import GenerationConfig, LogitsProcessor, RepetitionPenaltyLogitsProcessor
 
+from fastgrpo.checks import Checked, Count, CountOr0, Fraction, Positive, Share
 
-@dataclass(frozen=True)
-class Sampling:
-    """How answers are drawn."""
 
-    n: int = 1  # answers a prompt
-    max_new_tokens: int = 256
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float | None = None
-    repetition_penalty: float = 1.0
+@dataclass(frozen=True, kw_only=True)
+class Sampling(Checked):
+    """How answers are drawn, under TRL's names."""
+
+    num_generations: Count = 1  # answers a prompt
+    max_completion_length: Count = 512
+    temperature: Positive = 1.0
+    top_p: Share = 1.0
+    top_k: CountOr0 = 0
+    min_p: Fraction | None = None
+    repetition_penalty: Positive = 1.0
 
 
 @dataclass
@@ -27,7 +29,7 @@ class Completion:
     """One answer."""
 
     ids: list[int]  # up to and with the end token
-    logprobs: list[float] | None  # nats: the sampler's own at ``temperature``, over the whole vocabulary
+    logprobs: list[float]  # nats: the sampler's own at ``temperature``, over the whole vocabulary
     finished: bool  # by an end token, not by length
 
 
@@ -94,13 +96,13 @@ class TransformersSampler:
         """Nothing to do: it samples from the model itself."""
 
     def generate(self, model, prompts, sampling, greedy=False):
-        """-> for each prompt (a list of ids) its ``sampling.n`` completions; ``greedy``: one."""
-        n = 1 if greedy else sampling.n
+        """-> for each prompt (a list of ids) its ``sampling.num_generations`` completions; ``greedy``: one."""
+        n = 1 if greedy else sampling.num_generations
         order = sorted(range(len(prompts) * n), key=lambda row: -len(prompts[row // n]))  # longest first
         ends, results = end_tokens(model, self.tokenizer), {}
         with generating(model) as bare:
             while order:
-                size = max(1, self.max_batch_tokens // (len(prompts[order[0] // n]) + sampling.max_new_tokens))
+                size = max(1, self.max_batch_tokens // (len(prompts[order[0] // n]) + sampling.max_completion_length))
                 rows, order = order[:size], order[size:]
                 results |= zip(rows, self.batch(bare, [prompts[row // n] for row in rows], sampling, greedy, ends))
         return [[results[i * n + j] for j in range(n)] for i in range(len(prompts))]
@@ -113,7 +115,7 @@ class TransformersSampler:
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
         names = () if greedy else ("temperature", "top_p", "top_k", "min_p")
         config = GenerationConfig(
-            max_new_tokens=sampling.max_new_tokens, do_sample=not greedy, eos_token_id=ends, pad_token_id=pad,
+            max_new_tokens=sampling.max_completion_length, do_sample=not greedy, eos_token_id=ends, pad_token_id=pad,
             use_cache=True, **{name: getattr(sampling, name) for name in names},
         )  # fmt: skip
         recorder = Recorder(sampling.temperature)

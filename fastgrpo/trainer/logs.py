@@ -1,35 +1,31 @@
 """What a person sees of a run: progress, a JSON-lines log, trackers, sample answers, a picture of the curves."""
 
-import importlib
 import json
 import time
 from pathlib import Path
+
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, TextColumn
+from rich.table import Table
+from rich.text import Text
 
 SHOWN = ("reward", "kl", "entropy", "clip_fraction", "skipped", "tokens_per_second")
 PANELS = {"reward": "reward", "entropy": "entropy (nats a token)", "clip_fraction": "clip fraction", "kl": "KL (nats)"}
 
 
-def need(package, extra="train"):
-    """Import an optional package, or say which extra brings it."""
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        raise ImportError(f"{package} is needed here: pip install 'fastgrpo[{extra}]'") from error
-
-
-class RunLog:
+class RunLog(Progress):
     """Progress bar with the latest numbers; every row as one line of JSON, and to accelerate's trackers.
 
     On ranks but the main one it does nothing. ``first``: the steps already done, whose rows are kept.
     """
 
     def __init__(self, folder, total, accelerator, every=10, first=0):
-        need("rich")
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
         self.accelerator, self.every, self.total, self.main = accelerator, every, total, accelerator.is_main_process
-        self.console = Console(quiet=not self.main)
+        console = Console(quiet=not self.main)
+        columns = *Progress.get_default_columns(), MofNCompleteColumn(), TextColumn("{task.fields[numbers]}")
+        super().__init__(*columns, console=console, disable=not console.is_terminal)
+        self.task = self.add_task("GRPO", total=total, completed=first, numbers="")
         self.path = Path(folder) / "log.jsonl"
         rows = self.path.read_text().splitlines() if first and self.path.is_file() else []
         self.rows = [row for row in map(json.loads, rows) if row["step"] <= first]
@@ -37,18 +33,6 @@ class RunLog:
         if self.main:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
-        self.progress = Progress(
-            TextColumn("GRPO"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn(),
-            TextColumn("{task.fields[numbers]}"), console=self.console, disable=not self.console.is_terminal,
-        )  # fmt: skip
-        self.task = self.progress.add_task("GRPO", total=total, completed=first, numbers="")
-
-    def __enter__(self):
-        self.progress.start()
-        return self
-
-    def __exit__(self, *_):
-        self.progress.stop()
 
     def write(self, step, numbers):
         """A row of the log: a training step's numbers, or an evaluation's."""
@@ -59,7 +43,7 @@ class RunLog:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         shown = "  ".join(f"{k} {row[k]:.3g}" for k in row if k in SHOWN or k.startswith("eval/"))
-        self.progress.update(self.task, completed=step, numbers=shown)
+        self.update(self.task, completed=step, numbers=shown)
         if step % self.every == 0 or "reward" not in numbers:
             self.accelerator.log(numbers, step=step)
             if not self.console.is_terminal:
@@ -67,27 +51,19 @@ class RunLog:
 
     def answers(self, title, rows):
         """A table of (prompt, answer, reward)."""
-        from rich.table import Table
-        from rich.text import Text
-
         table = Table("prompt", "answer", "reward", title=title)
         for prompt, answer, reward in rows:
             table.add_row(Text(prompt), Text(answer), f"{reward:.3g}")
         self.console.print(table)
 
 
-def plot_curves(rows, path, title, panels=None):
+def plot_curves(rows, path, title):
     """One panel a metric over the steps, a running mean over the raw values; written as a PNG."""
-    need("matplotlib")
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     rows = [r for r in rows if "reward" in r]
-    panels = {k: v for k, v in (panels or PANELS).items() if any(r.get(k) for r in rows)} or {"reward": "reward"}
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.4), layout="constrained", squeeze=False)
-    for axis, (name, label) in zip(axes[0], panels.items()):
+    panels = {k: v for k, v in PANELS.items() if any(r.get(k) for r in rows)} or {"reward": "reward"}
+    figure = Figure(figsize=(4.2 * len(panels), 3.4), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, (name, label) in zip(axes, panels.items()):
         steps, values = [r["step"] for r in rows], [r[name] for r in rows]
         axis.plot(steps, values, color="tab:blue", alpha=0.25, linewidth=1)
         axis.plot(steps, running_mean(values, 10), color="tab:blue", linewidth=2)
@@ -95,7 +71,6 @@ def plot_curves(rows, path, title, panels=None):
         axis.grid(alpha=0.3)
     figure.suptitle(title)
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def running_mean(values, width):

@@ -11,16 +11,15 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
 from transformers import get_scheduler
 
-from fastgrpo import group_advantages
-from fastgrpo.integrations.transformers import fuse_lm_head
+from fastgrpo import GRPOLossConfig, group_advantages
 from fastgrpo.trainer import checkpoint, examples
 from fastgrpo.trainer.config import GRPOConfig
 from fastgrpo.trainer.data import decode, draw, encode, load_rows, score
 from fastgrpo.trainer.generate import Sampling, make_sampler
 from fastgrpo.trainer.learner import Episode, Learner, needs_learning
 from fastgrpo.trainer.logs import RunLog, plot_curves
-from fastgrpo.trainer.model import load_model, load_tokenizer, make_optimizer, make_trainable
-from fastgrpo.trainer.rewards import columns_needed, resolve
+from fastgrpo.trainer.model import freeze, load_model, load_tokenizer, make_optimizer, make_trainable
+from fastgrpo.trainer.rewards import named_rewards
 
 
 class GRPOTrainer:
@@ -40,90 +39,57 @@ class GRPOTrainer:
         ValueError, TypeError: a bad setting, reward or dataset, before the model is loaded.
     """
 
-    def __init__(
-        self, model, reward_funcs, train_dataset, config=None, eval_dataset=None, processing_class=None,
-        peft_config=None,
-    ):  # fmt: skip
+    def __init__(self, model, reward_funcs, train_dataset, config=None, eval_dataset=None, processing_class=None,
+                 peft_config=None):  # fmt: skip
         self.config = config = GRPOConfig() if config is None else config
         if not isinstance(config, GRPOConfig):
             raise TypeError(f"config must be a GRPOConfig, got {type(config).__name__}")
-        self.rewards = named_rewards(reward_funcs)
+        self.rows = load_rows(train_dataset)
+        self.eval_rows = None if eval_dataset is None else load_rows(eval_dataset, "eval_dataset")
+        if self.eval_rows is None and (config.eval_strategy == "steps" or config.eval_on_start):
+            raise ValueError("eval_strategy and eval_on_start need an eval_dataset, got None")
+        self.rewards = named_rewards(reward_funcs, self.rows[0])
         self.weights = torch.tensor(config.reward_weights or [1.0] * len(self.rewards))
         if len(self.weights) != len(self.rewards):
             raise ValueError(f"reward_weights must be {len(self.rewards)} numbers, one a function, got {self.weights}")
-        self.rows = load_rows(train_dataset)
-        self.eval_rows = None if eval_dataset is None else load_rows(eval_dataset, "eval_dataset")
-        if self.eval_rows is None and (config.eval_strategy != "no" or config.eval_on_start):
-            raise ValueError("eval_strategy and eval_on_start need an eval_dataset, got None")
-        for name, function in self.rewards.items():
-            missing = set(columns_needed(function)) - set(self.rows[0])
-            if missing:
-                raise ValueError(f"reward {name} needs the columns {sorted(missing)}, got {sorted(self.rows[0])}")
         if isinstance(model, str) and model.startswith("tiny:"):
             examples.parse(model)
-        self.start_from = self.find_start()
-        half = config.bf16 if config.bf16 is not None else torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-        self.accelerator = Accelerator(
-            cpu=config.use_cpu, mixed_precision="bf16" if half else "no", log_with=config.trackers or None,
-            project_dir=config.output_dir,
-        )  # fmt: skip
+        self.start_from = checkpoint.start(config.output_dir, config.resume_from_checkpoint)
+        tracking = {"log_with": config.trackers or None, "project_dir": config.output_dir}
+        self.accelerator = Accelerator(cpu=config.use_cpu, mixed_precision=config.mixed_precision, **tracking)
         set_seed(config.seed)
         model, tokenizer = load_model(model, config, self.accelerator.device)
         self.tokenizer = load_tokenizer(processing_class or tokenizer, model, config)
-        self.setup(model, peft_config, half or config.dtype != "float32")
+        self.setup(model, peft_config)
         self.step = self.used = self.position = 0  # optimiser steps; those taken on the rollout in hand; prompts drawn
         self.rollout = []
         set_seed(config.seed, device_specific=True)
 
-    def find_start(self):
-        """The checkpoint to go on from, or None."""
-        wanted, there = self.config.resume_from_checkpoint, checkpoint.found(self.config.output_dir)
-        if isinstance(wanted, str):
-            if not Path(wanted).is_dir():
-                raise ValueError(f"resume_from_checkpoint must be True or a checkpoint folder, got {wanted!r}")
-            return wanted
-        if there and not wanted:
-            raise ValueError(
-                f"output_dir {self.config.output_dir} holds checkpoints of an earlier run: resume, or choose another"
-            )
-        return there[-1] if there else None
-
-    def setup(self, model, peft_config, half):
+    def setup(self, model, peft_config):
         """Model, frozen reference, optimiser, schedule, sampler and learner, on this rank's device."""
         config, accelerator = self.config, self.accelerator
         self.is_peft = peft_config is not None or config.use_peft or hasattr(model, "peft_config")
-        self.reference = None
-        if config.beta > 0 and not self.is_peft:
-            self.reference = fuse_lm_head(copy.deepcopy(model)).requires_grad_(False).eval()
+        self.reference = copy.deepcopy(model) if config.beta > 0 and not self.is_peft else None
         model = make_trainable(model, config, peft_config).train()
         self.model, self.optimizer = accelerator.prepare(model, make_optimizer(model, config))
         if self.reference is not None:
-            self.reference = self.placed(self.reference)
+            self.reference = freeze(self.reference, accelerator)
         if self.is_peft and not accelerator.is_fsdp2:
             checkpoint.adapter_only(accelerator)
         prompts = config.rollout // config.num_generations * accelerator.num_processes
-        steps = config.steps_per_rollout * config.num_iterations
+        self.uses = config.steps_per_rollout * config.num_iterations  # optimiser steps taken on a rollout
         rollouts = max(math.ceil(config.num_train_epochs * len(self.rows) / prompts), 1)
-        self.total = config.max_steps if config.max_steps > 0 else rollouts * steps
+        self.total = config.max_steps if config.max_steps > 0 else rollouts * self.uses
         self.schedule = get_scheduler(config.lr_scheduler_type, self.optimizer, config.warmup_steps, self.total)
         self.sampler = make_sampler(config, self.tokenizer)
-        flash = "flash" in str(model.config._attn_implementation)
+        packed = "flash" in str(model.config._attn_implementation) if config.packing == "auto" else config.packing
         self.learner = Learner(
-            self.model, accelerator, config.loss_config(), config.token_budget,
-            flash if config.packing == "auto" else config.packing, config.skip_zero_advantages,
-            config.activation_offloading, config.backend, config.backward,
+            self.model, accelerator, config.part(GRPOLossConfig), config.token_budget, packed,
+            config.skip_zero_advantages, config.activation_offloading, config.backend, config.backward,
         )  # fmt: skip
-        self.rescore = config.use_vllm or (half and steps > 1)
-        if config.recompute_old_logprobs is not None:
-            self.rescore = config.recompute_old_logprobs
-
-    def placed(self, reference):
-        """The frozen reference on the device, sharded where the policy is."""
-        if self.accelerator.is_fsdp2:
-            from accelerate.utils.fsdp_utils import fsdp2_prepare_model
-
-            return fsdp2_prepare_model(self.accelerator, reference)
-        return reference.to(self.accelerator.device)
+        rounded = config.mixed_precision != "no" or config.dtype != "float32"
+        differs, asked = config.use_vllm or (rounded and self.uses > 1), config.recompute_old_logprobs
+        self.rescore = differs if asked is None else asked
 
     def train(self):
         """Trains to the last step; leaves log.jsonl, curves.png, model/ and checkpoints in ``output_dir``.
@@ -132,7 +98,6 @@ class GRPOTrainer:
             list of the log's rows.
         """
         config, accelerator = self.config, self.accelerator
-        steps = config.steps_per_rollout * config.num_iterations
         if self.start_from is not None:
             self.restore(checkpoint.load(self.start_from, accelerator))
         with RunLog(config.output_dir, self.total, accelerator, config.logging_steps, self.step) as self.log:
@@ -143,11 +108,11 @@ class GRPOTrainer:
                 started = time.perf_counter()
                 if not self.rollout:
                     self.rollout, self.used = self.collect(), 0
-                    if config.log_completions or self.total - self.step <= steps:  # the last ones always
+                    if config.log_completions or self.total - self.step <= self.uses:  # the last ones always
                         self.show(self.rollout)
                 row = self.learn(self.batch())
                 self.step, self.used = self.step + 1, self.used + 1
-                if self.used == steps:
+                if self.used == self.uses:
                     self.rollout = []
                 row["tokens_per_second"] = row.pop("step_tokens") / (time.perf_counter() - started)
                 self.log.write(self.step, row)
@@ -173,11 +138,11 @@ class GRPOTrainer:
         numbers = draw(len(self.rows), self.position, everyone, config.seed, config.shuffle_dataset)
         self.position += everyone
         self.sampler.sync(self.model)
-        episodes = self.answer(
-            [self.rows[i] for i in numbers[rank * count : (rank + 1) * count]], config.num_generations
-        )
+        mine = [self.rows[i] for i in numbers[rank * count : (rank + 1) * count]]
+        episodes = self.answer(mine, config.num_generations)
         rewards = torch.tensor(gather_object([e.rewards for e in episodes])) * self.weights
-        advantages = group_advantages(rewards, config.num_generations, config.scale_rewards).tolist()
+        scale = {True: "group", False: "none"}.get(config.scale_rewards, config.scale_rewards)
+        advantages = group_advantages(rewards, config.num_generations, scale).tolist()
         for episode, advantage in zip(episodes, advantages[rank * len(episodes) :]):
             episode.advantage = advantage
         self.add_logprobs([e for e in episodes if needs_learning(e, config) or not config.skip_zero_advantages])
@@ -187,21 +152,13 @@ class GRPOTrainer:
         """-> ``n`` scored episodes a row."""
         config, tokenizer = self.config, self.tokenizer
         prompts = [encode(tokenizer, row["prompt"], config.chat_template_kwargs) for row in rows]
-        sampling = Sampling(
-            n, config.max_completion_length, config.temperature, config.top_p, config.top_k, config.min_p,
-            config.repetition_penalty,
-        )  # fmt: skip
-        groups = self.sampler.generate(self.model, prompts, sampling, greedy)
+        groups = self.sampler.generate(self.model, prompts, config.part(Sampling, num_generations=n), greedy)
         drawn = [(row, ids, c) for row, ids, group in zip(rows, prompts, groups) for c in group]
         texts = [decode(tokenizer, row["prompt"], c.ids) for row, _, c in drawn]
         scores = score(self.rewards, [row for row, *_ in drawn], texts, [c.ids for *_, c in drawn])
-        return [
-            Episode(
-                ids, c.ids, counts=c.finished or not config.mask_truncated_completions, finished=c.finished,
-                rewards=rewards, sampler=None if c.logprobs is None else torch.tensor(c.logprobs),
-            )
-            for (_, ids, c), rewards in zip(drawn, scores)
-        ]  # fmt: skip
+        return [Episode(ids, c.ids, rewards=rewards, sampler=torch.tensor(c.logprobs), finished=c.finished,
+                        counts=c.finished or not config.mask_truncated_completions)
+                for (_, ids, c), rewards in zip(drawn, scores)]  # fmt: skip
 
     def show(self, episodes):
         """A table of some answers."""
@@ -218,7 +175,7 @@ class GRPOTrainer:
                 episode.old = old
                 if config.use_vllm and config.vllm_importance_sampling_correction:
                     episode.importance = config.mismatch_weights(old, episode.sampler)
-        elif config.steps_per_rollout * config.num_iterations > 1:
+        elif self.uses > 1:
             for episode in episodes:
                 episode.old = episode.sampler
         if config.beta > 0:
@@ -254,30 +211,22 @@ class GRPOTrainer:
 
     def summary(self, episodes, numbers):
         """The numbers of a step over all ranks."""
-        totals = {"answers": len(episodes), "all_tokens": sum(len(e.completion_ids) for e in episodes)}
-        totals |= {"truncated": sum(not e.finished for e in episodes), "reward": sum(map(self.reward, episodes))}
-        for i, name in enumerate(self.rewards):
-            known = [e.rewards[i] for e in episodes if not math.isnan(e.rewards[i])]
-            totals |= {f"rewards/{name}": sum(known), f"scored/{name}": len(known)}
-        values = torch.tensor(list(totals.values()), dtype=torch.float32, device=self.accelerator.device)
-        values = torch.cat((values, torch.stack([v.float() for v in numbers.values()])))
-        names, ranks = [*totals, *numbers], self.accelerator.gather(values[None]).T.tolist()
+        ranks = self.accelerator.gather(torch.stack([v.float() for v in numbers.values()])[None]).T.tolist()
         combine = {"ratio_min": min, "ratio_max": max, "grad_norm": max}
-        n = {name: combine.get(name, sum)(row) for name, row in zip(names, ranks)}
-        answers, measured = n["answers"], max(n["measured_tokens"], 1)
-        row = {"reward": n["reward"] / answers, "loss": n["loss"], "grad_norm": n["grad_norm"]}
-        row |= {name: n[name] / max(n[f"scored/{name[8:]}"], 1) for name in n if name.startswith("rewards/")}
-        row |= {
-            name: n[f"{name}_sum"] / measured
-            for name in ("kl", "entropy", "clip_low", "clip_high")
-            if f"{name}_sum" in n
-        }
-        return row | {
-            "clip_fraction": n["clip_region_sum"] / measured, "ratio_max": n["ratio_max"],
-            "ratio_min": n["ratio_min"] if n["measured_tokens"] else 0.0,
-            "skipped": 1 - n["tokens"] / n["all_tokens"], "length": n["all_tokens"] / answers,
-            "truncated": n["truncated"] / answers, "step_tokens": n["all_tokens"],
-        }  # fmt: skip
+        n = {name: combine.get(name, sum)(values) for name, values in zip(numbers, ranks)}
+        columns, measured = self.columns(episodes), max(n["measured_tokens"], 1)
+        row = {name: values.nanmean().nan_to_num().item() for name, values in columns.items()}
+        row |= {name.removesuffix("_sum"): n[name] / measured for name in n if name.endswith("_sum")}
+        row |= {"clip_fraction": row.pop("clip_region"), "loss": n["loss"], "grad_norm": n["grad_norm"]}
+        row |= {"ratio_max": n["ratio_max"], "ratio_min": min(n["ratio_min"], n["ratio_max"])}
+        tokens = columns["length"].sum().item()
+        return row | {"skipped": 1 - n["tokens"] / tokens, "step_tokens": tokens}
+
+    def columns(self, episodes):
+        """{name: (answers of all ranks,)}; NaN where a function cannot score."""
+        names = ["reward", *(f"rewards/{name}" for name in self.rewards), "length", "truncated"]
+        rows = [[self.reward(e), *e.rewards, len(e.completion_ids), not e.finished] for e in episodes]
+        return dict(zip(names, torch.tensor(gather_object(rows), dtype=torch.float32).T))
 
     def reward(self, episode):
         """The weighted sum, without functions that cannot score."""
@@ -291,15 +240,12 @@ class GRPOTrainer:
         with torch.random.fork_rng():
             torch.manual_seed(config.seed + rank)
             self.sampler.sync(self.model)
-            greedy, sampled = self.answer(rows, 1, greedy=True), self.answer(rows, k)
-        greedy = torch.tensor(gather_object([self.reward(e) for e in greedy]))
-        sampled = torch.tensor(gather_object([self.reward(e) for e in sampled])).view(-1, k)
-        right = sampled >= config.eval_pass_threshold
-        numbers = {
-            "greedy_reward": greedy.mean(), "greedy_pass": (greedy >= config.eval_pass_threshold).float().mean(),
-            "reward": sampled.mean(), "pass@1": right.float().mean(), f"pass@{k}": right.any(1).float().mean(),
-        }  # fmt: skip
-        return {f"eval/{name}": value.item() for name, value in numbers.items()}
+            greedy = self.columns(self.answer(rows, 1, greedy=True))["reward"]
+            sampled = self.columns(self.answer(rows, k))["reward"].view(-1, k)
+        right = {"greedy_pass": greedy, "pass@1": sampled, f"pass@{k}": sampled.amax(1)}
+        numbers = {name: (rewards >= config.eval_pass_threshold).float() for name, rewards in right.items()}
+        numbers |= {"greedy_reward": greedy, "reward": sampled}
+        return {f"eval/{name}": values.mean().item() for name, values in numbers.items()}
 
     def save(self):
         """A checkpoint of everything that the next step depends on."""
@@ -308,9 +254,7 @@ class GRPOTrainer:
         state |= {"budget": self.learner.budget, "limit": self.learner.limit}
         state["reference"] = self.reference.state_dict() if self.config.sync_ref_model else None
         folder = Path(self.config.output_dir) / f"checkpoint-{self.step}"
-        checkpoint.save(folder, self.accelerator, self.model, self.tokenizer, state)
-        if self.config.save_total_limit is not None and self.accelerator.is_main_process:
-            checkpoint.keep_newest(self.config.output_dir, self.config.save_total_limit)
+        checkpoint.save(folder, self.accelerator, self.model, self.tokenizer, state, self.config.save_total_limit)
 
     def restore(self, state):
         self.step, self.used, self.position = state["step"], state["used"], state["position"]
@@ -332,13 +276,3 @@ class GRPOTrainer:
             tracker.finish()
         self.log.console.print(f"written: {output}/log.jsonl, curves.png, model/")
         return self.log.rows
-
-
-def named_rewards(functions):
-    """{name: function}; one function, a name or a list of them."""
-    functions = functions if isinstance(functions, list | tuple) else [functions]
-    resolved = [resolve(f) for f in functions]
-    if not resolved:
-        raise ValueError("reward_funcs must hold at least one function, got none")
-    names = [getattr(f, "__name__", type(f).__name__) for f in resolved]
-    return {name if names.count(name) == 1 else f"{name}_{i}": f for i, (name, f) in enumerate(zip(names, resolved))}

@@ -1,12 +1,83 @@
 """The model and its optimiser: attention, LoRA and QLoRA, Liger's layer kernels, checkpointing, 8-bit states."""
 
+from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import Literal
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+from fastgrpo.checks import Below1, Checked, Count, CountOr0, NonNegative, Positive, installed
 from fastgrpo.integrations.transformers import causal_lm, fuse_lm_head
 from fastgrpo.trainer import examples
+
+OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit")
+
+WARM_UP = ("constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "inverse_sqrt")
+SCHEDULES = ("constant", *WARM_UP)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions(Checked):
+    """How the model is loaded, wrapped and optimised, under TRL's names.
+
+    Args:
+        bf16: autocast; None: on a GPU that has it. dtype: of the weights.
+        attn_implementation: None: flash-attn if installed (16 bits, GPU), else SDPA, else eager.
+        use_peft, lora_r, lora_alpha, lora_dropout, lora_target_modules, lora_modules_to_save: LoRA, as in ModelConfig.
+        load_in_4bit, load_in_8bit: QLoRA, through bitsandbytes.
+        tiny_vocabulary: of ``tiny:NAME`` models: pad their vocabulary to this size.
+        activation_offloading: keep activations in host memory until the backward.
+    """
+
+    model_init_kwargs: dict | None = None
+    tiny_vocabulary: int | None = None
+    trust_remote_code: bool = False
+    dtype: str = "float32"
+    bf16: bool | None = None
+    attn_implementation: str | None = None
+    disable_dropout: bool = False
+    gradient_checkpointing: bool = True
+    activation_offloading: bool = False
+    use_liger_kernel: bool = False
+    use_peft: bool = False
+    lora_r: Count = 16
+    lora_alpha: Count = 32
+    lora_dropout: Below1 = 0.05
+    lora_target_modules: str | list[str] | None = None
+    lora_modules_to_save: list[str] | None = None
+    load_in_4bit: bool = False
+    load_in_8bit: bool = False
+    optim: Literal[OPTIMIZERS] = "adamw_torch"
+    learning_rate: NonNegative = 1e-6
+    weight_decay: NonNegative = 0.0
+    adam_beta1: Below1 = 0.9
+    adam_beta2: Below1 = 0.999
+    adam_epsilon: Positive = 1e-8
+    max_grad_norm: Positive = 1.0
+    lr_scheduler_type: Literal[SCHEDULES] = "linear"
+    warmup_steps: CountOr0 = 0
+
+    def combinations(self):
+        yield from super().combinations()
+        cuda, quantised = torch.cuda.is_available(), self.load_in_4bit or self.load_in_8bit
+        dtype = isinstance(getattr(torch, self.dtype, None), torch.dtype) or self.dtype == "auto"
+        yield dtype, f"dtype must be 'auto' or torch's, got {self.dtype!r}"
+        yield not quantised or self.use_peft, "load_in_4bit and load_in_8bit need use_peft=True, got False"
+        yield not (self.load_in_4bit and self.load_in_8bit), "load_in_4bit and load_in_8bit cannot both be True"
+        yield cuda or not self.use_liger_kernel, "use_liger_kernel: its kernels need a CUDA GPU, and there is none"
+        paged = f"optim {self.optim!r} pages GPU memory and there is no CUDA GPU: expected adamw_torch or adamw_8bit"
+        yield cuda or not self.optim.startswith("paged"), paged
+        yield installed(self.use_peft, "peft", "'fastgrpo[peft]'")
+        yield installed(quantised or "bit" in self.optim, "bitsandbytes", "'fastgrpo[quant]'")
+        yield installed(self.use_liger_kernel, "liger_kernel", "'fastgrpo[liger]'")
+        yield installed("flash" in (self.attn_implementation or ""), "flash_attn", "'fastgrpo[flash]'")
+
+    @property
+    def mixed_precision(self):
+        """accelerate's name of the autocast: where not said, bf16 on a GPU that has it."""
+        possible = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        return "bf16" if self.bf16 or (self.bf16 is None and possible) else "no"
 
 
 def load_model(source, config, device):
@@ -76,6 +147,16 @@ def make_trainable(model, config, peft_config=None):
         base.gradient_checkpointing_enable({"use_reentrant": False})
         base.enable_input_require_grads()
     return fuse_lm_head(model)
+
+
+def freeze(model, accelerator):
+    """A reference on the device, sharded where the policy is."""
+    model = fuse_lm_head(model).requires_grad_(False).eval()
+    if accelerator.is_fsdp2:
+        from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+
+        return fsdp2_prepare_model(accelerator, model)
+    return model.to(accelerator.device)
 
 
 def lora(config):

@@ -228,6 +228,19 @@ def resolve(reward):
     return bound
 
 
+def named_rewards(functions, columns):
+    """{name: function}; one function, a name or a list of them, which find their columns in the dataset's."""
+    functions = functions if isinstance(functions, list | tuple) else [functions]
+    resolved = [resolve(f) for f in functions]
+    if not resolved:
+        raise ValueError("reward_funcs must hold at least one function, got none")
+    names = [getattr(f, "__name__", type(f).__name__) for f in resolved]
+    for name, function in zip(names, resolved):
+        if missing := set(columns_needed(function)) - set(columns):
+            raise ValueError(f"reward {name} needs the columns {sorted(missing)}, got {sorted(columns)}")
+    return {name if names.count(name) == 1 else f"{name}_{i}": f for i, (name, f) in enumerate(zip(names, resolved))}
+
+
 def columns_needed(function):
     """Columns a reward function cannot do without: its parameters without a default, but for the trainer's own."""
     given = {"prompts", "completions", "completion_ids"}
