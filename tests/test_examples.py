@@ -131,7 +131,7 @@ def test_presets_for_a_real_model(preset):
     assert ("train_dataset" in job) == (preset != "gsm8k")
 
 
-RISES = {"countdown-tiny": 60, "arithmetic-tiny": 60, "gsm8k-tiny": 36}  # optimiser steps; the demo's: test_demo.py
+RISES = {"demo": 100, "countdown-tiny": 60, "arithmetic-tiny": 60, "gsm8k-tiny": 36}  # optimiser steps
 
 
 @pytest.mark.parametrize("preset", RISES)
