@@ -7,6 +7,7 @@ bench/results/bias-cpu.jsonl, the curves beside them.
 """
 
 import argparse
+import dataclasses
 import itertools
 import json
 import sys
@@ -19,7 +20,8 @@ from bench import measure, profiles
 from bench.__main__ import RESULTS
 from fastgrpo import linear_logprobs
 from fastgrpo.backends import certified
-from fastgrpo.trainer import demo
+from fastgrpo.trainer import GRPOTrainer, examples
+from fastgrpo.trainer.config import load_config
 
 VOCABULARY = 2048  # of the demo here: with its usual 32 no column could be left out
 
@@ -95,16 +97,11 @@ def training_curves(seeds, steps):
             certified.plan_groups = counted
             try:
                 with tempfile.TemporaryDirectory() as folder:
-                    config = demo.DemoConfig(
-                        steps=steps,
-                        seed=seed,
-                        backward=backward,
-                        vocabulary=VOCABULARY,
-                        supervised_steps=150,
-                        output=folder,
-                    )
-                    demo.run(config)
-                    rows = [json.loads(x) for x in (Path(folder) / "log.jsonl").read_text().splitlines()]
+                    options = {"max_steps": steps, "seed": seed, "backward": backward, "tiny_vocabulary": VOCABULARY}
+                    options |= {"output_dir": folder, "eval_strategy": "no", "eval_on_start": False}
+                    examples.WORLDS["sort"] = dataclasses.replace(examples.WORLDS["sort"], start_steps=150)
+                    job, config = load_config("demo", options)
+                    rows = [r for r in GRPOTrainer(config=config, **job).train() if "reward" in r]
             finally:
                 certified.plan_groups = plain
             last = rows[-20:]

@@ -2,8 +2,9 @@
 
 import math
 from dataclasses import dataclass
-from numbers import Real
+from typing import Literal
 
+from fastgrpo.checks import Above1, Below1, Checked, Finite, Fraction, From1, NonNegative, Positive
 from fastgrpo.objective import HyperParameters
 
 CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")  # loss types built on the clipped surrogate
@@ -14,7 +15,7 @@ DIVERGENCE_MASKS = ("tv", "kl")
 
 
 @dataclass(frozen=True, kw_only=True)
-class GRPOLossConfig:
+class GRPOLossConfig(Checked):
     """Objective of :func:`fastgrpo.grpo_loss`. Names and defaults are those of TRL's ``GRPOConfig``.
 
     Args:
@@ -46,60 +47,45 @@ class GRPOLossConfig:
         ValueError: naming the argument, what was expected and what came.
     """
 
-    loss_type: str = "dapo"
-    beta: float = 0.0
-    epsilon: float = 0.2
-    epsilon_high: float | None = None
-    delta: float | None = None
-    dual_clip: float | None = None
-    importance_sampling_level: str = "token"
-    kl_estimator: str = "k3"
+    loss_type: Literal[LOSS_TYPES] = "dapo"
+    beta: NonNegative = 0.0
+    epsilon: Below1 = 0.2
+    epsilon_high: NonNegative | None = None
+    delta: Positive | None = None
+    dual_clip: Above1 | None = None
+    importance_sampling_level: Literal[IMPORTANCE_SAMPLING_LEVELS] = "token"
+    kl_estimator: Literal[KL_ESTIMATORS] = "k3"
     use_bias_correction_kl: bool = True
-    temperature: float = 1.0
-    max_completion_length: int | None = None
-    entropy_coef: float = 0.0
-    top_entropy_quantile: float = 1.0
-    off_policy_mask_threshold: float | None = None
-    sapo_temperature_pos: float = 1.0
-    sapo_temperature_neg: float = 1.05
-    vespo_k_pos: float = 2.0
-    vespo_lambda_pos: float = 3.0
-    vespo_k_neg: float = 3.0
-    vespo_lambda_neg: float = 2.0
-    divergence_mask: str | None = None
-    divergence_low: float = 0.2
-    divergence_high: float = 0.2
-    divergence_ratio_cap: float = 20.0
+    temperature: Positive = 1.0
+    max_completion_length: From1 | None = None
+    entropy_coef: Finite = 0.0
+    top_entropy_quantile: Fraction = 1.0
+    off_policy_mask_threshold: Finite | None = None
+    sapo_temperature_pos: Positive = 1.0
+    sapo_temperature_neg: Positive = 1.05
+    vespo_k_pos: NonNegative = 2.0
+    vespo_lambda_pos: NonNegative = 3.0
+    vespo_k_neg: NonNegative = 3.0
+    vespo_lambda_neg: NonNegative = 2.0
+    divergence_mask: Literal[DIVERGENCE_MASKS] | None = None
+    divergence_low: NonNegative = 0.2
+    divergence_high: NonNegative = 0.2
+    divergence_ratio_cap: Positive = 20.0
     log_entropy: bool = True
 
-    def __post_init__(self):
-        _choice("loss_type", self.loss_type, LOSS_TYPES)
-        _choice("importance_sampling_level", self.importance_sampling_level, IMPORTANCE_SAMPLING_LEVELS)
-        _choice("kl_estimator", self.kl_estimator, KL_ESTIMATORS)
-        if self.divergence_mask is not None:
-            _choice("divergence_mask", self.divergence_mask, DIVERGENCE_MASKS)
-        for name, expected, holds in _RANGES:
-            _number(name, getattr(self, name), expected, holds, optional=name in _OPTIONAL)
-        for name in ("use_bias_correction_kl", "log_entropy"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
-        self._check_combinations()
-
-    def _check_combinations(self):
+    def combinations(self):
+        yield from super().combinations()
+        loss, mask, length = self.loss_type, self.divergence_mask, self.max_completion_length
         for name in ("delta", "dual_clip"):
-            if getattr(self, name) is not None and self.surrogate != "clip":
-                raise ValueError(
-                    f"{name} bounds the clipped surrogate's ratio and means nothing with "
-                    f"loss_type={self.loss_type!r}, divergence_mask={self.divergence_mask!r}: expected None, "
-                    f"got {getattr(self, name)}"
-                )
-        if self.divergence_mask is not None and self.loss_type in ("sapo", "vespo"):
-            raise ValueError(
-                f"divergence_mask replaces a ratio clip, which loss_type={self.loss_type!r} does not have: "
-                f"expected None, got {self.divergence_mask!r}"
-            )
-        if self.max_completion_length is not None and self.max_completion_length != int(self.max_completion_length):
-            raise ValueError(f"max_completion_length must be a whole number, got {self.max_completion_length}")
+            value = getattr(self, name)
+            yield value is None or self.surrogate == "clip", (
+                f"{name} bounds the clipped surrogate's ratio and means nothing with loss_type={loss!r}, "
+                f"divergence_mask={mask!r}: expected None, got {value}"
+            )  # fmt: skip
+        yield mask is None or loss not in ("sapo", "vespo"), (
+            f"divergence_mask replaces a ratio clip, which loss_type={loss!r} has not: expected None, got {mask!r}"
+        )  # fmt: skip
+        yield length is None or length == int(length), f"max_completion_length must be a whole number, got {length}"
 
     @property
     def surrogate(self):
@@ -136,47 +122,3 @@ class GRPOLossConfig:
             vespo_lambda_neg=max(float(self.vespo_lambda_neg), 1e-4),
             beta=float(self.beta),
         )
-
-
-def _positive(x):
-    return x > 0
-
-
-def _non_negative(x):
-    return x >= 0
-
-
-_OPTIONAL = ("epsilon_high", "delta", "dual_clip", "max_completion_length", "off_policy_mask_threshold")
-_RANGES = (
-    ("beta", ">= 0", _non_negative),
-    ("epsilon", "in [0, 1)", lambda x: 0 <= x < 1),
-    ("epsilon_high", ">= 0 or None", _non_negative),
-    ("delta", "> 0 or None", _positive),
-    ("dual_clip", "> 1 or None", lambda x: x > 1),
-    ("temperature", "> 0", _positive),
-    ("max_completion_length", ">= 1 or None", lambda x: x >= 1),
-    ("entropy_coef", "a finite number", lambda x: True),
-    ("top_entropy_quantile", "in [0, 1]", lambda x: 0 <= x <= 1),
-    ("off_policy_mask_threshold", "a finite number or None", lambda x: True),
-    ("sapo_temperature_pos", "> 0", _positive),
-    ("sapo_temperature_neg", "> 0", _positive),
-    ("vespo_k_pos", ">= 0", _non_negative),
-    ("vespo_lambda_pos", ">= 0", _non_negative),
-    ("vespo_k_neg", ">= 0", _non_negative),
-    ("vespo_lambda_neg", ">= 0", _non_negative),
-    ("divergence_low", ">= 0", _non_negative),
-    ("divergence_high", ">= 0", _non_negative),
-    ("divergence_ratio_cap", "> 0", _positive),
-)
-
-
-def _choice(name, value, allowed):
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
-
-
-def _number(name, value, expected, holds, optional):
-    if value is None and optional:
-        return
-    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value) or not holds(value):
-        raise ValueError(f"{name} must be {expected}, got {value!r}")

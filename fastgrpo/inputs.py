@@ -4,8 +4,11 @@ import math
 import os
 from dataclasses import dataclass
 from numbers import Real
+from typing import Literal
 
 import torch
+
+from fastgrpo.checks import check_field
 
 IGNORE = -100
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -23,8 +26,7 @@ def accumulator_dtype(hidden):
 
 
 def check_choice(name, value, allowed):
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+    check_field(name, value, Literal[allowed])
 
 
 def check_tensor(name, value, device=None, floating=None):

@@ -1,5 +1,7 @@
 """Token weights: loss = sum(w * l). The reduction of every loss type, written once."""
 
+from typing import NamedTuple
+
 
 def token_weights(config, mask, segments, num_items=None):
     """Weight of every token's loss, known before the logits are.
@@ -24,3 +26,35 @@ def token_weights(config, mask, segments, num_items=None):
     if config.loss_type == "bnpo" or num_items is None:
         return mask / mask.sum().clamp(min=1.0)
     return mask / (num_items.clamp(min=1.0) if hasattr(num_items, "clamp") else max(num_items, 1.0))
+
+
+class Totals(NamedTuple):
+    """What the reductions count in a batch, or in a micro-batch of it."""
+
+    sequences: int
+    tokens: int  # counted by the mask
+    bonus_tokens: int  # of those, the ones the entropy bonus averages over
+
+
+def share_of_batch(config, part, whole):
+    """How a micro-batch's loss is scaled so that the scaled losses of all micro-batches add up to the batch's.
+
+    Sequences that no micro-batch holds (zero advantage, all masked) count in ``whole`` alone. dapo, cispo and vespo are
+    given the whole batch's ``num_items`` and need no scale; dr_grpo needs ``max_completion_length``.
+
+    Args:
+        config: the :class:`fastgrpo.GRPOLossConfig`.
+        part, whole: :class:`Totals` of the micro-batch and of the batch, all ranks together.
+
+    Returns:
+        (scale of ``grpo_loss(part, ...)``, the ``entropy_coef`` to call it with): the entropy bonus is always a mean
+        over tokens.
+    """
+    if config.loss_type == "bnpo":
+        scale = max(part.tokens, 1) / max(whole.tokens, 1)
+    elif config.loss_type in ("dapo", "cispo", "vespo"):
+        scale = 1.0
+    else:
+        scale = part.sequences / max(whole.sequences, 1)
+    bonus = max(part.bonus_tokens, 1) / max(whole.bonus_tokens, 1)
+    return scale, config.entropy_coef * bonus / scale

@@ -7,8 +7,11 @@ import torch
 
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
+pytest.importorskip("accelerate")
 
-from fastgrpo.trainer import cli, demo, logs, task
+from fastgrpo import checks
+from fastgrpo.trainer import cli, examples
+from fastgrpo.trainer.generate import Sampling, TransformersSampler
 
 
 @pytest.fixture(autouse=True)
@@ -16,69 +19,54 @@ def poisoned_memory():
     """Real memory: transformers fills what it allocates."""
 
 
+def run(output, *options):
+    """``fastgrpo demo`` -> the log's training rows, its evaluations."""
+    assert cli.main(["demo", "--output_dir", str(output), *options]) == 0
+    rows = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    return [r for r in rows if "reward" in r], [r for r in rows if "eval/reward" in r]
+
+
 def test_the_reward_rises(tmp_path):
-    result = demo.run(demo.DemoConfig(steps=90, output=str(tmp_path)))
-    assert result["last_reward"] > result["first_reward"] + 0.25, result
-    assert result["after"]["sampled"] > result["before"]["sampled"] + 0.2, result
-    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    rows, evaluations = run(tmp_path, "--max_steps", "90")
+    first, last = (sum(r["reward"] for r in part) / 10 for part in (rows[:10], rows[-10:]))
+    assert last > first + 0.25
+    assert evaluations[-1]["eval/reward"] > evaluations[0]["eval/reward"] + 0.2
     assert [r["step"] for r in rows] == list(range(1, 91))
-    assert {"reward", "entropy", "clip_fraction", "skipped", "grad_norm"} <= set(rows[0])
+    names = {"reward", "kl", "entropy", "clip_fraction", "skipped", "tokens_per_second", "grad_norm", "learning_rate"}
+    assert names <= rows[0].keys()
     assert rows[0]["entropy"] > rows[-1]["entropy"] > 0.05
     assert any(r["clip_fraction"] > 0 for r in rows)  # every second step is off-policy
+    assert all(0 <= r["skipped"] < 1 for r in rows)
     assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
-    check_checkpoint(tmp_path / "checkpoint", result["after"]["greedy"])
+    check_model(tmp_path / "model", evaluations[-1]["eval/greedy_reward"])
 
 
-def check_checkpoint(path, greedy):
+def check_model(path, greedy):
     """transformers loads it, tokenizer and all, and it answers as the trained model did."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
-    world = task.SortTask(tokenizer)
-    prompts = world.prompts(512, torch.Generator().manual_seed(1), held_out=True)
-    assert tokenizer(["<bos>3141="]).input_ids == [[1, 7, 5, 8, 5, 3]]
-    assert demo.exact(model, world, prompts, sample=False)[0] == pytest.approx(greedy, abs=1e-6)
+    rows = examples.load_rows("tiny:sort:test")
+    prompts = tokenizer([r["prompt"] for r in rows]).input_ids
+    answers = TransformersSampler(tokenizer).generate(model, prompts, Sampling(max_completion_length=5), greedy=True)
+    texts = [tokenizer.decode(group[0].ids, skip_special_tokens=True) for group in answers]
+    right = [text == row["answer"] for text, row in zip(texts, rows)]
+    assert sum(right) / len(right) == pytest.approx(greedy, abs=1e-6)
 
 
 def test_triton_path_gives_the_same_steps(tmp_path, monkeypatch):
     """The same code through the kernels: two steps agree with the torch backend's."""
     pytest.importorskip("triton")
-    rows = {}
-    for backend in ("torch", "triton"):
-        config = demo.DemoConfig(
-            steps=2, supervised_steps=1, supervised_batch=4, prompts=2, group_size=2, backend=backend,
-            output=str(tmp_path / backend),
-        )  # fmt: skip
-        demo.run(config)
-        rows[backend] = [json.loads(x) for x in (tmp_path / backend / "log.jsonl").read_text().splitlines()]
-    for a, b in zip(*rows.values()):
+    sizes = {"per_device_train_batch_size": 8, "num_generations": 4, "max_steps": 2, "eval_on_start": False,
+             "eval_strategy": "no", "use_cpu": not torch.cuda.is_available()}  # fmt: skip
+    options = [word for name, value in sizes.items() for word in (f"--{name}", str(value).lower())]
+    both = [run(tmp_path / backend, "--backend", backend, *options)[0] for backend in ("torch", "triton")]
+    assert any(row["grad_norm"] > 0 for row in both[0])
+    for a, b in zip(*both):
         for name in ("entropy", "loss", "grad_norm", "reward"):
             assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-6), name
 
 
-def test_command_line_says_what_is_wrong(capsys):
-    with pytest.raises(SystemExit):
-        cli.main(["demo", "--steps", "0"])
-    assert "steps must be >= 1, got 0" in capsys.readouterr().err
-
-
 def test_missing_extra_is_named():
     with pytest.raises(ImportError, match=r"pip install 'fastgrpo\[train\]'"):
-        logs.need("a_package_nobody_has")
-
-
-def test_held_out_prompts_are_never_trained_on():
-    world = task.SortTask(task.make_tokenizer())
-    g = torch.Generator().manual_seed(0)
-
-    def numbers(prompts):
-        return {world.text(p) for p in prompts}
-
-    trained, held = numbers(world.prompts(20000, g)), numbers(world.prompts(5000, g, held_out=True))
-    assert not trained & held
-    assert len(held) > 800
-    prompts = world.prompts(50, g)
-    answers = world.answers(prompts)
-    assert world.reward(prompts, answers).eq(1).all()
-    assert world.reward(prompts, answers[:, :4]).eq(0).all()  # no <eos>
-    assert all(world.text(a) == "".join(sorted(world.text(p)[:4])) for p, a in zip(prompts, answers))
+        checks.need("a_package_nobody_has")

@@ -45,6 +45,9 @@ def test_wheel_contents(wheel):
     for path in (ROOT / "fastgrpo").rglob("*.py"):
         relative = path.relative_to(ROOT).as_posix()
         assert relative in names or relative == "fastgrpo/kernels/__init__.py", relative
+    presets = [path.relative_to(ROOT).as_posix() for path in (ROOT / "fastgrpo/trainer/presets").glob("*.yaml")]
+    assert len(presets) > 3
+    assert set(presets) <= set(names)
     assert any(n.endswith("licenses/LICENSE") for n in names)
 
 

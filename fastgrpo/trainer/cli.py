@@ -1,24 +1,50 @@
 """The ``fastgrpo`` command."""
 
 import argparse
-from dataclasses import fields
+import logging
 
 from fastgrpo import __version__
-from fastgrpo.trainer.demo import DemoConfig, run
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="fastgrpo", description="GRPO without the logits.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
-    demo = commands.add_parser("demo", help="train a small model to sort digits, in about a minute on a CPU")
-    for field in fields(DemoConfig):
-        name = "--" + field.name.replace("_", "-")
-        demo.add_argument(name, type=type(field.default), default=field.default, help=f"default: {field.default}")
-    options = vars(parser.parse_args(argv))
-    options.pop("command")
+    train = commands.add_parser("train", help="train a model: fastgrpo train config.yaml [--key value] ...")
+    train.add_argument("config", help="a YAML file, or a preset's name")
+    commands.add_parser("demo", help="train a small model to sort digits, in about a minute on a CPU")
+    options, overrides = parser.parse_known_args(argv)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels that this CPU could do without
     try:
-        run(DemoConfig(**options))
-    except (ValueError, ImportError) as error:
+        from transformers.utils.logging import disable_progress_bar
+
+        from fastgrpo.trainer import GRPOTrainer
+        from fastgrpo.trainer.config import load_config
+
+        disable_progress_bar()
+        job, config = load_config(getattr(options, "config", "demo"), parse(overrides))
+        missing = {"model", "reward_funcs", "train_dataset"} - job.keys()
+        if missing:
+            raise ValueError(f"the config must also give {', '.join(sorted(missing))}")
+        trainer = GRPOTrainer(config=config, **job)
+    except (ValueError, TypeError, ImportError) as error:
         parser.error(str(error))
+    trainer.train()
     return 0
+
+
+def parse(words):
+    """``--key value``, ``--key=value`` and ``--flag`` -> settings; values are YAML's."""
+    import yaml
+
+    from fastgrpo.trainer.config import Loader
+
+    settings = {}
+    words = [part for word in words for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    while words:
+        key = words.pop(0)
+        if not key.startswith("--"):
+            raise ValueError(f"expected --key value, got {key!r}")
+        flag = not words or words[0].startswith("--")
+        settings[key[2:].replace("-", "_")] = True if flag else yaml.load(words.pop(0), Loader)
+    return settings

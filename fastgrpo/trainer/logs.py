@@ -1,91 +1,77 @@
-"""What a person sees of a run: a live progress bar, a JSON-lines log, a picture of the curves."""
+"""What a person sees of a run: progress, a JSON-lines log, trackers, sample answers, a picture of the curves."""
 
 import json
 import time
 from pathlib import Path
 
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, TextColumn
+from rich.table import Table
+from rich.text import Text
 
-def need(package, extra="train"):
-    """Import an optional package, or say which extra brings it."""
-    import importlib
-
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        raise ImportError(f"{package} is needed here: pip install 'fastgrpo[{extra}]'") from error
+SHOWN = ("reward", "kl", "entropy", "clip_fraction", "skipped", "tokens_per_second")
+PANELS = {"reward": "reward", "entropy": "entropy (nats a token)", "clip_fraction": "clip fraction", "kl": "KL (nats)"}
 
 
-class RunLog:
-    """Progress bar with the latest numbers, and every step as one line of JSON."""
+class RunLog(Progress):
+    """Progress bar with the latest numbers; every row as one line of JSON, and to accelerate's trackers.
 
-    def __init__(self, path, total, title, shown):
-        need("rich")
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    On ranks but the main one it does nothing. ``first``: the steps already done, whose rows are kept.
+    """
 
-        self.console, self.shown, self.total = Console(), shown, total
-        self.path = Path(path)
-        self.path.write_text("")
-        self.started = time.perf_counter()
-        self.progress = Progress(
-            TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn(),
-            TextColumn("{task.fields[numbers]}"), console=self.console, disable=not self.console.is_terminal,
-        )  # fmt: skip
-        self.task = self.progress.add_task(title, total=total, numbers="")
-        self.rows = []
+    def __init__(self, folder, total, accelerator, every=10, first=0):
+        self.accelerator, self.every, self.total, self.main = accelerator, every, total, accelerator.is_main_process
+        console = Console(quiet=not self.main)
+        columns = *Progress.get_default_columns(), MofNCompleteColumn(), TextColumn("{task.fields[numbers]}")
+        super().__init__(*columns, console=console, disable=not console.is_terminal)
+        self.task = self.add_task("GRPO", total=total, completed=first, numbers="")
+        self.path = Path(folder) / "log.jsonl"
+        rows = self.path.read_text().splitlines() if first and self.path.is_file() else []
+        self.rows = [row for row in map(json.loads, rows) if row["step"] <= first]
+        self.started = time.perf_counter() - (self.rows[-1]["seconds"] if self.rows else 0.0)
+        if self.main:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
 
-    def __enter__(self):
-        self.progress.start()
-        return self
-
-    def __exit__(self, *_):
-        self.progress.stop()
-
-    def step(self, row):
-        row = {"step": len(self.rows) + 1, "seconds": round(time.perf_counter() - self.started, 3), **row}
+    def write(self, step, numbers):
+        """A row of the log: a training step's numbers, or an evaluation's."""
+        row = {"step": step, "seconds": round(time.perf_counter() - self.started, 3), **numbers}
         self.rows.append(row)
+        if not self.main:
+            return
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
-        numbers = "  ".join(f"{k} {row[k]:.3f}" for k in self.shown)
-        self.progress.update(self.task, advance=1, numbers=numbers)
-        if not self.console.is_terminal and (row["step"] % max(self.total // 10, 1) == 0):
-            self.console.print(f"step {row['step']}/{self.total}  {numbers}")
+        shown = "  ".join(f"{k} {row[k]:.3g}" for k in row if k in SHOWN or k.startswith("eval/"))
+        self.update(self.task, completed=step, numbers=shown)
+        if step % self.every == 0 or "reward" not in numbers:
+            self.accelerator.log(numbers, step=step)
+            if not self.console.is_terminal:
+                self.console.print(f"step {step}/{self.total}  {shown}")
+
+    def answers(self, title, rows):
+        """A table of (prompt, answer, reward)."""
+        table = Table("prompt", "answer", "reward", title=title)
+        for prompt, answer, reward in rows:
+            table.add_row(Text(prompt), Text(answer), f"{reward:.3g}")
+        self.console.print(table)
 
 
-def plot_curves(rows, path, panels, title):
+def plot_curves(rows, path, title):
     """One panel a metric over the steps, a running mean over the raw values; written as a PNG."""
-    need("matplotlib")
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    steps = [r["step"] for r in rows]
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.4), layout="constrained")
+    rows = [r for r in rows if "reward" in r]
+    panels = {k: v for k, v in PANELS.items() if any(r.get(k) for r in rows)} or {"reward": "reward"}
+    figure = Figure(figsize=(4.2 * len(panels), 3.4), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, (name, label) in zip(axes, panels.items()):
-        values = [r[name] for r in rows]
+        steps, values = [r["step"] for r in rows], [r[name] for r in rows]
         axis.plot(steps, values, color="tab:blue", alpha=0.25, linewidth=1)
         axis.plot(steps, running_mean(values, 10), color="tab:blue", linewidth=2)
         axis.set(title=label, xlabel="step")
         axis.grid(alpha=0.3)
-    axes[0].set_ylim(0, 1)
     figure.suptitle(title)
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def running_mean(values, width):
     return [sum(values[max(0, i - width + 1) : i + 1]) / (i + 1 - max(0, i - width + 1)) for i in range(len(values))]
-
-
-def answer_table(title, rows):
-    """rows of (prompt, expected, before, after)."""
-    from rich.table import Table
-
-    table = Table(title=title)
-    for name in ("digits", "sorted", "before", "after"):
-        table.add_column(name)
-    for prompt, expected, before, after in rows:
-        marked = [f"[{'green' if x == expected else 'red'}]{x}[/]" for x in (before, after)]
-        table.add_row(prompt, expected, *marked)
-    return table

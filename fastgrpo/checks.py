@@ -1,0 +1,92 @@
+"""Settings checked against their annotations: type, range and choices stand once, beside the field's default."""
+
+import functools
+import importlib
+import math
+import types
+import typing
+from importlib.util import find_spec
+from numbers import Real
+from typing import Annotated, Literal
+
+Finite = Annotated[float, ("a finite number", lambda x: True)]
+Positive = Annotated[float, ("> 0", lambda x: x > 0)]
+NonNegative = Annotated[float, (">= 0", lambda x: x >= 0)]
+Above1 = Annotated[float, ("> 1", lambda x: x > 1)]
+From1 = Annotated[float, (">= 1", lambda x: x >= 1)]
+Fraction = Annotated[float, ("in [0, 1]", lambda x: 0 <= x <= 1)]
+Below1 = Annotated[float, ("in [0, 1)", lambda x: 0 <= x < 1)]
+Share = Annotated[float, ("in (0, 1]", lambda x: 0 < x <= 1)]
+Count = Annotated[int, (">= 1", lambda x: x >= 1)]
+CountOr0 = Annotated[int, (">= 0", lambda x: x >= 0)]
+GroupSize = Annotated[int, (">= 2", lambda x: x >= 2)]
+
+
+class Checked:
+    """Base of frozen dataclasses: every field is checked against its annotation, then the ``combinations``."""
+
+    def __post_init__(self):
+        for name, hint in annotations(type(self)).items():
+            check_field(name, getattr(self, name), hint)
+        for holds, message in self.combinations():
+            if not holds:
+                raise ValueError(message)
+
+    def combinations(self):
+        """(holds, what is wrong otherwise) of settings that depend on each other or on this machine."""
+        return ()
+
+
+@functools.cache
+def annotations(cls):
+    """{field: annotation}, inherited ones too."""
+    return typing.get_type_hints(cls, include_extras=True)
+
+
+def check_field(name, value, hint):
+    if not fits(value, hint):
+        raise ValueError(f"{name} must be {expected(value, hint)}, got {value!r}")
+
+
+def fits(value, hint):
+    """Whether a value is as annotated; whole numbers are floats too, booleans are no numbers, a range is finite."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        kind, (_, holds) = arguments
+        return fits(value, kind) and math.isfinite(value) and holds(value)
+    if origin is Literal:
+        return any(value == choice and type(value) is type(choice) for choice in arguments)
+    if origin in (typing.Union, types.UnionType):
+        return any(fits(value, argument) for argument in arguments)
+    if origin is list:
+        return isinstance(value, list) and all(fits(x, arguments[0]) for x in value)
+    if hint in (int, float):
+        return isinstance(value, int if hint is int else Real) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def expected(value, hint):
+    """What an annotation asks for, in words."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        return "int" if arguments[0] is int and not fits(value, int) else arguments[1][0]
+    if origin is Literal:
+        return f"one of {', '.join(map(repr, arguments))}"
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(expected(value, argument) for argument in arguments)
+    if origin is list:
+        return f"a list of {expected(value, arguments[0])}"
+    return {bool: "True or False", types.NoneType: "None"}.get(hint, hint.__name__)
+
+
+def installed(wanted, package, install):
+    """A row of ``combinations``: the package is there if it is wanted."""
+    return not wanted or find_spec(package) is not None, f"this config needs {package}: pip install {install}"
+
+
+def need(package, extra="train"):
+    """Import an optional package, or say which extra brings it."""
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise ImportError(f"{package} is needed here: pip install 'fastgrpo[{extra}]'") from error

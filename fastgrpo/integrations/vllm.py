@@ -1,0 +1,123 @@
+"""vLLM as the sampler: its settings, under TRL's names, and the two methods that the trainer calls.
+
+vLLM runs on a GPU alone: here it is tested against its interface, with stand-ins for ``vllm`` and its client.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from fastgrpo.checks import Checked, installed, need
+
+MISMATCH_MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VLLMOptions(Checked):
+    """Sampling through vLLM, and the correction of its mismatch with the learner: ``exp(old - sampled)`` log-probs.
+
+    The ratio is a token's or a sequence's ("token_*", "sequence_*"); outside ``[clip_min, clip_max]`` it is cut
+    ("*_truncate") or its term is dropped ("*_mask").
+    """
+
+    use_vllm: bool = False
+    vllm_mode: Literal["colocate", "server"] = "colocate"
+    vllm_model_impl: str = "vllm"
+    vllm_enable_sleep_mode: bool = False
+    vllm_server_base_url: str | None = None
+    vllm_server_host: str = "0.0.0.0"
+    vllm_server_port: int = 8000
+    vllm_server_timeout: float = 240.0
+    vllm_group_port: int = 51216
+    vllm_gpu_memory_utilization: float = 0.3
+    vllm_max_model_length: int | None = None
+    vllm_tensor_parallel_size: int = 1
+    vllm_importance_sampling_correction: bool = True
+    vllm_importance_sampling_mode: Literal[MISMATCH_MODES] = "sequence_mask"
+    vllm_importance_sampling_clip_max: float | None = 3.0
+    vllm_importance_sampling_clip_min: float | None = None
+
+    def combinations(self):
+        yield from super().combinations()
+        low, high = self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max
+        ordered = low is None or high is None or low < high
+        yield ordered, f"vllm_importance_sampling_clip_min must be below clip_max {high}, got {low}"
+        yield installed(self.use_vllm, "vllm", "'fastgrpo[vllm]'")
+
+    def mismatch_weights(self, old, sampled):
+        """Importance weights of one answer, (length,) each: log-probs of the learner's policy and of the sampler."""
+        mode = self.vllm_importance_sampling_mode
+        low, high = self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max
+        gap = (old - sampled).nan_to_num()
+        ratio = (gap if mode.startswith("token") else gap.sum().expand_as(gap)).exp()
+        low, high = 0.0 if low is None else low, float("inf") if high is None else high
+        if mode.endswith("truncate"):
+            return ratio.clamp(low, high)
+        return ratio * ((ratio >= low) & (ratio <= high))
+
+
+@torch.no_grad()
+def named_weights(model):
+    """(name, tensor) of each weight of the bare model, one at a time: shards gathered (every rank must iterate), 4-bit
+    weights dequantised, LoRA's update added to a copy: the model itself is never merged, so it cannot drift."""
+    from accelerate.utils import extract_model_from_parallel
+
+    model = extract_model_from_parallel(model)
+    modules, is_peft = dict(model.named_modules()), hasattr(model, "peft_config")
+    for name, tensor in model.named_parameters():
+        owner, _, leaf = name.rpartition(".")
+        if is_peft and (model.prefix in name or "original_module" in name):
+            continue
+        if is_peft and leaf == "weight":
+            from peft.utils.integrations import dequantize_module_weight
+
+            tensor, layer = dequantize_module_weight(modules[owner]), modules[owner.removesuffix(".base_layer")]
+            for adapter in layer.active_adapters if layer is not modules[owner] else ():
+                tensor = tensor + layer.get_delta_weight(adapter).to(tensor.dtype)
+        tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        name = name.removeprefix("base_model.model.").replace(".base_layer", "")
+        yield name.replace("modules_to_save.default.", "").replace("_checkpoint_wrapped_module.", ""), tensor.detach()
+
+
+class VLLMSampler:
+    """vLLM as a server or in this process ("colocate"), through TRL's ``VLLMGeneration`` and TRL's names in the config.
+
+    The log-probs are those of the distribution vLLM draws from, truncation included. A server is started by
+    ``VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --weight-transfer-config '{"backend": "nccl"}' --logprobs-mode
+    processed_logprobs --max-logprobs -1``.
+    """
+
+    def __init__(self, config, tokenizer):
+        need("vllm", "vllm")
+        self.config, self.tokenizer, self.engine = config, tokenizer, None
+
+    def start(self, model):
+        from accelerate import Accelerator
+        from accelerate.utils import extract_model_from_parallel
+
+        base = need("trl.generation.vllm_generation", "vllm").VLLMGeneration
+        engine = type("Engine", (base,), {"_iter_named_params": lambda self: named_weights(self.model)})
+        names = ["mode", "server_base_url", "server_host", "server_port", "server_timeout", "group_port", "model_impl"]
+        names += ["tensor_parallel_size", "gpu_memory_utilization", "max_model_length", "enable_sleep_mode"]
+        options = {name: getattr(self.config, f"vllm_{name}") for name in names}
+        return engine(extract_model_from_parallel(model), Accelerator(), self.tokenizer, **options)
+
+    def sync(self, model):
+        """Push the weights; every rank calls it."""
+        self.engine = self.engine or self.start(model)
+        self.engine.sync_weights()
+
+    def generate(self, model, prompts, sampling, greedy=False):
+        """-> for each prompt (a list of ids) its ``sampling.num_generations`` completions; ``greedy``: one."""
+        from fastgrpo.trainer.generate import completion, end_tokens
+
+        if self.engine is None:
+            self.sync(model)
+        n, ends = 1 if greedy else sampling.num_generations, end_tokens(model, self.tokenizer)
+        for name in ("top_p", "top_k", "min_p", "repetition_penalty", "max_completion_length"):
+            setattr(self.engine, name, getattr(sampling, name))
+        self.engine.temperature = 0.0 if greedy else sampling.temperature
+        _, ids, logprobs, _ = self.engine.generate([p for p in prompts for _ in range(n)], None, n)
+        rows = [completion(list(i), [step[0] for step in steps], ends) for i, steps in zip(ids, logprobs)]
+        return [rows[i : i + n] for i in range(0, len(rows), n)]

@@ -1,0 +1,98 @@
+"""Checkpoints: written beside their place, flushed to the disk, then renamed: only whole ones are ever found."""
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+ADAPTER = "adapter_model.safetensors"
+
+
+def save(folder, accelerator, model, tokenizer, state, limit=None):
+    """``state``: what each rank needs besides model, optimiser and random numbers, which accelerate writes.
+    ``limit``: older checkpoints are removed; None: kept."""
+    folder, part = Path(folder), Path(f"{folder}.part")
+    if accelerator.is_main_process:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(part)
+    torch.save(state, part / f"trainer_{accelerator.process_index}.pt")
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        describe(part, accelerator.unwrap_model(model), tokenizer)
+        for path in [*part.rglob("*"), part]:
+            flush(path)
+        replaced = Path(f"{folder}.old")
+        if folder.exists():  # resumed from before it
+            folder.rename(replaced)
+        part.rename(folder)
+        shutil.rmtree(replaced, ignore_errors=True)
+        flush(folder.parent)
+        for old in found(folder.parent)[:-limit] if limit else ():
+            shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+
+
+def load(folder, accelerator):
+    """Restores model, optimiser and random numbers -> this rank's ``state``."""
+    path = Path(folder) / f"trainer_{accelerator.process_index}.pt"
+    if not path.is_file():
+        raise ValueError(f"{folder} must be of {accelerator.num_processes} processes, but {path.name} is missing")
+    state = torch.load(path, weights_only=True)
+    accelerator.load_state(str(folder))
+    return state
+
+
+def found(output_dir):
+    """Complete checkpoints, oldest first."""
+    folders = [p for p in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
+    return sorted(folders, key=lambda p: int(p.name.split("-")[1]))
+
+
+def start(output_dir, resume):
+    """The checkpoint to go on from, or None. ``resume``: True, False or a folder."""
+    there = found(output_dir)
+    if isinstance(resume, str) and not Path(resume).is_dir():
+        raise ValueError(f"resume_from_checkpoint must be True or a checkpoint folder, got {resume!r}")
+    if there and not resume:
+        raise ValueError(f"output_dir {output_dir} holds checkpoints of an earlier run: resume, or choose another")
+    return resume if isinstance(resume, str) else there[-1] if there else None
+
+
+def describe(folder, model, tokenizer):
+    """What ``from_pretrained`` wants to find beside the weights."""
+    if hasattr(model, "peft_config"):
+        model.peft_config["default"].save_pretrained(folder)
+    else:
+        model.config.save_pretrained(folder)
+        model.generation_config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def adapter_only(accelerator):
+    """Have accelerate save and load the trained adapter instead of the whole model."""
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    def write(models, weights, folder):
+        weights.clear()
+        if accelerator.is_main_process:
+            state = get_peft_model_state_dict(accelerator.unwrap_model(models[0]))
+            save_file({k: v.contiguous() for k, v in state.items()}, Path(folder) / ADAPTER)
+
+    def read(models, folder):
+        set_peft_model_state_dict(accelerator.unwrap_model(models.pop()), load_file(Path(folder) / ADAPTER))
+
+    accelerator.register_save_state_pre_hook(write)
+    accelerator.register_load_state_pre_hook(read)
+
+
+def flush(path):
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,157 @@
+"""The trainer's config: TRL's names and defaults, every mistake found before a model is loaded."""
+
+import difflib
+import re
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+import yaml
+
+from fastgrpo.advantages import SCALES
+from fastgrpo.checks import Count, CountOr0, GroupSize, NonNegative, Share, annotations, installed
+from fastgrpo.config import GRPOLossConfig
+from fastgrpo.inputs import BACKENDS, BACKWARDS
+from fastgrpo.integrations.vllm import VLLMOptions
+from fastgrpo.trainer.generate import Sampling
+from fastgrpo.trainer.model import ModelOptions
+
+PRESETS = Path(__file__).parent / "presets"
+JOB = ("model", "reward_funcs", "train_dataset", "eval_dataset")  # of a YAML file: GRPOTrainer's other arguments
+Tracker = Literal["none", "tensorboard", "wandb", "trackio"]
+Strategy = Literal["no", "steps", False]  # False: YAML's no
+
+
+class Loader(yaml.SafeLoader):
+    """YAML 1.2's numbers: 1e-6 is one."""
+
+
+Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d[\d.]*[eE][-+]?\d+$"), list("+-0123456789"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class GRPOConfig(Sampling, GRPOLossConfig, ModelOptions, VLLMOptions):
+    """Settings of :class:`fastgrpo.trainer.GRPOTrainer`; those of sampling, the loss, the model and vLLM are inherited.
+
+    Names and defaults are those of TRL 1.16's ``GRPOConfig`` and ``ModelConfig``. As there, sizes count answers:
+    an optimiser step takes ``per_device_train_batch_size * gradient_accumulation_steps`` on each rank, a rollout
+    ``per_device_train_batch_size * steps_per_generation`` (None: one optimiser step), ``num_generations`` a prompt,
+    used for ``num_iterations`` epochs. How they are cut into micro-batches is up to ``token_budget``. Different or new:
+
+    Args:
+        token_budget: tokens of a micro-batch; "auto" finds it: 8192 at first, more while a GPU has room, halved when
+            memory runs out.
+        packing: micro-batches without padding, in blocks of ``position_ids``; "auto": where flash-attn is used.
+            Otherwise answers are sorted by length and padded.
+        skip_zero_advantages: leave out of the learner what cannot have a gradient.
+        recompute_old_logprobs: score a rollout again instead of taking the sampler's log-probs for the policy's; None:
+            with vLLM, and in 16 bits where a rollout serves several optimiser steps.
+        ref_model_sync_steps, ref_model_mixup_alpha: with ``sync_ref_model`` every that many steps the reference becomes
+            ``alpha * policy + (1 - alpha) * reference``; alpha 1 replaces it.
+        max_generation_tokens: prompt and answer tokens generated at once.
+        eval_pass_threshold: the weighted reward from which an answer counts as right in pass@k.
+        resume_from_checkpoint: True: from the newest complete checkpoint in ``output_dir``, or a folder.
+        logging_steps: of trackers and console; log.jsonl has every step.
+
+    Raises:
+        ValueError: naming the setting, what was expected and what came.
+    """
+
+    output_dir: str = "runs/grpo"
+    run_name: str | None = None
+    report_to: Tracker | list[Tracker] = "none"
+    seed: CountOr0 = 42
+    use_cpu: bool = False
+    resume_from_checkpoint: bool | str = False
+    max_steps: int = -1
+    num_train_epochs: NonNegative = 3.0
+    shuffle_dataset: bool = True
+    chat_template_kwargs: dict | None = None
+    per_device_train_batch_size: Count = 8
+    gradient_accumulation_steps: Count = 1
+    steps_per_generation: Count | None = None
+    num_generations: GroupSize = 8
+    num_iterations: Count = 1
+    token_budget: Count | Literal["auto"] = "auto"
+    packing: Literal["auto", True, False] = "auto"
+    skip_zero_advantages: bool = True
+    recompute_old_logprobs: bool | None = None
+    backend: Literal[BACKENDS] = "auto"
+    backward: Literal[BACKWARDS] = "auto"
+    max_generation_tokens: Count = 65536
+    reward_weights: list[float] | None = None
+    scale_rewards: Literal[(*SCALES, True, False)] = "group"
+    mask_truncated_completions: bool = False
+    sync_ref_model: bool = False
+    ref_model_mixup_alpha: Share = 0.6
+    ref_model_sync_steps: Count = 512
+    eval_strategy: Strategy = "no"
+    eval_steps: Count = 100
+    eval_on_start: bool = False
+    num_generations_eval: Count = 8
+    eval_pass_threshold: float = 1.0
+    logging_steps: Count = 10
+    log_completions: bool = False
+    num_completions_to_print: Count = 8
+    save_strategy: Strategy = "steps"
+    save_steps: Count = 500
+    save_total_limit: Count | None = None
+
+    def combinations(self):
+        yield from super().combinations()
+        rollout, group, mode = self.rollout, self.num_generations, self.vllm_importance_sampling_mode
+        steps, accumulate = self.steps_per_generation, self.gradient_accumulation_steps
+        yield rollout % group == 0, f"num_generations must divide a rank's rollout of {rollout} answers, got {group}"
+        uneven = f"steps_per_generation must be a multiple of gradient_accumulation_steps {accumulate}, got {steps}"
+        yield (steps or accumulate) % accumulate == 0, uneven
+        yield self.max_steps > 0 or self.max_steps == -1, f"max_steps must be > 0 or -1 (epochs), got {self.max_steps}"
+        corrected = self.use_vllm and self.vllm_importance_sampling_correction and mode.startswith("sequence")
+        twice = f"vllm_importance_sampling_mode must be 'token_...' with loss_type='vespo', got {mode!r}"
+        yield not corrected or self.loss_type != "vespo", twice
+        yield not self.sync_ref_model or self.beta > 0, "sync_ref_model needs a reference: beta > 0, got 0"
+        own = "sync_ref_model needs a reference of its own, but that of use_peft is the model without its adapter"
+        yield not (self.sync_ref_model and self.use_peft), own
+        yield from (installed(True, tracker, tracker) for tracker in self.trackers)
+
+    @property
+    def trackers(self):
+        names = [self.report_to] if isinstance(self.report_to, str) else self.report_to
+        return [name for name in names if name != "none"]
+
+    @property
+    def rollout(self):
+        """Answers of a rollout on one rank."""
+        return self.per_device_train_batch_size * (self.steps_per_generation or self.gradient_accumulation_steps)
+
+    @property
+    def steps_per_rollout(self):
+        """Optimiser steps of one epoch over a rollout."""
+        return self.rollout // (self.per_device_train_batch_size * self.gradient_accumulation_steps)
+
+    def part(self, cls, **changes):
+        """The settings of one of the classes it is made of."""
+        return cls(**{**{f.name: getattr(self, f.name) for f in fields(cls)}, **changes})
+
+
+def load_config(source, overrides=None):
+    """A YAML file or preset and settings that go before its own -> (other arguments of GRPOTrainer, GRPOConfig).
+
+    Raises:
+        ValueError: unknown preset or key, wrong type, impossible combination.
+    """
+    path = Path(source) if Path(source).is_file() else PRESETS / f"{source}.yaml"
+    if not path.is_file():
+        presets = ", ".join(sorted(p.stem for p in PRESETS.glob("*.yaml")))
+        raise ValueError(f"config must be a YAML file or a preset ({presets}), got {str(source)!r}")
+    settings = yaml.load(path.read_text(encoding="utf-8"), Loader)
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} must hold settings 'name: value', got {settings!r}")
+    settings |= overrides or {}
+    settings["resume_from_checkpoint"] = settings.pop("resume", settings.get("resume_from_checkpoint", False))
+    hints = annotations(GRPOConfig)
+    for key in settings:
+        if key not in hints and key not in JOB:
+            close = difflib.get_close_matches(key, [*hints, *JOB], n=1)
+            raise ValueError(f"{key} is not a setting" + (f": did you mean {close[0]}?" if close else ""))
+    job = {key: settings.pop(key) for key in JOB if key in settings}
+    return job, GRPOConfig(**settings)

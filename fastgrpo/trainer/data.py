@@ -1,0 +1,79 @@
+"""Prompts: where they come from, their order, their tokens; and what reward functions say of the answers."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from fastgrpo.trainer import examples
+
+
+def load_rows(source, name="train_dataset"):
+    """Rows ``{"prompt": text or chat, column: value ...}`` of a list, a .jsonl or .json file or a ``datasets`` object.
+
+    Raises:
+        ValueError, TypeError: naming what is missing, before a model is loaded.
+    """
+    if isinstance(source, str) and source.startswith(("world:", "tiny:")):
+        return examples.load_rows(source)
+    if isinstance(source, str | Path):
+        if not Path(source).is_file():
+            raise ValueError(f"{name} must be a .jsonl or .json file, a list or a datasets object, got {str(source)!r}")
+        text = Path(source).read_text(encoding="utf-8")
+        lines = [line for line in text.splitlines() if line.strip()]
+        source = [json.loads(x) for x in lines] if Path(source).suffix == ".jsonl" else json.loads(text)
+    if not hasattr(source, "__getitem__") or not hasattr(source, "__len__"):
+        raise TypeError(f"{name} must have a length and rows by number, got {type(source).__name__}")
+    if len(source) == 0:
+        raise ValueError(f"{name} must hold at least one row, got none")
+    for i, row in enumerate(source if isinstance(source, list) else [source[0]]):
+        if not isinstance(row, dict) or row.keys() != source[0].keys():
+            raise ValueError(f"{name} must hold dicts with the same keys, got {row!r} at row {i}")
+        prompt = row.get("prompt")
+        chat = isinstance(prompt, list) and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in prompt)
+        if not prompt or not (isinstance(prompt, str) or chat):
+            raise ValueError(f"{name} must have a 'prompt', text or chat messages, got {prompt!r} at row {i}")
+    return source
+
+
+def draw(size, position, count, seed, shuffle=True):
+    """Row numbers ``position ... position + count`` of an endless stream: a new order every epoch, no other state."""
+    rows = []
+    while len(rows) < count:
+        epoch, start = divmod(position + len(rows), size)
+        generator = torch.Generator().manual_seed(seed + epoch)
+        order = torch.randperm(size, generator=generator).tolist() if shuffle else range(size)
+        rows += order[start : start + count - len(rows)]
+    return rows
+
+
+def encode(tokenizer, prompt, template=None):
+    """Token ids of a prompt, text or chat."""
+    if isinstance(prompt, str):
+        return tokenizer(prompt)["input_ids"]
+    begun = prompt[-1]["role"] == "assistant"  # the answer goes on from there
+    return tokenizer.apply_chat_template(
+        prompt, tokenize=True, return_dict=True, add_generation_prompt=not begun, continue_final_message=begun,
+        **(template or {}),
+    )["input_ids"]  # fmt: skip
+
+
+def decode(tokenizer, prompt, ids):
+    """An answer as reward functions get it: text, or one assistant message to a chat."""
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+
+
+def score(functions, rows, completions, completion_ids):
+    """What each reward function gives each answer: B lists of R floats, NaN where it cannot score (None)."""
+    if not rows:
+        return []
+    columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
+    columns |= {"prompts": [row["prompt"] for row in rows], "completions": completions}
+    scores = []
+    for name, function in functions.items():
+        values = function(completion_ids=completion_ids, **columns)
+        if len(values) != len(rows):
+            raise ValueError(f"reward function {name} must return {len(rows)} values, got {len(values)}")
+        scores.append([torch.nan if value is None else float(value) for value in values])
+    return [list(values) for values in zip(*scores)]

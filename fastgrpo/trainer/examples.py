@@ -1,0 +1,216 @@
+"""Worlds to train in: sort, countdown, arithmetic, gsm8k. Each gives rows of a prompt and what its rewards need.
+
+A dataset is named ``KIND:NAME[:PART]``. KIND ``world``: chat prompts with instructions, for a real model; ``tiny``:
+terse prompts for the tiny model of the same name, which is made offline in seconds. PART is ``train`` (the default) or
+``test``, whose prompts are never in ``train``; for gsm8k it is a file, ``world:gsm8k:path/train.jsonl`` (``tiny:gsm8k``
+without one draws stories in GSM8K's format).
+"""
+
+import json
+import random
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+HELD_OUT = 11  # about every eleventh problem is kept from training
+TRAIN_ROWS, TEST_ROWS = 4096, 256
+THINK = "Think step by step inside <think> </think>, then give {what} alone inside <answer> </answer>."
+
+
+def sort_problem(draw, tiny):
+    digits = "".join(draw.choices("0123456789", k=4 if tiny else 12))
+    answer = "".join(sorted(digits))
+    text = f"Sort the digits {digits} in ascending order. " + THINK.format(what="the sorted digits")
+    return {"prompt": f"{digits}=" if tiny else text, "answer": answer, "solution": answer}
+
+
+def countdown_problem(draw, tiny):
+    """Numbers and a target that an expression of them reaches."""
+    while True:
+        numbers = [draw.randint(1, 9 if tiny else 99) for _ in range(3 if tiny else draw.choice((3, 4)))]
+        terms = draw.sample(numbers, draw.randint(2, len(numbers)))
+        text, value = str(terms[0]), terms[0]
+        for term in terms[1:]:
+            sign = draw.choice("+-" if tiny else "+-*")
+            text, value = f"{text}{sign}{term}" if sign != "*" else f"({text})*{term}", {
+                "+": value + term, "-": value - term, "*": value * term,
+            }[sign]  # fmt: skip
+        if 1 <= value <= (27 if tiny else 999) and value not in numbers:
+            break
+    given = ",".join(map(str, numbers))
+    prompt = (
+        f"Use the numbers {given} to write an expression that equals {value}. Allowed are + - * / and parentheses, and "
+        f"each number at most once. {THINK.format(what='the expression')}"
+    )
+    columns = {"numbers": numbers, "target": value, "answer": str(value), "solution": text}
+    return {"prompt": f"{given}:{value}=" if tiny else prompt, **columns}
+
+
+NAMES = ("Ann", "Ben", "Cleo", "Dan", "Eva", "Finn")
+THINGS = ("pens", "eggs", "books", "coins", "cards", "shells")
+STORIES = [  # (text, sign)
+    ("{name} has {a} {thing} and buys {b} more. How many {thing} does {name} have?", "+"),
+    ("{name} finds {a} {thing} and then {b} others. How many {thing} are found?", "+"),
+    ("{name} has {a} {thing} and gives away {b}. How many {thing} are left?", "-"),
+    ("{name} fills {a} bags with {b} {thing} each. How many {thing} are there?", "*"),
+]
+
+
+def story(draw, largest):
+    """-> (text, "a+b", its value)."""
+    text, sign = draw.choice(STORIES)
+    a, b = draw.randint(1, largest), draw.randint(1, largest)
+    if sign == "*":
+        a, b = draw.randint(2, min(largest, 99)), draw.randint(2, min(largest, 99))
+    if sign == "-":
+        a, b = max(a, b), min(a, b)
+    text = text.format(name=draw.choice(NAMES), thing=draw.choice(THINGS), a=a, b=b)
+    return text, f"{a}{sign}{b}", {"+": a + b, "-": a - b, "*": a * b}[sign]
+
+
+def arithmetic_problem(draw, tiny):
+    text, _, value = story(draw, 6 if tiny else 999)
+    prompt = text if tiny else f"{text} {THINK.format(what='the number')}"
+    return {"prompt": prompt, "answer": str(value), "solution": f" {value}"}
+
+
+def gsm8k_problem(draw, tiny):
+    """What the tiny model of gsm8k starts from: stories solved in GSM8K's format."""
+    text, expression, value = story(draw, 6)
+    return {
+        "prompt": f"{text}\n",
+        "answer": str(value),
+        "solution": f"{expression}=<<{expression}={value}>>{value}\n#### {value}",
+    }
+
+
+def read_gsm8k(path, tiny):
+    """Rows of a JSON-lines file with GSM8K's ``question`` and ``answer`` ("... #### 42")."""
+    rows = []
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            question, solution = (json.loads(line)[name] for name in ("question", "answer"))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path}, line {number}: expected {{'question': ..., 'answer': ...}}, got {line[:80]!r}"
+            ) from error
+        prompt = f"{question}\n" if tiny else f"{question}\n{THINK.format(what='the final number')}"
+        rows.append({"prompt": prompt, "answer": solution.rpartition("####")[2].strip(), "solution": solution})
+    return rows
+
+
+@dataclass(frozen=True)
+class World:
+    """A way to draw problems, and the tiny model that can learn them."""
+
+    problem: Callable  # (random.Random, tiny) -> row; its "solution" is what the supervised start teaches
+    words: bool = False  # the tiny tokenizer has words, not characters alone
+    hidden_size: int = 64
+    layers: int = 2
+    start_steps: int = 80
+    start_batch: int = 64
+    start_learning_rate: float = 1e-3
+
+
+WORLDS = {
+    "sort": World(sort_problem, start_steps=65),
+    "countdown": World(countdown_problem, start_steps=150, start_batch=128, start_learning_rate=2e-3),
+    "arithmetic": World(arithmetic_problem, words=True, start_steps=100, start_learning_rate=2e-3),
+    "gsm8k": World(gsm8k_problem, words=True, start_steps=80, start_learning_rate=2e-3),
+}
+
+
+def problems(world, count, seed, held_out=False, tiny=True):
+    """``count`` rows of a world; ``held_out`` draws from the problems that training never sees."""
+    draw, rows = random.Random(seed), []
+    while len(rows) < count:
+        row = world.problem(draw, tiny)
+        if (zlib.crc32(row["prompt"].encode()) % HELD_OUT == 0) == held_out:
+            rows.append(row)
+    return rows
+
+
+def parse(spec):
+    """``"tiny:countdown:test"`` -> (True, the world's name, "test")."""
+    kind, _, rest = spec.partition(":")
+    name, _, part = rest.partition(":")
+    if kind not in ("world", "tiny") or name not in WORLDS:
+        raise ValueError(f"expected 'world:NAME' or 'tiny:NAME' with NAME one of {', '.join(WORLDS)}, got {spec!r}")
+    return kind == "tiny", name, part
+
+
+def load_rows(spec, seed=0):
+    """``"world:countdown"``, ``"tiny:sort:test"``, ``"world:gsm8k:train.jsonl"`` -> a list of rows.
+
+    Raises:
+        ValueError: no such world or part, or a file that is missing or not in GSM8K's format.
+    """
+    tiny, name, part = parse(spec)
+    if name == "gsm8k" and Path(part).is_file():
+        rows = read_gsm8k(part, tiny)
+    elif name == "gsm8k" and (part.endswith(".jsonl") or not tiny):
+        raise ValueError(f"gsm8k needs a file: '{spec.partition(':')[0]}:gsm8k:path/train.jsonl', got {spec!r}")
+    elif part in ("", "train", "test"):
+        count = TEST_ROWS if part == "test" else TRAIN_ROWS
+        rows = problems(WORLDS[name], count, seed, part == "test", tiny)
+    else:
+        raise ValueError(f"a world's part must be 'train' or 'test', got {part!r}")
+    return rows if tiny else [{**r, "prompt": [{"role": "user", "content": r["prompt"]}]} for r in rows]
+
+
+def tiny_tokenizer(world, vocabulary=None):
+    """Of the model's own class: a token a character, or words learnt from a world's texts; padded to ``vocabulary``."""
+    from transformers import Qwen2Tokenizer
+
+    texts = [row["prompt"] + row["solution"] for row in problems(world, 512, 0)]
+    words = ["<pad>", "<bos>", "<eos>", *sorted(set("".join(texts)))]
+    words += [f"<unused{i}>" for i in range((vocabulary or 0) - len(words))]
+    tokenizer = Qwen2Tokenizer(
+        vocab={word: i for i, word in enumerate(words)}, merges=[], pad_token="<pad>", bos_token="<bos>",
+        eos_token="<eos>", unk_token="<pad>",
+    )  # fmt: skip
+    return tokenizer.train_new_from_iterator(texts, 512) if world.words else tokenizer
+
+
+def tiny_model(spec, seed=0, vocabulary=None, device="cpu"):
+    """``"tiny:NAME"`` -> (a small Qwen2 that gets some answers right, its tokenizer): random weights, then a short
+    supervised start on drawn problems, so that some samples earn a reward."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    world = WORLDS[parse(spec)[1]]
+    tokenizer = tiny_tokenizer(world, vocabulary)
+    torch.manual_seed(seed)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer), hidden_size=world.hidden_size, intermediate_size=4 * world.hidden_size,
+        num_hidden_layers=world.layers, num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=512,
+        tie_word_embeddings=False, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    model = Qwen2ForCausalLM(config).to(device)
+    supervised(model, tokenizer, world, seed)
+    return model, tokenizer
+
+
+def supervised(model, tokenizer, world, seed):
+    """A few steps towards the right answers of drawn problems."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=world.start_learning_rate, betas=(0.9, 0.95))
+    for step in range(world.start_steps):
+        rows = problems(world, world.start_batch, f"{seed}/{step}")
+        prompts = tokenizer([r["prompt"] for r in rows]).input_ids
+        answers = tokenizer([r["solution"] + tokenizer.eos_token for r in rows]).input_ids
+        width = max(len(p) + len(a) for p, a in zip(prompts, answers))
+        ids = torch.full((len(rows), width), tokenizer.pad_token_id, device=model.device)
+        labels = torch.full_like(ids, -100)
+        for i, (prompt, answer) in enumerate(zip(prompts, answers)):
+            end = len(prompt) + len(answer)
+            ids[i, :end] = torch.tensor(prompt + answer)
+            labels[i, len(prompt) : end] = torch.tensor(answer)
+        model(input_ids=ids, labels=labels).loss.backward()  # padding follows: causal attention never sees it
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)

@@ -1,0 +1,251 @@
+"""The learner: from scored answers to gradients, skipping what cannot have one, in micro-batches of a token budget."""
+
+import math
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from torch.nn.utils.rnn import pad_sequence
+
+from fastgrpo import grpo_loss, linear_logprobs
+from fastgrpo.inputs import IGNORE
+from fastgrpo.weights import Totals, share_of_batch
+
+AUTO_BUDGET = 8192  # tokens of a micro-batch that "auto" starts from
+EXTREMES = ("ratio_min", "ratio_max")
+
+
+@dataclass
+class Episode:
+    """One answer and what is known of it. Tensors are (completion length,), float32, on the CPU."""
+
+    prompt_ids: list[int]
+    completion_ids: list[int]
+    advantage: float = 0.0
+    counts: bool = True  # False: masked, a truncated answer
+    finished: bool = True
+    rewards: list[float] = field(default_factory=list)  # one a reward function, NaN: cannot score
+    sampler: torch.Tensor | None = None  # log-probs of the sampler
+    old: torch.Tensor | None = None  # of the policy that sampled; None: the current one
+    ref: torch.Tensor | None = None
+    importance: torch.Tensor | None = None
+
+    @property
+    def length(self):
+        return len(self.prompt_ids) + len(self.completion_ids)
+
+    @property
+    def tokens(self):
+        return len(self.completion_ids) if self.counts else 0
+
+
+def needs_learning(episode, config):
+    """Whether a gradient can come from an episode: no advantage, no KL, no bonus is no gradient, exactly."""
+    return episode.tokens > 0 and (episode.advantage != 0 or config.beta > 0 or config.entropy_coef != 0)
+
+
+def micro_batches(episodes, budget, packed):
+    """Episodes, longest first, in lists of at most ``budget`` tokens: packed first-fit, or padded to their longest."""
+    batches, room = [], []
+    for episode in sorted(episodes, key=lambda e: -e.length):
+        slots = range(len(batches)) if packed else range(len(batches))[-1:]
+        size = episode.length if packed or not batches else batches[-1][0].length
+        index = next((i for i in slots if room[i] >= size), None)
+        if index is None:
+            batches.append([])
+            room.append(budget)
+            index, size = len(batches) - 1, episode.length
+        batches[index].append(episode)
+        room[index] -= size
+    return batches
+
+
+def collate(episodes, packed, device):
+    """-> inputs of the model, and keyword arguments of ``grpo_loss``: position t predicts the token at t + 1.
+
+    Padded (B, T): padding is on the right, where a causal model needs no mask. Packed (1, N): ``position_ids`` start
+    again at every episode, from which transformers makes block-diagonal attention (or flash-attn's lengths).
+    """
+
+    def join(rows, fill=0):
+        rows = [torch.as_tensor(row) for row in rows]
+        joined = torch.cat(rows)[None] if packed else pad_sequence(rows, batch_first=True, padding_value=fill)
+        return joined.to(device, non_blocking=True)
+
+    def aligned(name):
+        values = [getattr(e, name) for e in episodes]
+        if any(v is None for v in values):
+            return None
+        return join([torch.cat((v.new_zeros(len(e.prompt_ids) - 1), v, v.new_zeros(1)))
+                     for e, v in zip(episodes, values)])  # fmt: skip
+
+    inputs = {"input_ids": join([e.prompt_ids + e.completion_ids for e in episodes])}
+    targets = [[IGNORE] * (len(e.prompt_ids) - 1) + (e.completion_ids if e.counts else [IGNORE] * len(e.completion_ids))
+               + [IGNORE] for e in episodes]  # fmt: skip
+    known = {
+        "targets": join(targets, IGNORE), "old_logprobs": aligned("old"), "ref_logprobs": aligned("ref"),
+        "sampling_logprobs": aligned("sampler"), "importance_weights": aligned("importance"),
+        "advantages": torch.tensor([[e.advantage] for e in episodes], device=device),
+    }  # fmt: skip
+    if packed:
+        inputs["position_ids"] = join([torch.arange(e.length) for e in episodes])
+        lengths = torch.tensor([0] + [e.length for e in episodes], device=device)
+        known["cu_seqlens"] = lengths.cumsum(0).to(torch.int32)
+    return inputs, known
+
+
+class Learner:
+    """Forward and backward passes of a model patched by ``fuse_lm_head``.
+
+    Args:
+        model: prepared by ``accelerator``.
+        config: the :class:`fastgrpo.GRPOLossConfig`.
+        budget: tokens of a micro-batch, or "auto": grows on a GPU while its memory allows.
+        packed: see :func:`collate`. skip: leave out what cannot have a gradient.
+        offload: keep activations in host memory until the backward.
+    """
+
+    def __init__(
+        self, model, accelerator, config, budget="auto", packed=False, skip=True, offload=False, backend="auto",
+        backward="auto",
+    ):  # fmt: skip
+        self.model, self.accelerator, self.config, self.packed = model, accelerator, config, packed
+        self.skip, self.offload, self.auto, self.limit = skip, offload, budget == "auto", math.inf
+        self.budget = AUTO_BUDGET if self.auto else budget
+        self.options = {"backend": backend, "backward": backward}
+
+    def plan(self, episodes):
+        """Micro-batches, as many on every rank (at least one): the missing ones hold a token that does not count."""
+        batches = micro_batches(episodes, self.budget, self.packed)
+        most = max(gather_object([len(batches), 1]))
+        return batches + [[Episode([0], [0], counts=False, ref=torch.zeros(1))]] * (most - len(batches))
+
+    def within_memory(self, work, episodes):
+        """``work(plan)``, again with half the token budget when memory runs out: it starts over, so nothing is lost."""
+        while True:
+            plan = self.plan(episodes)
+            try:
+                return work(plan)
+            except torch.OutOfMemoryError:
+                longest = max(len(batch) for batch in plan)
+                if longest == 1 or self.accelerator.num_processes > 1:  # other ranks would wait for ever
+                    raise
+            self.limit = self.budget = max(self.budget // 2, 1)
+            self.accelerator.print(f"out of memory: again with micro-batches of {self.budget} tokens")
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+    @torch.no_grad()
+    def score(self, episodes, model=None, entropy=False):
+        """Log-probs (or entropies) of every answer's tokens, without a gradient: a list of (length,) CPU tensors."""
+        model = self.model if model is None else model
+        temperature, backend = self.config.temperature, self.options["backend"]
+
+        def work(plan):
+            values = {}
+            for batch in plan:
+                inputs, known = collate([replace(e, counts=True) for e in batch], self.packed, self.accelerator.device)
+                targets = known["targets"]
+                score = partial(linear_logprobs, targets=targets, temperature=temperature, return_entropy=entropy,
+                                backend=backend)  # fmt: skip
+                with self.accelerator.autocast():
+                    out = model(**inputs, fastgrpo=score)
+                flat = (out.entropy if entropy else out.logprobs)[targets != IGNORE].cpu()
+                pieces = flat.split([len(e.completion_ids) for e in batch])
+                values.update((id(e), piece.clone()) for e, piece in zip(batch, pieces))
+            return [values[id(e)] for e in episodes]
+
+        mode = model.training
+        model.eval()
+        try:
+            return self.within_memory(work, episodes)
+        finally:
+            model.train(mode)
+
+    def gradients(self, episodes, num_items=None):
+        """Adds the batch's gradient to the parameters.
+
+        Args:
+            episodes: this rank's share of the optimiser step's batch, including those without an advantage.
+            num_items: normaliser of dapo, cispo and vespo; None: the tokens of the batch.
+
+        Returns:
+            dict of 0-dim tensors of this rank: "loss", and grpo_loss's sums, counts and extremes.
+        """
+        threshold, bonus = self.entropy_threshold(episodes)
+        counts = gather_object([(len(episodes), sum(e.tokens for e in episodes), sum(bonus.values()))])
+        whole = Totals(*map(sum, zip(*counts)))
+        num_items = whole.tokens if num_items is None else num_items
+        active = [e for e in episodes if not self.skip or needs_learning(e, self.config)]
+
+        def work(plan):
+            self.model.zero_grad(set_to_none=True)
+            total = {}
+            for i, batch in enumerate(plan):
+                last = i == len(plan) - 1
+                with nullcontext() if last else self.accelerator.no_sync(self.model):
+                    part = Totals(len(batch), sum(e.tokens for e in batch), sum(bonus.get(id(e), 0) for e in batch))
+                    result = self.backward(batch, part, whole, num_items, threshold)
+                    accumulate(total, result)
+            return total
+
+        return self.within_memory(work, active)
+
+    def backward(self, batch, part, whole, num_items, threshold):
+        scale, coefficient = share_of_batch(self.config, part, whole)
+        inputs, known = collate(batch, self.packed, self.accelerator.device)
+        loss = partial(grpo_loss, **known, config=replace(self.config, entropy_coef=coefficient), num_items=num_items,
+                       entropy_threshold=threshold, **self.options)  # fmt: skip
+        with offloaded(self.accelerator.device) if self.offload else nullcontext():
+            result = self.model(**inputs, fastgrpo=loss)
+        # ranks' gradients are averaged: times their number
+        self.accelerator.backward(result.loss * scale * self.accelerator.num_processes)
+        return {"loss": result.loss.detach() * scale, **result.metrics}
+
+    def entropy_threshold(self, episodes):
+        """The quantile over all ranks' tokens, and how many tokens of each episode earn the entropy bonus.
+
+        None, and all of them, where the config asks for no quantile.
+        """
+        counted = [e for e in episodes if e.tokens]
+        if self.config.top_entropy_quantile == 1.0:
+            return None, {id(e): e.tokens for e in counted}
+        entropies = self.score(counted, entropy=True)
+        everyone = gather_object(torch.cat([torch.zeros(0), *entropies]).tolist())
+        threshold = np.quantile(everyone, 1 - self.config.top_entropy_quantile) if everyone else 0.0
+        threshold = float(threshold) * (1 - 1e-5)  # the token at the quantile keeps its place in another micro-batch
+        return threshold, {id(e): int((h >= threshold).sum()) for e, h in zip(counted, entropies)}
+
+    def grow(self):
+        """After a step that fitted: "auto" doubles the budget while the peak stays under 40 % of a GPU's memory."""
+        if self.auto and torch.cuda.is_available() and 2 * self.budget < self.limit:
+            total = torch.cuda.get_device_properties(self.accelerator.device).total_memory
+            if torch.cuda.max_memory_allocated() < 0.4 * total:
+                self.budget *= 2
+
+
+def accumulate(total, result):
+    """Adds sums and counts, compares extremes."""
+    for name, value in result.items():
+        if name not in total:
+            total[name] = value
+        elif name in EXTREMES:
+            total[name] = (torch.minimum if name == "ratio_min" else torch.maximum)(total[name], value)
+        else:
+            total[name] = total[name] + value
+
+
+def offloaded(device):
+    """``save_on_cpu`` for activations: weights, which stay on the device anyway, are not copied."""
+    hooks = torch.autograd.graph.save_on_cpu(pin_memory=device.type == "cuda")
+    pack, unpack = hooks.pack_hook, hooks.unpack_hook
+
+    def is_weight(x):
+        return isinstance(x if x._base is None else x._base, torch.nn.Parameter)
+
+    hooks.pack_hook = lambda x: x if is_weight(x) else pack(x)
+    hooks.unpack_hook = lambda x: x if isinstance(x, torch.Tensor) else unpack(x)
+    return hooks

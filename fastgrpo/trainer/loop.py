@@ -1,0 +1,278 @@
+"""The loop: sample groups of answers, score them, learn from them. Read it from ``train`` down."""
+
+import copy
+import math
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object, set_seed
+from transformers import get_scheduler
+
+from fastgrpo import GRPOLossConfig, group_advantages
+from fastgrpo.trainer import checkpoint, examples
+from fastgrpo.trainer.config import GRPOConfig
+from fastgrpo.trainer.data import decode, draw, encode, load_rows, score
+from fastgrpo.trainer.generate import Sampling, make_sampler
+from fastgrpo.trainer.learner import Episode, Learner, needs_learning
+from fastgrpo.trainer.logs import RunLog, plot_curves
+from fastgrpo.trainer.model import freeze, load_model, load_tokenizer, make_optimizer, make_trainable
+from fastgrpo.trainer.rewards import named_rewards
+
+
+class GRPOTrainer:
+    """GRPO on a transformers causal LM.
+
+    Args:
+        model: a folder, hub name or causal LM.
+        reward_funcs: one or a list of functions ``f(prompts, completions, **columns) -> list[float | None]`` (None:
+            cannot score), or names of shipped rewards; completions are texts, or ``[{"role": "assistant", "content":
+            str}]`` for chat prompts; ``completion_ids`` and the dataset's columns come as keyword arguments.
+        train_dataset, eval_dataset: a list of dicts, a .jsonl or .json file or a ``datasets`` object with "prompt"
+            (text or chat messages) and any other columns.
+        config: a :class:`GRPOConfig`. processing_class: the tokenizer; None: the model's. peft_config: of PEFT; None:
+            LoRA by the config's ``lora_*`` if ``use_peft``.
+
+    Raises:
+        ValueError, TypeError: a bad setting, reward or dataset, before the model is loaded.
+    """
+
+    def __init__(self, model, reward_funcs, train_dataset, config=None, eval_dataset=None, processing_class=None,
+                 peft_config=None):  # fmt: skip
+        self.config = config = GRPOConfig() if config is None else config
+        if not isinstance(config, GRPOConfig):
+            raise TypeError(f"config must be a GRPOConfig, got {type(config).__name__}")
+        self.rows = load_rows(train_dataset)
+        self.eval_rows = None if eval_dataset is None else load_rows(eval_dataset, "eval_dataset")
+        if self.eval_rows is None and (config.eval_strategy == "steps" or config.eval_on_start):
+            raise ValueError("eval_strategy and eval_on_start need an eval_dataset, got None")
+        self.rewards = named_rewards(reward_funcs, self.rows[0])
+        self.weights = torch.tensor(config.reward_weights or [1.0] * len(self.rewards))
+        if len(self.weights) != len(self.rewards):
+            raise ValueError(f"reward_weights must be {len(self.rewards)} numbers, one a function, got {self.weights}")
+        if isinstance(model, str) and model.startswith("tiny:"):
+            examples.parse(model)
+        self.start_from = checkpoint.start(config.output_dir, config.resume_from_checkpoint)
+        tracking = {"log_with": config.trackers or None, "project_dir": config.output_dir}
+        self.accelerator = Accelerator(cpu=config.use_cpu, mixed_precision=config.mixed_precision, **tracking)
+        set_seed(config.seed)
+        model, tokenizer = load_model(model, config, self.accelerator.device)
+        self.tokenizer = load_tokenizer(processing_class or tokenizer, model, config)
+        self.setup(model, peft_config)
+        self.step = self.used = self.position = 0  # optimiser steps; those taken on the rollout in hand; prompts drawn
+        self.rollout = []
+        set_seed(config.seed, device_specific=True)
+
+    def setup(self, model, peft_config):
+        """Model, frozen reference, optimiser, schedule, sampler and learner, on this rank's device."""
+        config, accelerator = self.config, self.accelerator
+        self.is_peft = peft_config is not None or config.use_peft or hasattr(model, "peft_config")
+        self.reference = copy.deepcopy(model) if config.beta > 0 and not self.is_peft else None
+        model = make_trainable(model, config, peft_config).train()
+        self.model, self.optimizer = accelerator.prepare(model, make_optimizer(model, config))
+        if self.reference is not None:
+            self.reference = freeze(self.reference, accelerator)
+        if self.is_peft and not accelerator.is_fsdp2:
+            checkpoint.adapter_only(accelerator)
+        prompts = config.rollout // config.num_generations * accelerator.num_processes
+        self.uses = config.steps_per_rollout * config.num_iterations  # optimiser steps taken on a rollout
+        rollouts = max(math.ceil(config.num_train_epochs * len(self.rows) / prompts), 1)
+        self.total = config.max_steps if config.max_steps > 0 else rollouts * self.uses
+        self.schedule = get_scheduler(config.lr_scheduler_type, self.optimizer, config.warmup_steps, self.total)
+        self.sampler = make_sampler(config, self.tokenizer)
+        packed = "flash" in str(model.config._attn_implementation) if config.packing == "auto" else config.packing
+        self.learner = Learner(
+            self.model, accelerator, config.part(GRPOLossConfig), config.token_budget, packed,
+            config.skip_zero_advantages, config.activation_offloading, config.backend, config.backward,
+        )  # fmt: skip
+        rounded = config.mixed_precision != "no" or config.dtype != "float32"
+        differs, asked = config.use_vllm or (rounded and self.uses > 1), config.recompute_old_logprobs
+        self.rescore = differs if asked is None else asked
+
+    def train(self):
+        """Trains to the last step; leaves log.jsonl, curves.png, model/ and checkpoints in ``output_dir``.
+
+        Returns:
+            list of the log's rows.
+        """
+        config, accelerator = self.config, self.accelerator
+        if self.start_from is not None:
+            self.restore(checkpoint.load(self.start_from, accelerator))
+        with RunLog(config.output_dir, self.total, accelerator, config.logging_steps, self.step) as self.log:
+            accelerator.init_trackers(config.run_name or "fastgrpo", config={"output_dir": config.output_dir})
+            if config.eval_on_start and self.step == 0:
+                self.log.write(0, self.evaluate())
+            while self.step < self.total:
+                started = time.perf_counter()
+                if not self.rollout:
+                    self.rollout, self.used = self.collect(), 0
+                    if config.log_completions or self.total - self.step <= self.uses:  # the last ones always
+                        self.show(self.rollout)
+                row = self.learn(self.batch())
+                self.step, self.used = self.step + 1, self.used + 1
+                if self.used == self.uses:
+                    self.rollout = []
+                row["tokens_per_second"] = row.pop("step_tokens") / (time.perf_counter() - started)
+                self.log.write(self.step, row)
+                self.after_step()
+        return self.finish()
+
+    def after_step(self):
+        """What happens every so many steps: reference, evaluation, checkpoint."""
+        config = self.config
+        if config.sync_ref_model and self.step % config.ref_model_sync_steps == 0:
+            for old, new in zip(self.reference.parameters(), self.model.parameters()):
+                old.data.lerp_(new.data, config.ref_model_mixup_alpha)
+        if config.eval_strategy == "steps" and (self.step % config.eval_steps == 0 or self.step == self.total):
+            self.log.write(self.step, self.evaluate())
+        if config.save_strategy == "steps" and (self.step % config.save_steps == 0 or self.step == self.total):
+            self.save()
+
+    def collect(self):
+        """A rollout: this rank's episodes, sampled, scored, with advantages and the log-probs the loss will need."""
+        config, accelerator, rank = self.config, self.accelerator, self.accelerator.process_index
+        count = config.rollout // config.num_generations
+        everyone = count * accelerator.num_processes
+        numbers = draw(len(self.rows), self.position, everyone, config.seed, config.shuffle_dataset)
+        self.position += everyone
+        self.sampler.sync(self.model)
+        mine = [self.rows[i] for i in numbers[rank * count : (rank + 1) * count]]
+        episodes = self.answer(mine, config.num_generations)
+        rewards = torch.tensor(gather_object([e.rewards for e in episodes])) * self.weights
+        scale = {True: "group", False: "none"}.get(config.scale_rewards, config.scale_rewards)
+        advantages = group_advantages(rewards, config.num_generations, scale).tolist()
+        for episode, advantage in zip(episodes, advantages[rank * len(episodes) :]):
+            episode.advantage = advantage
+        self.add_logprobs([e for e in episodes if needs_learning(e, config) or not config.skip_zero_advantages])
+        return episodes
+
+    def answer(self, rows, n, greedy=False):
+        """-> ``n`` scored episodes a row."""
+        config, tokenizer = self.config, self.tokenizer
+        prompts = [encode(tokenizer, row["prompt"], config.chat_template_kwargs) for row in rows]
+        groups = self.sampler.generate(self.model, prompts, config.part(Sampling, num_generations=n), greedy)
+        drawn = [(row, ids, c) for row, ids, group in zip(rows, prompts, groups) for c in group]
+        texts = [decode(tokenizer, row["prompt"], c.ids) for row, _, c in drawn]
+        scores = score(self.rewards, [row for row, *_ in drawn], texts, [c.ids for *_, c in drawn])
+        return [Episode(ids, c.ids, rewards=rewards, sampler=torch.tensor(c.logprobs), finished=c.finished,
+                        counts=c.finished or not config.mask_truncated_completions)
+                for (_, ids, c), rewards in zip(drawn, scores)]  # fmt: skip
+
+    def show(self, episodes):
+        """A table of some answers."""
+        sample = episodes[:: max(len(episodes) // self.config.num_completions_to_print, 1)]
+        text = self.tokenizer.decode
+        rows = [(text(e.prompt_ids), text(e.completion_ids), self.reward(e)) for e in sample]
+        self.log.answers(f"answers before step {self.step + 1}", rows[: self.config.num_completions_to_print])
+
+    def add_logprobs(self, episodes):
+        """Of the policy that sampled, where later steps need them, of the reference, and their mismatch with vLLM."""
+        config = self.config
+        if self.rescore:
+            for episode, old in zip(episodes, self.learner.score(episodes)):
+                episode.old = old
+                if config.use_vllm and config.vllm_importance_sampling_correction:
+                    episode.importance = config.mismatch_weights(old, episode.sampler)
+        elif self.uses > 1:
+            for episode in episodes:
+                episode.old = episode.sampler
+        if config.beta > 0:
+            bare = self.accelerator.unwrap_model(self.model)
+            with bare.disable_adapter() if self.is_peft else nullcontext():
+                for episode, ref in zip(episodes, self.learner.score(episodes, self.reference)):
+                    episode.ref = ref
+
+    def batch(self):
+        """The episodes of this optimiser step."""
+        size = len(self.rollout) // self.config.steps_per_rollout
+        start = self.used % self.config.steps_per_rollout * size
+        return self.rollout[start : start + size]
+
+    def learn(self, episodes):
+        """One optimiser step -> its numbers, read from the device once, before the weights change."""
+        accelerator = self.accelerator
+        tokens = sum(gather_object([sum(e.tokens for e in self.rollout)]))
+        numbers = self.learner.gradients(episodes, num_items=tokens / self.config.steps_per_rollout)
+        norm = accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
+        numbers["grad_norm"] = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        row = self.summary(episodes, numbers)
+        if not math.isfinite(row["loss"] + row["grad_norm"]):
+            path = Path(self.config.output_dir) / f"bad-batch-{self.step + 1}-rank{accelerator.process_index}.pt"
+            torch.save({"row": row, "episodes": [vars(e) for e in episodes]}, path)
+            raise FloatingPointError(f"step {self.step + 1}: loss {row['loss']}, gradient norm {row['grad_norm']}; the "
+                                     f"weights are as they were, the batch is in {path}")  # fmt: skip
+        row["learning_rate"] = self.schedule.get_last_lr()[0]
+        self.optimizer.step()
+        self.schedule.step()
+        self.learner.grow()
+        return row
+
+    def summary(self, episodes, numbers):
+        """The numbers of a step over all ranks."""
+        ranks = self.accelerator.gather(torch.stack([v.float() for v in numbers.values()])[None]).T.tolist()
+        combine = {"ratio_min": min, "ratio_max": max, "grad_norm": max}
+        n = {name: combine.get(name, sum)(values) for name, values in zip(numbers, ranks)}
+        columns, measured = self.columns(episodes), max(n["measured_tokens"], 1)
+        row = {name: values.nanmean().nan_to_num().item() for name, values in columns.items()}
+        row |= {name.removesuffix("_sum"): n[name] / measured for name in n if name.endswith("_sum")}
+        row |= {"clip_fraction": row.pop("clip_region"), "loss": n["loss"], "grad_norm": n["grad_norm"]}
+        row |= {"ratio_max": n["ratio_max"], "ratio_min": min(n["ratio_min"], n["ratio_max"])}
+        tokens = columns["length"].sum().item()
+        return row | {"skipped": 1 - n["tokens"] / tokens, "step_tokens": tokens}
+
+    def columns(self, episodes):
+        """{name: (answers of all ranks,)}; NaN where a function cannot score."""
+        names = ["reward", *(f"rewards/{name}" for name in self.rewards), "length", "truncated"]
+        rows = [[self.reward(e), *e.rewards, len(e.completion_ids), not e.finished] for e in episodes]
+        return dict(zip(names, torch.tensor(gather_object(rows), dtype=torch.float32).T))
+
+    def reward(self, episode):
+        """The weighted sum, without functions that cannot score."""
+        return (torch.tensor(episode.rewards) * self.weights).nansum().item()
+
+    def evaluate(self):
+        """Greedy and sampled answers to the held-out prompts: mean rewards, and the share of prompts answered rightly
+        at once and once in ``num_generations_eval`` samples. Leaves the random numbers of training as they were."""
+        config, rank, world = self.config, self.accelerator.process_index, self.accelerator.num_processes
+        rows, k = [self.eval_rows[i] for i in range(rank, len(self.eval_rows), world)], config.num_generations_eval
+        with torch.random.fork_rng():
+            torch.manual_seed(config.seed + rank)
+            self.sampler.sync(self.model)
+            greedy = self.columns(self.answer(rows, 1, greedy=True))["reward"]
+            sampled = self.columns(self.answer(rows, k))["reward"].view(-1, k)
+        right = {"greedy_pass": greedy, "pass@1": sampled, f"pass@{k}": sampled.amax(1)}
+        numbers = {name: (rewards >= config.eval_pass_threshold).float() for name, rewards in right.items()}
+        numbers |= {"greedy_reward": greedy, "reward": sampled}
+        return {f"eval/{name}": values.mean().item() for name, values in numbers.items()}
+
+    def save(self):
+        """A checkpoint of everything that the next step depends on."""
+        state = {name: getattr(self, name) for name in ("step", "used", "position")}
+        state |= {"rollout": [vars(e) for e in self.rollout], "schedule": self.schedule.state_dict()}
+        state |= {"budget": self.learner.budget, "limit": self.learner.limit}
+        state["reference"] = self.reference.state_dict() if self.config.sync_ref_model else None
+        folder = Path(self.config.output_dir) / f"checkpoint-{self.step}"
+        checkpoint.save(folder, self.accelerator, self.model, self.tokenizer, state, self.config.save_total_limit)
+
+    def restore(self, state):
+        self.step, self.used, self.position = state["step"], state["used"], state["position"]
+        self.rollout = [Episode(**e) for e in state["rollout"]]
+        self.schedule.load_state_dict(state["schedule"])
+        self.learner.budget, self.learner.limit = state["budget"], state["limit"]
+        if state["reference"] is not None:
+            self.reference.load_state_dict(state["reference"])
+
+    def finish(self):
+        """The model as ``from_pretrained`` loads it (an adapter alone with LoRA), and a picture of the run."""
+        output, accelerator = Path(self.config.output_dir), self.accelerator
+        state = accelerator.get_state_dict(self.model)
+        if accelerator.is_main_process:
+            accelerator.unwrap_model(self.model).save_pretrained(output / "model", state_dict=state)
+            self.tokenizer.save_pretrained(output / "model")
+            plot_curves(self.log.rows, output / "curves.png", self.config.run_name or "GRPO")
+        for tracker in accelerator.trackers:
+            tracker.finish()
+        self.log.console.print(f"written: {output}/log.jsonl, curves.png, model/")
+        return self.log.rows

@@ -1,0 +1,182 @@
+"""The model and its optimiser: attention, LoRA and QLoRA, Liger's layer kernels, checkpointing, 8-bit states."""
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Literal
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+from fastgrpo.checks import Below1, Checked, Count, CountOr0, NonNegative, Positive, installed
+from fastgrpo.integrations.transformers import causal_lm, fuse_lm_head
+from fastgrpo.trainer import examples
+
+OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit")
+
+WARM_UP = ("constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "inverse_sqrt")
+SCHEDULES = ("constant", *WARM_UP)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions(Checked):
+    """How the model is loaded, wrapped and optimised, under TRL's names.
+
+    Args:
+        bf16: autocast; None: on a GPU that has it. dtype: of the weights.
+        attn_implementation: None: flash-attn if installed (16 bits, GPU), else SDPA, else eager.
+        use_peft, lora_r, lora_alpha, lora_dropout, lora_target_modules, lora_modules_to_save: LoRA, as in ModelConfig.
+        load_in_4bit, load_in_8bit: QLoRA, through bitsandbytes.
+        tiny_vocabulary: of ``tiny:NAME`` models: pad their vocabulary to this size.
+        activation_offloading: keep activations in host memory until the backward.
+    """
+
+    model_init_kwargs: dict | None = None
+    tiny_vocabulary: int | None = None
+    trust_remote_code: bool = False
+    dtype: str = "float32"
+    bf16: bool | None = None
+    attn_implementation: str | None = None
+    disable_dropout: bool = False
+    gradient_checkpointing: bool = True
+    activation_offloading: bool = False
+    use_liger_kernel: bool = False
+    use_peft: bool = False
+    lora_r: Count = 16
+    lora_alpha: Count = 32
+    lora_dropout: Below1 = 0.05
+    lora_target_modules: str | list[str] | None = None
+    lora_modules_to_save: list[str] | None = None
+    load_in_4bit: bool = False
+    load_in_8bit: bool = False
+    optim: Literal[OPTIMIZERS] = "adamw_torch"
+    learning_rate: NonNegative = 1e-6
+    weight_decay: NonNegative = 0.0
+    adam_beta1: Below1 = 0.9
+    adam_beta2: Below1 = 0.999
+    adam_epsilon: Positive = 1e-8
+    max_grad_norm: Positive = 1.0
+    lr_scheduler_type: Literal[SCHEDULES] = "linear"
+    warmup_steps: CountOr0 = 0
+
+    def combinations(self):
+        yield from super().combinations()
+        cuda, quantised = torch.cuda.is_available(), self.load_in_4bit or self.load_in_8bit
+        dtype = isinstance(getattr(torch, self.dtype, None), torch.dtype) or self.dtype == "auto"
+        yield dtype, f"dtype must be 'auto' or torch's, got {self.dtype!r}"
+        yield not quantised or self.use_peft, "load_in_4bit and load_in_8bit need use_peft=True, got False"
+        yield not (self.load_in_4bit and self.load_in_8bit), "load_in_4bit and load_in_8bit cannot both be True"
+        yield cuda or not self.use_liger_kernel, "use_liger_kernel: its kernels need a CUDA GPU, and there is none"
+        paged = f"optim {self.optim!r} pages GPU memory and there is no CUDA GPU: expected adamw_torch or adamw_8bit"
+        yield cuda or not self.optim.startswith("paged"), paged
+        yield installed(self.use_peft, "peft", "'fastgrpo[peft]'")
+        yield installed(quantised or "bit" in self.optim, "bitsandbytes", "'fastgrpo[quant]'")
+        yield installed(self.use_liger_kernel, "liger_kernel", "'fastgrpo[liger]'")
+        yield installed("flash" in (self.attn_implementation or ""), "flash_attn", "'fastgrpo[flash]'")
+
+    @property
+    def mixed_precision(self):
+        """accelerate's name of the autocast: where not said, bf16 on a GPU that has it."""
+        possible = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        return "bf16" if self.bf16 or (self.bf16 is None and possible) else "no"
+
+
+def load_model(source, config, device):
+    """A causal LM from a folder or name, and the tokenizer of ``tiny:NAME``; a module is taken as it is."""
+    if not isinstance(source, str):
+        return source, None
+    if source.startswith("tiny:"):
+        return examples.tiny_model(source, config.seed, config.tiny_vocabulary, device)
+    options = {"dtype": config.dtype, "trust_remote_code": config.trust_remote_code, **(config.model_init_kwargs or {})}
+    if config.load_in_4bit or config.load_in_8bit:
+        compute = torch.bfloat16 if device.type == "cuda" else torch.float32
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=config.load_in_4bit, load_in_8bit=config.load_in_8bit, bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute,
+        )  # fmt: skip
+        options["device_map"] = {"": device}
+    failed = None
+    for attention in attentions(config, device):
+        try:
+            model = AutoModelForCausalLM.from_pretrained(source, attn_implementation=attention, **options)
+        except (ValueError, ImportError) as error:
+            if config.attn_implementation is not None or ("attn" not in str(error) and "ttention" not in str(error)):
+                raise
+            failed = error
+            continue
+        if failed is not None:
+            print(f"attention: {attention}, because {failed}")
+        return model, None
+    raise failed
+
+
+def attentions(config, device):
+    """What to try, best first."""
+    if config.attn_implementation is not None:
+        return [config.attn_implementation]
+    half = config.dtype in ("bfloat16", "float16", "auto")
+    flash = device.type == "cuda" and half and find_spec("flash_attn") is not None
+    return (["flash_attention_2"] if flash else []) + ["sdpa", "eager"]
+
+
+def load_tokenizer(source, model, config):
+    if source is None:
+        source = AutoTokenizer.from_pretrained(model.config._name_or_path, trust_remote_code=config.trust_remote_code)
+    if source.eos_token_id is None:
+        raise ValueError("processing_class must have an eos_token: answers end with it")
+    return source
+
+
+def make_trainable(model, config, peft_config=None):
+    """Adapter, kernels, checkpointing and our op in the LM head."""
+    if config.disable_dropout:
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+    if config.use_liger_kernel:
+        from liger_kernel.transformers import _apply_liger_kernel_to_instance
+
+        _apply_liger_kernel_to_instance(model, cross_entropy=False, fused_linear_cross_entropy=False)
+    if (peft_config is not None or config.use_peft) and not hasattr(model, "peft_config"):
+        import peft
+
+        if getattr(model, "is_quantized", False):
+            model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        model = peft.get_peft_model(model, peft_config or lora(config))
+    if config.gradient_checkpointing:
+        base = causal_lm(model)
+        base.gradient_checkpointing_enable({"use_reentrant": False})
+        base.enable_input_require_grads()
+    return fuse_lm_head(model)
+
+
+def freeze(model, accelerator):
+    """A reference on the device, sharded where the policy is."""
+    model = fuse_lm_head(model).requires_grad_(False).eval()
+    if accelerator.is_fsdp2:
+        from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+
+        return fsdp2_prepare_model(accelerator, model)
+    return model.to(accelerator.device)
+
+
+def lora(config):
+    from peft import LoraConfig
+
+    return LoraConfig(
+        task_type="CAUSAL_LM", r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
+        target_modules=config.lora_target_modules, modules_to_save=config.lora_modules_to_save,
+    )  # fmt: skip
+
+
+def make_optimizer(model, config):
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    options = {
+        "lr": config.learning_rate, "betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_epsilon,
+        "weight_decay": config.weight_decay,
+    }  # fmt: skip
+    if config.optim.startswith("adamw_torch"):
+        return torch.optim.AdamW(parameters, fused=True if config.optim.endswith("fused") else None, **options)
+    import bitsandbytes
+
+    names = {"adamw_8bit": "AdamW8bit", "paged_adamw_8bit": "PagedAdamW8bit", "paged_adamw_32bit": "PagedAdamW"}
+    return getattr(bitsandbytes.optim, names[config.optim])(parameters, **options)

@@ -1,0 +1,266 @@
+"""Rule rewards, and how a config names a reward function.
+
+A reward function is TRL's: ``f(prompts, completions, **columns) -> list[float | None]``, called with keywords. A
+completion is a text, or for chat prompts a list of messages; ``completion_ids`` and the dataset's columns come along.
+None: this answer cannot be scored by this function.
+"""
+
+import ast
+import importlib
+import importlib.util
+import inspect
+import re
+from collections import Counter
+from fractions import Fraction
+from functools import partial
+
+NUMBER = re.compile(
+    r"""(?<![\w.]) (?P<sign>[-+]?) (?:[$€£]\s?)? (?P<inner>[-+]?)   # no sign behind a digit: "10-5" is two numbers
+    (?P<value> (?: \d{1,3}(?:,\d{3})+(?![\d,]) | \d+ ) (?:\.\d+)? | \.\d+ ) (?P<exponent>[eE][-+]?\d+)?
+    (?: \s?/\s? (?P<below>\d+(?:\.\d+)?) )? (?P<percent>\s?%)?""",
+    re.VERBOSE,
+)
+LATEX = [
+    (re.compile(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}"), r"\1/\2"),  # \frac{3}{4} -> 3/4
+    (re.compile(r"\{,\}|\\[,!]"), ","),  # 1{,}234 and 1\,234
+    (re.compile(r"\\([$%])"), r"\1"),
+    (re.compile("[−–]"), "-"),  # noqa: RUF001
+]
+
+
+def text_of(completion):
+    """The text of a completion: itself, or its last message's."""
+    return completion if isinstance(completion, str) else completion[-1]["content"] or ""
+
+
+def final_answer(text):
+    """What a text gives as its answer: behind </think>, inside <answer>, behind ####, inside the last \\boxed{}.
+
+    A thought that never ended has no answer: "".
+    """
+    _, thought, text = text.rpartition("</think>")
+    if not thought and "<think>" in text:
+        return ""
+    if "<answer>" in text:
+        text = text.rpartition("<answer>")[2].partition("</answer>")[0]
+    if "####" in text:
+        text = text.rpartition("####")[2].strip().partition("\n")[0]
+    if "\\boxed{" in text:
+        text = boxed(text)
+    return text.strip()
+
+
+def boxed(text):
+    """The content of the last \\boxed{...}, braces balanced."""
+    content, depth = text.rpartition("\\boxed{")[2], 1
+    for i, character in enumerate(content):
+        depth += (character == "{") - (character == "}")
+        if depth == 0:
+            return content[:i]
+    return content
+
+
+def last_number(text):
+    """-> (value, is a percentage) of the last number in a text, or None: "1,234", "-$5.00", "3/4", "2e-3", "-0.5%"."""
+    for pattern, plain in LATEX:
+        text = pattern.sub(plain, text)
+    found = list(NUMBER.finditer(text))
+    if not found:
+        return None
+    match = found[-1]
+    value = float(match["value"].replace(",", "") + (match["exponent"] or ""))
+    below = float(match["below"] or 1)
+    if below == 0:
+        return None
+    negative = (match["sign"] == "-") != (match["inner"] == "-")
+    return (-value if negative else value) / below, match["percent"] is not None
+
+
+def same_number(a, b, tolerance):
+    """Relative above 1, absolute below. Where one of two says percent, 50 % is 50 and is 0.5."""
+    (a, a_percent), (b, b_percent) = a, b
+    pairs = [(a, b)]
+    if a_percent != b_percent:
+        pairs.append((a / 100, b) if a_percent else (a, b / 100))
+    return any(abs(x - y) <= tolerance * max(1.0, abs(y)) for x, y in pairs)
+
+
+def exact_answer(completions, answer, **_):
+    """1.0 where the final answer is the column ``answer``, spaces aside."""
+    pairs = [(final_answer(text_of(c)).split(), a) for c, a in zip(completions, answer)]
+    return [None if a is None else float(words == final_answer(str(a)).split()) for words, a in pairs]
+
+
+def numeric_answer(completions, answer, tolerance=1e-6, **_):
+    """1.0 where the last number of the final answer is that of the column ``answer``. None: the column has none."""
+    rewards = []
+    for completion, expected in zip(completions, answer):
+        expected = None if expected is None else last_number(final_answer(str(expected)))
+        given = last_number(final_answer(text_of(completion)))
+        right = None if expected is None else given is not None and same_number(given, expected, tolerance)
+        rewards.append(None if right is None else float(right))
+    return rewards
+
+
+def think_format(completions, answer_tags=True, **_):
+    """1.0 for ``<think>...</think><answer>...</answer>``, each tag once and nothing around; without ``answer_tags`` for
+    ``<think>...</think>`` and anything behind, as TRL's ``think_format_reward``."""
+    return [float(has_answer_tags(t) if answer_tags else thinks_first(t)) for t in map(text_of, completions)]
+
+
+def thinks_first(text):
+    return text.startswith("<think>") and text.count("<think>") == 1 and "</think>" in text
+
+
+def has_answer_tags(text):
+    once = all(text.count(tag) == 1 for tag in ("<think>", "</think>", "<answer>", "</answer>"))
+    return once and re.fullmatch(r"\s*<think>.*</think>\s*<answer>.*</answer>\s*", text, re.DOTALL) is not None
+
+
+def length_penalty(completion_ids, max_length, cache=None, **_):
+    """DAPO's soft overlong punishment (arXiv:2503.14476, eq. 13): 0 up to ``max_length - cache`` tokens, then falling
+    to -1 at ``max_length``, -1 beyond. ``cache``: a fifth of ``max_length``, as in the paper."""
+    cache = max_length // 5 if cache is None else cache
+    over = [len(ids) - (max_length - cache) for ids in completion_ids]
+    return [0.0 if x <= 0 else -min(1.0, x / cache) if cache else -1.0 for x in over]
+
+
+def countdown(completions, numbers, target, partial_credit=0.0, **_):
+    """1.0 for an expression in + - * / and parentheses that gives ``target`` and uses each of ``numbers`` at most once;
+    ``partial_credit`` for one that keeps to the numbers and misses the target."""
+    rewards = []
+    for completion, allowed, goal in zip(completions, numbers, target):
+        text = final_answer(text_of(completion)).partition("=")[0]
+        value, used = evaluate(text)
+        valid = value is not None and not Counter(used) - Counter(allowed)
+        rewards.append(0.0 if not valid else 1.0 if value == goal else partial_credit)
+    return rewards
+
+
+OPERATORS = {
+    ast.Add: Fraction.__add__,
+    ast.Sub: Fraction.__sub__,
+    ast.Mult: Fraction.__mul__,
+    ast.Div: Fraction.__truediv__,
+}
+
+
+def evaluate(text):
+    """-> (exact value, integers used) of an arithmetic expression; (None, []) if it is none. Parsed, never run."""
+    text = text.strip().strip("$").replace("\\times", "*").replace("\\div", "/").translate(str.maketrans("×÷−", "*/-"))  # noqa: RUF001
+    if len(text) > 200 or not re.fullmatch(r"[\d+\-*/()\s]+", text):
+        return None, []
+    used = []
+
+    def value(node):
+        if isinstance(node, ast.Constant):
+            used.append(node.value)
+            return Fraction(node.value)
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+            return -value(node.operand)
+        if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
+            return OPERATORS[type(node.op)](value(node.left), value(node.right))
+        raise ValueError
+
+    try:
+        return value(ast.parse(text, mode="eval").body), used
+    except (SyntaxError, ValueError, ZeroDivisionError, RecursionError, MemoryError):
+        return None, []
+
+
+def reward_model(path, batch_size=8, max_length=None, device=None, **model_options):
+    """A reward function from a sequence classifier with one output (``AutoModelForSequenceClassification``)."""
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    model = AutoModelForSequenceClassification.from_pretrained(path, **model_options).eval().requires_grad_(False)
+    if model.config.num_labels != 1:
+        raise ValueError(f"{path} must have one label to be a reward model, got {model.config.num_labels}")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model.config.pad_token_id = tokenizer.pad_token_id
+    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+    def whole(prompt, completion):
+        if isinstance(completion, str):
+            return prompt + completion
+        return tokenizer.apply_chat_template(prompt + completion, tokenize=False)
+
+    @torch.no_grad()
+    def model_reward(prompts, completions, **_):
+        texts, rewards = [whole(p, c) for p, c in zip(prompts, completions)], []
+        special = all(isinstance(c, str) for c in completions)  # a chat template writes its own
+        for i in range(0, len(texts), batch_size):
+            batch = tokenizer(
+                texts[i : i + batch_size], padding=True, truncation=max_length is not None, max_length=max_length,
+                add_special_tokens=special, return_tensors="pt",
+            )  # fmt: skip
+            rewards += model(**batch.to(model.device)).logits[:, 0].float().tolist()
+        return rewards
+
+    return model_reward
+
+
+REQUIRED = {"length_penalty": "max_length", "reward_model": "path"}  # arguments that no dataset brings
+SHIPPED = {f.__name__: f for f in (exact_answer, numeric_answer, think_format, length_penalty, countdown, reward_model)}
+
+
+def resolve(reward):
+    """A reward function from what a config may hold: the function itself; the name of a shipped one,
+    "package.module:function" or "path/file.py:function"; or ``{"name": one of these, **arguments}``."""
+    if callable(reward):
+        return reward
+    arguments = dict(reward) if isinstance(reward, dict) else {"name": reward}
+    name = arguments.pop("name", None)
+    function = SHIPPED[name] if str(name) in SHIPPED else imported(name)
+    accepted = inspect.signature(function).parameters
+    for argument in arguments:
+        named = argument in accepted and accepted[argument].kind is not inspect.Parameter.VAR_KEYWORD
+        if not named and function is not reward_model:  # whose others are the model's
+            raise ValueError(f"reward {name!r} has no argument {argument!r}")
+    if REQUIRED.get(name, "name") not in {"name", *arguments}:
+        raise ValueError(f"reward {name!r} needs {REQUIRED[name]!r}")
+    if function is reward_model or not arguments:
+        return function(**arguments) if arguments else function
+    bound = partial(function, **arguments)
+    bound.__name__ = function.__name__
+    return bound
+
+
+def named_rewards(functions, columns):
+    """{name: function}; one function, a name or a list of them, which find their columns in the dataset's."""
+    functions = functions if isinstance(functions, list | tuple) else [functions]
+    resolved = [resolve(f) for f in functions]
+    if not resolved:
+        raise ValueError("reward_funcs must hold at least one function, got none")
+    names = [getattr(f, "__name__", type(f).__name__) for f in resolved]
+    for name, function in zip(names, resolved):
+        if missing := set(columns_needed(function)) - set(columns):
+            raise ValueError(f"reward {name} needs the columns {sorted(missing)}, got {sorted(columns)}")
+    return {name if names.count(name) == 1 else f"{name}_{i}": f for i, (name, f) in enumerate(zip(names, resolved))}
+
+
+def columns_needed(function):
+    """Columns a reward function cannot do without: its parameters without a default, but for the trainer's own."""
+    given = {"prompts", "completions", "completion_ids"}
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    parameters = inspect.signature(function).parameters.values()
+    return [p.name for p in parameters if p.kind in kinds and p.default is p.empty and p.name not in given]
+
+
+def imported(name):
+    """The function behind "package.module:function" or "path/file.py:function"."""
+    module, _, attribute = str(name).rpartition(":")
+    if not module or not attribute:
+        raise ValueError(f"reward must be one of {', '.join(SHIPPED)} or 'module:function', got {name!r}")
+    try:
+        if module.endswith(".py"):
+            spec = importlib.util.spec_from_file_location("fastgrpo_user_rewards", module)
+            loaded = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(loaded)
+        else:
+            loaded = importlib.import_module(module)
+        return getattr(loaded, attribute)
+    except (ImportError, FileNotFoundError, AttributeError) as error:
+        raise ValueError(f"reward {name!r} cannot be loaded: {error}") from error

@@ -1,0 +1,105 @@
+"""One of two gloo processes of test_distributed.py: ``python distributed_job.py OUTPUT``, RANK and WORLD_SIZE set.
+
+accelerate offers FSDP2 on accelerators only, so its state is told here that this CPU run is one; everything behind that
+switch (fsdp2_prepare_model, the optimiser's parameters, no_sync, clipping, checkpoints) is accelerate's own.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.state import AcceleratorState, DistributedType, GradientState, PartialState
+from torch.distributed.tensor import DTensor
+
+from fastgrpo import GRPOLossConfig
+from fastgrpo.integrations.transformers import fuse_lm_head
+from fastgrpo.trainer import loop
+from fastgrpo.trainer.learner import Episode, Learner
+
+import trainer_job
+
+CASES = {
+    "dapo": {}, "grpo, kl": {"loss_type": "grpo", "beta": 0.1},
+    "bnpo, entropy": {"loss_type": "bnpo", "entropy_coef": 0.05, "top_entropy_quantile": 0.5},
+}  # fmt: skip
+
+
+def episodes(vocabulary=14):
+    g = torch.Generator().manual_seed(0)
+    result = []
+    for i in range(10):
+        n = 2 + i
+        values = -2.5 + torch.randn(2, n, generator=g) * 0.3
+        ids = torch.randint(0, vocabulary, (n + 3,), generator=g).tolist()
+        advantage = 0.0 if i in (1, 2, 9) else float(torch.randn((), generator=g))
+        result.append(Episode(ids[:3], ids[3:], advantage, sampler=values[0], old=values[0], ref=values[1]))
+    return result
+
+
+def share(everyone, rank):
+    """Unequal work: rank 1 has one long sequence with an advantage, rank 0 needs more micro-batches."""
+    return everyone[:8] if rank == 0 else everyone[8:]
+
+
+def make_accelerator(kind, **options):
+    if PartialState._shared_state.get("distributed_type") == DistributedType.FSDP:
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_CPU
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
+    accelerator = Accelerator(cpu=True, **{k: v for k, v in options.items() if k in ("log_with", "project_dir")})
+    if kind == "fsdp2":
+        wrap = FullyShardedDataParallelPlugin(
+            fsdp_version=2, auto_wrap_policy="transformer_based_wrap", reshard_after_forward=True,
+            transformer_cls_names_to_wrap=["Qwen2DecoderLayer"],
+        )  # fmt: skip
+        AcceleratorState._shared_state |= {"distributed_type": DistributedType.FSDP, "fsdp_plugin": wrap}
+        PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+    return accelerator
+
+
+def full(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def gradients(kind, tied, settings):
+    accelerator = make_accelerator(kind)
+    model = fuse_lm_head(trainer_job.make_model(tied, dropout=0.0)[0])
+    model, _ = accelerator.prepare(model, torch.optim.AdamW(model.parameters()))
+    learner = Learner(model, accelerator, GRPOLossConfig(max_completion_length=12, **settings), budget=24)
+    mine = share(episodes(), accelerator.process_index) if accelerator.num_processes > 1 else episodes()
+    numbers = learner.gradients(mine)
+    assert accelerator.num_processes == 1 or kind == "ddp" or isinstance(model.model.norm.weight, DTensor)
+    named = {n.removeprefix("module."): full(p.grad).clone() for n, p in model.named_parameters()}
+    scores = learner.score(mine)  # passes without a gradient: as many on each rank
+    return {"grads": named, "loss": accelerator.reduce(numbers["loss"]), "scores": scores}
+
+
+def train(kind, output):
+    """The whole trainer: three steps, a checkpoint, two more; then the two again from the checkpoint."""
+    loop.Accelerator = lambda **options: make_accelerator(kind, **options)
+    for resume in (False, True):
+        settings = {
+            "max_steps": 5,
+            "save_steps": 3,
+            "beta": 0.05,
+            "resume_from_checkpoint": resume and f"{output}/checkpoint-3",
+        }
+        trainer = trainer_job.make_trainer(output, model=trainer_job.make_model(dropout=0.0), **settings)
+        trainer.train()
+        weights = {n.removeprefix("module."): full(p).detach().clone() for n, p in trainer.model.named_parameters()}
+        yield weights, trainer_job.log_rows(output) if trainer.accelerator.is_main_process else None
+
+
+def main(output):
+    results = {}
+    for kind in ("ddp", "fsdp2"):
+        for tied in (False, True):
+            for name, settings in CASES.items():
+                results[kind, tied, name] = gradients(kind, tied, settings)
+        results[kind, "train"] = list(train(kind, f"{output}/{kind}"))
+    torch.save(results, Path(output) / f"rank{torch.distributed.get_rank()}.pt")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,78 @@
+"""Two gloo processes on a CPU, under DDP and FSDP2: the gradients of one process, and no rank waits for ever."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("accelerate")
+
+import distributed_job
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Real memory: transformers fills what it allocates."""
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """What both processes found."""
+    output = tmp_path_factory.mktemp("ranks")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    environment = {
+        **os.environ, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true",
+    }  # fmt: skip
+    environment.pop("PYTEST_XDIST_WORKER", None)
+    command = [sys.executable, str(Path(distributed_job.__file__)), str(output)]
+    runs = [
+        subprocess.Popen(command, env={**environment, "RANK": str(r), "LOCAL_RANK": str(r)}, stderr=subprocess.PIPE,
+                         stdout=subprocess.DEVNULL, text=True)
+        for r in range(2)
+    ]  # fmt: skip
+    try:
+        errors = [run.communicate(timeout=240)[1] for run in runs]
+    finally:
+        for run in runs:
+            run.kill()
+    for run, error in zip(runs, errors):
+        assert run.returncode == 0, error[-4000:]
+    return [torch.load(output / f"rank{r}.pt", weights_only=False) for r in range(2)]
+
+
+@pytest.mark.parametrize("name", distributed_job.CASES)
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_gradients_of_one_process(ranks, kind, tied, name):
+    want = distributed_job.gradients("single", tied, distributed_job.CASES[name])
+    everyone = [score for rank in ranks for score in rank[kind, tied, name]["scores"]]
+    for ours, theirs in zip(everyone, want["scores"]):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+    for rank in ranks:
+        got = rank[kind, tied, name]
+        assert got["loss"].item() == pytest.approx(want["loss"].item(), rel=1e-5, abs=1e-6)
+        assert got["grads"].keys() == want["grads"].keys()
+        top = max(g.norm() for g in want["grads"].values())
+        for n, g in want["grads"].items():
+            assert (got["grads"][n] - g).norm() <= 1e-6 * top, n
+            assert (got["grads"][n] - g).norm() <= 1e-5 * max(g.norm(), 1e-2 * top), n
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_the_trainer_on_two_ranks(ranks, kind):
+    """Both ranks end with the same weights, and a resumed run with the same as the uninterrupted one."""
+    (first, log), (again, log_again) = ranks[0][kind, "train"]
+    for name, weight in first.items():
+        assert weight.equal(ranks[1][kind, "train"][0][0][name]), name
+        assert weight.equal(again[name]), name
+    assert log == log_again
+    assert [row["step"] for row in log] == [1, 2, 3, 4, 5]
+    start = dict(distributed_job.trainer_job.make_model()[0].named_parameters())
+    assert all((weight - start[name]).abs().max() > 0 for name, weight in first.items())

@@ -1,0 +1,270 @@
+"""Rule rewards against tables of hard cases, and against TRL's where they say the same."""
+
+import pytest
+import torch
+
+from fastgrpo.trainer import rewards
+from fastgrpo.trainer.rewards import evaluate, final_answer, last_number, resolve
+
+
+def chat(text):
+    return [{"role": "assistant", "content": text}]
+
+
+def both(function, text, **columns):
+    """A reward of one answer, the same as text and as chat messages."""
+    columns = {name: [value] for name, value in columns.items()}
+    (plain,), (message,) = (function(prompts=["?"], completions=[c], **columns) for c in (text, chat(text)))
+    assert plain == message
+    return plain
+
+
+FINAL = [
+    ("42", "42"),
+    (" 42\n", "42"),
+    ("<think>1, 2</think>\n 3", "3"),
+    ("<think>a</think><think>b</think>c", "c"),
+    ("no tags, then </think>7", "7"),
+    ("<think>still going 42", ""),
+    ("6 * 7 = 42\n#### 42\n\nNext question", "42"),
+    ("#### 1\n#### 2", "2"),
+    ("<answer>1</answer> or <answer> 2 </answer> yes", "2"),
+    ("<answer>cut off", "cut off"),
+    (r"so \boxed{\frac{1}{2}}.", r"\frac{1}{2}"),
+    (r"\boxed{1} and \boxed{2}", "2"),
+    (r"\boxed{open {1}", "open {1}"),
+    (r"<think>\boxed{1}</think><answer>\boxed{2}</answer>", "2"),
+    ("", ""),
+]
+
+
+@pytest.mark.parametrize(("text", "answer"), FINAL)
+def test_final_answer(text, answer):
+    assert final_answer(text) == answer
+
+
+NUMBERS = [
+    ("1,234", 1234), ("1,234,567.5", 1234567.5), ("$5.00", 5), ("-$5.00", -5), ("$-5", -5), ("3/4", 0.75), 
+    ("-3/4", -0.75), (r"\frac{3}{4}", 0.75), (r"-\dfrac{3}{4}", -0.75), (r"\$1{,}234.50", 1234.5), 
+    ("1, 2, 3", 3), ("1,2,3", 3),
+    ("10-5", 5), ("10 - 5", 5), ("= -5", -5), ("−7", -7), (".5", 0.5), ("5.", 5), ("it is 5.", 5), ("2e-3", 0.002),  # noqa: RUF001
+    ("1.5E6", 1.5e6), ("5kg", 5), ("**42**", 42), ("(42)", 42), ("x1", None), ("H2O", None), ("no number", None),
+    ("", None), ("1/0", None), ("€3", 3), ("+8", 8), ("007", 7), ("3 / 4", 0.75), ("5 of 12 eggs", 12),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "value"), NUMBERS)
+def test_last_number(text, value):
+    assert last_number(text) == (None if value is None else (pytest.approx(value), False))
+
+
+@pytest.mark.parametrize(("text", "value"), [("-0.5%", -0.5), ("50 %", 50), (r"12.5\%", 12.5), ("1/2%", 0.5)])
+def test_percentages(text, value):
+    assert last_number(text) == (pytest.approx(value), True)
+
+
+NUMERIC = [
+    ("The answer is 1,234.", "1234", 1.0),
+    ("$5.00", 5, 1.0),
+    ("3/4", "0.75", 1.0),
+    ("-0.5%", "-0.5%", 1.0),
+    ("-0.5%", "-0.005", 1.0),
+    ("50%", "50", 1.0),
+    ("50%", "0.5", 1.0),
+    ("0.5%", "50%", 0.0),
+    ("0.5", "50%", 1.0),
+    ("no number", "3", 0.0),
+    ("3", "no number", None),
+    ("3", None, None),
+    ("7 apples", 7.0, 1.0),
+    ("7.1", 7, 0.0),
+    ("-7", 7, 0.0),
+    ("0.333333333", "1/3", 1.0),
+    ("1000000.5", "1000000", 1.0),  # the tolerance is relative above 1
+    ("first 7 then #### 8", "some steps\n#### 8", 1.0),
+    ("<think>8", 8, 0.0),
+    ("9" * 400, "9" * 400, 0.0),  # beyond a float: no crash
+]
+
+
+@pytest.mark.parametrize(("text", "answer", "reward"), NUMERIC)
+def test_numeric_answer(text, answer, reward):
+    assert both(rewards.numeric_answer, text, answer=answer) == reward
+
+
+def test_numeric_tolerance():
+    assert rewards.numeric_answer(completions=["3.14"], answer=["3.14159"], tolerance=1e-2) == [1.0]
+    assert rewards.numeric_answer(completions=["3.14"], answer=["3.14159"]) == [0.0]
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "reward"),
+    [
+        ("1134", "1134", 1.0),
+        (" 1134 \n", "1134", 1.0),
+        ("1134", 1134, 1.0),
+        ("1134.", "1134", 0.0),
+        ("Paris", "paris", 0.0),
+        ("<think>Rome?</think> <answer>Paris</answer>", "Paris", 1.0),
+        (r"\boxed{x +  1}", "x + 1", 1.0),
+        ("", "1", 0.0),
+        ("1", None, None),
+    ],
+)
+def test_exact_answer(text, answer, reward):
+    assert both(rewards.exact_answer, text, answer=answer) == reward
+
+
+FORMATS = [  # text, with answer tags, without
+    ("<think>a</think><answer>b</answer>", 1.0, 1.0),
+    ("<think>\na\n</think>\n\n<answer>\nb\n</answer>\n", 1.0, 1.0),
+    ("<think></think><answer></answer>", 1.0, 1.0),
+    ("<think>a</think>b", 0.0, 1.0),
+    ("<think>a</think>b<answer>c</answer>", 0.0, 1.0),
+    ("<think>a<think>b</think><answer>c</answer>", 0.0, 0.0),
+    ("<think>a</think></think><answer>c</answer>", 0.0, 1.0),
+    ("so: <think>a</think><answer>b</answer>", 0.0, 0.0),
+    (" <think>a</think><answer>b</answer>", 1.0, 0.0),
+    ("<answer>b</answer><think>a</think>", 0.0, 0.0),
+    ("<think>a</think><answer>b</answer><answer>c</answer>", 0.0, 1.0),
+    ("<think>a</think><answer>b", 0.0, 1.0),
+    ("<think>a", 0.0, 0.0),
+    ("", 0.0, 0.0),
+]
+
+
+@pytest.mark.parametrize(("text", "tags", "bare"), FORMATS)
+def test_think_format(text, tags, bare):
+    assert both(rewards.think_format, text) == tags
+    assert rewards.think_format(completions=[text], answer_tags=False) == [bare]
+
+
+def test_think_format_is_trls():
+    trl = pytest.importorskip("trl.rewards")
+    texts = [text for text, *_ in FORMATS]
+    ours = rewards.think_format(completions=texts, answer_tags=False)
+    assert ours == trl.think_format_reward([chat(text) for text in texts])
+
+
+@pytest.mark.parametrize(("maximum", "cache"), [(100, 20), (100, 0), (7, 7), (10, 3)])
+def test_length_penalty_is_trls(maximum, cache):
+    trl = pytest.importorskip("trl.rewards")
+    ids = [[1] * n for n in range(maximum + 10)]
+    expected = trl.get_soft_overlong_punishment(maximum, cache)(completion_ids=ids)
+    ours = rewards.length_penalty(prompts=None, completions=None, completion_ids=ids, max_length=maximum, cache=cache)
+    assert ours == pytest.approx(expected)
+    assert ours[maximum - cache] == 0
+
+
+def test_length_penalty_defaults_to_a_fifth():
+    ids = [[1] * n for n in (80, 90, 100, 101)]
+    assert rewards.length_penalty(completion_ids=ids, max_length=100) == [0.0, -0.5, -1.0, -1.0]
+
+
+COUNTDOWN = [
+    ("3*5+7", 1.0), (" (3 * 5) + 7 ", 1.0), ("3*5+7 = 22", 1.0), ("3×5+7", 1.0), (r"3 \times 5 + 7", 1.0),  # noqa: RUF001
+    ("<think>3+5</think><answer>3*5+7</answer>", 1.0), (r"\boxed{3*5+7}", 1.0), ("$3*5+7$", 1.0), ("7-3*-5", 1.0),
+    ("22", 0.0), ("3*5+7+0", 0.0), ("3+5+7+7", 0.0), ("3+5+7", 0.1), ("3*5", 0.1), ("7/(5-5)", 0.0),
+    ("3**5", 0.0), ("3//5", 0.0), ("3*5+7)", 0.0), ("", 0.0), ("the answer", 0.0), ("__import__('os')", 0.0),
+    ("(" * 90 + "3" + ")" * 90, 0.1), ("(" * 300 + "3" + ")" * 300, 0.0), ("03*5+7", 0.0), ("1_0", 0.0), ("3(5)", 0.0),
+    ("3.0*5+7", 0.0), ("3*5\n+7", 0.0), ("9" * 150, 0.0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "reward"), COUNTDOWN)
+def test_countdown(text, reward):
+    assert both(rewards.countdown, text, numbers=[3, 5, 7], target=22) == pytest.approx(
+        0.0 if reward == 0.1 else reward
+    )
+    credited = rewards.countdown([text], numbers=[[3, 5, 7]], target=[22], partial_credit=0.1)
+    assert credited == [pytest.approx(reward)]
+
+
+def test_countdown_is_exact_and_counts_its_numbers():
+    assert rewards.countdown(["1/3*3", "3+3", "3+3"], [[1, 3, 3], [3], [3, 3]], [1, 6, 6]) == [1.0, 0.0, 1.0]
+    assert evaluate("8/(3-8/3)") == (24, [8, 3, 8, 3])
+
+
+def score(completions, answer, weight=1.0, **_):
+    return [weight * len(c) for c in completions]
+
+
+def test_resolve(tmp_path):
+    assert resolve(score) is score
+    assert resolve("numeric_answer") is rewards.numeric_answer
+    assert resolve(f"{__name__}:score") is score
+    penalty = resolve({"name": "length_penalty", "max_length": 10, "cache": 5})
+    assert penalty.__name__ == "length_penalty"
+    assert penalty(prompts=["?"], completions=["x"], completion_ids=[[1] * 10]) == [-1.0]
+    file = tmp_path / "mine.py"
+    file.write_text("def half(completions, **_):\n    return [0.5] * len(completions)\n")
+    assert resolve(f"{file}:half")(prompts=["?"], completions=["x"]) == [0.5]
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        ("exact", "reward must be one of exact_answer, .* got 'exact'"),
+        ({"max_length": 3}, "reward must be one of"),
+        (3, "reward must be one of"),
+        ({"name": "numeric_answer", "tolerence": 1}, "reward 'numeric_answer' has no argument 'tolerence'"),
+        ({"name": "numeric_answer", "_": 1}, "has no argument '_'"),
+        ("length_penalty", "reward 'length_penalty' needs 'max_length'"),
+        ({"name": "reward_model"}, "reward 'reward_model' needs 'path'"),
+        (["exact_answer"], "reward must be one of"),
+        ("no.such.module:f", "cannot be loaded"),
+        ("nowhere.py:f", "cannot be loaded"),
+        ("json:nothing", "cannot be loaded"),
+    ],
+)
+def test_resolve_says_what_is_wrong(reward, message):
+    with pytest.raises(ValueError, match=message):
+        resolve(reward)
+
+
+def test_columns_needed():
+    assert rewards.columns_needed(rewards.exact_answer) == ["answer"]
+    assert rewards.columns_needed(rewards.countdown) == ["numbers", "target"]
+    assert rewards.columns_needed(rewards.think_format) == []
+    assert rewards.columns_needed(resolve({"name": "length_penalty", "max_length": 10})) == []
+    assert rewards.columns_needed(lambda prompts, completions, *, topic, **columns: None) == ["topic"]
+
+
+def tiny_classifier(path, labels):
+    transformers = pytest.importorskip("transformers")
+    words = ["<pad>", "<eos>", *"abcdefgh "]
+    tokenizer = transformers.Qwen2Tokenizer(
+        vocab={w.replace(" ", "Ġ"): i for i, w in enumerate(words)}, merges=[], pad_token="<pad>", eos_token="<eos>",
+        unk_token="<pad>",
+    )  # fmt: skip
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    config = transformers.Qwen2Config(
+        vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
+        num_key_value_heads=1, num_labels=labels, pad_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    transformers.Qwen2ForSequenceClassification(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+
+
+def test_reward_model(tmp_path, poisoned_memory):
+    tiny_classifier(tmp_path, 1)
+    model = resolve({"name": "reward_model", "path": str(tmp_path), "batch_size": 2, "device": "cpu"})
+    prompts, completions = ["ab", "a", "abc"], ["cd", "h", "defgh"]
+    together = model(prompts=prompts, completions=completions, completion_ids=None)
+    alone = [model(prompts=[p], completions=[c])[0] for p, c in zip(prompts, completions)]
+    assert together == pytest.approx(alone, abs=1e-5)
+    assert len(set(together)) == 3
+    messages = model([[{"role": "user", "content": "ab"}]], [chat("cd")])
+    assert messages == pytest.approx(model(["ab "], ["cd "]), abs=1e-5)
+
+
+def test_a_classifier_with_two_labels_is_no_reward_model(tmp_path):
+    tiny_classifier(tmp_path, 2)
+    with pytest.raises(ValueError, match="must have one label to be a reward model, got 2"):
+        rewards.reward_model(str(tmp_path))
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Real memory: transformers fills what it allocates."""
+    torch.manual_seed(0)

@@ -1,0 +1,380 @@
+"""The trainer as a whole: its settings, its data, its memory options, and how thin it is."""
+
+import ast
+import io
+import json
+import tokenize
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("accelerate")
+
+from fastgrpo import GRPOLossConfig
+from fastgrpo.trainer import GRPOConfig, GRPOTrainer, cli, examples
+from fastgrpo.trainer import model as models
+from fastgrpo.trainer.config import load_config
+from fastgrpo.trainer.data import draw, encode, load_rows, score
+
+import trainer_job
+
+ROWS = [{"prompt": "12=", "answer": "12"}, {"prompt": "31=", "answer": "13"}]
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Real memory: transformers fills what it allocates."""
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """accelerate keeps the first precision for the whole process."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state()
+    yield
+    AcceleratorState._reset_state()
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    """Any attempt to load or make a model is a failure."""
+
+    def load(*_):
+        raise AssertionError("a model was loaded before the mistake was found")
+
+    monkeypatch.setattr("fastgrpo.trainer.loop.load_model", load)
+
+
+MISTAKES = [
+    ({"num_generations": 3}, "num_generations must divide a rank's rollout of 8 answers"),
+    ({"lr_scheduler_type": "warp"}, "lr_scheduler_type must be one of 'constant'"),
+    ({"num_generations": 1}, "num_generations must be >= 2, got 1"),
+    ({"steps_per_generation": 3, "gradient_accumulation_steps": 2, "num_generations": 2}, "must be a multiple of"),
+    ({"learning_rate": "fast"}, "learning_rate must be >= 0, got 'fast'"),
+    ({"max_steps": 0}, "max_steps must be > 0 or -1"),
+    ({"max_steps": 2.5}, "max_steps must be int, got 2.5"),
+    ({"beta": -0.1}, "beta must be >= 0, got -0.1"),
+    ({"loss_type": "ppo"}, "loss_type must be one of"),
+    ({"delta": 2.0, "loss_type": "cispo"}, "delta bounds the clipped surrogate"),
+    ({"scale_rewards": "max"}, "scale_rewards must be one of"),
+    ({"top_p": 0.0}, r"top_p must be in \(0, 1\]"),
+    ({"token_budget": 0}, "token_budget must be >= 1"),
+    ({"packing": "yes"}, "packing must be one of"),
+    ({"optim": "sgd"}, "optim must be one of"),
+    ({"dtype": "float7"}, "dtype must be 'auto' or torch's"),
+    ({"load_in_4bit": True}, "need use_peft=True"),
+    ({"load_in_4bit": True, "load_in_8bit": True, "use_peft": True}, "cannot both be True"),
+    ({"sync_ref_model": True}, "sync_ref_model needs a reference"),
+    ({"sync_ref_model": True, "beta": 0.1, "use_peft": True}, "model without its adapter"),
+    ({"use_vllm": True, "loss_type": "vespo"}, "vllm"),
+    ({"vllm_mode": "remote"}, "vllm_mode must be one of 'colocate', 'server'"),
+    ({"vllm_importance_sampling_clip_min": 4.0}, "must be below clip_max"),
+    ({"report_to": "carrier-pigeon"}, "report_to must be one of"),
+]  # fmt: skip
+if not torch.cuda.is_available():
+    MISTAKES += [
+        ({"use_liger_kernel": True}, "need a CUDA GPU, and there is none"),
+        ({"optim": "paged_adamw_8bit"}, "pages GPU memory and there is no CUDA GPU"),
+        ({"attn_implementation": "flash_attention_2"}, r"pip install 'fastgrpo\[flash\]'"),
+    ]
+
+
+@pytest.mark.parametrize(("settings", "message"), MISTAKES, ids=[str(m[0]) for m in MISTAKES])
+def test_mistakes_in_the_config(settings, message):
+    with pytest.raises(ValueError, match=message):
+        GRPOConfig(**settings)
+
+
+ARGUMENTS = [
+    ({"reward_funcs": "exact"}, "reward must be one of"),
+    ({"reward_funcs": []}, "at least one function"),
+    ({"reward_funcs": "no.such.module:f"}, "cannot be loaded"),
+    ({"reward_funcs": "countdown"}, r"reward countdown needs the columns \['numbers', 'target'\]"),
+    ({"config": GRPOConfig(reward_weights=[1.0, 2.0])}, "reward_weights must be 1 numbers"),
+    ({"train_dataset": "no/such/file.jsonl"}, "train_dataset must be a .jsonl or .json file"),
+    ({"train_dataset": []}, "at least one row"),
+    ({"train_dataset": [{"question": "?"}]}, "must have a 'prompt'"),
+    ({"train_dataset": [*ROWS, {"prompt": "1="}]}, "same keys"),
+    ({"train_dataset": [{"prompt": [{"text": "?"}]}]}, "must have a 'prompt', text or chat messages"),
+    ({"train_dataset": "world:chess"}, "NAME one of"),
+    ({"model": "tiny:chess"}, "NAME one of"),
+    ({"config": GRPOConfig(eval_strategy="steps")}, "need an eval_dataset"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), ARGUMENTS, ids=[str(a[0])[:40] for a in ARGUMENTS])
+def test_mistakes_in_the_arguments_are_found_before_a_model_loads(no_model, tmp_path, arguments, message):
+    plain = {"model": "tiny:sort", "reward_funcs": "exact_answer", "train_dataset": ROWS,
+             "config": GRPOConfig(output_dir=str(tmp_path))}  # fmt: skip
+    with pytest.raises((ValueError, TypeError), match=message):
+        GRPOTrainer(**{**plain, **arguments})
+
+
+COMMANDS = [
+    (["train", "nonsense"], "must be a YAML file or a preset"),
+    (["demo", "--max_stepz", "3"], "max_stepz is not a setting: did you mean max_steps?"),
+    (["demo", "--max_steps", "many"], "max_steps must be int, got 'many'"),
+    (["demo", "max_steps", "3"], "expected --key value, got 'max_steps'"),
+    (["demo", "--num_generations", "7"], "num_generations must divide"),
+]
+
+
+@pytest.mark.parametrize(("command", "message"), COMMANDS)
+def test_mistakes_on_the_command_line(no_model, capsys, command, message):
+    with pytest.raises(SystemExit):
+        cli.main(command)
+    assert message in capsys.readouterr().err
+
+
+def test_yaml_and_overrides(tmp_path):
+    path = tmp_path / "job.yaml"
+    path.write_text("model: m\nreward_funcs: [exact_answer]\ntrain_dataset: d.jsonl\nlearning_rate: 1e-5\n")
+    words = ["--max-steps", "12", "--beta=0.04", "--use_cpu", "--packing", "true", "--output_dir", "a=b", "--resume"]
+    job, config = load_config(path, cli.parse(words))
+    assert job == {"model": "m", "reward_funcs": ["exact_answer"], "train_dataset": "d.jsonl"}
+    assert (config.learning_rate, config.max_steps, config.beta, config.use_cpu) == (1e-5, 12, 0.04, True)
+    assert config.packing is True
+    assert config.output_dir == "a=b"
+    assert config.resume_from_checkpoint is True
+    assert config.part(GRPOLossConfig).beta == 0.04
+
+
+def test_names_and_defaults_are_trl_s():
+    trl = pytest.importorskip("trl", minversion="1.16.0")
+    import dataclasses
+
+    theirs = {f.name: f.default for f in dataclasses.fields(trl.GRPOConfig)}
+    theirs |= {f.name: f.default for f in dataclasses.fields(trl.ModelConfig) if f.name not in theirs}
+    ours = {f.name: f.default for f in dataclasses.fields(GRPOConfig)}
+    # ours differs knowingly: log and evaluate by whole steps, a folder of its own, no bf16 where there is no GPU
+    known = {"output_dir", "bf16", "report_to", "optim", "resume_from_checkpoint", "eval_steps", "num_generations_eval",
+             "num_completions_to_print", "dtype"}  # fmt: skip
+    shared = ours.keys() & theirs.keys() - known
+    assert len(shared) > 70
+    assert {n: ours[n] for n in shared if ours[n] != theirs[n]} == {}
+
+
+def test_rows_from_everywhere(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(r) + "\n\n" for r in ROWS))
+    (tmp_path / "a.json").write_text(json.dumps(ROWS))
+    for source in (ROWS, tmp_path / "a.jsonl", str(tmp_path / "a.json"), datasets.Dataset.from_list(ROWS)):
+        assert [dict(load_rows(source)[i]) for i in range(2)] == ROWS
+    with pytest.raises(TypeError, match="must have a length"):
+        load_rows(iter(ROWS))
+
+
+def test_the_order_of_prompts_has_no_state():
+    whole = draw(10, 0, 45, seed=3)
+    assert sorted(whole[:10]) == sorted(whole[30:40]) == list(range(10))
+    assert whole[:10] != whole[10:20]
+    assert [draw(10, i, 1, seed=3)[0] for i in range(45)] == whole
+    assert draw(10, 8, 14, 0, shuffle=False) == [8, 9, *range(10), 0, 1]
+
+
+def test_chat_prompts_and_scores():
+    tokenizer = examples.tiny_tokenizer(examples.WORLDS["sort"])
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}={% endif %}"
+    )
+    chat = [{"role": "user", "content": "31"}]
+    assert tokenizer.decode(encode(tokenizer, chat)) == "31="
+    begun = [*chat, {"role": "assistant", "content": "=1"}]
+    assert tokenizer.decode(encode(tokenizer, begun)) == "31=1"
+    seen = {}
+
+    def reward(prompts, completions, completion_ids, level):
+        seen.update(prompts=prompts, completions=completions, ids=completion_ids, level=level)
+        return [1, None]
+
+    rows = [{"prompt": chat, "level": 1}, {"prompt": chat, "level": 2}]
+    scores = score({"a": reward, "b": lambda **_: [0.5, 2.0]}, rows, ["x", "y"], [[1], [2]])
+    assert scores[0] == [1.0, 0.5]
+    assert scores[1][0] != scores[1][0]  # NaN: cannot score
+    assert seen == {"prompts": [chat, chat], "completions": ["x", "y"], "ids": [[1], [2]], "level": [1, 2]}
+    with pytest.raises(ValueError, match="reward function b must return 2 values, got 1"):
+        score({"b": lambda **_: [0.5]}, rows, ["x", "y"], [[1], [2]])
+
+
+def test_several_rewards_with_weights_and_missing_scores(tmp_path):
+    """Answers that no function can score have no advantage; the mean of a function is over those it scored."""
+
+    def half(completions, **_):
+        return [None if i % 2 else float(len(c)) for i, c in enumerate(completions)]
+
+    def never(completions, **_):
+        return [None] * len(completions)
+
+    trainer = trainer_job.make_trainer(
+        tmp_path, rewards=[half, never, half], reward_weights=[1.0, 5.0, 0.5], save_strategy="no", max_steps=1
+    )
+    episodes = trainer.collect()
+    for i, e in enumerate(episodes):
+        assert (e.advantage == 0) or i % 2 == 0
+        expected = 0.0 if i % 2 else 1.5 * len(trainer.tokenizer.decode(e.completion_ids, skip_special_tokens=True))
+        assert trainer.reward(e) == pytest.approx(expected)
+    assert any(e.advantage != 0 for e in episodes)
+    row = trainer.train()[0]
+    assert {"rewards/half_0", "rewards/never", "rewards/half_2"} <= row.keys()
+    assert row["rewards/half_0"] == row["rewards/half_2"] > 0 == row["rewards/never"]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"loss_type": "grpo", "beta": 0.1, "scale_rewards": "batch"}, {"importance_sampling_level": "sequence"},
+        {"loss_type": "vespo", "packing": True}, {"entropy_coef": 0.01, "top_entropy_quantile": 0.5},
+        {"mask_truncated_completions": True, "loss_type": "dr_grpo"}, {"activation_offloading": True},
+        {"gradient_checkpointing": True, "recompute_old_logprobs": True}, {"bf16": True},
+        {"optim": "adamw_torch_fused"},
+        {"token_budget": 8, "off_policy_mask_threshold": 0.1, "top_k": 3, "top_p": 0.9, "repetition_penalty": 1.1},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_options_train(tmp_path, settings):
+    trainer = trainer_job.make_trainer(
+        tmp_path, trainer_job.make_model(dropout=0.0), max_steps=4, save_strategy="no", log_completions=True, **settings
+    )
+    before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+    rows = trainer.train()
+    assert len(rows) == 4
+    assert all(torch.isfinite(torch.tensor([float(v) for v in row.values()])).all() for row in rows)
+    moved = [n for n, p in trainer.model.named_parameters() if (p - before[n]).abs().max() > 0]
+    truncated = settings.get("mask_truncated_completions") and all(row["truncated"] == 1 for row in rows)
+    assert bool(moved) != bool(truncated)
+    assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    if "beta" in settings:
+        assert rows[0]["kl"] == pytest.approx(0, abs=1e-6)
+        assert rows[-1]["kl"] > 0
+
+
+def test_sampler_s_logprobs_are_the_policy_s(tmp_path):
+    """fp32: what generate recorded and what the learner computes differ by rounding alone, so they are reused."""
+    trainer = trainer_job.make_trainer(tmp_path, save_strategy="no", top_p=0.9, temperature=0.8)
+    assert not trainer.rescore
+    episodes = trainer.collect()
+    for e, logp in zip(episodes, trainer.learner.score(episodes)):
+        assert e.old is e.sampler
+        assert (e.old - logp).abs().max() < 1e-5
+
+
+def test_the_reference_moves(tmp_path):
+    """Every second step the reference becomes the policy, so the next rollout starts without KL."""
+    settings = {"ref_model_sync_steps": 2, "ref_model_mixup_alpha": 1.0, "steps_per_generation": 2, "num_iterations": 1}
+    trainer = trainer_job.make_trainer(
+        tmp_path, trainer_job.make_model(dropout=0.0), beta=0.1, sync_ref_model=True, max_steps=3, save_strategy="no",
+        **settings,
+    )  # fmt: skip
+    rows = trainer.train()
+    assert rows[0]["kl"] == pytest.approx(0, abs=1e-6)
+    assert rows[1]["kl"] > 1e-6
+    assert rows[2]["kl"] == pytest.approx(0, abs=1e-6)
+
+
+def test_lora_reference_is_the_model_without_its_adapter(tmp_path):
+    pytest.importorskip("peft")
+    model, tokenizer = trainer_job.make_model(dropout=0.0)
+    base = {n: p.detach().clone() for n, p in model.named_parameters()}
+    trainer = trainer_job.make_trainer(tmp_path, model=(model, tokenizer), use_peft=True, beta=0.05, lora_r=4,
+                                       lora_target_modules="all-linear", max_steps=3, save_steps=3)  # fmt: skip
+    assert trainer.reference is None
+    rows = trainer.train()
+    assert rows[0]["kl"] == pytest.approx(0, abs=1e-6)
+    assert rows[-1]["kl"] > 0
+    for name, p in trainer.model.named_parameters():
+        assert p.requires_grad == ("lora" in name)
+        plain = name.removeprefix("base_model.model.").replace(".base_layer", "")
+        assert plain not in base or p.equal(base[plain]), name
+    assert (tmp_path / "model" / "adapter_model.safetensors").is_file()
+    assert not (tmp_path / "model" / "model.safetensors").exists()
+    assert (tmp_path / "checkpoint-3" / "adapter_config.json").is_file()
+
+
+@pytest.fixture(scope="module")
+def on_disk(tmp_path_factory):
+    """A model folder, as users have it."""
+    folder = tmp_path_factory.mktemp("model")
+    model, tokenizer = trainer_job.make_model(dropout=0.0, width=64)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def from_disk(folder, output, **settings):
+    config = GRPOConfig(
+        output_dir=str(output), **{**trainer_job.SETTINGS, "save_strategy": "no", "max_steps": 2, **settings}
+    )
+    return GRPOTrainer(folder, trainer_job.digits, ROWS * 8, config)
+
+
+@pytest.mark.parametrize("bits", ["load_in_4bit", "load_in_8bit"])
+def test_qlora(on_disk, tmp_path, bits):
+    """bitsandbytes' CPU kernels run the same layers; on a GPU this has not been run."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    trainer = from_disk(on_disk, tmp_path, use_peft=True, lora_target_modules="all-linear", **{bits: True})
+    kind = bitsandbytes.nn.Linear4bit if bits == "load_in_4bit" else bitsandbytes.nn.Linear8bitLt
+    layers = [m for m in trainer.model.modules() if isinstance(m, kind)]
+    assert layers
+    for layer in layers:  # bitsandbytes repacks 4-bit weights for inference on a CPU, and never back for training
+        layer.support_avx512bf16_for_cpu = False
+    before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+    assert len(trainer.train()) == 2
+    moved = {n for n, p in trainer.model.named_parameters() if not p.equal(before[n])}
+    assert moved
+    assert all("lora" in n for n in moved)
+
+
+def test_eight_bit_adam(on_disk, tmp_path):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    trainer = from_disk(on_disk, tmp_path, optim="adamw_8bit")
+    assert isinstance(trainer.optimizer.optimizer, bitsandbytes.optim.AdamW8bit)
+    before = trainer.model.lm_head.weight.detach().clone()
+    trainer.train()
+    assert not trainer.model.lm_head.weight.equal(before)
+
+
+def test_attention_falls_back_clearly(on_disk, monkeypatch, capsys):
+    plain = models.AutoModelForCausalLM.from_pretrained
+
+    def limited(source, attn_implementation, **options):
+        if attn_implementation == "sdpa":
+            raise ValueError("this model does not support attention by sdpa")
+        return plain(source, attn_implementation=attn_implementation, **options)
+
+    monkeypatch.setattr(models.AutoModelForCausalLM, "from_pretrained", limited)
+    model, _ = models.load_model(on_disk, GRPOConfig(), torch.device("cpu"))
+    assert model.config._attn_implementation == "eager"
+    assert "attention: eager, because this model does not support" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="does not support"):
+        models.load_model(on_disk, GRPOConfig(attn_implementation="sdpa"), torch.device("cpu"))
+
+
+def test_a_tracker_gets_the_numbers(tmp_path):
+    pytest.importorskip("tensorboard")
+    trainer_job.make_trainer(
+        tmp_path, report_to="tensorboard", logging_steps=1, max_steps=2, save_strategy="no"
+    ).train()
+    assert list(tmp_path.rglob("events.out.tfevents*"))
+
+
+COUNTED = ("config", "data", "generate", "loop", "checkpoint", "logs")
+
+
+def code_lines(path):
+    """Lines that hold code: no blank ones, no comments, no docstrings."""
+    source, lines = path.read_text(), set()
+    silent = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type not in silent:
+            lines |= set(range(token.start[0], token.end[0] + 1))
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            lines -= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    return len(lines)
+
+
+def test_the_trainer_is_thin():
+    folder = Path(trainer_job.examples.__file__).parent
+    assert sum(code_lines(folder / f"{name}.py") for name in COUNTED) <= 600

@@ -1,0 +1,50 @@
+"""A small job for the trainer's tests, also run as a script: ``python trainer_job.py OUTPUT key=value ...``."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from fastgrpo.trainer import GRPOConfig, GRPOTrainer, examples
+
+SETTINGS = {
+    "max_steps": 7, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "steps_per_generation": 6,
+    "num_generations": 4, "num_iterations": 2, "max_completion_length": 6, "learning_rate": 1e-3, "save_steps": 1,
+    "gradient_checkpointing": False, "use_cpu": True, "seed": 3,
+}  # fmt: skip
+
+
+def digits(completions, **_):
+    """Many distinct rewards, so that every group has advantages."""
+    return [sum(c.isdigit() for c in text) / 6 + len(text) / 100 for text in completions]
+
+
+def make_model(tied=False, dropout=0.1, width=32):
+    tokenizer = examples.tiny_tokenizer(examples.WORLDS["sort"])
+    torch.manual_seed(1)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=tied,
+        attention_dropout=dropout,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    return Qwen2ForCausalLM(config), tokenizer
+
+
+def make_trainer(output, model=None, rewards=digits, rows=None, **settings):
+    model, tokenizer = make_model() if model is None else model
+    rows = examples.problems(examples.WORLDS["sort"], 10, 0) if rows is None else rows
+    config = GRPOConfig(output_dir=str(output), **{**SETTINGS, **settings})
+    return GRPOTrainer(model, rewards, rows, config, processing_class=tokenizer)
+
+
+def log_rows(output):
+    """The log without what depends on the clock."""
+    rows = map(json.loads, (Path(output) / "log.jsonl").read_text().splitlines())
+    return [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")} for row in rows]
+
+
+if __name__ == "__main__":
+    make_trainer(sys.argv[1], **dict(json.loads(x) for x in sys.argv[2:])).train()
