@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 
 from bench import measure, profiles
 from bench.__main__ import RESULTS
@@ -115,14 +116,10 @@ def training_curves(seeds, steps):
 
 
 def plot(rows, path):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     from fastgrpo.trainer.logs import running_mean
 
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    axes = figure.subplots(1, 2)
     for row in rows:
         style = {"color": f"C{row['seed']}", "linestyle": "-" if row["backward"] == "exact" else "--"}
         for axis, name in zip(axes, ("reward", "entropy")):
@@ -131,7 +128,6 @@ def plot(rows, path):
             axis.grid(alpha=0.3)
     axes[0].legend(fontsize=7)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def main():

@@ -128,7 +128,7 @@ def tensors(case, device, seed=0):
         case.N, case.V, case.D, case.profile, dtype=DTYPES[case.dtype], device=device, seed=seed, softcap=case.softcap
     )
     g = torch.Generator(device).manual_seed(seed + 1)
-    data["ref"] = (data["old_logprobs"] * (1 + 0.1 * torch.randn(case.N, generator=g, device=device))).clamp(max=0.0)
+    data["ref"] = profiles.drifted(data["old_logprobs"], g, 0.1)
     data["advantages"] = torch.randn(SEQUENCES, generator=g, device=device)
     return data
 
@@ -162,20 +162,14 @@ class Truth:
     d_weight: torch.Tensor | None  # (V, D), None for a frozen head
 
 
-def logits64(p, rows):
-    """(n, V) in float64."""
-    hidden, weight, _ = p.flat
-    z = hidden[rows].detach().double() @ weight.detach().double().T
-    return z if p.case.softcap is None else p.case.softcap * (z / p.case.softcap).tanh()
-
-
 def truth(p, chunk=256):
     """Log-probs, then the reference's loss on them, then dlogits by hand, a chunk of rows at a time."""
-    targets, n = p.targets.flatten(), p.case.N
+    hidden, weight, targets = p.flat
+    hidden, weight, n, cap = hidden.detach(), weight.detach().double(), p.case.N, p.case.softcap
     logp, entropy = (torch.empty(n, dtype=torch.float64, device=targets.device) for _ in range(2))
     chunks = torch.arange(n, device=targets.device).split(chunk)
     for rows in chunks:
-        z = logits64(p, rows).log_softmax(1)
+        z = reference.logits(hidden[rows].double(), weight, softcap=cap).log_softmax(1)
         logp[rows] = z.gather(1, targets[rows, None])[:, 0]
         entropy[rows] = -(z.exp() * z).sum(1)
     logp.requires_grad_()
@@ -185,12 +179,11 @@ def truth(p, chunk=256):
         old_logprobs=p.old.double(), ref_logprobs=p.ref.double(),
     )  # fmt: skip
     g_logp, g_entropy = torch.autograd.grad(loss, (logp, entropy), allow_unused=True)
-    weight, hidden = p.weight.detach().double(), p.flat[0].detach()
     d_hidden = torch.empty(n, p.case.D, dtype=torch.float64, device=targets.device)
     d_weight = torch.zeros_like(weight) if p.weight.requires_grad else None
     for rows in chunks:
-        z = logits64(p, rows)
-        slope = None if p.case.softcap is None else 1 - (z / p.case.softcap).square()
+        z = reference.logits(hidden[rows].double(), weight, softcap=cap)
+        slope = None if cap is None else 1 - (z / cap).square()
         z = z.log_softmax(1)
         prob = z.exp()
         dz = (-g_logp[rows, None] * prob).scatter_add_(1, targets[rows, None], g_logp[rows, None])

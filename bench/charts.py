@@ -2,19 +2,12 @@
 
 import itertools
 
+from matplotlib.figure import Figure
+
 COLOURS = (
     "tab:red", "tab:orange", "gold", "black", "grey", "tab:blue", "tab:green", "tab:olive", "tab:cyan", "tab:purple",
     "tab:brown", "tab:pink", "navy",
 )  # fmt: skip
-
-
-def pyplot():
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
 
 
 def colour(entry):
@@ -28,22 +21,19 @@ def where(rows):
     return f"{rows[0]['device']}, torch {rows[0]['torch']}, {rows[0]['date'][:10]}"
 
 
-def save(plt, figure, path, rows):
+def save(figure, path, rows):
     figure.text(0.995, 0.002, where(rows), ha="right", va="bottom", fontsize=7, color="grey")
     figure.savefig(path, dpi=110)
-    plt.close(figure)
     return path
 
 
 def stacked_bars(rows, path, label):
     """Forward and backward of every entry, one panel a case."""
-    plt = pyplot()
     titles = list(dict.fromkeys(r["title"] for r in rows))
     columns = min(3, len(titles))
     lines = -(-len(titles) // columns)
-    figure, axes = plt.subplots(
-        lines, columns, figsize=(6.2 * columns, 3.6 * lines), layout="constrained", squeeze=False
-    )
+    figure = Figure(figsize=(6.2 * columns, 3.6 * lines), layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False)
     for axis in axes.flat[len(titles) :]:
         axis.remove()
     for axis, title in zip(axes.flat, titles):
@@ -62,13 +52,13 @@ def stacked_bars(rows, path, label):
         axis.set_title(title, fontsize=8)
         axis.set_xlabel(f"{label} (dotted: the floor)", fontsize=8)
         axis.tick_params(labelsize=8)
-    return save(plt, figure, path, rows)
+    return save(figure, path, rows)
 
 
 def lines(rows, x, y, label, path):
     """y over x, a line an entry, bars from the fastest to the slowest repeat."""
-    plt = pyplot()
-    figure, axis = plt.subplots(figsize=(7.5, 4.8), layout="constrained")
+    figure = Figure(figsize=(7.5, 4.8), layout="constrained")
+    axis = figure.subplots()
     for entry in dict.fromkeys(r["entry"] for r in rows):
         mine = sorted((r for r in rows if r["entry"] == entry), key=lambda r: r[x])
         xs, ys = [r[x] for r in mine], [r[y] for r in mine]
@@ -85,14 +75,14 @@ def lines(rows, x, y, label, path):
     axis.set_yscale("log")
     axis.grid(alpha=0.3, which="both")
     axis.legend(fontsize=7, ncols=2)
-    return save(plt, figure, path, rows)
+    return save(figure, path, rows)
 
 
 def grid(rows, x, y, path, label="forward and backward, bare logits GEMMs"):
     """Grouped bars: y for every value of x and every entry."""
-    plt = pyplot()
     values, names = (list(dict.fromkeys(r[k] for r in rows)) for k in (x, "entry"))
-    figure, axis = plt.subplots(figsize=(max(7, 1.1 * len(values)), 4.6), layout="constrained")
+    figure = Figure(figsize=(max(7, 1.1 * len(values)), 4.6), layout="constrained")
+    axis = figure.subplots()
     width = 0.85 / len(names)
     for i, name in enumerate(names):
         mine = {r[x]: r[y] for r in rows if r["entry"] == name}
@@ -101,14 +91,14 @@ def grid(rows, x, y, path, label="forward and backward, bare logits GEMMs"):
     axis.set_xticks([k + 0.4 for k in range(len(values))], values, rotation=30, ha="right", fontsize=8)
     axis.set(ylabel=label)
     axis.legend(fontsize=7, ncols=3)
-    return save(plt, figure, path, rows)
+    return save(figure, path, rows)
 
 
 def bars(rows, y, label, path, log=False):
     """One panel a title, a bar an entry."""
-    plt = pyplot()
     panels = [(t, list(g)) for t, g in itertools.groupby(sorted(rows, key=lambda r: r["title"]), lambda r: r["title"])]
-    figure, axes = plt.subplots(1, len(panels), figsize=(6 * len(panels), 3.8), layout="constrained", squeeze=False)
+    figure = Figure(figsize=(6 * len(panels), 3.8), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)
     for axis, (title, mine) in zip(axes[0], panels):
         axis.barh([r["entry"] for r in mine], [r[y] for r in mine], color=[colour(r["entry"]) for r in mine])
         if log:
@@ -117,4 +107,4 @@ def bars(rows, y, label, path, log=False):
         axis.set_title(title, fontsize=8)
         axis.set_xlabel(label, fontsize=8)
         axis.tick_params(labelsize=8)
-    return save(plt, figure, path, rows)
+    return save(figure, path, rows)

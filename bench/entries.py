@@ -13,11 +13,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from bench.cases import Problem
+from bench.cases import OBJECTIVES, Problem
 from fastgrpo import backends, grpo_loss, linear_logprobs
 from fastgrpo import loss as loss_module
-
-LIGER_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
 
 
 @dataclass(frozen=True)
@@ -130,8 +128,6 @@ def trl(p, entropy):
 
 def liger_lacks(case):
     """Why Liger's two GRPO losses cannot express the objective of a case."""
-    from bench.cases import OBJECTIVES
-
     options = OBJECTIVES[case.objective]
     lacking = {"dual_clip", "divergence_mask", "entropy_coef", "top_entropy_quantile"} & set(options)
     level = options.get("importance_sampling_level", "token")
@@ -204,11 +200,11 @@ def verl(p, entropy):
     return linear_cross_entropy(*p.flat, 1.0, "none", None)
 
 
-def ours_logprobs(backward, hint=True):
+def ours_logprobs(backward):
     def run(p, entropy):
         out = linear_logprobs(
             p.hidden, p.weight, p.targets, softcap=p.case.softcap, return_entropy=entropy,
-            old_logprobs=p.old if hint else None, backward=backward,
+            old_logprobs=p.old, backward=backward,
         )  # fmt: skip
         return out.logprobs, out.entropy
 
@@ -232,14 +228,13 @@ def ours(backward, passes):
     )  # fmt: skip
 
 
-FULL = "full logits"
 ENTRIES = {
     e.name: e
     for e in (
         ours("certified", (1, 0.2, 0.15)),  # measured share of the cells kept on the RL profile: 4 to 12 %
         ours("auto", (1, 0.4, 0.3)),
         ours("exact", (1, 3, 2)),
-        Entry(FULL, "torch", full_logits, softcap=True, entropy=True, trips=8),
+        Entry("full logits", "torch", full_logits, softcap=True, entropy=True, trips=8),
         Entry(
             "full logits, torch.compile", "torch", lambda p, e: compiled()(p, e), softcap=True, entropy=True, trips=5
         ),

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from matplotlib.figure import Figure
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from bench.__main__ import RESULTS
@@ -126,12 +127,8 @@ def measure(entries, rounds):
 
 
 def plot(rows, path):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(6.4, 2.8), layout="constrained")
+    figure = Figure(figsize=(6.4, 2.8), layout="constrained")
+    axis = figure.subplots()
     axis.barh(
         [r["entry"] for r in rows], [r["seconds"] for r in rows], color=[f"C{'TRL' in r['entry']:d}" for r in rows]
     )
@@ -139,7 +136,6 @@ def plot(rows, path):
     axis.invert_yaxis()
     axis.set(xlabel="seconds a learner step", title="half of the groups without advantage, lengths 10 % ... 100 %")
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def main():
@@ -173,7 +169,7 @@ def main():
             sys.exit(f"the gradients differ: {errors}")
         medians = measure(entries, options.rounds)
     best = min(seconds for name, seconds in medians.items() if "TRL" in name)
-    about = {**machine("cpu", " ".join(["python -m bench.learner", *sys.argv[1:]]))}
+    about = machine("cpu", " ".join(["python -m bench.learner", *sys.argv[1:]]))
     sizes = {k: getattr(options, k) for k in ("groups", "longest", "vocabulary", "width", "layers", "rounds")}
     rows = [
         {**about, **sizes, "entry": name, "seconds": seconds, "times_faster_than_trl": best / seconds,

@@ -164,7 +164,7 @@ def errors(entry, p, want):
     return row
 
 
-def peak_cuda(function, device="cuda"):
+def peak_cuda(function):
     """MiB that a call takes at most beyond what was allocated before, and what it returned."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -186,10 +186,6 @@ def peak_cpu(function):
     return status("VmHWM") - before - kept / MIB
 
 
-def peak(function, device):
-    return peak_cuda(function) if device == "cuda" else peak_cpu(function)
-
-
 def step(entry, p):
     return gradients(entry.run_loss(p), p)
 
@@ -204,8 +200,13 @@ def peaks_cpu(names, jobs):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "jobs.pt"
         torch.save([(asdict(case), data) for case, data in jobs], path)
-        with ThreadPoolExecutor(os.cpu_count()) as pool:  # memory, not time: they may run side by side
-            return dict(zip(names, pool.map(lambda name: child_process("peaks", name, str(path)), names)))
+        return dict(zip(names, children([("peaks", name, path) for name in names])))
+
+
+def children(calls):
+    """The results of ``child_process`` for each tuple of arguments: of memory, not time, so they run side by side."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(lambda arguments: child_process(*arguments), calls))
 
 
 def child_process(*arguments):

@@ -2,6 +2,9 @@
 
 import torch
 
+from fastgrpo import reference
+
+CHUNK = 256  # rows whose logits are held at once
 FAVOURED_BELOW, BASE = 0.7, 2.0  # rows under 0.7 nats: a 2-nat distribution and one favourite on top of it
 
 
@@ -73,6 +76,23 @@ def shaped(hidden, weight, wanted, generator):
     return scale, with_favourites(hidden * scale, weight, wanted, generator) - hidden * scale
 
 
+def sample(hidden, weight, generator, softcap=None):
+    """(n, D), (V, D) -> targets drawn from the model (n,) and their log-probs (n,), a chunk of rows at a time."""
+    targets = torch.empty(len(hidden), dtype=torch.int64, device=hidden.device)
+    logp = torch.empty(len(hidden), device=hidden.device)
+    for rows in torch.arange(len(hidden), device=hidden.device).split(CHUNK):
+        z = floored(reference.logits(hidden[rows], weight, softcap=softcap)).log_softmax(1)
+        targets[rows] = torch.multinomial(z.exp(), 1, generator=generator)[:, 0]
+        logp[rows] = z.gather(1, targets[rows, None])[:, 0]
+    return targets, logp
+
+
+def drifted(logp, generator, drift):
+    """Log-probs of a policy near this one: each off by a normal share ``drift`` of itself."""
+    noise = torch.randn(len(logp), generator=generator, device=logp.device)
+    return (logp * (1 + drift * noise)).clamp(max=0.0)
+
+
 def problem(
     n, vocab, depth, profile="rl", dtype=torch.float32, device="cpu", seed=0, drift=0.05, shared=0.4, softcap=None
 ):
@@ -92,17 +112,12 @@ def problem(
     weight += 0.3 * normal(1, depth) / depth**0.5
     hidden = shared**0.5 * normal(1, depth) + (1 - shared) ** 0.5 * normal(n, depth)
     wanted = rl_entropies(n, g)
-    targets = torch.empty(n, dtype=torch.int64, device=device)
-    logp = torch.empty(n, device=device)
-    for rows in torch.arange(n, device=device).split(256):
-        if profile != "flat":
+    if profile != "flat":
+        for rows in torch.arange(n, device=device).split(CHUNK):
             scale, offset = shaped(hidden[rows], weight, wanted[rows], g)
             hidden[rows] = hidden[rows] * scale + offset
-        z = hidden[rows] @ weight.T
-        z = floored(z if softcap is None else softcap * (z / softcap).tanh()).log_softmax(1)
-        targets[rows] = torch.multinomial(z.exp(), 1, generator=g)[:, 0]
-        logp[rows] = z.gather(1, targets[rows, None])[:, 0]
+    targets, logp = sample(hidden, weight, g, softcap)
     return {
         "hidden": hidden.to(dtype), "weight": weight.to(dtype), "targets": targets,
-        "old_logprobs": (logp * (1 + drift * normal(n))).clamp(max=0.0), "upstream": normal(n) / n,
+        "old_logprobs": drifted(logp, g, drift), "upstream": normal(n) / n,
     }  # fmt: skip

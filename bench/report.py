@@ -127,9 +127,11 @@ def main(argv=None):
     options = parser.parse_args(argv)
     path = ROOT / "README.md"
     text = rebuilt(path.read_text(), ROOT / "bench/results")
-    if options.check:
-        return print("README.md is not what python -m bench report writes") or 1 if text != path.read_text() else 0
-    path.write_text(text)
+    if not options.check:
+        path.write_text(text)
+    elif text != path.read_text():
+        print("README.md is not what python -m bench report writes")
+        return 1
     return 0
 
 

@@ -6,7 +6,6 @@ from bench import charts as draw
 from bench import measure
 from bench.cases import Case, problem, tensors, truth
 
-TITLE = "accuracy"
 RATIO = (0.9, 1.1)  # a token outside it by rounding alone looks like a policy that moved
 
 

@@ -7,8 +7,6 @@ the card. Every row says which. The CUDA context, some 0.5 GB of a card, is not 
 
 import functools
 import itertools
-import os
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy
@@ -21,8 +19,8 @@ from bench.entries import ENTRIES
 from bench.shapes import SHAPES, Shape, build_model
 from bench.suites.step import LORA_RANK
 from fastgrpo import GRPOLossConfig
+from fastgrpo.integrations.transformers import causal_lm
 
-TITLE = "fit"
 CARDS = (8, 12, 16, 24, 32, 80)  # GiB
 GIB = 2**30
 PROMPT, COMPLETION = 256, 1024  # tokens of a sequence of the token batch
@@ -103,10 +101,7 @@ class Computed:
 
     def __call__(self, plan, entries, show, options):
         show.status(f"fit: {plan.shape}: peak memory of the decoder")
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            found = list(
-                pool.map(lambda point: measure.child_process("suite", "fit", plan.shape, *point), DECODER_POINTS)
-            )
+        found = measure.children([("suite", "fit", plan.shape, *point) for point in DECODER_POINTS])
         decoder, static = fit_decoder(found), static_bytes(plan)
         case, layers = plan.case, SHAPES[plan.shape].layers
         rows = []
@@ -168,7 +163,7 @@ def child(name, tokens, layers):
     wide = SHAPES[name]
     shape = Shape(**{**vars(wide), "vocab": 1024})  # the embedding is counted with the weights
     model = build_model(shape, torch.bfloat16, "cpu", int(layers), LORA_RANK)
-    decoder = model.get_base_model().get_decoder()
+    decoder = causal_lm(model).get_decoder()
 
     def step(count):
         states = decoder(input_ids=torch.randint(0, 1024, (1, count))).last_hidden_state
@@ -200,7 +195,7 @@ class Trainee:
         self.plan, shape = plan, SHAPES[plan.shape]
         rank = LORA_RANK if plan.tuning == "lora" else None
         self.model = build_model(shape, torch.bfloat16, "cuda", lora_rank=rank)
-        causal = self.model.get_base_model() if rank else self.model
+        causal = causal_lm(self.model)
         self.decoder, self.weight = causal.get_decoder(), causal.get_output_embeddings().weight
         self.optimizer = torch.optim.AdamW((p for p in self.model.parameters() if p.requires_grad), lr=0.0)
 

@@ -6,7 +6,6 @@ from dataclasses import replace
 from bench import measure, stages
 from bench.cases import OBJECTIVES, SEQUENCES, Case, problem, tensors, truth
 
-TITLE = "loss head"
 SKIPPING = 0.5  # share of the sequences with advantage 0 in the case that shows what skipping them saves
 
 

@@ -1,8 +1,6 @@
 """A whole learner step of a transformers model of a named shape: forward, loss head, backward, optimiser."""
 
-import os
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -14,8 +12,8 @@ from bench import measure, profiles
 from bench.cases import DTYPES, SEQUENCES, Case, problem, truth
 from bench.entries import ENTRIES
 from bench.shapes import SHAPES, build_model
+from fastgrpo.integrations.transformers import causal_lm
 
-TITLE = "learner step"
 LORA_RANK = 16
 
 
@@ -67,7 +65,7 @@ class Learner:
         rank = LORA_RANK if run.tuning == "lora" else None
         self.run = run
         self.model = build_model(shape, DTYPES[run.dtype], device, lora_rank=rank)
-        causal = self.model.get_base_model() if rank else self.model
+        causal = causal_lm(self.model)
         self.decoder, self.weight = causal.get_decoder(), causal.get_output_embeddings().weight
         trained = [p for p in self.model.parameters() if p.requires_grad]
         # rate 0: every entry sees the same weights, at the cost of a real step
@@ -92,21 +90,14 @@ class Learner:
             wanted, weight = profiles.rl_entropies(case.N, g), self.weight.detach().float()
             parts = [
                 profiles.shaped(x, weight, w, g)
-                for x, w in zip(hidden.float().flatten(0, 1).split(256), wanted.split(256))
+                for x, w in zip(hidden.float().flatten(0, 1).split(profiles.CHUNK), wanted.split(profiles.CHUNK))
             ]
             self.factor, self.offset = (
                 torch.cat(x).to(hidden.dtype).unflatten(0, hidden.shape[:2]) for x in zip(*parts)
             )
             states = self.states().flatten(0, 1)
-            logp = torch.empty(case.N, device=device)
-            targets = torch.empty(case.N, dtype=torch.int64, device=device)
-            for rows in torch.arange(case.N, device=device).split(256):
-                z = states[rows].float() @ weight.T
-                z = z if case.softcap is None else case.softcap * (z / case.softcap).tanh()
-                z = profiles.floored(z).log_softmax(1)
-                targets[rows] = torch.multinomial(z.exp(), 1, generator=g)[:, 0]
-                logp[rows] = z.gather(1, targets[rows, None])[:, 0]
-        old = (logp * (1 + 0.05 * torch.randn(case.N, generator=g, device=device))).clamp(max=0.0)
+            targets, logp = profiles.sample(states.float(), weight, g, case.softcap)
+        old = profiles.drifted(logp, g, 0.05)
         advantages = torch.randn(SEQUENCES, generator=g, device=device)
         self.data = {"hidden": states, "targets": targets, "old_logprobs": old, "ref": old, "advantages": advantages}
 
@@ -179,12 +170,12 @@ def run_one(what, options, show):
 def add_memory(rows, learner):
     """Peak resident memory of a step in a fresh process an entry."""
     good = [r for r in rows if "step_seconds" in r]
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
+    with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "learner.pt"
         torch.save((asdict(learner.run), (learner.factor, learner.offset, learner.data)), path)
-        found = pool.map(lambda r: measure.child_process("suite", "step", path, r["entry"]), good)
-        for row, mib in zip(good, found):
-            row["peak_mib"] = mib
+        found = measure.children([("suite", "step", path, r["entry"]) for r in good])
+    for row, mib in zip(good, found):
+        row["peak_mib"] = mib
 
 
 def child(path, name):

@@ -9,6 +9,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import GenerationConfig, LogitsProcessor, RepetitionPenaltyLogitsProcessor
 
 from fastgrpo.checks import Checked, Count, CountOr0, Fraction, Positive, Share
+from fastgrpo.integrations.transformers import causal_lm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +54,7 @@ class Recorder(LogitsProcessor):
 def generating(model):
     """Yields the bare causal LM: in evaluation mode, without the checkpoint's own sampling defaults, and whole under
     FSDP2, so that a token costs no communication and ranks may differ in length. Afterwards the model is as it was."""
-    bare = extract_model_from_parallel(model)
-    bare = bare.get_base_model() if hasattr(bare, "peft_config") else bare
+    bare = causal_lm(extract_model_from_parallel(model))
     modes = [(module, module.training) for module in model.modules()]
     shards = [module for module in model.modules() if isinstance(module, FSDPModule)]
     defaults, bare.generation_config = bare.generation_config, GenerationConfig()
