@@ -12,6 +12,7 @@ import importlib.util
 
 import pytest
 
+pytest_plugins = ["works"]
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 if HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1":
     import interpreter

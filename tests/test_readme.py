@@ -5,13 +5,19 @@ from pathlib import Path
 
 import pytest
 
-README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
-EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+TESTS = Path(__file__).resolve().parent
+README = (TESTS.parent / "README.md").read_text()
+
+
+def example(heading, language="python"):
+    """The first code block under a heading."""
+    section = re.search(rf"^##+ {re.escape(heading)}\n(.*?)(?=^##+ |\Z)", README, re.DOTALL | re.MULTILINE)[1]
+    return re.search(rf"```{language}\n(.*?)```", section, re.DOTALL)[1]
 
 
 def test_op_example(capsys):
     scope = {}
-    exec(compile(EXAMPLES[0], "README.md", "exec"), scope)
+    exec(compile(example("Drop in"), "README.md", "exec"), scope)
     assert scope["hidden"].grad.abs().sum() > 0
     assert "active_tokens" in capsys.readouterr().out
 
@@ -26,7 +32,7 @@ def test_trainer_example(tmp_path, monkeypatch):
     model, tokenizer = trainer_job.make_model()
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    code = EXAMPLES[1].replace("path/to/model", str(tmp_path / "model")).replace("max_steps=100", "max_steps=3")
+    code = example("Train").replace("path/to/model", str(tmp_path / "model")).replace("max_steps=100", "max_steps=3")
     assert code.count("\n") <= 12
     exec(compile(code, "README.md", "exec"), {})
     assert len(trainer_job.log_rows(tmp_path / "runs/sums")) == 3
@@ -38,10 +44,19 @@ def test_yaml_example(tmp_path):
     pytest.importorskip("bitsandbytes")
     from fastgrpo.trainer.config import load_config
 
-    (tmp_path / "job.yaml").write_text(re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)[0])
+    (tmp_path / "job.yaml").write_text(example("Train", "yaml"))
     job, config = load_config(tmp_path / "job.yaml", {"beta": 0.04, "resume": True, "optim": "adamw_8bit"})
     assert job["model"] == "path/to/model"
     assert config.beta == 0.04
+
+
+def test_every_line_of_what_works_is_a_test():
+    """The versions are checked where the tests end (works.py); a line that no test stands for is found here."""
+    import works
+
+    claims = re.findall(r"works\(\s*\"([^\"]+)\",\s*\"([^\"]+)\"", "".join(p.read_text() for p in TESTS.glob("*.py")))
+    lines = works.split(README)[1].splitlines()[2:]
+    assert [text for text in lines if tuple(cell.strip() for cell in text.split("|")[1:3]) not in claims] == []
 
 
 def test_every_figure_comes_from_the_results():
