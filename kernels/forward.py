@@ -155,7 +155,8 @@ def combine_kernel(
     rows_ptr,  # (N,)
     count_ptr,  # (1,)
     dropped_ptr,  # (N,) out, in the order of rows: probability outside the flags; None: not certified
-    stats_ptr,  # (5, N): log-prob, peak, log-sum-exp - peak, 1 - p, entropy
+    merged_ptr,  # (4, N) out: the runs merged but not combined, see HeadProblem.new_partials; None: combine
+    stats_ptr,  # (5, N) out: log-prob, peak, log-sum-exp - peak, 1 - p, entropy; None where merged_ptr is given
     N,
     V,
     runs,
@@ -192,22 +193,29 @@ def combine_kernel(
 
     label_z = tl.where(label_z < ABSENT, -float("inf"), label_z)
     label_z = tl.where((label >= 0) & (label < V), label_z, float("nan"))
-    log_total = tl.log(total)
-    gap = log_total + (peak - label_z)
-    logp = -softplus(gap)
-    other_mass = tl.sigmoid(gap)
-    offset = tl.where(total == 0, label_z - peak, log_total + softplus(-gap))
-    rest = tl.where(other_mass > 0, other_mass * (softplus(-gap) + log_total + spread / total), other_mass)
-    own = tl.where(logp > -float("inf"), -tl.exp(logp) * logp, 0.0)
-    out = stats_ptr + rows
-    tl.store(out, logp, mask=mask_n)
     n = tl.cast(N, tl.int64)
-    tl.store(out + n, peak, mask=mask_n)
-    tl.store(out + 2 * n, offset, mask=mask_n)
-    tl.store(out + 3 * n, other_mass, mask=mask_n)
-    tl.store(out + 4 * n, own + rest, mask=mask_n)
-    if dropped_ptr is not None:
-        tl.store(dropped_ptr + offs_n, tl.where(total == 0, 0.0, dropped / total * other_mass), mask=mask_n)
+    if merged_ptr is not None:
+        out = merged_ptr + rows
+        tl.store(out, peak, mask=mask_n)
+        tl.store(out + n, total, mask=mask_n)
+        tl.store(out + 2 * n, spread, mask=mask_n)
+        tl.store(out + 3 * n, label_z, mask=mask_n)
+    else:
+        log_total = tl.log(total)
+        gap = log_total + (peak - label_z)
+        logp = -softplus(gap)
+        other_mass = tl.sigmoid(gap)
+        offset = tl.where(total == 0, label_z - peak, log_total + softplus(-gap))
+        rest = tl.where(other_mass > 0, other_mass * (softplus(-gap) + log_total + spread / total), other_mass)
+        own = tl.where(logp > -float("inf"), -tl.exp(logp) * logp, 0.0)
+        out = stats_ptr + rows
+        tl.store(out, logp, mask=mask_n)
+        tl.store(out + n, peak, mask=mask_n)
+        tl.store(out + 2 * n, offset, mask=mask_n)
+        tl.store(out + 3 * n, other_mass, mask=mask_n)
+        tl.store(out + 4 * n, own + rest, mask=mask_n)
+        if dropped_ptr is not None:
+            tl.store(dropped_ptr + offs_n, tl.where(total == 0, 0.0, dropped / total * other_mass), mask=mask_n)
 
 
 def logit_arguments(problem):
@@ -233,7 +241,16 @@ def vocabulary_runs(blocks, columns, block_v, device):
 
 def forward(problem: HeadProblem):
     """(5, N) statistics of every counted row; launches two kernels and never waits for them."""
-    return run_forward(problem, *compact_rows(problem.targets != IGNORE), None, None, None)
+    stats = problem.new_stats(torch.float32)
+    run_forward(problem, *compact_rows(problem.targets != IGNORE), stats=stats)
+    return stats
+
+
+def partial_forward(problem: HeadProblem):
+    """(4, N) of :meth:`HeadProblem.new_partials`: what is still to be combined."""
+    merged = problem.new_partials(torch.float32)
+    run_forward(problem, *compact_rows(problem.targets != IGNORE), merged=merged)
+    return merged
 
 
 def certified_forward(problem: HeadProblem, hint):
@@ -251,7 +268,8 @@ def certified_forward(problem: HeadProblem, hint):
     block = forward_tile(problem, certified=True).rows
     flags = torch.zeros(triton.cdiv(n, block), vocab, dtype=torch.uint8, device=device)
     dropped = torch.zeros(n, dtype=torch.float32, device=device)
-    stats = run_forward(problem, rows, count, hint, flags, dropped)
+    stats = problem.new_stats(torch.float32)
+    run_forward(problem, rows, count, hint, flags, dropped, stats=stats)
     dropped = distrust(dropped, stats[0, rows], None if hint is None else hint[rows])
     return stats, Certificate(rows, flags.view(torch.bool), dropped, block)
 
@@ -262,11 +280,11 @@ def forward_tile(problem, certified):
     return tiles.for_tensor(name, problem.params.compute_dtype, problem.hidden.device)
 
 
-def run_forward(problem, rows, count, hint, flags, dropped):
+def run_forward(problem, rows, count, hint=None, flags=None, dropped=None, merged=None, stats=None):
+    """Both kernels, into ``merged`` (4, N) or ``stats`` (5, N)."""
     n, vocab, depth = problem.sizes
-    stats = problem.new_stats(torch.float32)
     if n == 0:
-        return stats
+        return
     device = problem.hidden.device
     tile = forward_tile(problem, certified=flags is not None)
     blocks = triton.cdiv(n, tile.rows)
@@ -308,10 +326,10 @@ def run_forward(problem, rows, count, hint, flags, dropped):
         rows_ptr=rows,
         count_ptr=count,
         dropped_ptr=dropped,
+        merged_ptr=merged,
         stats_ptr=stats,
         N=n,
         V=vocab,
         runs=runs,
         BLOCK=tiles.COMBINE_BLOCK,
     )
-    return stats

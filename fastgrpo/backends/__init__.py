@@ -1,4 +1,5 @@
-"""Two backends behind one interface: ``forward(problem)``, ``backward(...)``, ``objective(...)``."""
+"""Two backends behind one interface: ``forward(problem)``, ``partial_forward(problem)`` (what ``forward`` combines),
+``certified_forward(...)``, ``backward(...)``, ``objective(...)``."""
 
 import importlib
 import os

@@ -42,6 +42,14 @@ class HeadProblem:
         logits of any size keep their accuracy), 1 - p of the label, entropy."""
         return torch.zeros(5, self.targets.numel(), dtype=dtype, device=self.hidden.device)
 
+    def new_partials(self, dtype):
+        """(4, N): peak, sum of exp(z - peak) and of exp(z - peak) * (peak - z) over the columns that are not the label
+        (the last only with ``params.entropy``), here those of no column; the label's logit, NaN where it has none."""
+        partials = self.new_stats(dtype)[:4]
+        partials[0].fill_(FLOOR)
+        partials[3].fill_(torch.nan)
+        return partials
+
 
 @dataclass(frozen=True)
 class Tiling:

@@ -8,7 +8,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from fastgrpo.backends.problem import ABSENT, FLOOR, NOTHING, plan_tiles, row_scale
+from fastgrpo.backends.problem import ABSENT, NOTHING, plan_tiles, row_scale
 from fastgrpo.inputs import IGNORE, accumulator_dtype
 from fastgrpo.objective import token_objective
 
@@ -90,17 +90,31 @@ def tiling(problem, rows, buffers):
 
 def forward(problem):
     """Per-row statistics: see :meth:`HeadProblem.new_stats`."""
+    stats = problem.new_stats(accumulator_dtype(problem.hidden))
+    rows, running, label = fold_vocabulary(problem)
+    stats[:, rows] = combine(running, label)
+    return stats
+
+
+def partial_forward(problem):
+    """What :func:`combine` needs, not yet combined: see :meth:`HeadProblem.new_partials`."""
+    partials = problem.new_partials(accumulator_dtype(problem.hidden))
+    rows, running, label = fold_vocabulary(problem)
+    partials[:, rows] = torch.cat((running, label[None]))
+    return partials
+
+
+def fold_vocabulary(problem):
+    """-> counted rows (n,); (3, n) peak, sum of exp, sum of exp * (peak - z), all without the label; (n,) its logit."""
     reader = Reader(problem)
-    stats = problem.new_stats(reader.accumulate)
     rows = (problem.targets != IGNORE).nonzero().squeeze(1)
     n, (_, vocab, _) = rows.numel(), problem.sizes
+    running = problem.new_partials(reader.accumulate)[:3, rows]
+    label = running.new_full((n,), torch.nan)  # stays NaN where no column is the label
     if n == 0:
-        return stats
+        return rows, running, label
     tile = tiling(problem, n, buffers=2 if problem.params.entropy else 1)
-    running = stats.new_zeros(3, n)  # max, sum of exp, sum of exp * (max - z), all without the label
-    running[0] = FLOOR
-    label = stats.new_full((n,), torch.nan)  # stays NaN where no column is the label
-    buffer = stats.new_empty(min(tile.rows, n), min(tile.cols, vocab))
+    buffer = running.new_empty(min(tile.rows, n), min(tile.cols, vocab))
     for v in range(0, vocab, tile.cols):
         weight = reader.cast(problem.weight[v : v + tile.cols])
         bias = None if problem.bias is None else problem.bias[v : v + tile.cols]
@@ -110,8 +124,7 @@ def forward(problem):
             z, _ = transformed(problem, z, bias, row_inverse_temperature(problem, index))
             part = slice(r, r + tile.rows)
             fold_tile(z, problem.targets[index] - v, running[:, part], label[part], problem.params.entropy)
-    stats[:, rows] = combine(running, label)
-    return stats
+    return rows, running, label
 
 
 def certified_forward(problem, hint):

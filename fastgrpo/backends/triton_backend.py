@@ -19,6 +19,11 @@ def forward(problem):
         return _forward.forward(problem)
 
 
+def partial_forward(problem):
+    with on_device(problem.hidden):
+        return _forward.partial_forward(problem)
+
+
 def certified_forward(problem, hint):
     with on_device(problem.hidden):
         return _forward.certified_forward(problem, hint)
