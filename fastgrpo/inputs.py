@@ -40,6 +40,14 @@ def check_tensor(name, value, device=None, floating=None):
         raise ValueError(f"{name} must be an integer tensor, got {value.dtype}")
 
 
+def check_whole(name, value):
+    if type(value).__name__ == "DTensor":
+        raise ValueError(
+            f"{name} must be a whole plain tensor, got a DTensor: call the op inside lm_head's forward, where "
+            "FSDP2 has unsharded it (full_tensor() would leave its gradient unreduced)"
+        )
+
+
 def check_head(hidden, weight, targets, bias):
     """Shapes, dtypes and devices of the projection; raises before anything runs."""
     check_tensor("hidden", hidden)
@@ -49,11 +57,7 @@ def check_head(hidden, weight, targets, bias):
         raise ValueError(f"hidden must be (N, D) or (B, T, D), got shape {tuple(hidden.shape)}")
     check_tensor("weight", weight, hidden.device)
     for name, value in (("hidden", hidden), ("weight", weight), ("bias", bias)):
-        if type(value).__name__ == "DTensor":
-            raise ValueError(
-                f"{name} must be a whole plain tensor, got a DTensor: call the op inside lm_head's forward, where "
-                "FSDP2 has unsharded it (full_tensor() would leave its gradient unreduced)"
-            )
+        check_whole(name, value)
     if weight.dtype not in DTYPES:
         raise ValueError(f"weight must be float32, bfloat16, float16 or float64, got {weight.dtype}")
     if (weight.dtype == torch.float64) != (hidden.dtype == torch.float64):

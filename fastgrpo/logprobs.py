@@ -6,6 +6,8 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from fastgrpo import backends, inputs
+from fastgrpo import lora as low_rank
+from fastgrpo import support as kept
 from fastgrpo.backends import certified
 from fastgrpo.backends.problem import HeadParams, HeadProblem
 
@@ -23,36 +25,53 @@ class LogProbs(NamedTuple):
 
 class LinearLogProbs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, temperature, hint, params):
+    def forward(ctx, hidden, weight, bias, lora_a, lora_b, targets, temperature, hint, support, params):
         ctx.set_materialize_grads(False)
         backend = backends.load(params.backend)
-        problem = HeadProblem(hidden, weight, bias, targets, temperature, params)
-        ctx.params, ctx.block, certificate = params, None, ()
+        ctx.params, ctx.block, ctx.supported, certificate = params, None, support is not None, ()
         with torch.autocast(hidden.device.type, enabled=False):
-            if params.tolerance is None:
+            low = None if lora_a is None else low_rank.project(hidden, lora_a, params.scaling, params.compute_dtype)
+            problem = HeadProblem(hidden, weight, bias, targets, temperature, params, low, lora_b)
+            if support is not None:
+                stats, *certificate = kept.forward(problem, support, backend)
+                certificate += support
+            elif params.tolerance is None:
                 stats = backend.forward(problem)
             else:
                 stats, certificate = backend.certified_forward(problem, hint)
                 ctx.block, certificate = certificate.block, certificate.tensors
-        ctx.save_for_backward(hidden, weight, bias, targets, temperature, stats, *certificate)
+        ctx.save_for_backward(lora_a, stats, hidden, weight, bias, targets, temperature, low, lora_b, *certificate)
         return stats[0].clone(), stats[4].clone() if params.entropy else None
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_logp, grad_entropy):
-        *tensors, stats = ctx.saved_tensors[:6]
-        needs = ctx.needs_input_grad[:3]
+        lora_a, stats, hidden, weight, bias, targets, temperature, low, lora_b, *certificate = ctx.saved_tensors
+        params, (*needs, needs_a, needs_b) = ctx.params, ctx.needs_input_grad[:5]
         if grad_logp is None and grad_entropy is None:
-            return (None,) * 7
+            return (None,) * 10
+        if low is not None:
+            needs += [needs[0] or needs_a, needs_b]
         grad_logp = torch.zeros_like(stats[0]) if grad_logp is None else grad_logp
         with torch.autocast(stats.device.type, enabled=False):
-            problem = HeadProblem(*tensors, ctx.params)
-            if ctx.block is not None and grad_entropy is None:
-                certificate = certified.Certificate(*ctx.saved_tensors[6:], ctx.block)
+            problem = HeadProblem(hidden, weight, bias, targets, temperature, params, low, lora_b)
+            if ctx.supported:
+                raw, *support = certificate
+                support, backend = kept.Support(*support), backends.load(params.backend)
+                grads = kept.backward(problem, support, backend, stats, raw, grad_logp, grad_entropy, needs)
+            elif ctx.block is not None and grad_entropy is None:
+                certificate = certified.Certificate(*certificate, ctx.block)
                 grads = certified.backward(problem, stats, certificate, grad_logp, needs)
             else:  # the certificate does not speak of the entropy
-                grads = backends.load(ctx.params.backend).backward(problem, stats, grad_logp, grad_entropy, needs)
-        return *grads, None, None, None, None
+                grads = backends.load(params.backend).backward(problem, stats, grad_logp, grad_entropy, needs)
+            d_a = d_b = None
+            if low is not None:
+                *grads, d_low, d_b = grads
+                if d_low is not None:
+                    d_a = low_rank.gradients(
+                        hidden, lora_a, params.scaling, params.compute_dtype, d_low, grads[0], needs_a
+                    )
+        return *grads, d_a, d_b, None, None, None, None, None
 
 
 def linear_logprobs(
@@ -65,6 +84,8 @@ def linear_logprobs(
     softcap=None,
     logit_scale=1.0,
     return_entropy=False,
+    lora=None,
+    support=None,
     old_logprobs=None,
     backend="auto",
     backward="auto",
@@ -84,6 +105,12 @@ def linear_logprobs(
         softcap: tanh cap of the logits (Gemma), or None.
         logit_scale: factor on the logits before the cap (Cohere, Granite).
         return_entropy: also return the entropy of the whole distribution, in nats.
+        lora: ``(A, B, scaling)``, A (r, D) and B (V, r): the logits gain ``scaling * (hidden @ A.T) @ B.T`` before the
+            bias, in the same accumulator, with gradients to A and B. W is never merged or copied.
+        support: ``(token_ids, offsets)``, the ids each position's sampler kept (top-p, top-k), CSR: integer (K,) and
+            (N + 1,), positions in the order of the flattened targets. Log-probs and entropy are then those of the
+            distribution renormalised over the kept ids, and only these columns of the head are touched. A counted
+            target must be among its ids; a set that is not one is an error on a CPU and NaN on a GPU.
         old_logprobs: shaped like ``targets``, log-probs near the current ones (the sampler's): a hint that makes the
             certified backward faster; the result does not depend on it beyond the tolerance.
         backend: "auto" (Triton on a GPU, else torch), "triton" or "torch".
@@ -97,8 +124,9 @@ def linear_logprobs(
 
     Returns:
         ``LogProbs(logprobs, entropy)``: float32 (float64 for float64 input), shaped like ``targets``, 0 where ignored;
-        both differentiable in hidden, weight and bias, once. ``entropy`` is None unless asked for. Accurate to the
-        accumulator as p -> 1: the label is kept out of the running sum, ``logp = -softplus(lse_others - z_label)``.
+        both differentiable in hidden, weight, bias and LoRA's A and B, once. ``entropy`` is None unless asked for.
+        Accurate to the accumulator as p -> 1: the label is kept out of the running sum, ``logp = -softplus(lse_others
+        - z_label)``.
 
     Raises:
         ValueError, TypeError: a bad argument, named, with what was expected and what came, before anything runs.
@@ -117,8 +145,12 @@ def linear_logprobs(
     if tolerance is not None:
         inputs.check_scalar("tolerance", tolerance)
     inputs.check_choice("backward", backward, inputs.BACKWARDS)
+    if support is not None:
+        support, backward = kept.checked(support, targets, weight.shape[0]), "exact"
+    lora_a, lora_b, scaling = (None, None, 1.0) if lora is None else low_rank.checked(lora, hidden, weight)
     compute = compute_dtype(hidden, weight)
-    with_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
+    differentiable = [x for x in (hidden, weight, bias, lora_a, lora_b) if x is not None]
+    with_grad = torch.is_grad_enabled() and any(x.requires_grad for x in differentiable)
     params = HeadParams(
         temperature=None if isinstance(temperature, torch.Tensor) else float(temperature),
         softcap=None if softcap is None else float(softcap),
@@ -127,6 +159,7 @@ def linear_logprobs(
         entropy=bool(return_entropy),
         backend=backends.choose(backend, hidden),
         workspace=int(workspace_mb * 2**20),
+        scaling=scaling,
         tolerance=certified_tolerance(backward, tolerance, compute, (targets.numel(), *weight.shape), with_grad),
     )
     if isinstance(temperature, torch.Tensor):
@@ -142,7 +175,9 @@ def linear_logprobs(
     if old_logprobs is not None and params.tolerance is not None:
         hint = torch.nan_to_num(old_logprobs.detach(), nan=0.0, neginf=-1e4).clamp(max=0.0)
         hint = hint.reshape(-1).to(inputs.accumulator_dtype(hidden)).contiguous()
-    logprobs, entropy = LinearLogProbs.apply(view, weight, bias, flat, temperature, hint, params)
+    logprobs, entropy = LinearLogProbs.apply(
+        view, weight, bias, lora_a, lora_b, flat, temperature, hint, support, params
+    )
     return LogProbs(logprobs.view(targets.shape), None if entropy is None else entropy.view(targets.shape))
 
 

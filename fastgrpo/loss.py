@@ -77,6 +77,8 @@ def grpo_loss(
     return_logprobs=True,
     tolerance=None,
     workspace_mb=128,
+    lora=None,
+    support=None,
 ):
     """The GRPO-family loss of a batch of completions, from hidden states and LM head, never holding their logits.
 
@@ -95,16 +97,16 @@ def grpo_loss(
         num_items: normaliser of dapo, cispo and vespo (ignored by the others); a number or 0-dim tensor; None: the
             counted tokens of this call.
         entropy_threshold: for ``top_entropy_quantile`` across ranks; None: the quantile of the given tokens.
-        bias, softcap, logit_scale, backend, backward, tolerance, workspace_mb: see :func:`linear_logprobs`; the hint of
-            the certified backward is ``old_logprobs``, else ``sampling_logprobs``.
+        bias, softcap, logit_scale, backend, backward, tolerance, workspace_mb, lora, support: see
+            :func:`linear_logprobs`; the hint of the certified backward is ``old_logprobs``, else ``sampling_logprobs``.
         temperature: overrides ``config.temperature``; a number or a float tensor shaped like ``targets``.
         return_logprobs: False: tokens that cannot have a gradient (advantage 0, no KL, no entropy term) skip the
             forward too; loss and gradients are the same, their ``logprobs`` and ``entropy`` are 0.
 
     Returns:
-        ``GRPOLoss``: ``loss`` 0-dim, differentiable in hidden, weight and bias; ``logprobs`` detached, like
-        ``targets``, 0 where not counted; ``entropy`` likewise (nats), or None when ``config.log_entropy`` is False and
-        the loss does not need it; ``metrics`` 0-dim tensors: sums over the measured tokens (``kl_sum``,
+        ``GRPOLoss``: ``loss`` 0-dim, differentiable in hidden, weight, bias and LoRA's A and B; ``logprobs`` detached,
+        like ``targets``, 0 where not counted; ``entropy`` likewise (nats), or None when ``config.log_entropy`` is False
+        and the loss does not need it; ``metrics`` 0-dim tensors: sums over the measured tokens (``kl_sum``,
         ``entropy_sum``, ``ratio_sum``, ``clip_low_sum``, ``clip_high_sum``, ``clip_region_sum``), ``ratio_min``,
         ``ratio_max``, and counts: ``tokens`` (the mask's), ``measured_tokens`` (fewer only without
         ``return_logprobs``), ``active_tokens`` (with a gradient), ``skipped_tokens`` (without: no backward GEMM),
@@ -131,7 +133,8 @@ def grpo_loss(
     out = linear_logprobs(
         hidden, weight, torch.where(batch.measured.view(targets.shape), targets, inputs.IGNORE), bias,
         temperature=config.temperature if temperature is None else temperature,
-        softcap=softcap, logit_scale=logit_scale, return_entropy=config.needs_entropy or config.log_entropy,
+        softcap=softcap, logit_scale=logit_scale, lora=lora, support=support,
+        return_entropy=config.needs_entropy or config.log_entropy,
         old_logprobs=sampling_logprobs if old_logprobs is None else old_logprobs, backend=backend,
         backward="exact" if config.entropy_coef != 0.0 and backward != "certified" else backward,
         tolerance=tolerance, workspace_mb=workspace_mb,

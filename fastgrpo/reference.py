@@ -22,23 +22,39 @@ def logits(hidden, weight, bias=None, temperature=1.0, softcap=None, logit_scale
 
 def linear_logprobs(
     hidden, weight, targets, bias=None, *, temperature=1.0, softcap=None, logit_scale=1.0, return_entropy=False,
-    old_logprobs=None, backend="auto", backward="auto", tolerance=None, workspace_mb=None,
+    lora=None, support=None, old_logprobs=None, backend="auto", backward="auto", tolerance=None, workspace_mb=None,
 ):  # fmt: skip
     """Same arguments and result as :func:`fastgrpo.linear_logprobs`; the last five are accepted and not used."""
     from fastgrpo.logprobs import LogProbs
 
-    logp = F.log_softmax(logits(hidden, weight, bias, temperature, softcap, logit_scale), dim=-1)
+    if lora is not None:
+        a, b, scaling = lora
+        weight = weight + scaling * b @ a
+    z = logits(hidden, weight, bias, temperature, softcap, logit_scale)
+    if support is not None:
+        z = z.masked_fill(~kept(support, z.shape), -torch.inf)
+    logp = F.log_softmax(z, dim=-1)
     counted = targets != -100
     picked = logp.gather(-1, targets.where(counted, 0).long()[..., None])[..., 0]
-    entropy = -torch.where(logp > -torch.inf, logp.exp() * logp, 0.0).sum(-1)
+    entropy = -(logp.exp() * logp.masked_fill(logp == -torch.inf, 0.0)).sum(-1)
     return LogProbs(picked.where(counted, 0.0), entropy.where(counted, 0.0) if return_entropy else None)
+
+
+def kept(support, shape):
+    """(..., V) bool of the token ids kept at each position; all of them where none is listed (an ignored one)."""
+    ids, offsets = support
+    keep = torch.zeros(shape, dtype=torch.bool, device=ids.device).view(-1, shape[-1])
+    for row, (first, last) in enumerate(itertools.pairwise(offsets.tolist())):
+        keep[row, ids[first:last].long()] = True
+        keep[row] |= first == last
+    return keep.view(shape)
 
 
 def grpo_loss(
     hidden, weight, targets, advantages, config=None, mask=None, cu_seqlens=None, old_logprobs=None,
     ref_logprobs=None, sampling_logprobs=None, importance_weights=None, num_items=None, entropy_threshold=None,
     bias=None, softcap=None, logit_scale=1.0, backend="auto", backward="auto", temperature=None, tolerance=None,
-    return_logprobs=True, workspace_mb=None,
+    return_logprobs=True, workspace_mb=None, lora=None, support=None,
 ):  # fmt: skip
     """Same arguments and loss as :func:`fastgrpo.grpo_loss`, computed sequence by sequence; no metrics."""
     from fastgrpo.loss import GRPOLoss
@@ -50,7 +66,7 @@ def grpo_loss(
     out = linear_logprobs(
         hidden, weight, targets.where(counted, -100), bias,
         temperature=config.temperature if temperature is None else temperature, softcap=softcap,
-        logit_scale=logit_scale, return_entropy=True,
+        logit_scale=logit_scale, return_entropy=True, lora=lora, support=support,
     )  # fmt: skip
     loss = loss_of_logprobs(
         out.logprobs, out.entropy, counted, advantages, config, cu_seqlens, old_logprobs, ref_logprobs,

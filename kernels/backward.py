@@ -8,10 +8,10 @@ import torch
 import triton
 import triton.language as tl
 
-from fastgrpo.backends.problem import plan_tiles, row_scale
+from fastgrpo.backends.problem import new_gradients, plan_tiles, row_scale
 from fastgrpo.inputs import IGNORE, compact_rows
 from fastgrpo.kernels import tiles
-from fastgrpo.kernels.common import TO_TRITON, cap, cap_slope, hidden_rows, raw_logits
+from fastgrpo.kernels.common import TO_TRITON, Strides, cap, cap_slope, hidden_rows, raw_logits
 from fastgrpo.kernels.forward import has_extras, logit_arguments
 
 
@@ -20,6 +20,7 @@ def dlogits_kernel(
     hidden_ptr,  # (B, T, D)
     weight_ptr,  # (V, D)
     bias_ptr,  # (V,) or None
+    low_rank,  # LowRank or None
     targets_ptr,  # (N,)
     temperature_ptr,  # (N,) or None
     rows_ptr,  # (N,) rows with a gradient
@@ -57,7 +58,9 @@ def dlogits_kernel(
     rows = tl.load(rows_ptr + offs_n, mask=mask_n, other=0)
     label = tl.load(targets_ptr + rows, mask=mask_n, other=-1)
     h_ptrs = hidden_rows(hidden_ptr, rows, T, strides)
-    raw = raw_logits(h_ptrs, weight_ptr, bias_ptr, tile_v, V, strides, D, COMPUTE, BLOCK_N, BLOCK_V, BLOCK_D)
+    raw = raw_logits(
+        h_ptrs, weight_ptr, bias_ptr, low_rank, rows, tile_v, V, strides, D, COMPUTE, BLOCK_N, BLOCK_V, BLOCK_D
+    )
 
     inv_temperature = tl.zeros((BLOCK_N,), tl.float32) + logits.inv_temperature
     if temperature_ptr is not None:
@@ -234,25 +237,29 @@ class Chunks:
     """The buffers of one backward and the chunks it goes through, sized to the workspace."""
 
     def __init__(self, problem, needs):
-        n, vocab, depth = problem.sizes
+        n, vocab, _ = problem.sizes
+        depths = [columns.shape[1] for _, columns in problem.factors]
+        rows, columns = (sum(d for d, need in zip(depths, needs[k::3]) if need) for k in (0, 1))
         size = problem.params.compute_dtype.itemsize
         # With a frozen head a row chunk is finished before the next: its fp32 sum is a chunk's, not (N, D).
-        self.rows_outside = not needs[1]
+        self.rows_outside = columns == 0
         budget = problem.params.workspace
-        per_row = 4 * depth if self.rows_outside and needs[0] else 0
+        per_row = 4 * rows if self.rows_outside else 0
         whole = plan_tiles(n, vocab, budget, size, per_row, 0, multiple=tiles.WIDTH)
         if whole.rows < n or whole.cols < min(vocab, 1024):  # rows in chunks, then dW needs an fp32 sum of its columns
-            whole = plan_tiles(n, vocab, budget, size, per_row, 4 * depth if needs[1] else 0, multiple=tiles.WIDTH)
+            whole = plan_tiles(n, vocab, budget, size, per_row, 4 * columns, multiple=tiles.WIDTH)
         self.rows, self.cols = min(whole.rows, n), whole.cols
         device = problem.hidden.device
         self.dlogits = torch.empty(self.rows, self.cols, dtype=problem.params.compute_dtype, device=device)
         one_row_chunk, one_col_chunk = self.rows == n, self.cols >= vocab
-        self.hidden_sum = self.weight_sum = None
-        if needs[0] and not one_col_chunk:
-            held = self.rows if self.rows_outside else n
-            self.hidden_sum = torch.empty(held, depth, dtype=torch.float32, device=device)
-        if needs[1] and not one_row_chunk:
-            self.weight_sum = torch.empty(self.cols, depth, dtype=torch.float32, device=device)
+        held = self.rows if self.rows_outside else n
+
+        def sums(length, wanted):  # an fp32 sum for each factor, None where it is not wanted
+            return [torch.empty(length, d, dtype=torch.float32, device=device) if w else None
+                    for d, w in zip(depths, wanted)]  # fmt: skip
+
+        self.row_sums = sums(held, [need and not one_col_chunk for need in needs[0::3]])
+        self.column_sums = sums(self.cols, [need and not one_row_chunk for need in needs[1::3]])
         self.n, self.vocab = n, vocab
 
     def __iter__(self):
@@ -265,20 +272,20 @@ class Chunks:
 
 
 def backward(problem, stats, grad_logp, grad_entropy, needs):
-    """Gradients of hidden, weight and bias (None where not needed); never waits for the device.
+    """Gradients of hidden, weight and bias, and with LoRA of low and up; never waits for the device.
 
     Args:
         stats: (5, N) of :func:`fastgrpo.kernels.forward.forward`.
         grad_logp: (N,) float32. grad_entropy: (N,) float32 or None.
-        needs: three bools, for hidden, weight and bias.
+        needs: a bool for each of them; the result has None where it is False.
     """
-    n, vocab, depth = problem.sizes
-    device = problem.hidden.device
-    d_hidden = torch.zeros(problem.hidden.shape, dtype=problem.hidden.dtype, device=device) if needs[0] else None
-    d_weight = torch.empty(vocab, depth, dtype=problem.weight.dtype, device=device) if needs[1] else None
-    d_bias = torch.zeros(vocab, dtype=torch.float32, device=device) if needs[2] else None
-    if n == 0 or not any(needs):
-        return d_hidden, None if d_weight is None else d_weight.zero_(), as_dtype(d_bias, problem.bias)
+    out = new_gradients(problem, needs)
+    if problem.targets.numel() == 0 or not any(needs):
+        for x in out[1::3]:
+            if x is not None:
+                x.zero_()
+        return out
+    d_bias = torch.zeros(problem.bias.shape, dtype=torch.float32, device=problem.bias.device) if needs[2] else None
     grads = [g.contiguous() for g in (grad_logp, grad_entropy) if g is not None]
     active = (problem.targets != IGNORE) & torch.stack([g != 0 for g in grads]).any(0)
     rows, count = compact_rows(active)
@@ -288,17 +295,16 @@ def backward(problem, stats, grad_logp, grad_entropy, needs):
     )
     for chunk in chunks:
         launch.dlogits(*chunk)
-        if needs[0]:
-            launch.dhidden(d_hidden, *chunk)
-        if needs[1]:
-            launch.dweight(d_weight, *chunk)
-        if needs[2]:
+        for factor, (d_rows, d_columns) in enumerate(zip(out[0::3], out[1::3])):
+            if d_rows is not None:
+                launch.dhidden(factor, d_rows, *chunk)
+            if d_columns is not None:
+                launch.dweight(factor, d_columns, *chunk)
+        if d_bias is not None:
             launch.dbias(d_bias, *chunk)
-    return d_hidden, d_weight, as_dtype(d_bias, problem.bias)
-
-
-def as_dtype(x, like):
-    return None if x is None else x.to(like.dtype)
+    if d_bias is not None:
+        out[2].copy_(d_bias)
+    return out
 
 
 class Launcher:
@@ -307,7 +313,7 @@ class Launcher:
     def __init__(self, problem, stats, grads, rows, count, scale, chunks):
         self.problem, self.stats, self.grads = problem, stats, grads
         self.rows, self.count, self.scale, self.chunks = rows, count, scale, chunks
-        self.strides, self.logits = logit_arguments(problem)
+        self.strides, self.logits, self.low_rank = logit_arguments(problem)
         self.compute = TO_TRITON[str(problem.params.compute_dtype)]
 
     def tile(self, kernel):
@@ -322,6 +328,7 @@ class Launcher:
             hidden_ptr=problem.hidden,
             weight_ptr=problem.weight,
             bias_ptr=problem.bias,
+            low_rank=self.low_rank,
             targets_ptr=problem.targets,
             temperature_ptr=problem.temperature,
             rows_ptr=self.rows,
@@ -350,16 +357,16 @@ class Launcher:
             num_stages=tile.stages,
         )
 
-    def dhidden(self, d_hidden, first_row, last_row, first_v, last_v):
-        problem, tile = self.problem, self.tile("dhidden")
-        _, vocab, depth = problem.sizes
+    def dhidden(self, factor, d_hidden, first_row, last_row, first_v, last_v):
+        weight, tile = self.problem.factors[factor][1], self.tile("dhidden")
+        vocab, depth = weight.shape
         dhidden_kernel[(triton.cdiv(last_row - first_row, tile.rows) * triton.cdiv(depth, tile.cols),)](
             dlogits_ptr=self.chunks.dlogits,
-            weight_ptr=problem.weight,
+            weight_ptr=weight,
             rows_ptr=self.rows,
             count_ptr=self.count,
             scale_ptr=self.scale,
-            sum_ptr=self.chunks.hidden_sum,
+            sum_ptr=self.chunks.row_sums[factor],
             dhidden_ptr=d_hidden,
             first_row=first_row,
             last_row=last_row,
@@ -368,8 +375,8 @@ class Launcher:
             last_v=last_v,
             width=self.chunks.cols,
             V=vocab,
-            stride_weight_v=self.strides.weight_v,
-            stride_weight_d=self.strides.weight_d,
+            stride_weight_v=weight.stride(0),
+            stride_weight_d=weight.stride(1),
             D=depth,
             COMPUTE=self.compute,
             BLOCK_N=tile.rows,
@@ -379,25 +386,25 @@ class Launcher:
             num_stages=tile.stages,
         )
 
-    def dweight(self, d_weight, first_row, last_row, first_v, last_v):
-        problem, tile = self.problem, self.tile("dweight")
-        n, _, depth = problem.sizes
+    def dweight(self, factor, d_weight, first_row, last_row, first_v, last_v):
+        (hidden, weight), tile = self.problem.factors[factor], self.tile("dweight")
+        depth = weight.shape[1]
         dweight_kernel[(triton.cdiv(last_v - first_v, tile.rows) * triton.cdiv(depth, tile.cols),)](
             dlogits_ptr=self.chunks.dlogits,
-            hidden_ptr=problem.hidden,
+            hidden_ptr=hidden,
             rows_ptr=self.rows,
             count_ptr=self.count,
             scale_ptr=self.scale,
-            sum_ptr=self.chunks.weight_sum,
+            sum_ptr=self.chunks.column_sums[factor],
             dweight_ptr=d_weight,
             first_row=first_row,
             last_row=last_row,
-            final=int(last_row == n),
+            final=int(last_row == self.chunks.n),
             first_v=first_v,
             last_v=last_v,
             width=self.chunks.cols,
-            T=problem.hidden.shape[1],
-            strides=self.strides,
+            T=hidden.shape[1],
+            strides=Strides(*hidden.stride(), *weight.stride()),
             D=depth,
             COMPUTE=self.compute,
             BLOCK_V=tile.rows,

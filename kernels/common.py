@@ -21,6 +21,18 @@ class Strides(NamedTuple):
     weight_d: int
 
 
+class LowRank(NamedTuple):
+    """LoRA's pair of factors. ``low_ptr`` is (N, depth) in the operands' dtype: low as a sum of parts side by side, so
+    that nothing is lost in 16 bits; ``up_ptr`` is (V, rank), every part meets the same columns."""
+
+    low_ptr: object
+    up_ptr: object
+    depth: int
+    rank: int
+    stride_v: int
+    stride_r: int
+
+
 class Logits(NamedTuple):
     """From the raw product to the logit: scale, cap (None: none), divide by the temperature."""
 
@@ -36,10 +48,25 @@ def hidden_rows(hidden_ptr, rows, T, strides):
 
 
 @triton.jit
+def low_values(low_rank, rows, k, COMPUTE: tl.constexpr):
+    """low[rows, k], 0 beyond its depth; rows int64."""
+    return tl.load(low_rank.low_ptr + rows * low_rank.depth + k, mask=k < low_rank.depth, other=0.0).to(COMPUTE)
+
+
+@triton.jit
+def up_values(low_rank, columns, k, COMPUTE: tl.constexpr):
+    """up[columns, k], repeated for every part of low; columns int64."""
+    pointers = low_rank.up_ptr + columns * low_rank.stride_v + (k % low_rank.rank).to(tl.int64) * low_rank.stride_r
+    return tl.load(pointers, mask=k < low_rank.depth, other=0.0).to(COMPUTE)
+
+
+@triton.jit
 def raw_logits(
     hidden_ptrs,  # (BLOCK_N,) first value of each row
     weight_ptr,  # (V, D)
     bias_ptr,  # (V,) or None
+    low_rank,  # LowRank or None
+    rows,  # (BLOCK_N,) int64
     first_v,  # first column of the tile
     V,
     strides,
@@ -49,7 +76,10 @@ def raw_logits(
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """hidden @ weight.T + bias of one tile, (BLOCK_N, BLOCK_V) in fp32. Columns beyond V repeat column 0's product."""
+    """hidden @ weight.T + low @ up.T + bias of one tile, (BLOCK_N, BLOCK_V) in fp32.
+
+    Columns beyond V repeat column 0's product.
+    """
     offs_v = tl.arange(0, BLOCK_V)
     offs_d = tl.arange(0, BLOCK_D)
     local_v = tl.where(first_v + offs_v < V, offs_v, 0)
@@ -57,6 +87,12 @@ def raw_logits(
     h_ptrs = hidden_ptrs[:, None] + offs_d[None, :] * strides.hidden_d
     w_ptrs = weight_base + local_v[None, :] * tl.cast(strides.weight_v, tl.int64) + offs_d[:, None] * strides.weight_d
     acc = tl.zeros((BLOCK_N, BLOCK_V), dtype=tl.float32)
+    if low_rank is not None:
+        columns = (first_v + local_v).to(tl.int64)
+        for start in range(0, low_rank.depth, BLOCK_D):
+            low = low_values(low_rank, rows[:, None], (start + offs_d)[None, :], COMPUTE)
+            up = up_values(low_rank, columns[None, :], (start + offs_d)[:, None], COMPUTE)
+            acc = tl.dot(low, up, acc, input_precision="ieee")
     for start in range(0, D, BLOCK_D):
         if D % BLOCK_D == 0:
             h = tl.load(h_ptrs)

@@ -16,11 +16,14 @@ from fastgrpo.kernels.common import (
     NOTHING,
     TO_TRITON,
     Logits,
+    LowRank,
     Strides,
     cap,
     hidden_rows,
+    low_values,
     raw_logits,
     softplus,
+    up_values,
 )  # fmt: skip
 
 PARTIALS = 5  # max, sum of exp, sum of exp * (max - z), label's logit; certified: sum of exp outside the flags
@@ -32,13 +35,15 @@ def label_logits(
     label,  # (BLOCK_N,) ids inside [0, V)
     weight_ptr,  # (V, D)
     bias_ptr,  # (V,) or None
+    low_rank,  # LowRank or None
+    rows,  # (BLOCK_N,) int64
     strides,
     D: tl.constexpr,
     COMPUTE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """hidden . weight[label] + bias[label] of each row, fp32."""
+    """hidden . weight[label] + low . up[label] + bias[label] of each row, fp32."""
     offs_d = tl.arange(0, BLOCK_D)
     h_ptrs = hidden_ptrs[:, None] + offs_d[None, :] * strides.hidden_d
     w_ptrs = weight_ptr + label[:, None] * strides.weight_v + offs_d[None, :] * tl.cast(strides.weight_d, tl.int64)
@@ -50,6 +55,12 @@ def label_logits(
         acc += tl.sum(h * w, axis=1)
         h_ptrs += BLOCK_D * strides.hidden_d
         w_ptrs += BLOCK_D * strides.weight_d
+    if low_rank is not None:
+        for start in range(0, low_rank.depth, BLOCK_D):
+            k = start + offs_d
+            low = low_values(low_rank, rows[:, None], k[None, :], COMPUTE)
+            up = up_values(low_rank, label[:, None], k[None, :], COMPUTE)
+            acc += tl.sum(low.to(tl.float32) * up.to(tl.float32), axis=1)
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + label).to(tl.float32)
     return acc
@@ -60,6 +71,7 @@ def forward_kernel(
     hidden_ptr,  # (B, T, D)
     weight_ptr,  # (V, D)
     bias_ptr,  # (V,) or None
+    low_rank,  # LowRank or None
     targets_ptr,  # (N,)
     temperature_ptr,  # (N,) or None
     rows_ptr,  # (N,) rows to do
@@ -107,14 +119,16 @@ def forward_kernel(
     threshold = tl.zeros((BLOCK_N,), tl.float32)
     if flags_ptr is not None:
         known = tl.where((label >= 0) & (label < V), label, 0)
-        guess = label_logits(h_ptrs, known, weight_ptr, bias_ptr, strides, D, COMPUTE, BLOCK_N, BLOCK_D)
+        guess = label_logits(h_ptrs, known, weight_ptr, bias_ptr, low_rank, rows, strides, D, COMPUTE, BLOCK_N, BLOCK_D)
         guess = tl.sum(cap(guess[:, None], logits) * inv_temperature, axis=1)
         if hint_ptr is not None:
             hint = tl.load(hint_ptr + rows, mask=mask_n, other=0.0)
             guess -= hint
         threshold = tl.where(guess == guess, guess, 0.0) + log_cutoff
     for first_v in range(this_run * run, tl.minimum(V, (this_run + 1) * run), BLOCK_V):
-        z = raw_logits(h_ptrs, weight_ptr, bias_ptr, first_v, V, strides, D, COMPUTE, BLOCK_N, BLOCK_V, BLOCK_D)
+        z = raw_logits(
+            h_ptrs, weight_ptr, bias_ptr, low_rank, rows, first_v, V, strides, D, COMPUTE, BLOCK_N, BLOCK_V, BLOCK_D
+        )
         z = cap(z, logits) * inv_temperature
         offs_v = first_v + tl.arange(0, BLOCK_V)
         is_label = offs_v[None, :] == label[:, None]
@@ -218,17 +232,29 @@ def combine_kernel(
             tl.store(dropped_ptr + offs_n, tl.where(total == 0, 0.0, dropped / total * other_mass), mask=mask_n)
 
 
+def low_rank_arguments(problem):
+    """:class:`LowRank` or None. Three 16-bit parts hold the 24 bits of a fp32 number, 96 bytes a row at rank 16."""
+    if problem.low is None:
+        return None
+    low, parts = problem.low.flatten(0, 1), []
+    for _ in range(1 if problem.params.compute_dtype == torch.float32 else 3):
+        parts.append(low.to(problem.params.compute_dtype))
+        low = low - parts[-1].float()
+    return LowRank(torch.cat(parts, 1), problem.up, len(parts) * low.shape[1], low.shape[1], *problem.up.stride())
+
+
 def logit_arguments(problem):
-    """The two argument tuples every projection kernel takes."""
+    """The argument tuples every projection kernel takes."""
     params = problem.params
     inverse = 1.0 if params.temperature is None else 1.0 / params.temperature
     strides = Strides(*problem.hidden.stride(), *problem.weight.stride())
-    return strides, Logits(inverse, params.softcap, params.logit_scale)
+    return strides, Logits(inverse, params.softcap, params.logit_scale), low_rank_arguments(problem)
 
 
 def has_extras(problem):
     """Whether a tile of logits needs more than a scalar factor."""
-    return problem.bias is not None or problem.params.softcap is not None or problem.temperature is not None
+    params = problem.params
+    return any(x is not None for x in (problem.bias, params.softcap, problem.temperature, problem.low))
 
 
 def vocabulary_runs(blocks, columns, block_v, device):
@@ -262,9 +288,9 @@ def certified_forward(problem: HeadProblem, hint):
     n, vocab, _ = problem.sizes
     device = problem.hidden.device
     counted = problem.targets != IGNORE
-    rows, count = compact_rows(counted)
-    if hint is not None:
-        rows = torch.where(counted, hint, torch.inf).argsort(stable=True)
+    _, count = compact_rows(counted)
+    # a permutation of all rows, the ignored ones last: the backward looks at every position
+    rows = torch.where(counted, 0.0 if hint is None else hint, torch.inf).argsort(stable=True)
     block = forward_tile(problem, certified=True).rows
     flags = torch.zeros(triton.cdiv(n, block), vocab, dtype=torch.uint8, device=device)
     dropped = torch.zeros(n, dtype=torch.float32, device=device)
@@ -290,11 +316,12 @@ def run_forward(problem, rows, count, hint=None, flags=None, dropped=None, merge
     blocks = triton.cdiv(n, tile.rows)
     runs, run = vocabulary_runs(blocks, vocab, tile.cols, device)
     partials = torch.empty(PARTIALS if flags is not None else PARTIALS - 1, runs, n, dtype=torch.float32, device=device)
-    strides, logits = logit_arguments(problem)
+    strides, logits, low_rank = logit_arguments(problem)
     forward_kernel[(triton.cdiv(blocks, tile.group) * tile.group * runs,)](
         hidden_ptr=problem.hidden,
         weight_ptr=problem.weight,
         bias_ptr=problem.bias,
+        low_rank=low_rank,
         targets_ptr=problem.targets,
         temperature_ptr=problem.temperature,
         rows_ptr=rows,

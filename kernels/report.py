@@ -23,7 +23,7 @@ SHARED_LIMIT = {
 }  # fmt: skip
 GEMMS = ("forward_kernel", "dlogits_kernel", "dhidden_kernel", "dweight_kernel")
 TENSOR_CORE = re.compile(r"\b(?:HMMA|HGMMA|UTC\w*MMA)\b|\bv_mfma_")
-N, V, D = 4096, 152064, 2048
+N, V, D, RANK = 4096, 152064, 2048, 16
 
 
 def problems():
@@ -32,7 +32,7 @@ def problems():
 
     from fastgrpo.backends.problem import HeadParams, HeadProblem
 
-    def make(dtype, full, entropy=False, rows=N):
+    def make(dtype, full, entropy=False, rows=N, lora=False):
         def empty(*shape, dtype=dtype):
             return torch.empty(shape, dtype=dtype, device="meta")
 
@@ -43,12 +43,15 @@ def problems():
         return HeadProblem(
             empty(1, rows, D), empty(V, D), empty(V) if full else None, empty(rows, dtype=torch.int64),
             empty(rows, dtype=torch.float32) if full else None, params,
+            empty(1, rows, RANK, dtype=torch.float32) if full or lora else None,
+            empty(V, RANK) if full or lora else None,
         )  # fmt: skip
 
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         name = str(dtype).removeprefix("torch.")
         yield f"{name}", make(dtype, full=False), (True, True, False)
-        yield f"{name} all options", make(dtype, full=True), (True, True, True)
+        yield f"{name} all options", make(dtype, full=True), (True,) * 5
+        yield f"{name} LoRA", make(dtype, full=False, lora=True), (True, False, False, True, True)
         if dtype == torch.bfloat16:
             yield f"{name} entropy", make(dtype, full=False, entropy=True), (False, False, False)
             yield f"{name} frozen head", make(dtype, full=False), (True, False, False)
@@ -86,10 +89,12 @@ def recorded_launches(architecture):
     """-> (label, kernel, arguments) of everything the launchers would run, duplicates left out later."""
     import torch
 
+    from fastgrpo import support
     from fastgrpo.config import GRPOLossConfig
     from fastgrpo.kernels import backward, forward, objective
+    from fastgrpo.kernels import support as support_kernels
 
-    with recording((forward, backward, objective), architecture) as launches:
+    with recording((forward, backward, objective, support_kernels), architecture) as launches:
         for label, problem, needs in problems():
             del launches[:]
             forward.forward(problem)
@@ -100,6 +105,12 @@ def recorded_launches(architecture):
             grad = torch.empty(problem.targets.shape, dtype=torch.float32, device="meta")
             stats = problem.new_stats(torch.float32)
             backward.backward(problem, stats, grad, grad if "all" in label else None, needs)
+            entries = torch.empty(6 * N, dtype=torch.int64, device="meta")
+            offsets = torch.empty(problem.targets.numel() + 1, dtype=torch.int64, device="meta")
+            kept = support.Support(entries, entries, offsets, entries, None)
+            support.backward(
+                problem, kept, support_kernels, stats, support_kernels.kept_logits(problem, kept), grad, None, needs
+            )
             yield from ((label, *launch) for launch in launches)
         row = torch.empty(N, device="meta")
         for settings in (

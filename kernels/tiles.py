@@ -19,6 +19,7 @@ class Tile(NamedTuple):
 # {kernel: {operand bytes: {architecture: Tile}}}; "default" serves architectures without a line of their own.
 # sm_86, sm_89 and sm_120 have 99 KB of shared memory; fp32 runs in IEEE fp32, whose register tile is smaller.
 FP32 = {"default": Tile(64, 64, 32, 4, 2)}
+FP32_NARROW = {"default": Tile(64, 32, 16, 4, 1)}  # with LoRA 64 x 64 spills 16-56 bytes on sm_80, 90, 100 and 120
 SQUARE = {
     "default": Tile(128, 128, 32, 8, 3),
     "sm_90": Tile(128, 128, 64, 8, 3),
@@ -34,12 +35,12 @@ NARROW = {
 LOGITS = {**SQUARE, "sm_80": Tile(128, 128, 64, 8, 3)}
 TILES = {
     "forward": {2: LOGITS, 4: FP32},
-    # bias, softcap, per-token temperature or entropy: more values live at once (sm_100 spills at 128 columns)
-    "forward_full": {2: {**LOGITS, "sm_100": Tile(128, 64, 64, 8, 3)}, 4: FP32},
+    # bias, softcap, LoRA, per-token temperature or entropy: more values live at once (sm_100 spills at 128 columns)
+    "forward_full": {2: {**LOGITS, "sm_100": Tile(128, 64, 64, 8, 3)}, 4: FP32_NARROW},
     "forward_certified": {2: {**LOGITS, "sm_100": Tile(128, 64, 64, 8, 3)}, 4: FP32},
-    "forward_certified_full": {2: NARROW, 4: FP32},
+    "forward_certified_full": {2: NARROW, 4: {**FP32_NARROW, "sm_90": Tile(32, 64, 16, 4, 2)}},
     "dlogits": {2: LOGITS, 4: FP32},
-    "dlogits_full": {2: NARROW, 4: FP32},
+    "dlogits_full": {2: NARROW, 4: FP32_NARROW},
     "dhidden": {2: SQUARE, 4: FP32},
     "dweight": {2: SQUARE, 4: FP32},
 }

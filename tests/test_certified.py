@@ -121,6 +121,14 @@ def test_a_bad_hint_costs_time_only(backend, device, hint):
     compare(p, backend, limit=1.2e-4)
 
 
+@pytest.mark.parametrize("hint", [True, False])
+def test_ignored_rows_take_no_part(backend, device, hint):
+    p = peaked(backend, device)
+    p["targets"][1:40:3] = -100
+    got = compare(p, backend, hint=hint)
+    assert got["hidden"][p["targets"] == -100].count_nonzero() == 0
+
+
 def test_flat_logits_go_the_exact_way(backend, device, monkeypatch):
     n, vocab, depth = SIZES[backend]
     p = profiles.problem(n, vocab, depth, "flat", device=device)

@@ -4,11 +4,11 @@ import itertools
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastgrpo import linear_logprobs, reference
 
 import problems
+from watchers import Largest
 
 SHAPES = [(1, 1, 3), (5, 1, 8), (1, 100, 16), (33, 1000, 40), (64, 1280, 24), (17, 1408, 33), (40, 129, 64)]
 GRADS = ("hidden", "weight", "bias")
@@ -342,21 +342,6 @@ def test_workspace_changes_nothing(backend, device, megabytes):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
         for name in ("hidden",) if frozen else GRADS:
             assert problems.relative_error(results[1][2][name], results[0][2][name]) < 1e-6
-
-
-class Largest(TorchDispatchMode):
-    """The largest tensor any operation makes."""
-
-    def __init__(self):
-        super().__init__()
-        self.numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for x in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(x, torch.Tensor):
-                self.numel = max(self.numel, x.numel())
-        return out
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

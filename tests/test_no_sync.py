@@ -2,31 +2,14 @@
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastgrpo import GRPOLossConfig, grpo_loss
 from fastgrpo.config import LOSS_TYPES
 
 import problems
+from watchers import NoSync, forbid_lists
 
 pytest.importorskip("triton")
-WAITING = {
-    "_local_scalar_dense", "nonzero", "masked_select", "item", "is_nonzero", "equal", "unique", "_unique2",
-    "repeat_interleave",
-}  # fmt: skip
-
-
-class NoSync(TorchDispatchMode):
-    """Fails on operations whose result, or its shape, the host needs."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        by_mask = name in ("index", "index_put", "index_put_") and any(
-            x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1]
-        )
-        assert name not in WAITING, name
-        assert not by_mask, f"{name} with a boolean mask"
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -44,12 +27,6 @@ def test_forward_and_backward(loss_type, packed, device, monkeypatch):
     with NoSync():
         grpo_loss(config=config, backend="triton", **arguments).loss.backward()
     assert arguments["hidden"].grad.isfinite().all()
-
-
-def forbid_lists(monkeypatch):
-    """tolist and numpy read a device's memory without an operation that a dispatch mode could see."""
-    for name in ("tolist", "numpy"):
-        monkeypatch.setattr(torch.Tensor, name, lambda *_, name=name: pytest.fail(f"Tensor.{name} was called"))
 
 
 def test_the_check_can_fail(monkeypatch):

@@ -38,7 +38,7 @@ def test_every_kernel_and_tile_is_recorded():
             shape = tuple(v for k, v in arguments.items() if k.startswith("BLOCK"))
             seen.setdefault(kernel.fn.__name__, set()).add(shape)
         assert {f"{name}_kernel" for name in ("forward", "combine", "dlogits", "dhidden", "dweight", "dbias",
-                                              "objective")} == set(seen)  # fmt: skip
+                                              "objective", "kept_logits", "kept_sums")} == set(seen)  # fmt: skip
         for name in tiles.TILES:
             for size in (2, 4):
                 tile = tiles.lookup(name, size, architecture)

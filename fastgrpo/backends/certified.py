@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from fastgrpo.backends import torch_backend as dense
-from fastgrpo.backends.problem import FLOOR, NOTHING
+from fastgrpo.backends.problem import FLOOR, NOTHING, new_gradients
 from fastgrpo.inputs import IGNORE
 
 BLOCK = 128  # rows that share their flags
@@ -66,13 +66,13 @@ def forward(problem, hint=None):
     height = -(-tile.rows // BLOCK) * BLOCK
     buffer = stats.new_empty(min(height, flags.shape[0] * BLOCK), min(tile.cols, vocab))
     for v in range(0, vocab, tile.cols):
-        weight = reader.cast(problem.weight[v : v + tile.cols])
+        columns = reader.columns(slice(v, v + tile.cols))
         bias = None if problem.bias is None else problem.bias[v : v + tile.cols]
         for r in range(0, n, height):
             index = rows[r : r + height]
-            whole = buffer[: -(-index.numel() // BLOCK) * BLOCK, : weight.shape[0]]
+            whole = buffer[: -(-index.numel() // BLOCK) * BLOCK, : columns[0].shape[0]]
             z = whole[: index.numel()]
-            product = reader.mm(reader.hidden(index), weight.t(), z)
+            product = reader.raw_logits(reader.rows(index), columns, z)
             if product is not z:
                 z.copy_(product)
             dense.transformed(problem, z, bias, dense.row_inverse_temperature(problem, index))
@@ -90,9 +90,8 @@ def label_logits(problem, reader, rows):
     safe = torch.where(inside, targets, 0)
     out = torch.empty(rows.numel(), dtype=reader.accumulate, device=rows.device)
     for part in torch.arange(rows.numel(), device=rows.device).split(1024):
-        hidden = reader.hidden(rows[part]).to(reader.accumulate)
-        weight = reader.cast(problem.weight[safe[part]]).to(reader.accumulate)
-        z = (hidden * weight).sum(1, keepdim=True)
+        pairs = zip(reader.rows(rows[part]), reader.columns(safe[part]))
+        z = sum((x.to(reader.accumulate) * w.to(reader.accumulate)).sum(1, keepdim=True) for x, w in pairs)
         bias = None if problem.bias is None else problem.bias[safe[part], None]
         out[part] = dense.transformed(problem, z, bias, dense.row_inverse_temperature(problem, rows[part]))[0][:, 0]
     return torch.where(inside, out, torch.nan)
@@ -167,13 +166,13 @@ def repair(problem, stats, certificate, total):
 
 
 def backward(problem, stats, certificate, grad_logp, needs):
-    """Gradients of hidden, weight and bias (None where not needed); the columns kept differ per row.
+    """Gradients as :func:`fastgrpo.backends.torch_backend.backward`'s; the columns kept differ per row.
 
     Rows are left to their flagged columns, those that lose least first, while
     ``sum((g dropped)^2) <= tolerance^2 sum((g (1 - p))^2)``: what a row leaves out has at most the norm ``g dropped``,
     and the label's entry alone is ``g (1 - p)``: the relative Frobenius error of dlogits is at most the tolerance.
     """
-    out = dense.new_gradients(problem, needs)
+    out = new_gradients(problem, needs)
     if not any(needs):
         return out
     order, grad = certificate.order, grad_logp[certificate.order]
@@ -185,15 +184,17 @@ def backward(problem, stats, certificate, grad_logp, needs):
     if not groups:
         dense.add_exact_rows(problem, stats, kept, [grad_logp], out)
         return out
-    narrow = needs[1] and problem.weight.dtype != stats.dtype
-    if narrow:  # dW needs an fp32 sum of every chunk: both kinds of rows go through the vocabulary together
+    d_columns = out[1::3]
+    if any(
+        x is not None and x.dtype != stats.dtype for x in d_columns
+    ):  # dW needs an fp32 sum of every chunk: both kinds of rows go through the vocabulary together
         half = replace(problem, params=replace(problem.params, workspace=problem.params.workspace // 2))
-        work = SparseRows(half, stats, groups, grad_logp, out[0], d_weight=True)
+        work = SparseRows(half, stats, groups, grad_logp, out)
         dense.add_exact_rows(half, stats, kept, [grad_logp], out, extra=work)
     else:
         dense.add_exact_rows(problem, stats, kept, [grad_logp], out)
-        work = SparseRows(problem, stats, groups, grad_logp, out[0], d_weight=needs[1])
-        work.add(slice(0, problem.weight.shape[0]), problem.weight, out[1], out[2])
+        work = SparseRows(problem, stats, groups, grad_logp, out)
+        work.add(slice(0, problem.weight.shape[0]), d_columns, out[2])
     work.finish()
     return out
 
@@ -279,36 +280,42 @@ def best_partition(rows, sizes, overhead, vocab):
 
 
 class SparseRows:
-    """Adds the groups' part of the gradients, a range of columns at a time."""
+    """Adds the groups' part of the gradients ``out``, a range of columns at a time."""
 
-    def __init__(self, problem, stats, groups, grad_logp, d_hidden, d_weight):
-        self.problem, self.stats, self.grad, self.d_hidden = problem, stats, grad_logp, d_hidden
+    def __init__(self, problem, stats, groups, grad_logp, out):
+        self.problem, self.stats, self.grad = problem, stats, grad_logp
         self.reader = dense.Reader(problem)
-        depth = problem.weight.shape[1]
-        self.groups = [Group(rows, columns, stats, depth) for rows, columns in groups]
-        self.column_sum = stats.new_zeros(depth)
+        heads = [columns for _, columns in problem.factors]
+        # of each factor whose rows have a gradient: the gradient, its columns, the sum of all of these
+        self.sides = [
+            (k, d_rows, stats.new_zeros(heads[k].shape[1])) for k, d_rows in enumerate(out[0::3]) if d_rows is not None
+        ]
+        depth = sum(head.shape[1] for head in heads)
+        self.groups = [Group(rows, columns, stats, depth, self.sides) for rows, columns in groups]
         self.scale = dense.row_scale(grad_logp) if self.reader.native else None
         # Fresh memory costs a page fault every 4 KiB, several times the gather itself: each buffer is made once.
         columns = max([g.piece(problem.params.workspace) for g in self.groups], default=0)
         cells = max([g.piece(problem.params.workspace) * g.rows.numel() for g in self.groups], default=0)
-        self.kept = torch.empty(columns, depth, dtype=problem.weight.dtype, device=stats.device)
+        self.kept = [torch.empty(columns, head.shape[1], dtype=head.dtype, device=stats.device) for head in heads]
         self.logits = stats.new_empty(0 if self.reader.native else cells)
-        self.product = stats.new_empty(0 if self.reader.native or not d_weight else columns, depth)
+        self.products = [stats.new_empty(0 if self.reader.native or d is None else columns, head.shape[1])
+                         for d, head in zip(out[1::3], heads)]  # fmt: skip
 
-    def add(self, span, weight, d_weight, d_bias):
-        """weight: rows ``span`` of the head; d_weight (C, D) and d_bias (C,) of the same rows are added to, or None."""
-        if self.d_hidden is not None:
-            self.column_sum += weight.sum(0, dtype=self.stats.dtype)
+    def add(self, span, d_columns, d_bias):
+        """d_columns: of each factor (C, D), rows ``span`` of its gradient, d_bias (C,): added to, or None."""
+        heads = [columns[span] for _, columns in self.problem.factors]
+        for k, _, column_sum in self.sides:
+            column_sum += heads[k].sum(0, dtype=self.stats.dtype)
         for group in self.groups:
             for columns in group.pieces(span, self.problem.params.workspace):
-                self.add_piece(group, columns, columns - span.start, weight, d_weight, d_bias)
+                self.add_piece(group, columns, columns - span.start, heads, d_columns, d_bias)
 
-    def add_piece(self, group, columns, local, weight, d_weight, d_bias):
+    def add_piece(self, group, columns, local, heads, d_columns, d_bias):
         problem, reader, rows = self.problem, self.reader, group.rows
         n, k = rows.numel(), columns.numel()
-        kept = reader.cast(torch.index_select(weight, 0, local, out=self.kept[:k]))
-        hidden = reader.hidden(rows)
-        z = reader.mm(hidden, kept.t(), self.logits[: n * k].view(n, k) if self.logits.numel() else None)
+        kept = [reader.cast(torch.index_select(h, 0, local, out=x[:k])) for h, x in zip(heads, self.kept)]
+        factors = reader.rows(rows)
+        z = reader.raw_logits(factors, kept, self.logits[: n * k].view(n, k) if self.logits.numel() else None)
         label = torch.searchsorted(columns, problem.targets[rows])
         found = columns[label.clamp(max=columns.numel() - 1)] == problem.targets[rows]
         bias = None if problem.bias is None else problem.bias[columns]
@@ -316,40 +323,38 @@ class SparseRows:
         dz = dense.logits_gradient(problem, z, bias, rows, torch.where(found, label, -1), self.stats[:, rows], grad)
         if d_bias is not None:
             add_rows(d_bias, local, self.unscaled(dz.sum(0)))
-        if self.d_hidden is not None:
+        if self.sides:
             group.tail += dz.sum(1)
-            group.kept_sum += kept.sum(0, dtype=self.stats.dtype)
         if reader.native:
             dz = dz.to(reader.compute)
-        if self.d_hidden is not None:
-            reader.add_mm(group.total, dz, kept)
-        if d_weight is not None:
-            add_rows(d_weight, local, self.unscaled(reader.mm(dz.t(), hidden, self.product[:k])))
+        for (side, _, _), total, kept_sum in zip(self.sides, group.totals, group.kept_sums):
+            kept_sum += kept[side].sum(0, dtype=self.stats.dtype)
+            reader.add_mm(total, dz, kept[side])
+        for x, d_column, product in zip(factors, d_columns, self.products):
+            if d_column is not None:
+                add_rows(d_column, local, self.unscaled(reader.mm(dz.t(), x.to(reader.operand), product[:k])))
 
     def unscaled(self, x):
         return x if self.scale is None else x / self.scale
 
     def finish(self):
         """Put back what was left out as if spread evenly over the columns left out, and write dX."""
-        if self.d_hidden is None:
-            return
-        vocab, depth = self.problem.weight.shape
+        vocab = self.problem.weight.shape[0]
         for group in self.groups:
             left_out = vocab - group.columns.numel()
-            # dz of a whole row sums to 0, except through a softcap, whose slope differs by column.
-            if left_out and self.problem.params.softcap is None:
-                mean = (self.column_sum - group.kept_sum) / left_out
-                group.total.addr_(group.tail, mean, alpha=-1.0)
-            value = self.unscaled(group.total).to(self.d_hidden.dtype)
-            self.d_hidden.view(-1, depth).index_copy_(0, group.rows, value)
+            for (_, d_rows, column_sum), total, kept_sum in zip(self.sides, group.totals, group.kept_sums):
+                # dz of a whole row sums to 0, except through a softcap, whose slope differs by column.
+                if left_out and self.problem.params.softcap is None:
+                    total.addr_(group.tail, (column_sum - kept_sum) / left_out, alpha=-1.0)
+                d_rows.flatten(0, 1).index_copy_(0, group.rows, self.unscaled(total).to(d_rows.dtype))
 
 
 class Group:
-    def __init__(self, rows, columns, stats, depth):
-        self.rows, self.columns = rows, columns
-        self.total = stats.new_zeros(rows.numel(), depth)
+    def __init__(self, rows, columns, stats, depth, sides):
+        self.rows, self.columns, self.depth = rows, columns, depth
         self.tail = stats.new_zeros(rows.numel())
-        self.kept_sum = stats.new_zeros(depth)
+        self.totals = [stats.new_zeros(rows.numel(), column_sum.numel()) for _, _, column_sum in sides]
+        self.kept_sums = [torch.zeros_like(column_sum) for _, _, column_sum in sides]
 
     def pieces(self, span, workspace):
         """The group's columns inside the span, in pieces whose gathered rows and logits fit half the workspace."""
@@ -362,7 +367,7 @@ class Group:
 
     def piece(self, workspace):
         """How many columns at once: gathered, cast and multiplied, and their logits, in half the workspace."""
-        cell = self.total.element_size() * (3 * self.total.shape[1] + 2 * self.rows.numel())
+        cell = self.tail.element_size() * (3 * self.depth + 2 * self.rows.numel())
         return min(max(workspace // 2 // cell, 16), self.columns.numel())
 
 

@@ -20,6 +20,7 @@ class HeadParams:
     entropy: bool
     backend: str
     workspace: int  # bytes
+    scaling: float = 1.0  # of LoRA
     tolerance: float | None = None  # of the certified backward; None: exact
 
 
@@ -31,6 +32,14 @@ class HeadProblem:
     targets: torch.Tensor  # (N,) int64, N = B * T
     temperature: torch.Tensor | None  # (N,) in the accumulator's dtype
     params: HeadParams
+    low: torch.Tensor | None = None  # (B, T, r) in the accumulator's dtype, contiguous: LoRA's scaling * hidden @ A.T
+    up: torch.Tensor | None = None  # (V, r): LoRA's B
+
+    @property
+    def factors(self):
+        """[(rows (B, T, D), columns (V, D))], whose products add up to the raw logits: the head's, then LoRA's."""
+        head = (self.hidden, self.weight)
+        return [head] if self.low is None else [head, (self.low, self.up)]
 
     @property
     def sizes(self):
@@ -49,6 +58,17 @@ class HeadProblem:
         partials[0].fill_(FLOOR)
         partials[3].fill_(torch.nan)
         return partials
+
+
+def new_gradients(problem, needs):
+    """[dX, dW, db, dlow, dup]: zeros, but dW and dup, of which a backward writes every row.
+
+    The last two are there with LoRA: ``out[0::3]`` are the factors' rows, ``out[1::3]`` their columns.
+    """
+    makers = (torch.zeros_like, torch.empty_like, torch.zeros_like, torch.zeros_like, torch.empty_like)
+    tensors = (problem.hidden, problem.weight, problem.bias, problem.low, problem.up)
+    return [make(x, memory_format=torch.contiguous_format) if need else None
+            for make, x, need in zip(makers, tensors, needs)]  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from fastgrpo.backends.problem import ABSENT, NOTHING, plan_tiles, row_scale
+from fastgrpo.backends.problem import ABSENT, NOTHING, new_gradients, plan_tiles, row_scale
 from fastgrpo.inputs import IGNORE, accumulator_dtype
 from fastgrpo.objective import token_objective
 
@@ -19,7 +19,7 @@ FAR = -1e4  # a log-probability below it is as good as -inf, and finite times 0
 
 
 class Reader:
-    """Chunks of hidden and weight in the dtype the GEMM wants, cast as they are read."""
+    """Chunks of hidden and weight, and of LoRA's pair, in the dtype the GEMM wants, cast as they are read."""
 
     def __init__(self, problem):
         self.problem = problem
@@ -42,6 +42,22 @@ class Reader:
             return self.cast(self.problem.hidden[rows // length, rows % length])
         return self.cast(self.flat.index_select(0, rows))
 
+    def rows(self, index):
+        """Each factor's rows: hidden (n, D) and, with LoRA, low (n, r), which keeps the accumulator's accuracy."""
+        low = self.problem.low
+        return [self.hidden(index)] + ([] if low is None else [low.flatten(0, 1).index_select(0, index)])
+
+    def columns(self, span):
+        """Each factor's columns: weight (C, D) and, with LoRA, up (C, r)."""
+        return [self.cast(columns[span]) for _, columns in self.problem.factors]
+
+    def raw_logits(self, rows, columns, out):
+        """The sum of the factors' products, (n, C) in the accumulator's dtype; ``out``: where to put it, or None."""
+        z = self.mm(rows[0], columns[0].t(), out)
+        for low, up in zip(rows[1:], columns[1:]):
+            z.addmm_(low, up.t().to(low.dtype))
+        return z
+
     def mm(self, a, b, out):  # (n, k), (k, m) -> (n, m) in the accumulator's dtype
         if self.native:
             return torch.mm(a, b, out_dtype=torch.float32)
@@ -49,7 +65,7 @@ class Reader:
 
     def add_mm(self, total, a, b):  # total += a @ b
         if self.native:
-            total += torch.mm(a, b, out_dtype=torch.float32)
+            total += torch.mm(a, b.to(self.compute), out_dtype=torch.float32)
         else:
             total.addmm_(a, b)
 
@@ -81,7 +97,7 @@ def row_inverse_temperature(problem, rows):
 
 
 def tiling(problem, rows, buffers):
-    _, vocab, depth = problem.sizes
+    vocab, depth = problem.weight.shape[0], sum(columns.shape[1] for _, columns in problem.factors)
     size = 8 if problem.hidden.dtype == torch.float64 else 4
     max_rows, max_cols = (CPU_ROWS, CPU_COLS) if problem.hidden.device.type == "cpu" else (16384, 16384)
     budget = problem.params.workspace
@@ -116,11 +132,11 @@ def fold_vocabulary(problem):
     tile = tiling(problem, n, buffers=2 if problem.params.entropy else 1)
     buffer = running.new_empty(min(tile.rows, n), min(tile.cols, vocab))
     for v in range(0, vocab, tile.cols):
-        weight = reader.cast(problem.weight[v : v + tile.cols])
+        columns = reader.columns(slice(v, v + tile.cols))
         bias = None if problem.bias is None else problem.bias[v : v + tile.cols]
         for r in range(0, n, tile.rows):
             index = rows[r : r + tile.rows]
-            z = reader.mm(reader.hidden(index), weight.t(), buffer[: index.numel(), : weight.shape[0]])
+            z = reader.raw_logits(reader.rows(index), columns, buffer[: index.numel(), : columns[0].shape[0]])
             z, _ = transformed(problem, z, bias, row_inverse_temperature(problem, index))
             part = slice(r, r + tile.rows)
             fold_tile(z, problem.targets[index] - v, running[:, part], label[part], problem.params.entropy)
@@ -183,11 +199,11 @@ def combine(running, label):
 
 
 def backward(problem, stats, grad_logp, grad_entropy, needs):
-    """Gradients of hidden, weight and bias (None where not needed), logits recomputed tile by tile.
+    """Gradients of hidden, weight and bias, and with LoRA of low and up, logits recomputed tile by tile.
 
     Args:
         grad_logp: (N,) incoming gradient of the log-probs. grad_entropy: (N,) or None.
-        needs: three bools, for hidden, weight and bias.
+        needs: a bool for each of them; the result has None where it is False.
     """
     grads = [grad_logp] if grad_entropy is None else [grad_logp, grad_entropy]
     active = (problem.targets != IGNORE) & torch.stack([g != 0 for g in grads]).any(0)
@@ -197,71 +213,66 @@ def backward(problem, stats, grad_logp, grad_entropy, needs):
     return out
 
 
-def new_gradients(problem, needs):
-    """[dX, dW, db]: zeros, but dW, of which :func:`add_exact_rows` writes every row."""
-    makers = (torch.zeros_like, torch.empty_like, torch.zeros_like)
-    return [make(x, memory_format=torch.contiguous_format) if need else None
-            for make, x, need in zip(makers, (problem.hidden, problem.weight, problem.bias), needs)]  # fmt: skip
-
-
 def add_exact_rows(problem, stats, rows, grads, out, extra=None):
     """Write the gradients of some rows into ``out``, fresh from :func:`new_gradients`, every column of each.
 
     Args:
         rows: (n,) the rows, rising. grads: [(N,)] of the log-probs and, if it has one, of the entropy.
-        extra: None, or something whose ``add(span, weight, d_weight)`` adds other rows' part of dW, chunk by chunk.
+        extra: None, or something whose ``add(span, d_columns, d_bias)`` adds other rows' part, chunk by chunk.
     """
     reader = Reader(problem)
-    n_all, vocab, depth = problem.sizes
-    d_hidden, d_weight_out, d_bias_out = out
-    n = rows.numel()
+    vocab, n = problem.weight.shape[0], rows.numel()
+    d_rows_out, d_columns_out, d_bias_out = out[0::3], out[1::3], out[2]
     if n == 0 and extra is None:
-        if d_weight_out is not None:
-            d_weight_out.zero_()
+        for x in d_columns_out:
+            if x is not None:
+                x.zero_()
         return
     tile = tiling(problem, n, buffers=2 if problem.params.softcap or len(grads) > 1 else 1)
-    if (
-        d_weight_out is None and d_bias_out is None and n > tile.rows
-    ):  # frozen head: finish dX a chunk of rows at a time
+    frozen = d_bias_out is None and all(x is None for x in d_columns_out)
+    if frozen and n > tile.rows:  # finish dX a chunk of rows at a time
         for part in rows.split(tile.rows):
             add_exact_rows(problem, stats, part, grads, out)
         return
     buffer = stats.new_empty(0 if reader.native else min(tile.rows, n), min(tile.cols, vocab))
     scale = row_scale(*(g[rows] for g in grads)) if reader.native and n else None
-    total = hidden_accumulator(problem, d_hidden, n, reader.accumulate)
+    totals = [rows_accumulator(x, n, reader.accumulate) for x in d_rows_out]
     for v in range(0, vocab, tile.cols):
         span = slice(v, min(v + tile.cols, vocab))
-        weight = reader.cast(problem.weight[span])
+        columns = reader.columns(span)
         bias = None if problem.bias is None else problem.bias[span]
-        d_weight = accumulator(d_weight_out, span, stats.dtype, in_place=scale is None and n > 0)
+        d_columns = [accumulator(x, span, stats.dtype, in_place=scale is None and n > 0) for x in d_columns_out]
         d_bias = accumulator(d_bias_out, span, stats.dtype, in_place=scale is None)
         for r in range(0, n, tile.rows):
             index = rows[r : r + tile.rows]
-            hidden = reader.hidden(index)
-            z = reader.mm(hidden, weight.t(), buffer[: index.numel(), : weight.shape[0]])
+            factors = reader.rows(index)
+            z = reader.raw_logits(factors, columns, buffer[: index.numel(), : columns[0].shape[0]])
             row_grads = [g[index] if scale is None else g[index] * scale for g in grads]
             dz = logits_gradient(problem, z, bias, index, problem.targets[index] - v, stats[:, index], *row_grads)
             if d_bias is not None:
                 d_bias += dz.sum(0)
             if reader.native:
                 dz = dz.to(reader.compute)
-            if total is not None:
-                reader.add_mm(total[r : r + tile.rows], dz, weight)
-            if d_weight is not None and r == 0 and not reader.native:
-                reader.mm(dz.t(), hidden, d_weight)
-            elif d_weight is not None:
-                reader.add_mm(d_weight, dz.t(), hidden)
+            for x, w, total, d_column in zip(factors, columns, totals, d_columns):
+                if total is not None:
+                    reader.add_mm(total[r : r + tile.rows], dz, w)
+                if d_column is not None and r == 0 and not reader.native:
+                    reader.mm(dz.t(), x, d_column)
+                elif d_column is not None:
+                    reader.add_mm(d_column, dz.t(), x)
         if scale is not None:
-            d_weight, d_bias = (None if x is None else x / scale for x in (d_weight, d_bias))
+            *d_columns, d_bias = (None if x is None else x / scale for x in (*d_columns, d_bias))
         if extra is not None:
-            extra.add(span, problem.weight[span], d_weight, d_bias)
-        for destination, value in ((d_weight_out, d_weight), (d_bias_out, d_bias)):
+            extra.add(span, d_columns, d_bias)
+        for destination, value in zip((*d_columns_out, d_bias_out), (*d_columns, d_bias)):
             if destination is not None and value.data_ptr() != destination[span].data_ptr():
                 destination[span] = value
-    if total is not None and total.data_ptr() != d_hidden.data_ptr():
+    for d_rows, total in zip(d_rows_out, totals):
+        if total is None or total.data_ptr() == d_rows.data_ptr():
+            continue
         for index, value in zip(rows.split(tile.rows), total.split(tile.rows)):
             value = value if scale is None else value / scale
-            d_hidden.view(n_all, depth).index_copy_(0, index, value.to(d_hidden.dtype))
+            d_rows.flatten(0, 1).index_copy_(0, index, value.to(d_rows.dtype))
 
 
 def accumulator(destination, span, dtype, in_place):
@@ -272,14 +283,12 @@ def accumulator(destination, span, dtype, in_place):
     return chunk if in_place and chunk.dtype == dtype else torch.zeros_like(chunk, dtype=dtype)
 
 
-def hidden_accumulator(problem, d_hidden, n, dtype):
+def rows_accumulator(d_rows, n, dtype):
     """Where dX is summed over the vocabulary chunks: dX itself when it has the dtype and every row is active."""
-    if d_hidden is None:
+    if d_rows is None:
         return None
-    n_all, _, depth = problem.sizes
-    if d_hidden.dtype == dtype and 0 < n == n_all:
-        return d_hidden.view(n, depth)
-    return torch.zeros(n, depth, dtype=dtype, device=d_hidden.device)
+    flat = d_rows.flatten(0, 1)
+    return flat if d_rows.dtype == dtype and 0 < n == len(flat) else flat.new_zeros(n, flat.shape[1], dtype=dtype)
 
 
 def logits_gradient(problem, z, bias, index, local, stats, grad_logp, grad_entropy=None):
@@ -305,6 +314,50 @@ def logits_gradient(problem, z, bias, index, local, stats, grad_logp, grad_entro
     column = local.clamp(0, z.shape[1] - 1)[:, None]
     z.scatter_(1, column, torch.where(inside[:, None], at_label[:, None] * chain, z.gather(1, column)))
     return z if slope is None else z.mul_(slope)
+
+
+def kept_logits(problem, support):
+    """(K,) raw logits of the kept entries, each one row of hidden times one row of the head."""
+    reader = Reader(problem)
+    out = torch.empty(support.ids.shape, dtype=reader.accumulate, device=problem.hidden.device)
+    for part in torch.arange(out.numel(), device=out.device).split(entries_at_once(problem)):
+        pairs = zip(reader.rows(support.rows[part]), reader.columns(support.ids[part]))
+        out[part] = sum((x.to(out.dtype) * w.to(out.dtype)).sum(1) for x, w in pairs)
+    return out
+
+
+def entries_at_once(problem):
+    """How many pairs of rows, their products and their sums fit half the workspace."""
+    depth = sum(columns.shape[1] for _, columns in problem.factors)
+    return max(problem.params.workspace // (2 * 4 * accumulator_dtype(problem.hidden).itemsize * depth), 1)
+
+
+def kept_sums(problem, source, coefficients, index, offsets, dtype):
+    """out[m] = sum of ``coefficients[e] * source[index[e]]`` over offsets[m] <= e < offsets[m + 1], in that order.
+
+    Args:
+        source: (B, T, D), any strides, of B * T rows. coefficients, index: (K,). offsets: (M + 1,).
+
+    Returns:
+        (M, D) in ``dtype``, summed in the accumulator's. An entry whose coefficient is 0 is not read.
+    """
+    compute, (_, length, depth) = problem.params.compute_dtype, source.shape
+    out = torch.zeros(offsets.numel() - 1, depth, dtype=dtype, device=source.device)
+    entries = (coefficients != 0).nonzero().squeeze(1)
+    if not entries.numel():
+        return out
+    owner = torch.searchsorted(offsets[1:].contiguous(), entries, right=True)
+    begun = None  # an owner whose entries began in the last chunk, and its sum so far
+    for part, mine in zip(*(x.split(entries_at_once(problem)) for x in (entries, owner))):
+        rows = source[index[part] // length, index[part] % length]
+        products = rows.to(compute).to(coefficients.dtype) * coefficients[part, None]
+        owners, counts = torch.unique_consecutive(mine, return_counts=True)
+        total = torch.segment_reduce(products, "sum", lengths=counts, axis=0, unsafe=True)
+        if begun is not None:
+            total[0] += torch.where(owners[0] == begun[0], begun[1], 0.0)
+        out.index_copy_(0, owners, total.to(out.dtype))
+        begun = owners[-1], total[-1]
+    return out
 
 
 def objective(config, logp, old_logp, ref_logp, log_w, log_w_seq, adv, gate):

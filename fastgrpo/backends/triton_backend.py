@@ -7,6 +7,7 @@ import torch
 from fastgrpo.kernels import backward as _backward
 from fastgrpo.kernels import forward as _forward
 from fastgrpo.kernels import objective as _objective
+from fastgrpo.kernels import support as _support
 
 
 def on_device(x):
@@ -32,6 +33,16 @@ def certified_forward(problem, hint):
 def backward(problem, stats, grad_logp, grad_entropy, needs):
     with on_device(problem.hidden):
         return _backward.backward(problem, stats, grad_logp, grad_entropy, needs)
+
+
+def kept_logits(problem, support):
+    with on_device(problem.hidden):
+        return _support.kept_logits(problem, support)
+
+
+def kept_sums(problem, *arguments):
+    with on_device(problem.hidden):
+        return _support.kept_sums(problem, *arguments)
 
 
 def objective(config, logp, *tensors):

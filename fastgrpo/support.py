@@ -1,0 +1,116 @@
+"""Sampling-support replay: log-probs and entropy over the token ids that the sampler kept (top-p, top-k, min-p).
+
+A sampler that truncates draws from the renormalised kept set, so that is the distribution whose log-probs make the
+importance ratio 1. Only the kept columns of the head are read; the rest of the mathematics is the dense path's, on
+tiles one column wide.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from fastgrpo import inputs
+from fastgrpo.backends import torch_backend as dense
+from fastgrpo.backends.problem import FLOOR, NOTHING
+
+
+class Support(NamedTuple):
+    """The kept entries, position after position; made by :func:`checked`."""
+
+    ids: torch.Tensor  # (K,) int64 in [0, V)
+    rows: torch.Tensor  # (K,) int64, the position of each
+    offsets: torch.Tensor  # (N + 1,) int64
+    by_id: torch.Tensor  # (K,) int64, the entries in the order of their ids
+    invalid: torch.Tensor  # (N,) bool, positions whose kept set is not one: their results are NaN
+
+
+def checked(support, targets, vocab):
+    """-> :class:`Support`; raises before anything runs where values can be seen without a sync."""
+    if not isinstance(support, tuple | list) or len(support) != 2:
+        raise ValueError(f"support must be a tuple (token_ids, offsets), got {type(support).__name__}")
+    given, offsets = support
+    inputs.check_tensor("support token_ids", given, targets.device, floating=False)
+    inputs.check_tensor("support offsets", offsets, targets.device, floating=False)
+    n, k = targets.numel(), given.numel()
+    if given.ndim != 1:
+        raise ValueError(f"support token_ids must be flat, (K,), got shape {tuple(given.shape)}")
+    if offsets.shape != (n + 1,):
+        raise ValueError(f"support offsets must have shape ({n + 1},) for {n} targets, got {tuple(offsets.shape)}")
+    offsets, targets = offsets.to(torch.int64), targets.reshape(-1)
+    risen = (offsets.diff() >= 0).all() & (offsets[0] == 0) & (offsets[-1] == k)
+    visible = inputs.checks_values(targets.device)
+    if visible and not risen:
+        raise ValueError(f"support offsets must rise from 0 to K = {k}, got {offsets[:4].tolist()} ... {offsets[-1]}")
+    offsets = offsets.clamp(0, k).cummax(0).values  # bad ones must not reach memory that is not ours
+    rows = torch.searchsorted(offsets[1:].contiguous(), torch.arange(k, device=given.device), right=True)
+    rows = rows.clamp(max=max(n - 1, 0))
+    ids = given.to(torch.int64).clamp(0, vocab - 1)
+    by_id = ids.argsort(stable=True)
+    invalid = (~risen).repeat(n)
+    for problem, wrong in faults(given, ids, rows, by_id, targets, vocab):
+        if visible and wrong.any():
+            raise ValueError(f"support token_ids {problem}, not so at position {int(wrong.nonzero()[0])}")
+        invalid |= wrong
+    return Support(ids, rows, offsets, by_id, invalid)
+
+
+def faults(given, ids, rows, by_id, targets, vocab):
+    """-> text, (N,) bool: the positions at which it does not hold."""
+
+    def positions(entries):
+        return torch.zeros_like(targets).index_add_(0, rows, entries.to(targets.dtype))
+
+    yield f"must be in [0, {vocab})", positions(given != ids) > 0
+    twice = (ids[by_id].diff() == 0) & (rows[by_id].diff() == 0)  # stable: equal ids are in the order of positions
+    yield "must not repeat within a position", positions(torch.zeros_like(ids, dtype=torch.bool).index_copy_(
+        0, by_id, torch.nn.functional.pad(twice, (1, 0))[: len(ids)])) > 0  # fmt: skip
+    yield "must hold the target", (positions(ids == targets[rows]) != 1) & (targets != inputs.IGNORE)
+
+
+def sums(support, values):
+    """(K,) -> (N,), in a fixed order."""
+    return torch.segment_reduce(values, "sum", offsets=support.offsets, axis=0, unsafe=True)
+
+
+def forward(problem, support, backend):
+    """(5, N) statistics as :meth:`HeadProblem.new_stats`, and the raw logits (K,) for the backward."""
+    raw = backend.kept_logits(problem, support)
+    targets, rows = problem.targets, support.rows
+    z, _ = dense.transformed(problem, raw[:, None].clone(), *tile(problem, support))
+    z, is_label = z[:, 0], support.ids == targets[rows]
+    label = torch.where(support.invalid, torch.nan, sums(support, torch.where(is_label, z, 0.0)))
+    others = torch.where(is_label, NOTHING, z)
+    peak = torch.segment_reduce(others, "max", offsets=support.offsets, axis=0, unsafe=True, initial=FLOOR)
+    below = others - peak[rows]
+    e = below.exp()
+    stats = dense.combine((peak, sums(support, e), -sums(support, e * below)), label)
+    return torch.where(targets == inputs.IGNORE, 0.0, stats), raw
+
+
+def tile(problem, support):
+    """Bias and inverse temperature of each entry, as a tile one column wide wants them."""
+    bias = None if problem.bias is None else problem.bias[support.ids, None]
+    return bias, dense.row_inverse_temperature(problem, support.rows)
+
+
+def backward(problem, support, backend, stats, raw, grad_logp, grad_entropy, needs):
+    """Gradients as :func:`fastgrpo.backends.torch_backend.backward`'s."""
+    rows, by_id, vocab = support.rows, support.by_id, problem.weight.shape[0]
+    grads = [grad_logp] if grad_entropy is None else [grad_logp, grad_entropy]
+    active = (problem.targets != inputs.IGNORE) & torch.stack([g != 0 for g in grads]).any(0)
+    label = torch.where(support.ids == problem.targets[rows], 0, -1)
+    dz = dense.logits_gradient(
+        problem, raw[:, None].clone(), tile(problem, support)[0], rows, label, stats[:, rows], *(g[rows] for g in grads)
+    )[:, 0]
+    dz = torch.where(active[rows], dz, 0.0)  # exactly 0: such an entry is not read at all
+    columns = torch.searchsorted(support.ids[by_id], torch.arange(vocab + 1, device=rows.device))
+    out = [None] * len(needs)
+    for k, (x, w) in enumerate(problem.factors):
+        if needs[3 * k]:
+            d_x = backend.kept_sums(problem, w[None], dz, support.ids, support.offsets, x.dtype)
+            out[3 * k] = d_x.view(x.shape)
+        if needs[3 * k + 1]:
+            out[3 * k + 1] = backend.kept_sums(problem, x, dz[by_id], rows[by_id], columns, w.dtype)
+    if needs[2]:
+        out[2] = sums(support._replace(offsets=columns), dz[by_id]).to(problem.bias.dtype)
+    return out

@@ -1,0 +1,152 @@
+"""Sampling-support replay: logits of the kept (position, token) pairs alone, and their gradients.
+
+Memory decides here, not arithmetic: a pair costs one row of the head. No atomics; every sum has a fixed order.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from fastgrpo.kernels.common import TO_TRITON
+
+ENTRIES, DEPTH, WARPS = 16, 128, 4  # pairs and values a program reads at once
+
+
+@triton.jit(do_not_specialize=["entries", "T"])
+def kept_logits_kernel(
+    rows_ptr,  # (B, T, D)
+    columns_ptr,  # (V, D)
+    index_ptr,  # (K,) position of each entry
+    ids_ptr,  # (K,)
+    out_ptr,  # (K,) fp32, added to
+    entries,
+    T,
+    stride_rows_b,
+    stride_rows_t,
+    stride_rows_d,
+    stride_columns_v,
+    stride_columns_d,
+    D: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    EXACT_ROWS: tl.constexpr,  # fp32 rows are not rounded to COMPUTE: LoRA's
+    BLOCK_E: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    offs_e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
+    mask_e = offs_e < entries
+    index = tl.load(index_ptr + offs_e, mask=mask_e, other=0)
+    ids = tl.load(ids_ptr + offs_e, mask=mask_e, other=0)
+    offs_d = tl.arange(0, BLOCK_D)
+    row_ptrs = rows_ptr + (index // T * stride_rows_b + index % T * stride_rows_t)[:, None]
+    row_ptrs += offs_d[None, :] * tl.cast(stride_rows_d, tl.int64)
+    column_ptrs = columns_ptr + ids[:, None] * stride_columns_v + offs_d[None, :] * tl.cast(stride_columns_d, tl.int64)
+    acc = tl.zeros((BLOCK_E,), dtype=tl.float32)
+    for start in range(0, D, BLOCK_D):
+        mask = mask_e[:, None] & (start + offs_d < D)[None, :]
+        x = tl.load(row_ptrs, mask=mask, other=0.0)
+        w = tl.load(column_ptrs, mask=mask, other=0.0).to(COMPUTE).to(tl.float32)
+        x = x if EXACT_ROWS else x.to(COMPUTE)
+        acc += tl.sum(x.to(tl.float32) * w, axis=1)
+        row_ptrs += BLOCK_D * tl.cast(stride_rows_d, tl.int64)
+        column_ptrs += BLOCK_D * tl.cast(stride_columns_d, tl.int64)
+    acc += tl.load(out_ptr + offs_e, mask=mask_e, other=0.0)
+    tl.store(out_ptr + offs_e, acc, mask=mask_e)
+
+
+@triton.jit(do_not_specialize=["T"])
+def kept_sums_kernel(
+    source_ptr,  # (B, T, D)
+    coefficients_ptr,  # (K,) fp32
+    index_ptr,  # (K,) rows of the source
+    offsets_ptr,  # (M + 1,) where each output row's entries begin
+    out_ptr,  # (M, D)
+    T,
+    stride_source_b,
+    stride_source_t,
+    stride_source_d,
+    D: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """out[m] = sum of coefficients[e] * source[index[e]] over the entries of m; a coefficient of 0 reads nothing."""
+    tiles_d = tl.cdiv(D, BLOCK_D)
+    m = (tl.program_id(0) // tiles_d).to(tl.int64)
+    offs_d = tl.program_id(0) % tiles_d * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask_d = offs_d < D
+    last = tl.load(offsets_ptr + m + 1)
+    acc = tl.zeros((BLOCK_D,), dtype=tl.float32)
+    for first in range(tl.load(offsets_ptr + m), last, BLOCK_E):
+        offs_e = first + tl.arange(0, BLOCK_E)
+        coefficients = tl.load(coefficients_ptr + offs_e, mask=offs_e < last, other=0.0)
+        index = tl.load(index_ptr + offs_e, mask=offs_e < last, other=0)
+        pointers = source_ptr + (index // T * stride_source_b + index % T * stride_source_t)[:, None]
+        pointers += offs_d[None, :] * tl.cast(stride_source_d, tl.int64)
+        x = tl.load(pointers, mask=(coefficients != 0)[:, None] & mask_d[None, :], other=0.0)
+        acc += tl.sum(coefficients[:, None] * x.to(COMPUTE).to(tl.float32), axis=0)
+    tl.store(out_ptr + m * D + offs_d, acc.to(out_ptr.dtype.element_ty), mask=mask_d)
+
+
+def block_depth(depth):
+    return min(triton.next_power_of_2(depth), DEPTH)
+
+
+def kept_logits(problem, support):
+    """(K,) raw logits of the kept entries, each one row of hidden times one row of the head."""
+    entries = support.ids.numel()
+    out = torch.zeros(entries, dtype=torch.float32, device=problem.hidden.device)
+    for rows, columns in problem.factors if entries else ():
+        kept_logits_kernel[(triton.cdiv(entries, ENTRIES),)](
+            rows_ptr=rows,
+            columns_ptr=columns,
+            index_ptr=support.rows,
+            ids_ptr=support.ids,
+            out_ptr=out,
+            entries=entries,
+            T=rows.shape[1],
+            stride_rows_b=rows.stride(0),
+            stride_rows_t=rows.stride(1),
+            stride_rows_d=rows.stride(2),
+            stride_columns_v=columns.stride(0),
+            stride_columns_d=columns.stride(1),
+            D=columns.shape[1],
+            COMPUTE=TO_TRITON[str(problem.params.compute_dtype)],
+            EXACT_ROWS=rows is problem.low,
+            BLOCK_E=ENTRIES,
+            BLOCK_D=block_depth(columns.shape[1]),
+            num_warps=WARPS,
+        )
+    return out
+
+
+def kept_sums(problem, source, coefficients, index, offsets, dtype):
+    """out[m] = sum of ``coefficients[e] * source[index[e]]`` over offsets[m] <= e < offsets[m + 1], in that order.
+
+    Args:
+        source: (B, T, D), any strides, of B * T rows. coefficients, index: (K,). offsets: (M + 1,).
+
+    Returns:
+        (M, D) in ``dtype``, summed in fp32. An entry whose coefficient is 0 is not read.
+    """
+    length, depth = source.shape[1:]
+    out = torch.empty(offsets.numel() - 1, depth, dtype=dtype, device=source.device)
+    block = block_depth(depth)
+    programs = out.shape[0] * triton.cdiv(depth, block)
+    if programs:
+        kept_sums_kernel[(programs,)](
+            source_ptr=source,
+            coefficients_ptr=coefficients,
+            index_ptr=index,
+            offsets_ptr=offsets,
+            out_ptr=out,
+            T=length,
+            stride_source_b=source.stride(0),
+            stride_source_t=source.stride(1),
+            stride_source_d=source.stride(2),
+            D=depth,
+            COMPUTE=TO_TRITON[str(problem.params.compute_dtype)],
+            BLOCK_E=ENTRIES,
+            BLOCK_D=block,
+            num_warps=WARPS,
+        )
+    return out

@@ -1,0 +1,44 @@
+"""Modes that watch what an op does: whether the host would wait, how large its tensors are."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+WAITING = {
+    "_local_scalar_dense", "nonzero", "masked_select", "item", "is_nonzero", "equal", "unique", "_unique2",
+    "repeat_interleave",
+}  # fmt: skip
+
+
+class NoSync(TorchDispatchMode):
+    """Fails on operations whose result, or its shape, the host needs."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        by_mask = name in ("index", "index_put", "index_put_") and any(
+            x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1]
+        )
+        assert name not in WAITING, name
+        assert not by_mask, f"{name} with a boolean mask"
+        return func(*args, **(kwargs or {}))
+
+
+def forbid_lists(monkeypatch):
+    """tolist and numpy read a device's memory without an operation that a dispatch mode could see."""
+    for name in ("tolist", "numpy"):
+        monkeypatch.setattr(torch.Tensor, name, lambda *_, name=name: pytest.fail(f"Tensor.{name} was called"))
+
+
+class Largest(TorchDispatchMode):
+    """The largest tensor any operation makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(x, torch.Tensor):
+                self.numel = max(self.numel, x.numel())
+        return out
