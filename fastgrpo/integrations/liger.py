@@ -33,7 +33,7 @@ NAMES = {  # ours, as messages have them: Liger's
     "hidden": "_input", "weight": "lin_weight", "targets": "selected_token_ids", "mask": "attention_mask",
     "old_logprobs": "old_per_token_logps", "ref_logprobs": "ref_per_token_logps",
     "sampling_logprobs": "sampling_per_token_logps", "importance_weights": "vllm_is_ratio",
-    "num_items": "num_items_in_batch", "epsilon": "epsilon_low",
+    "num_items": "num_items_in_batch",
 }  # fmt: skip
 REFERENCE_NAMES = {**NAMES, "hidden": "ref_input", "weight": "ref_weight", "bias": "ref_bias"}
 
@@ -42,7 +42,8 @@ class FusedLinearGRPOLoss(torch.nn.Module):
     """GRPO's loss with the constructor, call and return of liger-kernel 0.8.5's ``LigerFusedLinearGRPOLoss``.
 
     Equal to Liger's where Liger's is right, to TRL 1.16's formulas elsewhere: luspo, advantages of shape (B, T) with
-    ``chunk_size > 1``, NaN in padding, a sequence-level ratio with cispo, sapo and vespo (Liger refuses it).
+    ``chunk_size > 1``, NaN in padding, ids outside the vocabulary (a ValueError); and where Liger stops: a sequence's
+    ratio with cispo, sapo and vespo.
 
     Args:
         beta: weight of the KL term, >= 0.
@@ -258,7 +259,7 @@ def with_gradients(loss, hidden, weight, bias):
 def check_ids(ids, mask):
     """-> where tokens count, bool like the ids."""
     inputs.check_tensor("targets", ids, floating=False)
-    counted = ids != inputs.IGNORE
+    counted = ids.to(torch.int64) != inputs.IGNORE  # -100 wraps in uint8
     if mask is None:
         return counted
     inputs.check_mask(mask, ids)
@@ -293,15 +294,15 @@ def renamed(names):
         yield
     except (ValueError, TypeError) as error:
         message = re.sub(rf"\b({'|'.join(names)})\b", lambda match: names[match[0]], str(error))
-        raise type(error)(message) from error
+        raise (ValueError if isinstance(error, ValueError) else TypeError)(message) from error
 
 
 def apply():
     """Put :class:`FusedLinearGRPOLoss` in the place of ``LigerFusedLinearGRPOLoss``.
 
     In ``liger_kernel.chunked_loss``, where later imports find it, and in every module that has already imported it
-    (TRL <= 1.12, ms-swift, axolotl ...). Objects made before stay as they are, and so does
-    ``liger_kernel.chunked_loss.functional``. A second call changes nothing.
+    (TRL <= 1.12, ms-swift, axolotl ...). Objects made before stay as they are, and so do
+    ``liger_kernel.chunked_loss.functional`` and Liger's Triton loss on logits. A second call changes nothing.
 
     Returns:
         an ``ExitStack``: its ``close()``, or the end of a ``with apply():``, puts Liger's class back.
