@@ -60,7 +60,9 @@ def of_reference(settings, arguments, **options):
     arguments = problems.with_grad(arguments)
     result = reference.grpo_loss(config=GRPOLossConfig(**{**defaults, **config}), **arguments, **options)
     (3.0 * result.loss).backward()
-    return result._replace(loss=result.loss.detach()), [arguments[k].grad for k in ("hidden", "weight", "bias") if k in arguments]
+    return result._replace(loss=result.loss.detach()), [
+        arguments[k].grad for k in ("hidden", "weight", "bias") if k in arguments
+    ]
 
 
 def errors(got, loss, gradients):

@@ -192,9 +192,8 @@ class FusedLinearGRPOLoss(torch.nn.Module):
         if config.beta > 0 and self.has_reference(ref_per_token_logps, ref_input, ref_weight):
             reference = ref_per_token_logps
             if reference is None:
-                ids = selected_token_ids.long().masked_fill(~counted, inputs.IGNORE)
-                with torch.no_grad(), renamed(REFERENCE_NAMES):
-                    reference = linear_logprobs(ref_input, ref_weight, ids, ref_bias, **self.head).logprobs
+                ids = selected_token_ids.to(torch.int64).masked_fill(~counted, inputs.IGNORE)
+                reference = self.reference_logprobs(ids, ref_input, ref_weight, ref_bias)
         with renamed(NAMES):
             loss = partial(
                 grpo_loss, targets=selected_token_ids, advantages=advantages,
@@ -221,6 +220,11 @@ class FusedLinearGRPOLoss(torch.nn.Module):
                 f"{self.beta}, got None"
             )
         return self.use_ref_model
+
+    @torch.no_grad()
+    def reference_logprobs(self, ids, ref_input, ref_weight, ref_bias):
+        with renamed(REFERENCE_NAMES):
+            return linear_logprobs(ref_input, ref_weight, ids, ref_bias, **self.head).logprobs
 
 
 class KnownGradients(torch.autograd.Function):
@@ -268,10 +272,10 @@ def check_ids(ids, mask):
 
 def normaliser(config, counted, given):
     """num_items of this rank: a share of the tokens of all ranks, whose gradients are averaged."""
-    if config.loss_type not in GLOBALLY_NORMALISED:
-        return None
     if given is not None:
         inputs.check_num_items(given)
+    if config.loss_type not in GLOBALLY_NORMALISED:
+        return None
     ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     if given is None and ranks > 1:
         given = counted.sum(dtype=torch.float32)
