@@ -33,7 +33,7 @@ CORE = ("hidden", "weight", "targets", "mask", "advantages", "bias", "old_logpro
 
 def problem(dtype=torch.float32, names=CORE, **options):
     """The tests' ragged batch (an empty sequence, a tool token, a zero advantage), by its names in Liger's call."""
-    batch = problems.batch(batch_size=5, length=7, vocab=V, depth=D, dtype=dtype, **options)
+    batch = problems.batch(**{"batch_size": 5, "length": 7, "vocab": V, "depth": D, "dtype": dtype, **options})
     batch["importance_weights"] = batch["importance_weights"].where(batch["mask"] != 0, 1.0)
     return {THEIRS[name]: batch[name] for name in names}
 
@@ -334,6 +334,17 @@ def test_frozen_head_no_grad_and_a_second_backward():
         loss.backward()
     with torch.no_grad():
         assert not FusedLinearGRPOLoss()(**problems.with_grad(problem(), LEAVES))[0].requires_grad
+
+
+def test_the_certified_backward():
+    arguments = problem(vocab=2000)
+    exact = run(FusedLinearGRPOLoss, {"backward": "exact"}, arguments)
+    found = []
+    for tolerance in (0.2, 0.02):
+        got = run(FusedLinearGRPOLoss, {"backward": "certified", "tolerance": tolerance}, arguments)
+        found.append(max(errors(got, exact[0], exact[2])))
+        assert 1e-7 < found[-1] <= tolerance
+    assert found[1] < found[0]
 
 
 def test_attributes_count_at_each_call():
