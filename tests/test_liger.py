@@ -336,6 +336,14 @@ def test_frozen_head_no_grad_and_a_second_backward():
         assert not FusedLinearGRPOLoss()(**problems.with_grad(problem(), LEAVES))[0].requires_grad
 
 
+def test_backends(backend, device):
+    arguments = {k: problems.cast(v, v.dtype, device) for k, v in problem().items()}
+    theirs = of_liger({"beta": 0.3}, arguments)
+    ours = run(FusedLinearGRPOLoss, {"beta": 0.3, "backend": backend, "log_entropy": True}, arguments)
+    assert max(errors(ours, theirs[0], theirs[2])) <= 1e-5
+    torch.testing.assert_close(ours[1], theirs[1], rtol=1e-5, atol=1e-7)
+
+
 def test_the_certified_backward():
     arguments = problem(vocab=2000)
     exact = run(FusedLinearGRPOLoss, {"backward": "exact"}, arguments)
