@@ -22,6 +22,17 @@ def test_op_example(capsys):
     assert "active_tokens" in capsys.readouterr().out
 
 
+def test_liger_example(capsys):
+    pytest.importorskip("liger_kernel")
+    code, scope = example("Liger's slot"), {}
+    assert code.count("\n") <= 12
+    exec(compile(code, "README.md", "exec"), scope)
+    scope["undo"].close()
+    assert type(scope["grpo"]).__module__ == "fastgrpo.integrations.liger"
+    assert scope["lm_head"].grad.abs().sum() > 0
+    assert float(capsys.readouterr().out.split()[2]) > 0
+
+
 def test_trainer_example(tmp_path, monkeypatch):
     """On a tiny model in place of the path, for three steps."""
     pytest.importorskip("peft")
