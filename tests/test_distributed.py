@@ -65,14 +65,20 @@ def test_gradients_of_one_process(ranks, kind, tied, name):
             assert (got["grads"][n] - g).norm() <= 1e-5 * max(g.norm(), 1e-2 * top), n
 
 
+@pytest.mark.parametrize("run", distributed_job.RUNS)
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_the_trainer_on_two_ranks(ranks, kind):
+def test_the_trainer_on_two_ranks(ranks, kind, run):
     """Both ranks end with the same weights, and a resumed run with the same as the uninterrupted one."""
-    (first, log), (again, log_again) = ranks[0][kind, "train"]
+    (first, log), (again, log_again) = ranks[0][kind, run]
     for name, weight in first.items():
-        assert weight.equal(ranks[1][kind, "train"][0][0][name]), name
+        assert weight.equal(ranks[1][kind, run][0][0][name]), name
         assert weight.equal(again[name]), name
     assert log == log_again
-    assert [row["step"] for row in log] == [1, 2, 3, 4, 5]
+    assert [row["step"] for row in log if "loss" in row] == [1, 2, 3, 4, 5]
+    assert [row["step"] for row in log if "eval/reward" in row] == [3, 5]
     start = dict(distributed_job.trainer_job.make_model()[0].named_parameters())
-    assert all((weight - start[name]).abs().max() > 0 for name, weight in first.items())
+    for name, weight in first.items():
+        plain = name.removeprefix("base_model.model.").replace(".base_layer", "")
+        assert "lora" in name or (weight - start[plain]).abs().max().gt(0) == (run != "lora"), name
+    assert run != "lora" or any(weight.abs().max() > 0 for name, weight in first.items() if "lora_B" in name)
+    assert log[-2]["kl"] > 0

@@ -125,8 +125,7 @@ class GRPOTrainer:
         """What happens every so many steps: reference, evaluation, checkpoint."""
         config = self.config
         if config.sync_ref_model and self.step % config.ref_model_sync_steps == 0:
-            for old, new in zip(self.reference.parameters(), self.model.parameters()):
-                old.data.lerp_(new.data, config.ref_model_mixup_alpha)
+            models.move(self.reference, self.model, config.ref_model_mixup_alpha)
         last, eval_steps = self.step == self.total, config.eval_steps or config.logging_steps
         if config.eval_strategy == "steps" and (self.step % eval_steps == 0 or last):
             self.log.write(self.step, self.evaluate())

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, get_scheduler
 
 from fastgrpo.checks import Below1, Checked, Count, NonNegative, Positive, installed
@@ -192,6 +193,16 @@ def freeze(model, accelerator):
 
         return fsdp2_prepare_model(accelerator, model)
     return model.to(accelerator.device)
+
+
+@torch.no_grad()
+def move(reference, policy, share):
+    """The reference becomes ``share * policy + (1 - share) * reference``."""
+    for module in reference.modules():
+        if isinstance(module, FSDPModule):  # without a backward pass the root stays gathered
+            module.reshard()
+    for old, new in zip(reference.parameters(), policy.parameters()):
+        old.lerp_(new, share)
 
 
 def lora(config):
