@@ -29,7 +29,7 @@ def save(folder, accelerator, model, tokenizer, state, limit=None):
         part.rename(folder)
         flush(folder.parent)
         for old in found(folder.parent)[:-limit] if limit else ():
-            shutil.rmtree(old)
+            shutil.rmtree(old.rename(f"{old}.part"))  # a half-removed one is not found either
     accelerator.wait_for_everyone()
 
 
