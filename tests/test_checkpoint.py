@@ -74,6 +74,7 @@ def test_a_kill_in_the_middle_of_a_save(whole, tmp_path, function, call):
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=environment)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert (tmp_path / "checkpoint-4.part").is_dir()
+    (tmp_path / "checkpoint-1.part").mkdir()  # a kill in the middle of a removal
     assert [p.name for p in checkpoint.found(tmp_path)] == ["checkpoint-2"]
     assert len(trainer_job.log_rows(tmp_path)) == 4
     trainer_job.make_trainer(tmp_path, resume_from_checkpoint=True, save_steps=2).train()

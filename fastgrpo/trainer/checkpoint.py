@@ -16,7 +16,8 @@ def save(folder, accelerator, model, tokenizer, state, limit=None):
     ``limit``: older checkpoints are removed; None: kept."""
     folder, part = Path(folder), Path(f"{folder}.part")
     if accelerator.is_main_process:
-        shutil.rmtree(part, ignore_errors=True)
+        for left in folder.parent.glob("checkpoint-*.part"):  # by a kill
+            shutil.rmtree(left)
         part.mkdir(parents=True)
     accelerator.wait_for_everyone()
     accelerator.save_state(part)
