@@ -86,7 +86,7 @@ def expected(value, hint):
     if origin in (typing.Union, types.UnionType):
         return " or ".join(expected(value, argument) for argument in arguments)
     if origin is list:
-        return f"a list of {expected(value, arguments[0])}"
+        return f"a list, each {expected(value, arguments[0])}"
     return {bool: "True or False", types.NoneType: "None"}.get(hint, hint.__name__)
 
 

@@ -131,6 +131,8 @@ COMMANDS = [
     (["demo", "max_steps", "3"], "expected --key value, got 'max_steps'"),
     (["demo", "--num_generations", "7"], "num_generations must divide"),
     (["demo", "--reward_funcs", "[a, b"], "this is not YAML"),
+    (["demo", "--reward_weights", "[.nan]"], "reward_weights must be a list, each a finite number or None, got [nan]"),
+    (["demo", "--model", "no/such/model"], "no/such/model"),
 ]
 
 

@@ -26,7 +26,7 @@ def main(argv=None):
         if missing:
             raise ValueError(f"the config must also give {', '.join(sorted(missing))}")
         trainer = GRPOTrainer(config=config, **job)
-    except (ValueError, TypeError, ImportError) as error:
+    except (ValueError, TypeError, ImportError, OSError) as error:  # OSError: transformers finds no such model
         parser.error(str(error))
     trainer.train()
     return 0

@@ -8,7 +8,7 @@ from typing import Literal
 import yaml
 
 from fastgrpo.advantages import SCALES
-from fastgrpo.checks import Count, CountOr0, GroupSize, NonNegative, Share, installed
+from fastgrpo.checks import Count, CountOr0, Finite, GroupSize, NonNegative, Share, installed
 from fastgrpo.config import GRPOLossConfig
 from fastgrpo.inputs import BACKENDS, BACKWARDS
 from fastgrpo.integrations.vllm import VLLMOptions
@@ -81,7 +81,7 @@ class GRPOConfig(Sampling, GRPOLossConfig, ModelOptions, VLLMOptions):
     backend: Literal[BACKENDS] = "auto"
     backward: Literal[BACKWARDS] = "auto"
     max_generation_tokens: Count = 65536
-    reward_weights: list[float] | None = None
+    reward_weights: list[Finite] | None = None
     scale_rewards: Literal[(*SCALES, True, False)] = "group"
     mask_truncated_completions: bool = False
     sync_ref_model: bool = False
