@@ -84,3 +84,14 @@ def test_the_trainer_on_two_ranks(ranks, kind, run):
         assert "lora" in name or (weight - start[plain]).abs().max().gt(0) == (run != "lora"), name
     assert run != "lora" or any(weight.abs().max() > 0 for name, weight in first.items() if "lora_B" in name)
     assert log[-2]["kl"] > 0
+
+
+@pytest.mark.parametrize("run", distributed_job.RUNS)
+def test_fsdp2_trains_as_ddp_does(ranks, run):
+    (ddp, log), (fsdp, other) = (ranks[0][kind, run][0] for kind in ("ddp", "fsdp2"))
+    assert ddp.keys() == fsdp.keys()
+    for name, weight in ddp.items():
+        torch.testing.assert_close(fsdp[name], weight, rtol=0, atol=2e-4)  # a fifth of one step of Adam
+    for a, b in zip(log, other):
+        for name in {"kl", "entropy", "loss", "reward", "eval/reward"} & a.keys():
+            assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-5), name
