@@ -230,7 +230,7 @@ CALLS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("function", "needed"), CALLS, ids=str)
+@pytest.mark.parametrize(("function", "needed"), CALLS, ids=range(len(CALLS)))
 def test_columns_needed(function, needed):
     rewards.named_rewards(function, {"prompt", *needed}, {"prompt", "more", *needed})
     for column in needed:

@@ -115,7 +115,7 @@ ARGUMENTS = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "message"), ARGUMENTS, ids=[str(a[0])[:40] for a in ARGUMENTS])
+@pytest.mark.parametrize(("arguments", "message"), ARGUMENTS, ids=[a[1][:40] for a in ARGUMENTS])
 def test_mistakes_in_the_arguments_are_found_before_a_model_loads(no_model, monkeypatch, tmp_path, arguments, message):
     monkeypatch.chdir(tmp_path)
     plain = {"model": "tiny:sort", "reward_funcs": "exact_answer", "train_dataset": ROWS,
