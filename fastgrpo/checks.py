@@ -1,5 +1,6 @@
 """Settings checked against their annotations: type, range and choices stand once, beside the field's default."""
 
+import difflib
 import functools
 import importlib
 import math
@@ -23,7 +24,17 @@ GroupSize = Annotated[int, (">= 2", lambda x: x >= 2)]
 
 
 class Checked:
-    """Base of frozen dataclasses: every field is checked against its annotation, then the ``combinations``."""
+    """Base of frozen dataclasses: names are checked, every field against its annotation, then the ``combinations``."""
+
+    also = ()  # names that may be meant besides the fields'
+    advice = types.MappingProxyType({})  # {a name from elsewhere: what to say instead}
+
+    def __new__(cls, **settings):
+        for name in settings.keys() - annotations(cls).keys():
+            close = difflib.get_close_matches(name, [*annotations(cls), *cls.also], n=1)
+            said = cls.advice.get(name) or "".join(f"did you mean {c}?" for c in close)
+            raise ValueError(f"{name} is not a setting" + (f": {said}" if said else ""))
+        return super().__new__(cls)
 
     def __post_init__(self):
         for name, hint in annotations(type(self)).items():
@@ -75,7 +86,7 @@ def expected(value, hint):
     if origin in (typing.Union, types.UnionType):
         return " or ".join(expected(value, argument) for argument in arguments)
     if origin is list:
-        return f"a list of {expected(value, arguments[0])}"
+        return f"a list, each {expected(value, arguments[0])}"
     return {bool: "True or False", types.NoneType: "None"}.get(hint, hint.__name__)
 
 

@@ -4,6 +4,7 @@ accelerate offers FSDP2 on accelerators only, so its state is told here that thi
 switch (fsdp2_prepare_model, the optimiser's parameters, no_sync, clipping, checkpoints) is accelerate's own.
 """
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -22,6 +23,10 @@ import trainer_job
 CASES = {
     "dapo": {}, "grpo, kl": {"loss_type": "grpo", "beta": 0.1},
     "bnpo, entropy": {"loss_type": "bnpo", "entropy_coef": 0.05, "top_entropy_quantile": 0.5},
+}  # fmt: skip
+RUNS = {
+    "plain": {}, "moving reference": {"sync_ref_model": True, "ref_model_sync_steps": 2},
+    "lora": {"use_peft": True, "lora_target_modules": "all-linear", "lora_dropout": 0.0},
 }  # fmt: skip
 
 
@@ -62,30 +67,45 @@ def full(tensor):
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def gradients(kind, tied, settings):
+def limit_memory(model, rank):
+    """Rank 0 runs out of memory above 13 tokens, but for its very first micro-batch."""
+    calls = []
+
+    def full(module, arguments, options):
+        calls.append(options["input_ids"].numel())
+        if rank == 0 and calls[-1] > 13 and len(calls) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    model.register_forward_pre_hook(full, with_kwargs=True)
+
+
+def gradients(kind, tied, settings, limited=False):
     accelerator = make_accelerator(kind)
     model = fuse_lm_head(trainer_job.make_model(tied, dropout=0.0)[0])
     model, _ = accelerator.prepare(model, torch.optim.AdamW(model.parameters()))
     learner = Learner(model, accelerator, GRPOLossConfig(max_completion_length=12, **settings), budget=24)
+    if limited:
+        limit_memory(learner.inner, accelerator.process_index)
     mine = share(episodes(), accelerator.process_index) if accelerator.num_processes > 1 else episodes()
     numbers = learner.gradients(mine)
     assert accelerator.num_processes == 1 or kind == "ddp" or isinstance(model.model.norm.weight, DTensor)
     named = {n.removeprefix("module."): full(p.grad).clone() for n, p in model.named_parameters()}
     scores = learner.score(mine)  # passes without a gradient: as many on each rank
-    return {"grads": named, "loss": accelerator.reduce(numbers["loss"]), "scores": scores}
+    return {"grads": named, "loss": accelerator.reduce(numbers["loss"]), "scores": scores, "budget": learner.budget}
 
 
-def train(kind, output):
+def train(kind, output, settings):
     """The whole trainer: three steps, a checkpoint, two more; then the two again from the checkpoint."""
     loop.Accelerator = lambda **options: make_accelerator(kind, **options)
-    for resume in (False, True):
-        settings = {
-            "max_steps": 5,
-            "save_steps": 3,
-            "beta": 0.05,
-            "resume_from_checkpoint": resume and f"{output}/checkpoint-3",
-        }
-        trainer = trainer_job.make_trainer(output, model=trainer_job.make_model(dropout=0.0), **settings)
+    settings = {"max_steps": 5, "save_steps": 3, "beta": 0.05, "eval_strategy": "steps", "eval_steps": 3, **settings}
+    for resume in (False, f"{output}/checkpoint-3"):
+        if resume and torch.distributed.get_rank() == 0:
+            shutil.rmtree(f"{output}/checkpoint-5")
+        torch.distributed.barrier()
+        trainer = trainer_job.make_trainer(
+            output, model=trainer_job.make_model(dropout=0.0), eval_rows=trainer_job.problems(3),
+            resume_from_checkpoint=resume, **settings,
+        )  # fmt: skip
         trainer.train()
         weights = {n.removeprefix("module."): full(p).detach().clone() for n, p in trainer.model.named_parameters()}
         yield weights, trainer_job.log_rows(output) if trainer.accelerator.is_main_process else None
@@ -97,7 +117,10 @@ def main(output):
         for tied in (False, True):
             for name, settings in CASES.items():
                 results[kind, tied, name] = gradients(kind, tied, settings)
-        results[kind, "train"] = list(train(kind, f"{output}/{kind}"))
+                if kind == "ddp":
+                    results["ddp, little memory", tied, name] = gradients(kind, tied, settings, limited=True)
+        for name, settings in RUNS.items():
+            results[kind, name] = list(train(kind, f"{output}/{kind}-{name}", settings))
     torch.save(results, Path(output) / f"rank{torch.distributed.get_rank()}.pt")
 
 

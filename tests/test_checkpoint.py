@@ -74,11 +74,59 @@ def test_a_kill_in_the_middle_of_a_save(whole, tmp_path, function, call):
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=environment)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert (tmp_path / "checkpoint-4.part").is_dir()
+    (tmp_path / "checkpoint-1.part").mkdir()  # a kill in the middle of a removal
     assert [p.name for p in checkpoint.found(tmp_path)] == ["checkpoint-2"]
     assert len(trainer_job.log_rows(tmp_path)) == 4
     trainer_job.make_trainer(tmp_path, resume_from_checkpoint=True, save_steps=2).train()
     assert_same_run(tmp_path, whole)
     assert not list(tmp_path.glob("*.part"))
+
+
+def test_a_log_that_was_cut_in_the_middle_of_a_line(whole, tmp_path):
+    shutil.copytree(whole / "checkpoint-5", tmp_path / "checkpoint-5")
+    lines = (whole / "log.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "log.jsonl").write_text("".join(lines[:6]) + lines[6][:20])
+    trainer_job.make_trainer(tmp_path, resume_from_checkpoint=True).train()
+    assert_same_run(tmp_path, whole)
+
+
+def test_a_rollout_of_another_size_is_refused(whole, tmp_path):
+    shutil.copytree(whole / "checkpoint-5", tmp_path / "checkpoint-5")
+    trainer = trainer_job.make_trainer(tmp_path, resume_from_checkpoint=True, steps_per_generation=2)
+    with pytest.raises(ValueError, match="a rollout must have the 24 answers of the checkpoint's, got 8"):
+        trainer.train()
+
+
+def test_a_checkpoint_of_more_processes_is_refused(whole, tmp_path):
+    shutil.copytree(whole / "checkpoint-5", tmp_path / "checkpoint-5")
+    shutil.copy(tmp_path / "checkpoint-5/trainer_0.pt", tmp_path / "checkpoint-5/trainer_1.pt")
+    trainer = trainer_job.make_trainer(tmp_path, resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match="must be of 1 processes, got one of 2"):
+        trainer.train()
+
+
+def test_an_older_checkpoint_goes_on_elsewhere(whole, tmp_path):
+    """Beside newer ones, those of the abandoned run would be taken for the newest, and the newest removed as old."""
+    folder = str(whole / "checkpoint-3")
+    with pytest.raises(ValueError, match=r"holds checkpoint-7, newer than .*checkpoint-3: remove it or take another"):
+        trainer_job.make_trainer(whole, resume_from_checkpoint=folder)
+    trainer_job.make_trainer(tmp_path, resume_from_checkpoint=folder, save_total_limit=2).train()
+    assert trainer_job.log_rows(tmp_path) == trainer_job.log_rows(whole)[3:]
+    assert [p.name for p in checkpoint.found(tmp_path)] == ["checkpoint-6", "checkpoint-7"]
+
+
+def test_an_adapter_by_another_name(tmp_path):
+    peft = pytest.importorskip("peft")
+    outputs, finals = [tmp_path / "whole", tmp_path / "resumed"], []
+    for output, resume in zip(outputs, (False, str(outputs[0] / "checkpoint-2"))):
+        model, tokenizer = trainer_job.make_model()
+        torch.manual_seed(0)
+        model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM"), adapter_name="mine")
+        trainer = trainer_job.make_trainer(output, (model, tokenizer), max_steps=3, resume_from_checkpoint=resume)
+        trainer.train()
+        finals.append({n: p.detach() for n, p in trainer.model.named_parameters() if "lora" in n})
+    assert finals[0]
+    assert all(finals[0][n].equal(finals[1][n]) for n in finals[0])
 
 
 def test_a_checkpoint_is_a_model(whole):

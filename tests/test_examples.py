@@ -77,7 +77,7 @@ def test_gsm8k_reads_a_file(tmp_path):
 def test_gsm8k_names_the_bad_line(tmp_path, line):
     path = tmp_path / "train.jsonl"
     path.write_text('{"question": "?", "answer": "#### 1"}\n' + line + "\n")
-    with pytest.raises(ValueError, match=r"train\.jsonl, line 2: expected"):
+    with pytest.raises(ValueError, match=r"train\.jsonl, (line|row) 2: expected"):
         examples.load_rows(f"world:gsm8k:{path}")
 
 

@@ -1,6 +1,7 @@
 """Skipping and packing change the cost of a learner step, never its gradients."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -236,6 +237,26 @@ def test_the_automatic_budget_starts_somewhere():
     assert learner.budget == AUTO_BUDGET
     learner.grow()
     assert learner.budget == AUTO_BUDGET or torch.cuda.is_available()
+
+
+def test_the_automatic_budget_grows_into_a_gpu(monkeypatch):
+    """A made-up GPU of 100 bytes: doubled while the peak is below 40 of them, never back to what did not fit."""
+    learner, peak = Learner(make_model(), Accelerator(cpu=True), GRPOLossConfig()), [10]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: peak[0])
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=100))
+    seen = []
+    for peak[0] in (10, 39, 41):
+        learner.grow()
+        seen.append(learner.budget // AUTO_BUDGET)
+    assert seen == [2, 4, 4]
+    learner.limit = learner.budget = 2 * AUTO_BUDGET  # as after running out of memory
+    peak[0] = 10
+    learner.grow()
+    assert learner.budget == 2 * AUTO_BUDGET
+    fixed = Learner(make_model(), Accelerator(cpu=True), GRPOLossConfig(), budget=64)
+    fixed.grow()
+    assert fixed.budget == 64
 
 
 def test_activation_offload_keeps_the_gradients_and_leaves_the_weights(monkeypatch):

@@ -222,12 +222,73 @@ def test_resolve_says_what_is_wrong(reward, message):
         resolve(reward)
 
 
-def test_columns_needed():
-    assert rewards.columns_needed(rewards.exact_answer) == ["answer"]
-    assert rewards.columns_needed(rewards.countdown) == ["numbers", "target"]
-    assert rewards.columns_needed(rewards.think_format) == []
-    assert rewards.columns_needed(resolve({"name": "length_penalty", "max_length": 10})) == []
-    assert rewards.columns_needed(lambda prompts, completions, *, topic, **columns: None) == ["topic"]
+CALLS = [
+    (rewards.exact_answer, {"answer"}), (rewards.countdown, {"numbers", "target"}), (rewards.think_format, set()),
+    (resolve({"name": "length_penalty", "max_length": 10}), set()),
+    (lambda prompts, completions, *, topic, **columns: None, {"topic"}),
+    (lambda completions, trainer_state, **_: None, set()),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("function", "needed"), CALLS, ids=range(len(CALLS)))
+def test_columns_needed(function, needed):
+    rewards.named_rewards(function, {"prompt", *needed}, {"prompt", "more", *needed})
+    for column in needed:
+        with pytest.raises(ValueError, match=f"needs the columns .*{column}"):
+            rewards.named_rewards(
+                function, {"prompt", *needed}, {"prompt", *needed} - {column}
+            )  # of the second dataset
+
+
+def test_a_function_that_would_fail_at_its_first_call():
+    """The trainer passes every column: without **kwargs that is an error after the first rollout."""
+    with pytest.raises(
+        ValueError, match=r"reward f must accept what it does not use.*\['completion_ids', 'topic', 'tr"
+    ):
+        rewards.named_rewards(lambda_named("f", lambda prompts, completions: []), {"prompt", "topic"})
+    names = "prompts, completions, completion_ids, trainer_state, topic"
+    rewards.named_rewards(eval(f"lambda {names}: []"), {"prompt", "topic"})
+
+
+def lambda_named(name, function):
+    function.__name__ = name
+    return function
+
+
+RETURNED = [
+    (None, "must return a list of numbers or None, got None"), (1.0, "must return a list of numbers or None, got 1.0"),
+    (["a", 1], "must return a list of numbers or None"), ([1.0], "must return 2 values, got 1"),
+    ([1.0, float("-inf")], "must return finite numbers"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("values", "message"), RETURNED, ids=str)
+def test_what_a_function_returns(values, message):
+    with pytest.raises(ValueError, match=f"reward function f {message}"):
+        rewards.checked("f", values, 2)
+
+
+def test_async_functions():
+    """Also with arguments, and where a loop runs already, as in a notebook."""
+    import asyncio
+
+    async def later(completions, bonus=0, **_):
+        await asyncio.sleep(0)
+        return [len(c) + bonus for c in completions]
+
+    (plain,) = rewards.named_rewards(later, {"prompt"}).values()
+    assert plain.__name__ == "later"
+
+    async def notebook():
+        return plain(prompts=[], completions=["a", "bc"])
+
+    assert asyncio.run(notebook()) == [1, 2]
+
+
+def test_a_model_is_no_function():
+    torch = pytest.importorskip("torch")
+    with pytest.raises(ValueError, match=r"must be a function or {'name': 'reward_model', 'path': ...}, got a Linear"):
+        resolve(torch.nn.Linear(1, 1))
 
 
 def tiny_classifier(path, labels):

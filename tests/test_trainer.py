@@ -44,7 +44,7 @@ def no_model(monkeypatch):
     def load(*_):
         raise AssertionError("a model was loaded before the mistake was found")
 
-    monkeypatch.setattr("fastgrpo.trainer.loop.load_model", load)
+    monkeypatch.setattr("fastgrpo.trainer.model.load_model", load)
 
 
 MISTAKES = [
@@ -72,6 +72,11 @@ MISTAKES = [
     ({"vllm_mode": "remote"}, "vllm_mode must be one of 'colocate', 'server'"),
     ({"vllm_importance_sampling_clip_min": 4.0}, "must be below clip_max"),
     ({"report_to": "carrier-pigeon"}, "report_to must be one of"),
+    ({"learning_rat": 1.0}, "learning_rat is not a setting: did you mean learning_rate?"),
+    ({"train_datasets": "x"}, "did you mean train_dataset?"),
+    ({"generation_batch_size": 64}, "generation_batch_size is not a setting: say steps_per_generation"),
+    ({"per_device_eval_batch_size": 8}, "is not a setting: evaluation is batched by max_generation_tokens"),
+    ({"fp16": True}, "fp16 is not a setting: 16-bit training is bf16=True"),
 ]  # fmt: skip
 if not torch.cuda.is_available():
     MISTAKES += [
@@ -101,11 +106,18 @@ ARGUMENTS = [
     ({"train_dataset": "world:chess"}, "NAME one of"),
     ({"model": "tiny:chess"}, "NAME one of"),
     ({"config": GRPOConfig(eval_strategy="steps")}, "need an eval_dataset"),
+    ({"reward_funcs": lambda completions: [0.0]}, "must accept what it does not use"),
+    ({"eval_dataset": [{"prompt": "1="}]}, r"reward exact_answer needs the columns \['answer'\], got \['prompt'\]"),
+    ({"train_dataset": {"train": ROWS}}, "must have a length and rows by number, got dict"),
+    ({"train_dataset": __file__}, "train_dataset must be a .jsonl or .json file"),
+    ({"train_dataset": [{"prompt": [{"role": "user", "content": "12="}], "answer": "12"}]}, "chat_template"),
+    ({"config": GRPOConfig(beta=0.1, sync_ref_model=True), "peft_config": object()}, "model without its adapter"),
 ]
 
 
-@pytest.mark.parametrize(("arguments", "message"), ARGUMENTS, ids=[str(a[0])[:40] for a in ARGUMENTS])
-def test_mistakes_in_the_arguments_are_found_before_a_model_loads(no_model, tmp_path, arguments, message):
+@pytest.mark.parametrize(("arguments", "message"), ARGUMENTS, ids=[a[1][:40] for a in ARGUMENTS])
+def test_mistakes_in_the_arguments_are_found_before_a_model_loads(no_model, monkeypatch, tmp_path, arguments, message):
+    monkeypatch.chdir(tmp_path)
     plain = {"model": "tiny:sort", "reward_funcs": "exact_answer", "train_dataset": ROWS,
              "config": GRPOConfig(output_dir=str(tmp_path))}  # fmt: skip
     with pytest.raises((ValueError, TypeError), match=message):
@@ -118,6 +130,9 @@ COMMANDS = [
     (["demo", "--max_steps", "many"], "max_steps must be int, got 'many'"),
     (["demo", "max_steps", "3"], "expected --key value, got 'max_steps'"),
     (["demo", "--num_generations", "7"], "num_generations must divide"),
+    (["demo", "--reward_funcs", "[a, b"], "this is not YAML"),
+    (["demo", "--reward_weights", "[.nan]"], "reward_weights must be a list, each a finite number or None, got [nan]"),
+    (["demo", "--model", "no/such/model"], "no/such/model"),
 ]
 
 
@@ -148,12 +163,14 @@ def test_names_and_defaults_are_trl_s():
     theirs = {f.name: f.default for f in dataclasses.fields(trl.GRPOConfig)}
     theirs |= {f.name: f.default for f in dataclasses.fields(trl.ModelConfig) if f.name not in theirs}
     ours = {f.name: f.default for f in dataclasses.fields(GRPOConfig)}
-    # ours differs knowingly: log and evaluate by whole steps, a folder of its own, no bf16 where there is no GPU
-    known = {"output_dir", "bf16", "report_to", "optim", "resume_from_checkpoint", "eval_steps", "num_generations_eval",
-             "num_completions_to_print", "dtype"}  # fmt: skip
-    shared = ours.keys() & theirs.keys() - known
-    assert len(shared) > 70
-    assert {n: ours[n] for n in shared if ours[n] != theirs[n]} == {}
+    shared = ours.keys() & theirs.keys()
+    assert len(shared) > 80
+    # None there: transformers puts this folder in its place
+    assert {n: ours[n] for n in shared if ours[n] != theirs[n]} == {"output_dir": "trainer_output"}
+    assert trl.GRPOConfig(use_cpu=True, bf16=False).output_dir == "trainer_output"
+    elsewhere = GRPOConfig.advice.keys() - {"dataset_name", "max_prompt_length", "use_liger_loss", "warmup_ratio",
+                                            "logging_dir"}  # fmt: skip
+    assert elsewhere <= theirs.keys() - ours.keys()
 
 
 def test_rows_from_everywhere(tmp_path):
@@ -164,6 +181,27 @@ def test_rows_from_everywhere(tmp_path):
         assert [dict(load_rows(source)[i]) for i in range(2)] == ROWS
     with pytest.raises(TypeError, match="must have a length"):
         load_rows(iter(ROWS))
+    with pytest.raises(ValueError, match=r"must have a 'prompt'.*got None at row 2"):
+        load_rows(datasets.Dataset.from_list([*ROWS, {"prompt": None, "answer": ""}]))
+
+
+def test_a_bad_line_is_named_and_a_strange_one_is_read(tmp_path):
+    """U+2028 ends a line for str.splitlines, not for JSON; a byte order mark is no JSON."""
+    path = tmp_path / "a.jsonl"
+    path.write_text("\ufeff" + json.dumps({"prompt": "a\u2028b"}, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert load_rows(path) == [{"prompt": "a\u2028b"}]
+    path.write_text('{"prompt": "a"}\n\n{"prompt": ')
+    with pytest.raises(ValueError, match=r"a.jsonl, line 3: expected JSON, got '{\"prompt\": '"):
+        load_rows(path)
+
+
+def test_a_prompt_without_room_is_found_before_the_first_step(tmp_path):
+    rows = [{"prompt": "1="}, {"prompt": "2" * 58 + "="}]
+    trainer_job.make_trainer(tmp_path, rows=rows, max_completion_length=5)
+    with pytest.raises(
+        ValueError, match="leave room for the longest prompt, 59 tokens, in the model's 64 positions, got"
+    ):
+        trainer_job.make_trainer(tmp_path, rows=rows, max_completion_length=6)
 
 
 def test_the_order_of_prompts_has_no_state():
@@ -194,6 +232,9 @@ def test_chat_prompts_and_scores():
     assert scores[0] == [1.0, 0.5]
     assert scores[1][0] != scores[1][0]  # NaN: cannot score
     assert seen == {"prompts": [chat, chat], "completions": ["x", "y"], "ids": [[1], [2]], "level": [1, 2]}
+    odd = [{"prompt": "a", "completion": "?", "completions": "?", "completion_ids": "?", "prompts": "?"}]
+    assert score({"a": lambda prompts, completions, completion_ids, **_: [len(prompts[0] + completions[0])]}, odd,
+                 ["xy"], [[1]]) == [[3.0]]  # fmt: skip
     with pytest.raises(ValueError, match="reward function b must return 2 values, got 1"):
         score({"b": lambda **_: [0.5]}, rows, ["x", "y"], [[1], [2]])
 
@@ -213,12 +254,52 @@ def test_several_rewards_with_weights_and_missing_scores(tmp_path):
     episodes = trainer.collect()
     for i, e in enumerate(episodes):
         assert (e.advantage == 0) or i % 2 == 0
-        expected = 0.0 if i % 2 else 1.5 * len(trainer.tokenizer.decode(e.completion_ids, skip_special_tokens=True))
-        assert trainer.reward(e) == pytest.approx(expected)
+        length = len(trainer.tokenizer.decode(e.completion_ids, skip_special_tokens=True))
+        assert trainer.reward(e) == pytest.approx(torch.nan if i % 2 else 1.5 * length, nan_ok=True)
     assert any(e.advantage != 0 for e in episodes)
     row = trainer.train()[0]
     assert {"rewards/half_0", "rewards/never", "rewards/half_2"} <= row.keys()
     assert row["rewards/half_0"] == row["rewards/half_2"] > 0 == row["rewards/never"]
+    assert row["reward"] == pytest.approx(1.5 * row["rewards/half_0"])  # of the answers that were scored
+
+
+def test_evaluation_with_missing_scores(tmp_path):
+    """The mean is over what could be scored; what could not was not right."""
+
+    def odd(completions, **_):
+        return [None if i % 2 else 1.0 for i, _ in enumerate(completions)]
+
+    config = GRPOConfig(**{**trainer_job.SETTINGS, "output_dir": str(tmp_path), "save_strategy": "no", "max_steps": 1,
+                           "eval_strategy": "steps", "num_generations_eval": 2})  # fmt: skip
+    model, tokenizer = trainer_job.make_model()
+    rows = GRPOTrainer(model, odd, ROWS, config, eval_dataset=ROWS, processing_class=tokenizer).train()
+    assert rows[-1]["eval/reward"] == rows[-1]["eval/greedy_reward"] == 1
+    assert (rows[-1]["eval/pass@1"], rows[-1]["eval/pass@2"], rows[-1]["eval/greedy_pass"]) == (0.5, 1, 0.5)
+
+
+def test_rewards_know_how_far_the_training_is(tmp_path):
+    """TRL's trainer_state, for rewards that change with the steps."""
+    seen = []
+
+    def curriculum(completions, trainer_state, **_):
+        seen.append((trainer_state.global_step, trainer_state.max_steps))
+        return [0.0] * len(completions)
+
+    trainer_job.make_trainer(tmp_path, rewards=curriculum, max_steps=8, save_strategy="no").train()
+    assert seen == [(0, 8), (6, 8)]
+
+
+def test_warm_up_as_a_share(tmp_path):
+    for warmup, expected in ((0.5, [0, 0.25, 0.5, 0.75, 1]), (2, [0, 0.5, 1, 1, 1])):
+        settings = {"warmup_steps": warmup, "lr_scheduler_type": "constant_with_warmup", "save_strategy": "no"}
+        rows = trainer_job.make_trainer(tmp_path, max_steps=8, **settings).train()
+        assert [row["learning_rate"] for row in rows[:5]] == pytest.approx([1e-3 * x for x in expected])
+
+
+def test_a_16_bit_module_is_scored_again_whatever_the_config_says(tmp_path):
+    model, tokenizer = trainer_job.make_model()
+    assert not trainer_job.make_trainer(tmp_path, (model, tokenizer)).rescore
+    assert trainer_job.make_trainer(tmp_path, (model.bfloat16(), tokenizer)).rescore
 
 
 @pytest.mark.parametrize(
@@ -326,6 +407,21 @@ def test_qlora(on_disk, tmp_path, bits):
     assert all("lora" in n for n in moved)
 
 
+def test_training_an_adapter_further(on_disk, tmp_path):
+    """The model folder of a LoRA run is a model for the next one: base and adapter, the adapter trained further."""
+    pytest.importorskip("peft")
+    options = {"use_peft": True, "lora_target_modules": "all-linear", "learning_rate": 1e-2}
+    first = from_disk(on_disk, tmp_path / "a", **options)
+    first.train()
+    with pytest.raises(ValueError, match="is an adapter: use_peft must be True"):
+        from_disk(str(tmp_path / "a/model"), tmp_path / "b")
+    second = from_disk(str(tmp_path / "a/model"), tmp_path / "b", beta=0.1, **options)
+    old, new = (dict(trainer.model.named_parameters()) for trainer in (first, second))
+    assert all(new[name].equal(p) and new[name].requires_grad == ("lora" in name) for name, p in old.items())
+    assert any(p.abs().max() > 0 for name, p in old.items() if "lora_B" in name)
+    assert second.train()[0]["kl"] > 1e-6  # the reference is the base
+
+
 def test_eight_bit_adam(on_disk, tmp_path):
     bitsandbytes = pytest.importorskip("bitsandbytes")
     trainer = from_disk(on_disk, tmp_path, optim="adamw_8bit")
@@ -344,7 +440,7 @@ def test_attention_falls_back_clearly(on_disk, monkeypatch, capsys):
         return plain(source, attn_implementation=attn_implementation, **options)
 
     monkeypatch.setattr(models.AutoModelForCausalLM, "from_pretrained", limited)
-    model, _ = models.load_model(on_disk, GRPOConfig(), torch.device("cpu"))
+    model = models.load_model(on_disk, GRPOConfig(), torch.device("cpu"))
     assert model.config._attn_implementation == "eager"
     assert "attention: eager, because this model does not support" in capsys.readouterr().out
     with pytest.raises(ValueError, match="does not support"):
@@ -353,10 +449,19 @@ def test_attention_falls_back_clearly(on_disk, monkeypatch, capsys):
 
 def test_a_tracker_gets_the_numbers(tmp_path):
     pytest.importorskip("tensorboard")
-    trainer_job.make_trainer(
-        tmp_path, report_to="tensorboard", logging_steps=1, max_steps=2, save_strategy="no"
-    ).train()
-    assert list(tmp_path.rglob("events.out.tfevents*"))
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    trainer = trainer_job.make_trainer(
+        tmp_path, report_to=["tensorboard"], logging_steps=2, max_steps=5, save_strategy="no", run_name="mine"
+    )
+    rows = trainer.train()
+    assert trainer.accelerator.trackers
+    (folder,) = {path.parent for path in (tmp_path / "mine").glob("events.out.tfevents*")}
+    events = EventAccumulator(str(folder)).Reload()
+    for name in ("reward", "kl", "entropy", "clip_fraction", "skipped", "loss", "rewards/digits"):
+        seen = [(event.step, event.value) for event in events.Scalars(name)]
+        assert seen == [(row["step"], pytest.approx(row[name], rel=1e-6)) for row in rows if row["step"] % 2 == 0], name
+    assert "learning_rate: 0.001" in next(tmp_path.rglob("hparams.yml")).read_text()
 
 
 COUNTED = ("config", "data", "generate", "loop", "checkpoint", "logs")

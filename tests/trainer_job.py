@@ -33,11 +33,15 @@ def make_model(tied=False, dropout=0.1, width=32):
     return Qwen2ForCausalLM(config), tokenizer
 
 
-def make_trainer(output, model=None, rewards=digits, rows=None, **settings):
+def problems(count):
+    return examples.problems(examples.WORLDS["sort"], count, 0)
+
+
+def make_trainer(output, model=None, rewards=digits, rows=None, eval_rows=None, **settings):
     model, tokenizer = make_model() if model is None else model
-    rows = examples.problems(examples.WORLDS["sort"], 10, 0) if rows is None else rows
     config = GRPOConfig(output_dir=str(output), **{**SETTINGS, **settings})
-    return GRPOTrainer(model, rewards, rows, config, processing_class=tokenizer)
+    rows = problems(10) if rows is None else rows
+    return GRPOTrainer(model, rewards, rows, config, eval_dataset=eval_rows, processing_class=tokenizer)
 
 
 def log_rows(output):

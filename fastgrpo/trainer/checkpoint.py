@@ -16,7 +16,8 @@ def save(folder, accelerator, model, tokenizer, state, limit=None):
     ``limit``: older checkpoints are removed; None: kept."""
     folder, part = Path(folder), Path(f"{folder}.part")
     if accelerator.is_main_process:
-        shutil.rmtree(part, ignore_errors=True)
+        for left in folder.parent.glob("checkpoint-*.part"):  # by a kill
+            shutil.rmtree(left)
         part.mkdir(parents=True)
     accelerator.wait_for_everyone()
     accelerator.save_state(part)
@@ -26,23 +27,19 @@ def save(folder, accelerator, model, tokenizer, state, limit=None):
         describe(part, accelerator.unwrap_model(model), tokenizer)
         for path in [*part.rglob("*"), part]:
             flush(path)
-        replaced = Path(f"{folder}.old")
-        if folder.exists():  # resumed from before it
-            folder.rename(replaced)
         part.rename(folder)
-        shutil.rmtree(replaced, ignore_errors=True)
         flush(folder.parent)
         for old in found(folder.parent)[:-limit] if limit else ():
-            shutil.rmtree(old)
+            shutil.rmtree(old.rename(f"{old}.part"))  # a half-removed one is not found either
     accelerator.wait_for_everyone()
 
 
 def load(folder, accelerator):
     """Restores model, optimiser and random numbers -> this rank's ``state``."""
-    path = Path(folder) / f"trainer_{accelerator.process_index}.pt"
-    if not path.is_file():
-        raise ValueError(f"{folder} must be of {accelerator.num_processes} processes, but {path.name} is missing")
-    state = torch.load(path, weights_only=True)
+    ranks = len(list(Path(folder).glob("trainer_*.pt")))
+    if ranks != accelerator.num_processes:
+        raise ValueError(f"{folder} must be of {accelerator.num_processes} processes, got one of {ranks}")
+    state = torch.load(Path(folder) / f"trainer_{accelerator.process_index}.pt", weights_only=True)
     accelerator.load_state(str(folder))
     return state
 
@@ -60,13 +57,17 @@ def start(output_dir, resume):
         raise ValueError(f"resume_from_checkpoint must be True or a checkpoint folder, got {resume!r}")
     if there and not resume:
         raise ValueError(f"output_dir {output_dir} holds checkpoints of an earlier run: resume, or choose another")
+    if there and isinstance(resume, str) and Path(resume).resolve() != there[-1].resolve():  # their rows would mix
+        raise ValueError(
+            f"output_dir {output_dir} holds {there[-1].name}, newer than {resume}: remove it or take another"
+        )
     return resume if isinstance(resume, str) else there[-1] if there else None
 
 
 def describe(folder, model, tokenizer):
     """What ``from_pretrained`` wants to find beside the weights."""
     if hasattr(model, "peft_config"):
-        model.peft_config["default"].save_pretrained(folder)
+        model.peft_config[model.active_adapter].save_pretrained(folder)
     else:
         model.config.save_pretrained(folder)
         model.generation_config.save_pretrained(folder)
@@ -80,11 +81,13 @@ def adapter_only(accelerator):
     def write(models, weights, folder):
         weights.clear()
         if accelerator.is_main_process:
-            state = get_peft_model_state_dict(accelerator.unwrap_model(models[0]))
+            model = accelerator.unwrap_model(models[0])
+            state = get_peft_model_state_dict(model, adapter_name=model.active_adapter)
             save_file({k: v.contiguous() for k, v in state.items()}, Path(folder) / ADAPTER)
 
     def read(models, folder):
-        set_peft_model_state_dict(accelerator.unwrap_model(models.pop()), load_file(Path(folder) / ADAPTER))
+        model = accelerator.unwrap_model(models.pop())
+        set_peft_model_state_dict(model, load_file(Path(folder) / ADAPTER), adapter_name=model.active_adapter)
 
     accelerator.register_save_state_pre_hook(write)
     accelerator.register_load_state_pre_hook(read)
@@ -92,7 +95,5 @@ def adapter_only(accelerator):
 
 def flush(path):
     handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    os.fsync(handle)
+    os.close(handle)

@@ -19,18 +19,29 @@ def main(argv=None):
         from transformers.utils.logging import disable_progress_bar
 
         from fastgrpo.trainer import GRPOTrainer
-        from fastgrpo.trainer.config import load_config
 
         disable_progress_bar()
-        job, config = load_config(getattr(options, "config", "demo"), parse(overrides))
+        job, config = read(getattr(options, "config", "demo"), overrides)
         missing = {"model", "reward_funcs", "train_dataset"} - job.keys()
         if missing:
             raise ValueError(f"the config must also give {', '.join(sorted(missing))}")
         trainer = GRPOTrainer(config=config, **job)
-    except (ValueError, TypeError, ImportError) as error:
+    except (ValueError, TypeError, ImportError, OSError) as error:  # OSError: transformers finds no such model
         parser.error(str(error))
     trainer.train()
     return 0
+
+
+def read(source, overrides):
+    """A config and the command line's words -> (other arguments of GRPOTrainer, GRPOConfig)."""
+    import yaml
+
+    from fastgrpo.trainer.config import load_config
+
+    try:
+        return load_config(source, parse(overrides))
+    except yaml.YAMLError as error:
+        raise ValueError(f"this is not YAML: {error}") from error
 
 
 def parse(words):

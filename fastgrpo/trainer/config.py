@@ -1,6 +1,5 @@
 """The trainer's config: TRL's names and defaults, every mistake found before a model is loaded."""
 
-import difflib
 import re
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Literal
 import yaml
 
 from fastgrpo.advantages import SCALES
-from fastgrpo.checks import Count, CountOr0, GroupSize, NonNegative, Share, annotations, installed
+from fastgrpo.checks import Count, CountOr0, Finite, GroupSize, NonNegative, Share, installed
 from fastgrpo.config import GRPOLossConfig
 from fastgrpo.inputs import BACKENDS, BACKWARDS
 from fastgrpo.integrations.vllm import VLLMOptions
@@ -57,12 +56,15 @@ class GRPOConfig(Sampling, GRPOLossConfig, ModelOptions, VLLMOptions):
         ValueError: naming the setting, what was expected and what came.
     """
 
-    output_dir: str = "runs/grpo"
+    also = JOB
+    advice = yaml.safe_load(Path(__file__).with_name("trl_names.yaml").read_text(encoding="utf-8"))
+
+    output_dir: str = "trainer_output"
     run_name: str | None = None
     report_to: Tracker | list[Tracker] = "none"
     seed: CountOr0 = 42
     use_cpu: bool = False
-    resume_from_checkpoint: bool | str = False
+    resume_from_checkpoint: bool | str | None = None
     max_steps: int = -1
     num_train_epochs: NonNegative = 3.0
     shuffle_dataset: bool = True
@@ -79,20 +81,20 @@ class GRPOConfig(Sampling, GRPOLossConfig, ModelOptions, VLLMOptions):
     backend: Literal[BACKENDS] = "auto"
     backward: Literal[BACKWARDS] = "auto"
     max_generation_tokens: Count = 65536
-    reward_weights: list[float] | None = None
+    reward_weights: list[Finite] | None = None
     scale_rewards: Literal[(*SCALES, True, False)] = "group"
     mask_truncated_completions: bool = False
     sync_ref_model: bool = False
     ref_model_mixup_alpha: Share = 0.6
     ref_model_sync_steps: Count = 512
     eval_strategy: Strategy = "no"
-    eval_steps: Count = 100
+    eval_steps: Count | None = None
     eval_on_start: bool = False
-    num_generations_eval: Count = 8
+    num_generations_eval: Count | None = None
     eval_pass_threshold: float = 1.0
     logging_steps: Count = 10
     log_completions: bool = False
-    num_completions_to_print: Count = 8
+    num_completions_to_print: Count | None = None
     save_strategy: Strategy = "steps"
     save_steps: Count = 500
     save_total_limit: Count | None = None
@@ -115,8 +117,7 @@ class GRPOConfig(Sampling, GRPOLossConfig, ModelOptions, VLLMOptions):
 
     @property
     def trackers(self):
-        names = [self.report_to] if isinstance(self.report_to, str) else self.report_to
-        return [name for name in names if name != "none"]
+        return [n for n in ([self.report_to] if isinstance(self.report_to, str) else self.report_to) if n != "none"]
 
     @property
     def rollout(self):
@@ -143,15 +144,11 @@ def load_config(source, overrides=None):
     if not path.is_file():
         presets = ", ".join(sorted(p.stem for p in PRESETS.glob("*.yaml")))
         raise ValueError(f"config must be a YAML file or a preset ({presets}), got {str(source)!r}")
-    settings = yaml.load(path.read_text(encoding="utf-8"), Loader)
+    with path.open(encoding="utf-8") as file:
+        settings = yaml.load(file, Loader)
     if not isinstance(settings, dict):
         raise ValueError(f"{path} must hold settings 'name: value', got {settings!r}")
     settings |= overrides or {}
-    settings["resume_from_checkpoint"] = settings.pop("resume", settings.get("resume_from_checkpoint", False))
-    hints = annotations(GRPOConfig)
-    for key in settings:
-        if key not in hints and key not in JOB:
-            close = difflib.get_close_matches(key, [*hints, *JOB], n=1)
-            raise ValueError(f"{key} is not a setting" + (f": did you mean {close[0]}?" if close else ""))
+    settings["resume_from_checkpoint"] = settings.pop("resume", settings.get("resume_from_checkpoint"))
     job = {key: settings.pop(key) for key in JOB if key in settings}
     return job, GRPOConfig(**settings)

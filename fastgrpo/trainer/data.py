@@ -1,11 +1,12 @@
 """Prompts: where they come from, their order, their tokens; and what reward functions say of the answers."""
 
-import json
+import heapq
 from pathlib import Path
 
 import torch
 
 from fastgrpo.trainer import examples
+from fastgrpo.trainer.rewards import checked
 
 
 def load_rows(source, name="train_dataset"):
@@ -17,23 +18,26 @@ def load_rows(source, name="train_dataset"):
     if isinstance(source, str) and source.startswith(("world:", "tiny:")):
         return examples.load_rows(source)
     if isinstance(source, str | Path):
-        if not Path(source).is_file():
+        if not Path(source).is_file() or Path(source).suffix not in (".jsonl", ".json"):
             raise ValueError(f"{name} must be a .jsonl or .json file, a list or a datasets object, got {str(source)!r}")
-        text = Path(source).read_text(encoding="utf-8")
-        lines = [line for line in text.splitlines() if line.strip()]
-        source = [json.loads(x) for x in lines] if Path(source).suffix == ".jsonl" else json.loads(text)
-    if not hasattr(source, "__getitem__") or not hasattr(source, "__len__"):
+        source = examples.read_json(Path(source))
+    if isinstance(source, dict) or not hasattr(source, "__getitem__") or not hasattr(source, "__len__"):
         raise TypeError(f"{name} must have a length and rows by number, got {type(source).__name__}")
     if len(source) == 0:
         raise ValueError(f"{name} must hold at least one row, got none")
-    for i, row in enumerate(source if isinstance(source, list) else [source[0]]):
-        if not isinstance(row, dict) or row.keys() != source[0].keys():
+    for i, row in enumerate(alone(source)):
+        if not isinstance(row, dict) or (isinstance(source, list) and row.keys() != source[0].keys()):
             raise ValueError(f"{name} must hold dicts with the same keys, got {row!r} at row {i}")
         prompt = row.get("prompt")
         chat = isinstance(prompt, list) and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in prompt)
         if not prompt or not (isinstance(prompt, str) or chat):
             raise ValueError(f"{name} must have a 'prompt', text or chat messages, got {prompt!r} at row {i}")
     return source
+
+
+def alone(rows):
+    """Prompts without the other columns, where those can stay unread."""
+    return rows.select_columns("prompt") if "prompt" in getattr(rows, "column_names", ()) else rows
 
 
 def draw(size, position, count, seed, shuffle=True):
@@ -52,10 +56,14 @@ def encode(tokenizer, prompt, template=None):
     if isinstance(prompt, str):
         return tokenizer(prompt)["input_ids"]
     begun = prompt[-1]["role"] == "assistant"  # the answer goes on from there
-    return tokenizer.apply_chat_template(
-        prompt, tokenize=True, return_dict=True, add_generation_prompt=not begun, continue_final_message=begun,
-        **(template or {}),
-    )["input_ids"]  # fmt: skip
+    options = {"add_generation_prompt": not begun, "continue_final_message": begun, **(template or {})}
+    return tokenizer.apply_chat_template(prompt, tokenize=True, return_dict=True, **options)["input_ids"]
+
+
+def longest_prompt(tokenizer, rows, template=None):
+    """Tokens of the longest prompt, among the eight of most characters."""
+    prompts = heapq.nlargest(8, (row["prompt"] for row in alone(rows)), key=lambda prompt: len(str(prompt)))
+    return max(len(encode(tokenizer, prompt, template)) for prompt in prompts)
 
 
 def decode(tokenizer, prompt, ids):
@@ -64,16 +72,12 @@ def decode(tokenizer, prompt, ids):
     return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
 
 
-def score(functions, rows, completions, completion_ids):
+def score(functions, rows, completions, completion_ids, **more):
     """What each reward function gives each answer: B lists of R floats, NaN where it cannot score (None)."""
     if not rows:
         return []
     columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
-    columns |= {"prompts": [row["prompt"] for row in rows], "completions": completions}
-    scores = []
-    for name, function in functions.items():
-        values = function(completion_ids=completion_ids, **columns)
-        if len(values) != len(rows):
-            raise ValueError(f"reward function {name} must return {len(rows)} values, got {len(values)}")
-        scores.append([torch.nan if value is None else float(value) for value in values])
+    columns |= {"prompts": [row["prompt"] for row in rows], "completions": completions, **more}
+    columns["completion_ids"] = completion_ids
+    scores = [checked(name, function(**columns), len(rows)) for name, function in functions.items()]
     return [list(values) for values in zip(*scores)]

@@ -87,18 +87,33 @@ def gsm8k_problem(draw, tiny):
     }
 
 
+def read_json(path):
+    """What a .json file holds, or the rows of a JSON-lines file.
+
+    Raises:
+        ValueError: naming the file and the line.
+    """
+    text = path.read_text(encoding="utf-8-sig")
+    if path.suffix == ".json":
+        return parse_json(text, path)
+    lines = enumerate(text.split("\n"), 1)  # not splitlines: U+2028 and its like may stand inside a string
+    return [parse_json(line, f"{path}, line {i}") for i, line in lines if line.strip()]
+
+
+def parse_json(text, place):
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{place}: expected JSON, got {text[:80]!r}: {error}") from error
+
+
 def read_gsm8k(path, tiny):
     """Rows of a JSON-lines file with GSM8K's ``question`` and ``answer`` ("... #### 42")."""
     rows = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            question, solution = (json.loads(line)[name] for name in ("question", "answer"))
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{path}, line {number}: expected {{'question': ..., 'answer': ...}}, got {line[:80]!r}"
-            ) from error
+    for number, row in enumerate(read_json(Path(path)), 1):
+        if not isinstance(row, dict) or not {"question", "answer"} <= row.keys():
+            raise ValueError(f"{path}, row {number}: expected {{'question': ..., 'answer': ...}}, got {row!r:.80}")
+        question, solution = row["question"], row["answer"]
         prompt = f"{question}\n" if tiny else f"{question}\n{THINK.format(what='the final number')}"
         rows.append({"prompt": prompt, "answer": solution.rpartition("####")[2].strip(), "solution": solution})
     return rows

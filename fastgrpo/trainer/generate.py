@@ -10,6 +10,7 @@ from transformers import GenerationConfig, LogitsProcessor, RepetitionPenaltyLog
 
 from fastgrpo.checks import Checked, Count, CountOr0, Fraction, Positive, Share
 from fastgrpo.integrations.transformers import causal_lm
+from fastgrpo.integrations.vllm import VLLMSampler
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,8 +130,5 @@ class TransformersSampler:
 
 def make_sampler(config, tokenizer):
     """``use_vllm`` and ``vllm_*`` are TRL's; ``max_generation_tokens`` bounds a batch of transformers' generate."""
-    if config.use_vllm:
-        from fastgrpo.integrations.vllm import VLLMSampler
-
-        return VLLMSampler(config, tokenizer)
-    return TransformersSampler(tokenizer, config.max_generation_tokens)
+    vllm = config.use_vllm
+    return VLLMSampler(config, tokenizer) if vllm else TransformersSampler(tokenizer, config.max_generation_tokens)

@@ -8,6 +8,7 @@ from functools import partial
 import numpy as np
 import torch
 from accelerate.utils import gather_object
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import pad_sequence
 
 from fastgrpo import grpo_loss, linear_logprobs
@@ -116,32 +117,46 @@ class Learner:
         self.skip, self.offload, self.auto, self.limit = skip, offload, budget == "auto", math.inf
         self.budget = AUTO_BUDGET if self.auto else budget
         self.options = {"backend": backend, "backward": backward}
+        self.ddp = isinstance(model, DistributedDataParallel)
+        self.inner = model.module if self.ddp else model  # passes through it wait for no other rank
 
     def plan(self, episodes):
         """Micro-batches, as many on every rank (at least one): the missing ones hold a token that does not count."""
         batches = micro_batches(episodes, self.budget, self.packed)
         most = max(gather_object([len(batches), 1]))
-        return batches + [[Episode([0], [0], counts=False, ref=torch.zeros(1))]] * (most - len(batches))
+        return batches + [silent()] * (most - len(batches))
 
     def within_memory(self, work, episodes):
-        """``work(plan)``, again with half the token budget when memory runs out: it starts over, so nothing is lost."""
+        """``work(plan)``, again with half the token budget when memory runs out: it starts over, so nothing is lost.
+
+        Under DDP ``work`` waits for no other rank, and all start over together. Under FSDP2 every pass gathers weights:
+        a rank that fails stops the run.
+        """
         while True:
-            plan = self.plan(episodes)
+            plan, full = self.plan(episodes), False
             try:
-                return work(plan)
+                result = work(plan)
             except torch.OutOfMemoryError:
-                longest = max(len(batch) for batch in plan)
-                if longest == 1 or self.accelerator.num_processes > 1:  # other ranks would wait for ever
+                if self.accelerator.num_processes > 1 and not self.ddp:
                     raise
-            self.limit = self.budget = max(self.budget // 2, 1)
-            self.accelerator.print(f"out of memory: again with micro-batches of {self.budget} tokens")
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+                full = True
+            longest = max(len(batch) for batch in plan)
+            outcomes = gather_object([(full, longest)]) if self.ddp else [(full, longest)]
+            if not any(failed for failed, _ in outcomes):
+                return result
+            if (True, 1) in outcomes:
+                raise torch.OutOfMemoryError("out of memory with micro-batches of one answer: shorten them, or see "
+                                             "README's ways to save memory")  # fmt: skip
+            if full:
+                self.limit = self.budget = max(self.budget // 2, 1)
+                print(f"out of memory: again with micro-batches of {self.budget} tokens")
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
 
     @torch.no_grad()
     def score(self, episodes, model=None, entropy=False):
         """Log-probs (or entropies) of every answer's tokens, without a gradient: a list of (length,) CPU tensors."""
-        model = self.model if model is None else model
+        model = self.inner if model is None else model
         temperature, backend = self.config.temperature, self.options["backend"]
 
         def work(plan):
@@ -186,21 +201,24 @@ class Learner:
             total = {}
             for i, batch in enumerate(plan):
                 last = i == len(plan) - 1
-                with nullcontext() if last else self.accelerator.no_sync(self.model):
+                with nullcontext() if last or self.ddp else self.accelerator.no_sync(self.model):
                     part = Totals(len(batch), sum(e.tokens for e in batch), sum(bonus.get(id(e), 0) for e in batch))
-                    result = self.backward(batch, part, whole, num_items, threshold)
+                    result = self.backward(self.inner, batch, part, whole, num_items, threshold)
                     accumulate(total, result)
             return total
 
-        return self.within_memory(work, active)
+        total = self.within_memory(work, active)
+        if self.ddp:  # only now do ranks wait for each other: a token that adds nothing, and DDP reduces all gradients
+            self.backward(self.model, silent(), Totals(1, 0, 0), whole, num_items, threshold)
+        return total
 
-    def backward(self, batch, part, whole, num_items, threshold):
+    def backward(self, model, batch, part, whole, num_items, threshold):
         scale, coefficient = share_of_batch(self.config, part, whole)
         inputs, known = collate(batch, self.packed, self.accelerator.device)
         loss = partial(grpo_loss, **known, config=replace(self.config, entropy_coef=coefficient), num_items=num_items,
                        entropy_threshold=threshold, **self.options)  # fmt: skip
         with offloaded(self.accelerator.device) if self.offload else nullcontext():
-            result = self.model(**inputs, fastgrpo=loss)
+            result = model(**inputs, fastgrpo=loss)
         # ranks' gradients are averaged: times their number
         self.accelerator.backward(result.loss * scale * self.accelerator.num_processes)
         return {"loss": result.loss.detach() * scale, **result.metrics}
@@ -225,6 +243,11 @@ class Learner:
             total = torch.cuda.get_device_properties(self.accelerator.device).total_memory
             if torch.cuda.max_memory_allocated() < 0.4 * total:
                 self.budget *= 2
+
+
+def silent():
+    """A micro-batch that does not count."""
+    return [Episode([0], [0], counts=False, ref=torch.zeros(1))]
 
 
 def accumulate(total, result):

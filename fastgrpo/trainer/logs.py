@@ -27,7 +27,7 @@ class RunLog(Progress):
         super().__init__(*columns, console=console, disable=not console.is_terminal)
         self.task = self.add_task("GRPO", total=total, completed=first, numbers="")
         self.path = Path(folder) / "log.jsonl"
-        rows = self.path.read_text().splitlines() if first and self.path.is_file() else []
+        rows = self.path.read_text().split("\n")[:-1] if first and self.path.is_file() else []  # a cut last one: no row
         self.rows = [row for row in map(json.loads, rows) if row["step"] <= first]
         self.started = time.perf_counter() - (self.rows[-1]["seconds"] if self.rows else 0.0)
         if self.main:

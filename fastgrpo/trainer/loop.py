@@ -4,21 +4,22 @@ import copy
 import math
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
-from transformers import get_scheduler
+from transformers import TrainerState
 
 from fastgrpo import GRPOLossConfig, group_advantages
-from fastgrpo.trainer import checkpoint, examples
+from fastgrpo.trainer import checkpoint
+from fastgrpo.trainer import model as models
 from fastgrpo.trainer.config import GRPOConfig
-from fastgrpo.trainer.data import decode, draw, encode, load_rows, score
+from fastgrpo.trainer.data import decode, draw, encode, load_rows, longest_prompt, score
 from fastgrpo.trainer.generate import Sampling, make_sampler
 from fastgrpo.trainer.learner import Episode, Learner, needs_learning
 from fastgrpo.trainer.logs import RunLog, plot_curves
-from fastgrpo.trainer.model import freeze, load_model, load_tokenizer, make_optimizer, make_trainable
 from fastgrpo.trainer.rewards import named_rewards
 
 
@@ -44,22 +45,25 @@ class GRPOTrainer:
         self.config = config = GRPOConfig() if config is None else config
         if not isinstance(config, GRPOConfig):
             raise TypeError(f"config must be a GRPOConfig, got {type(config).__name__}")
+        if peft_config is not None or hasattr(model, "peft_config"):
+            self.config = config = replace(config, use_peft=True)
         self.rows = load_rows(train_dataset)
         self.eval_rows = None if eval_dataset is None else load_rows(eval_dataset, "eval_dataset")
         if self.eval_rows is None and (config.eval_strategy == "steps" or config.eval_on_start):
             raise ValueError("eval_strategy and eval_on_start need an eval_dataset, got None")
-        self.rewards = named_rewards(reward_funcs, self.rows[0])
+        datasets = [rows for rows in (self.rows, self.eval_rows) if rows is not None]
+        self.rewards = named_rewards(reward_funcs, *(rows[0] for rows in datasets))
         self.weights = torch.tensor(config.reward_weights or [1.0] * len(self.rewards))
         if len(self.weights) != len(self.rewards):
             raise ValueError(f"reward_weights must be {len(self.rewards)} numbers, one a function, got {self.weights}")
-        if isinstance(model, str) and model.startswith("tiny:"):
-            examples.parse(model)
         self.start_from = checkpoint.start(config.output_dir, config.resume_from_checkpoint)
         tracking = {"log_with": config.trackers or None, "project_dir": config.output_dir}
         self.accelerator = Accelerator(cpu=config.use_cpu, mixed_precision=config.mixed_precision, **tracking)
+        self.tokenizer = models.load_tokenizer(processing_class, model, config)
+        longest = max(longest_prompt(self.tokenizer, rows, config.chat_template_kwargs) for rows in datasets)
         set_seed(config.seed)
-        model, tokenizer = load_model(model, config, self.accelerator.device)
-        self.tokenizer = load_tokenizer(processing_class or tokenizer, model, config)
+        model = models.load_model(model, config, self.accelerator.device)
+        models.check_room(model, longest, config.max_completion_length)
         self.setup(model, peft_config)
         self.step = self.used = self.position = 0  # optimiser steps; those taken on the rollout in hand; prompts drawn
         self.rollout = []
@@ -68,26 +72,23 @@ class GRPOTrainer:
     def setup(self, model, peft_config):
         """Model, frozen reference, optimiser, schedule, sampler and learner, on this rank's device."""
         config, accelerator = self.config, self.accelerator
-        self.is_peft = peft_config is not None or config.use_peft or hasattr(model, "peft_config")
-        self.reference = copy.deepcopy(model) if config.beta > 0 and not self.is_peft else None
-        model = make_trainable(model, config, peft_config).train()
-        self.model, self.optimizer = accelerator.prepare(model, make_optimizer(model, config))
+        self.reference = copy.deepcopy(model) if config.beta > 0 and not config.use_peft else None
+        model = models.make_trainable(model, config, peft_config).train()
+        self.model, self.optimizer = accelerator.prepare(model, models.make_optimizer(model, config))
         if self.reference is not None:
-            self.reference = freeze(self.reference, accelerator)
-        if self.is_peft and not accelerator.is_fsdp2:
+            self.reference = models.freeze(self.reference, accelerator)
+        if config.use_peft and not accelerator.is_fsdp2:
             checkpoint.adapter_only(accelerator)
-        prompts = config.rollout // config.num_generations * accelerator.num_processes
+        self.prompts = config.rollout // config.num_generations * accelerator.num_processes  # of a rollout
         self.uses = config.steps_per_rollout * config.num_iterations  # optimiser steps taken on a rollout
-        rollouts = max(math.ceil(config.num_train_epochs * len(self.rows) / prompts), 1)
+        rollouts = max(math.ceil(config.num_train_epochs * len(self.rows) / self.prompts), 1)
         self.total = config.max_steps if config.max_steps > 0 else rollouts * self.uses
-        self.schedule = get_scheduler(config.lr_scheduler_type, self.optimizer, config.warmup_steps, self.total)
+        self.schedule = models.make_schedule(self.optimizer, config, self.total)
         self.sampler = make_sampler(config, self.tokenizer)
         packed = "flash" in str(model.config._attn_implementation) if config.packing == "auto" else config.packing
-        self.learner = Learner(
-            self.model, accelerator, config.part(GRPOLossConfig), config.token_budget, packed,
-            config.skip_zero_advantages, config.activation_offloading, config.backend, config.backward,
-        )  # fmt: skip
-        rounded = config.mixed_precision != "no" or config.dtype != "float32"
+        rest = config.skip_zero_advantages, config.activation_offloading, config.backend, config.backward
+        self.learner = Learner(self.model, accelerator, config.part(GRPOLossConfig), config.token_budget, packed, *rest)
+        rounded = config.mixed_precision != "no" or any(p.dtype != torch.float32 for p in model.parameters())
         differs, asked = config.use_vllm or (rounded and self.uses > 1), config.recompute_old_logprobs
         self.rescore = differs if asked is None else asked
 
@@ -101,7 +102,8 @@ class GRPOTrainer:
         if self.start_from is not None:
             self.restore(checkpoint.load(self.start_from, accelerator))
         with RunLog(config.output_dir, self.total, accelerator, config.logging_steps, self.step) as self.log:
-            accelerator.init_trackers(config.run_name or "fastgrpo", config={"output_dir": config.output_dir})
+            settings = {k: v for k, v in vars(config).items() if isinstance(v, int | float | str)}
+            accelerator.init_trackers(config.run_name or "fastgrpo", config=settings)
             if config.eval_on_start and self.step == 0:
                 self.log.write(0, self.evaluate())
             while self.step < self.total:
@@ -123,20 +125,19 @@ class GRPOTrainer:
         """What happens every so many steps: reference, evaluation, checkpoint."""
         config = self.config
         if config.sync_ref_model and self.step % config.ref_model_sync_steps == 0:
-            for old, new in zip(self.reference.parameters(), self.model.parameters()):
-                old.data.lerp_(new.data, config.ref_model_mixup_alpha)
-        if config.eval_strategy == "steps" and (self.step % config.eval_steps == 0 or self.step == self.total):
+            models.move(self.reference, self.model, config.ref_model_mixup_alpha)
+        last, eval_steps = self.step == self.total, config.eval_steps or config.logging_steps
+        if config.eval_strategy == "steps" and (self.step % eval_steps == 0 or last):
             self.log.write(self.step, self.evaluate())
-        if config.save_strategy == "steps" and (self.step % config.save_steps == 0 or self.step == self.total):
+        if config.save_strategy == "steps" and (self.step % config.save_steps == 0 or last):
             self.save()
 
     def collect(self):
         """A rollout: this rank's episodes, sampled, scored, with advantages and the log-probs the loss will need."""
-        config, accelerator, rank = self.config, self.accelerator, self.accelerator.process_index
+        config, rank = self.config, self.accelerator.process_index
         count = config.rollout // config.num_generations
-        everyone = count * accelerator.num_processes
-        numbers = draw(len(self.rows), self.position, everyone, config.seed, config.shuffle_dataset)
-        self.position += everyone
+        numbers = draw(len(self.rows), self.position, self.prompts, config.seed, config.shuffle_dataset)
+        self.position += self.prompts
         self.sampler.sync(self.model)
         mine = [self.rows[i] for i in numbers[rank * count : (rank + 1) * count]]
         episodes = self.answer(mine, config.num_generations)
@@ -155,17 +156,18 @@ class GRPOTrainer:
         groups = self.sampler.generate(self.model, prompts, config.part(Sampling, num_generations=n), greedy)
         drawn = [(row, ids, c) for row, ids, group in zip(rows, prompts, groups) for c in group]
         texts = [decode(tokenizer, row["prompt"], c.ids) for row, _, c in drawn]
-        scores = score(self.rewards, [row for row, *_ in drawn], texts, [c.ids for *_, c in drawn])
+        state = TrainerState(global_step=self.step, max_steps=self.total, epoch=self.position / len(self.rows))
+        scores = score(self.rewards, [row for row, *_ in drawn], texts, [c.ids for *_, c in drawn], trainer_state=state)
         return [Episode(ids, c.ids, rewards=rewards, sampler=torch.tensor(c.logprobs), finished=c.finished,
                         counts=c.finished or not config.mask_truncated_completions)
                 for (_, ids, c), rewards in zip(drawn, scores)]  # fmt: skip
 
     def show(self, episodes):
         """A table of some answers."""
-        sample = episodes[:: max(len(episodes) // self.config.num_completions_to_print, 1)]
-        text = self.tokenizer.decode
+        text, count = self.tokenizer.decode, self.config.num_completions_to_print or len(episodes)
+        sample = episodes[:: max(len(episodes) // count, 1)][:count]
         rows = [(text(e.prompt_ids), text(e.completion_ids), self.reward(e)) for e in sample]
-        self.log.answers(f"answers before step {self.step + 1}", rows[: self.config.num_completions_to_print])
+        self.log.answers(f"answers before step {self.step + 1}", rows)
 
     def add_logprobs(self, episodes):
         """Of the policy that sampled, where later steps need them, of the reference, and their mismatch with vLLM."""
@@ -180,7 +182,7 @@ class GRPOTrainer:
                 episode.old = episode.sampler
         if config.beta > 0:
             bare = self.accelerator.unwrap_model(self.model)
-            with bare.disable_adapter() if self.is_peft else nullcontext():
+            with bare.disable_adapter() if config.use_peft else nullcontext():
                 for episode, ref in zip(episodes, self.learner.score(episodes, self.reference)):
                     episode.ref = ref
 
@@ -229,23 +231,25 @@ class GRPOTrainer:
         return dict(zip(names, torch.tensor(gather_object(rows), dtype=torch.float32).T))
 
     def reward(self, episode):
-        """The weighted sum, without functions that cannot score."""
-        return (torch.tensor(episode.rewards) * self.weights).nansum().item()
+        """The weighted sum, without functions that cannot score; NaN: none can."""
+        scores = torch.tensor(episode.rewards) * self.weights
+        return math.nan if scores.isnan().all() else scores.nansum().item()
 
     def evaluate(self):
         """Greedy and sampled answers to the held-out prompts: mean rewards, and the share of prompts answered rightly
         at once and once in ``num_generations_eval`` samples. Leaves the random numbers of training as they were."""
         config, rank, world = self.config, self.accelerator.process_index, self.accelerator.num_processes
-        rows, k = [self.eval_rows[i] for i in range(rank, len(self.eval_rows), world)], config.num_generations_eval
+        rows = [self.eval_rows[i] for i in range(rank, len(self.eval_rows), world)]
+        k = config.num_generations_eval or config.num_generations
         with torch.random.fork_rng():
             torch.manual_seed(config.seed + rank)
             self.sampler.sync(self.model)
             greedy = self.columns(self.answer(rows, 1, greedy=True))["reward"]
             sampled = self.columns(self.answer(rows, k))["reward"].view(-1, k)
-        right = {"greedy_pass": greedy, "pass@1": sampled, f"pass@{k}": sampled.amax(1)}
+        right = {"greedy_pass": greedy, "pass@1": sampled, f"pass@{k}": sampled.nan_to_num(-math.inf).amax(1)}
         numbers = {name: (rewards >= config.eval_pass_threshold).float() for name, rewards in right.items()}
         numbers |= {"greedy_reward": greedy, "reward": sampled}
-        return {f"eval/{name}": values.mean().item() for name, values in numbers.items()}
+        return {f"eval/{name}": values.nanmean().nan_to_num().item() for name, values in numbers.items()}
 
     def save(self):
         """A checkpoint of everything that the next step depends on."""
@@ -258,7 +262,9 @@ class GRPOTrainer:
 
     def restore(self, state):
         self.step, self.used, self.position = state["step"], state["used"], state["position"]
-        self.rollout = [Episode(**e) for e in state["rollout"]]
+        self.rollout, size = [Episode(**e) for e in state["rollout"]], self.config.rollout
+        if len(self.rollout) not in (0, size):
+            raise ValueError(f"a rollout must have the {len(self.rollout)} answers of the checkpoint's, got {size}")
         self.schedule.load_state_dict(state["schedule"])
         self.learner.budget, self.learner.limit = state["budget"], state["limit"]
         if state["reference"] is not None:

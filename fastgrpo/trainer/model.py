@@ -1,13 +1,16 @@
 """The model and its optimiser: attention, LoRA and QLoRA, Liger's layer kernels, checkpointing, 8-bit states."""
 
+import math
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Literal
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from torch.distributed.fsdp import FSDPModule
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, get_scheduler
 
-from fastgrpo.checks import Below1, Checked, Count, CountOr0, NonNegative, Positive, installed
+from fastgrpo.checks import Below1, Checked, Count, NonNegative, Positive, installed
 from fastgrpo.integrations.transformers import causal_lm, fuse_lm_head
 from fastgrpo.trainer import examples
 
@@ -24,10 +27,12 @@ class ModelOptions(Checked):
     Args:
         bf16: autocast; None: on a GPU that has it. dtype: of the weights.
         attn_implementation: None: flash-attn if installed (16 bits, GPU), else SDPA, else eager.
-        use_peft, lora_r, lora_alpha, lora_dropout, lora_target_modules, lora_modules_to_save: LoRA, as in ModelConfig.
+        use_peft, lora_r, lora_alpha, lora_dropout, lora_target_modules, lora_modules_to_save, use_rslora, use_dora:
+            LoRA, as in ModelConfig.
         load_in_4bit, load_in_8bit: QLoRA, through bitsandbytes.
         tiny_vocabulary: of ``tiny:NAME`` models: pad their vocabulary to this size.
         activation_offloading: keep activations in host memory until the backward.
+        warmup_steps: of the learning rate; below 1 a share of all steps.
     """
 
     model_init_kwargs: dict | None = None
@@ -38,6 +43,7 @@ class ModelOptions(Checked):
     attn_implementation: str | None = None
     disable_dropout: bool = False
     gradient_checkpointing: bool = True
+    gradient_checkpointing_kwargs: dict | None = None
     activation_offloading: bool = False
     use_liger_kernel: bool = False
     use_peft: bool = False
@@ -46,9 +52,11 @@ class ModelOptions(Checked):
     lora_dropout: Below1 = 0.05
     lora_target_modules: str | list[str] | None = None
     lora_modules_to_save: list[str] | None = None
+    use_rslora: bool = False
+    use_dora: bool = False
     load_in_4bit: bool = False
     load_in_8bit: bool = False
-    optim: Literal[OPTIMIZERS] = "adamw_torch"
+    optim: Literal[OPTIMIZERS] = "adamw_torch_fused"
     learning_rate: NonNegative = 1e-6
     weight_decay: NonNegative = 0.0
     adam_beta1: Below1 = 0.9
@@ -56,7 +64,8 @@ class ModelOptions(Checked):
     adam_epsilon: Positive = 1e-8
     max_grad_norm: Positive = 1.0
     lr_scheduler_type: Literal[SCHEDULES] = "linear"
-    warmup_steps: CountOr0 = 0
+    lr_scheduler_kwargs: dict | None = None
+    warmup_steps: NonNegative = 0
 
     def combinations(self):
         yield from super().combinations()
@@ -81,11 +90,13 @@ class ModelOptions(Checked):
 
 
 def load_model(source, config, device):
-    """A causal LM from a folder or name, and the tokenizer of ``tiny:NAME``; a module is taken as it is."""
+    """A causal LM from a folder, a name or ``tiny:NAME``, an adapter with its base; a module is taken as it is."""
     if not isinstance(source, str):
-        return source, None
+        return source
     if source.startswith("tiny:"):
-        return examples.tiny_model(source, config.seed, config.tiny_vocabulary, device)
+        return examples.tiny_model(source, config.seed, config.tiny_vocabulary, device)[0]
+    if Path(source, "adapter_config.json").is_file():
+        return load_adapter(source, config, device)
     options = {"dtype": config.dtype, "trust_remote_code": config.trust_remote_code, **(config.model_init_kwargs or {})}
     if config.load_in_4bit or config.load_in_8bit:
         compute = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -105,8 +116,20 @@ def load_model(source, config, device):
             continue
         if failed is not None:
             print(f"attention: {attention}, because {failed}")
-        return model, None
+        return model
     raise failed
+
+
+def load_adapter(folder, config, device):
+    """What an earlier run left, to be trained further."""
+    if not config.use_peft:
+        raise ValueError(f"model {folder} is an adapter: use_peft must be True to train it further, got False")
+    import peft
+
+    base = load_model(peft.PeftConfig.from_pretrained(folder).base_model_name_or_path, config, device)
+    if getattr(base, "is_quantized", False):
+        base = peft.prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
+    return peft.PeftModel.from_pretrained(base, folder, is_trainable=True)
 
 
 def attentions(config, device):
@@ -119,11 +142,24 @@ def attentions(config, device):
 
 
 def load_tokenizer(source, model, config):
+    """The one given, or the one that belongs to ``model``, a name or a module: before the model is loaded."""
+    name = model if isinstance(model, str) else model.config._name_or_path
+    if source is None and name.startswith("tiny:"):
+        source = examples.tiny_tokenizer(examples.WORLDS[examples.parse(name)[1]], config.tiny_vocabulary)
     if source is None:
-        source = AutoTokenizer.from_pretrained(model.config._name_or_path, trust_remote_code=config.trust_remote_code)
+        options = {k: v for k, v in (config.model_init_kwargs or {}).items() if k == "revision"}
+        source = AutoTokenizer.from_pretrained(name, trust_remote_code=config.trust_remote_code, **options)
     if source.eos_token_id is None:
         raise ValueError("processing_class must have an eos_token: answers end with it")
     return source
+
+
+def check_room(model, prompt, completion):
+    """``prompt`` and ``completion`` tokens have positions in the model."""
+    room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if room is not None and prompt + completion > room:
+        raise ValueError(f"max_completion_length must leave room for the longest prompt, {prompt} tokens, in the "
+                         f"model's {room} positions, got {completion}")  # fmt: skip
 
 
 def make_trainable(model, config, peft_config=None):
@@ -144,7 +180,7 @@ def make_trainable(model, config, peft_config=None):
         model = peft.get_peft_model(model, peft_config or lora(config))
     if config.gradient_checkpointing:
         base = causal_lm(model)
-        base.gradient_checkpointing_enable({"use_reentrant": False})
+        base.gradient_checkpointing_enable({"use_reentrant": False, **(config.gradient_checkpointing_kwargs or {})})
         base.enable_input_require_grads()
     return fuse_lm_head(model)
 
@@ -159,12 +195,23 @@ def freeze(model, accelerator):
     return model.to(accelerator.device)
 
 
+@torch.no_grad()
+def move(reference, policy, share):
+    """The reference becomes ``share * policy + (1 - share) * reference``."""
+    for module in reference.modules():
+        if isinstance(module, FSDPModule):  # without a backward pass the root stays gathered
+            module.reshard()
+    for old, new in zip(reference.parameters(), policy.parameters()):
+        old.lerp_(new, share)
+
+
 def lora(config):
     from peft import LoraConfig
 
     return LoraConfig(
         task_type="CAUSAL_LM", r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
         target_modules=config.lora_target_modules, modules_to_save=config.lora_modules_to_save,
+        use_rslora=config.use_rslora, use_dora=config.use_dora,
     )  # fmt: skip
 
 
@@ -180,3 +227,9 @@ def make_optimizer(model, config):
 
     names = {"adamw_8bit": "AdamW8bit", "paged_adamw_8bit": "PagedAdamW8bit", "paged_adamw_32bit": "PagedAdamW"}
     return getattr(bitsandbytes.optim, names[config.optim])(parameters, **options)
+
+
+def make_schedule(optimizer, config, total):
+    warmup = config.warmup_steps
+    warmup = math.ceil(warmup * total) if warmup < 1 else int(warmup)
+    return get_scheduler(config.lr_scheduler_type, optimizer, warmup, total, config.lr_scheduler_kwargs)

@@ -6,11 +6,15 @@ None: this answer cannot be scored by this function.
 """
 
 import ast
+import asyncio
+import functools
 import importlib
 import importlib.util
 import inspect
+import math
 import re
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from functools import partial
 
@@ -202,15 +206,18 @@ def reward_model(path, batch_size=8, max_length=None, device=None, **model_optio
     return model_reward
 
 
+MODEL = "{'name': 'reward_model', 'path': ...}"
 REQUIRED = {"length_penalty": "max_length", "reward_model": "path"}  # arguments that no dataset brings
 SHIPPED = {f.__name__: f for f in (exact_answer, numeric_answer, think_format, length_penalty, countdown, reward_model)}
 
 
 def resolve(reward):
-    """A reward function from what a config may hold: the function itself; the name of a shipped one,
+    """A reward function from what a config may hold: the function itself, async or not; the name of a shipped one,
     "package.module:function" or "path/file.py:function"; or ``{"name": one of these, **arguments}``."""
+    if hasattr(reward, "forward"):
+        raise ValueError(f"reward must be a function or {MODEL}, got a {type(reward).__name__}")
     if callable(reward):
-        return reward
+        return waited_for(reward) if inspect.iscoroutinefunction(reward) else reward
     arguments = dict(reward) if isinstance(reward, dict) else {"name": reward}
     name = arguments.pop("name", None)
     function = SHIPPED[name] if str(name) in SHIPPED else imported(name)
@@ -222,38 +229,69 @@ def resolve(reward):
     if REQUIRED.get(name, "name") not in {"name", *arguments}:
         raise ValueError(f"reward {name!r} needs {REQUIRED[name]!r}")
     if function is reward_model or not arguments:
-        return function(**arguments) if arguments else function
+        return function(**arguments) if arguments else resolve(function)
     bound = partial(function, **arguments)
     bound.__name__ = function.__name__
-    return bound
+    return resolve(bound)
 
 
-def named_rewards(functions, columns):
-    """{name: function}; one function, a name or a list of them, which find their columns in the dataset's."""
+def waited_for(function):
+    """An async reward function as an ordinary one; in a thread of its own, since a notebook has a loop already."""
+
+    @functools.wraps(function)
+    def wait(**columns):
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(lambda: asyncio.run(function(**columns))).result()
+
+    return wait
+
+
+def named_rewards(functions, *datasets):
+    """{name: function}; one function, a name or a list of them, which find their columns in those of each dataset."""
     functions = functions if isinstance(functions, list | tuple) else [functions]
     resolved = [resolve(f) for f in functions]
     if not resolved:
         raise ValueError("reward_funcs must hold at least one function, got none")
     names = [getattr(f, "__name__", type(f).__name__) for f in resolved]
     for name, function in zip(names, resolved):
-        if missing := set(columns_needed(function)) - set(columns):
-            raise ValueError(f"reward {name} needs the columns {sorted(missing)}, got {sorted(columns)}")
+        for columns in datasets:
+            check_call(name, function, set(columns))
     return {name if names.count(name) == 1 else f"{name}_{i}": f for i, (name, f) in enumerate(zip(names, resolved))}
 
 
-def columns_needed(function):
-    """Columns a reward function cannot do without: its parameters without a default, but for the trainer's own."""
-    given = {"prompts", "completions", "completion_ids"}
+GIVEN = {"prompts", "completions", "completion_ids", "trainer_state"}  # besides the dataset's columns
+
+
+def check_call(name, function, columns):
+    """A reward function finds what it needs among the columns, and takes whatever else comes."""
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     parameters = inspect.signature(function).parameters.values()
-    return [p.name for p in parameters if p.kind in kinds and p.default is p.empty and p.name not in given]
+    accepted = {p.name: p.default is p.empty for p in parameters if p.kind in kinds}
+    if missing := {column for column, needed in accepted.items() if needed} - columns - GIVEN:
+        raise ValueError(f"reward {name} needs the columns {sorted(missing)}, got {sorted(columns)}")
+    refused = (columns | GIVEN) - {"prompt"} - accepted.keys()
+    if refused and all(p.kind is not inspect.Parameter.VAR_KEYWORD for p in parameters):
+        raise ValueError(f"reward {name} must accept what it does not use, as **kwargs; it also gets {sorted(refused)}")
+
+
+def checked(name, values, count):
+    """What a reward function returned, as floats; NaN: it cannot score."""
+    try:
+        values = [math.nan if value is None else float(value) for value in values]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"reward function {name} must return a list of numbers or None, got {values!r}") from error
+    if len(values) != count:
+        raise ValueError(f"reward function {name} must return {count} values, got {len(values)}")
+    if any(map(math.isinf, values)):
+        raise ValueError(f"reward function {name} must return finite numbers, or None where it cannot score, got inf")
+    return values
 
 
 def imported(name):
     """The function behind "package.module:function" or "path/file.py:function"."""
     module, _, attribute = str(name).rpartition(":")
     if not module or not attribute:
-        raise ValueError(f"reward must be one of {', '.join(SHIPPED)} or 'module:function', got {name!r}")
+        raise ValueError(f"reward must be one of {', '.join(SHIPPED)}, 'module:function' or {MODEL}, got {name!r}")
     try:
         if module.endswith(".py"):
             spec = importlib.util.spec_from_file_location("fastgrpo_user_rewards", module)
