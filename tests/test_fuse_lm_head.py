@@ -7,8 +7,10 @@ import pytest
 import torch
 import transformers
 
-from fastgrpo import grpo_loss, linear_logprobs
-from fastgrpo.integrations.transformers import fuse_lm_head, logit_options
+from fastgrpo import grpo_loss
+from fastgrpo.integrations.transformers import fuse_lm_head
+
+from causal_lms import assert_same, from_logits, gradients
 
 SIZES = {
     "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -37,32 +39,6 @@ def make(family="Qwen2", tied=False, **options):
 
 def tokens(batch=3, length=11):
     return torch.randint(3, SIZES["vocab_size"], (batch, length), generator=torch.Generator().manual_seed(5))
-
-
-def from_logits(model, ids):
-    logp = model(input_ids=ids).logits.float()[:, :-1].log_softmax(-1)
-    return logp.gather(-1, ids[:, 1:, None])[..., 0], -(logp.exp() * logp).sum(-1)
-
-
-def gradients(model, values):
-    model.zero_grad(set_to_none=True)
-    (values * torch.linspace(-1, 1, values.numel()).view_as(values)).sum().backward()
-    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-
-
-def assert_same(model, ids, tolerance=2e-5):
-    want, entropy = from_logits(model, ids)
-    want_grads = gradients(model, want)
-    out = model(input_ids=ids, labels=ids, fastgrpo=True)
-    assert out.logprobs.dtype == torch.float32
-    grads = gradients(model, out.logprobs)
-    torch.testing.assert_close(out.logprobs, want, rtol=tolerance, atol=tolerance)
-    torch.testing.assert_close(out.entropy, entropy, rtol=tolerance, atol=tolerance)
-    assert grads.keys() == want_grads.keys()
-    for name, grad in grads.items():
-        error = (grad - want_grads[name]).norm() / want_grads[name].norm().clamp(min=1e-3)
-        assert error <= tolerance, (name, error)
-    return grads
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -188,25 +164,3 @@ def test_an_empty_weight_is_refused():
     model.lm_head.weight = torch.nn.Parameter(torch.empty(0, SIZES["hidden_size"]))
     with pytest.raises(ValueError, match="weight must not be empty"):
         model(input_ids=tokens(), labels=tokens(), fastgrpo=True)
-
-
-@pytest.mark.parametrize(
-    ("config", "expected"),
-    [
-        ({"model_type": "falcon_h1", "lm_head_multiplier": 0.04}, (None, 0.04)),
-        ({"model_type": "hyperclovax", "logits_scaling": 0.125}, (None, 0.125)),
-        ({"model_type": "granite", "logits_scaling": 8.0}, (None, 0.125)),
-        ({"model_type": "gemma3", "final_logit_softcapping": 30.0}, (30.0, 1.0)),
-        ({"model_type": "mpt", "logit_scale": None}, (None, 1.0)),
-    ],
-)
-def test_names_of_softcap_and_scale(config, expected):
-    class Config:
-        def get_text_config(self):
-            return self
-
-    config = type("C", (Config,), config)()
-    options = logit_options(config)
-    assert (options["softcap"], options["logit_scale"]) == expected
-    hidden, weight = torch.randn(2, 4), torch.randn(5, 4)
-    assert torch.isfinite(linear_logprobs(hidden, weight, torch.tensor([0, 1]), **options).logprobs).all()
