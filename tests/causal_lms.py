@@ -105,7 +105,7 @@ def heads(module):
     return module if isinstance(module, torch.nn.ModuleList) else [module]
 
 
-def tokens(batch=2, length=9):
+def tokens(batch=3, length=11):
     return torch.randint(3, SIZES["unpadded_vocab_size"], (batch, length), generator=torch.Generator().manual_seed(5))
 
 
