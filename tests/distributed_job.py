@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState, DistributedType, GradientState, PartialState
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from fastgrpo import GRPOLossConfig
@@ -23,6 +24,7 @@ CASES = {
     "dapo": {}, "grpo, kl": {"loss_type": "grpo", "beta": 0.1},
     "bnpo, entropy": {"loss_type": "bnpo", "entropy_coef": 0.05, "top_entropy_quantile": 0.5},
 }  # fmt: skip
+UNITS = {"fsdp2": ["Qwen2DecoderLayer"], "fsdp2, head alone": ["Qwen2DecoderLayer", "Linear"]}
 
 
 def episodes(vocabulary=14):
@@ -48,10 +50,10 @@ def make_accelerator(kind, **options):
     AcceleratorState._reset_state()
     GradientState._reset_state()
     accelerator = Accelerator(cpu=True, **{k: v for k, v in options.items() if k in ("log_with", "project_dir")})
-    if kind == "fsdp2":
+    if kind in UNITS:
         wrap = FullyShardedDataParallelPlugin(
             fsdp_version=2, auto_wrap_policy="transformer_based_wrap", reshard_after_forward=True,
-            transformer_cls_names_to_wrap=["Qwen2DecoderLayer"],
+            transformer_cls_names_to_wrap=UNITS[kind],
         )  # fmt: skip
         AcceleratorState._shared_state |= {"distributed_type": DistributedType.FSDP, "fsdp_plugin": wrap}
         PartialState._shared_state["distributed_type"] = DistributedType.FSDP
@@ -70,6 +72,7 @@ def gradients(kind, tied, settings):
     mine = share(episodes(), accelerator.process_index) if accelerator.num_processes > 1 else episodes()
     numbers = learner.gradients(mine)
     assert accelerator.num_processes == 1 or kind == "ddp" or isinstance(model.model.norm.weight, DTensor)
+    assert kind != "fsdp2, head alone" or isinstance(model.lm_head, FSDPModule)
     named = {n.removeprefix("module."): full(p.grad).clone() for n, p in model.named_parameters()}
     scores = learner.score(mine)  # passes without a gradient: as many on each rank
     return {"grads": named, "loss": accelerator.reduce(numbers["loss"]), "scores": scores}
@@ -98,6 +101,8 @@ def main(output):
             for name, settings in CASES.items():
                 results[kind, tied, name] = gradients(kind, tied, settings)
         results[kind, "train"] = list(train(kind, f"{output}/{kind}"))
+    kind, name = "fsdp2, head alone", "dapo"  # a tied head cannot be a unit of its own
+    results[kind, False, name] = gradients(kind, False, CASES[name])
     torch.save(results, Path(output) / f"rank{torch.distributed.get_rank()}.pt")
 
 

@@ -65,7 +65,7 @@ def fuse_lm_head(model):
 
 def causal_lm(model):
     """The transformers model under the wrappers of torch.compile, DDP and PEFT."""
-    for name in ("_orig_mod", "module"):
+    for name in ("_orig_mod", "module", "_orig_mod"):
         model = getattr(model, name, model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
