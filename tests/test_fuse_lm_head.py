@@ -137,6 +137,17 @@ def test_peft_trains_a_copy_of_the_head(fuse_first):
     assert any("lm_head" in name for name in grads)
 
 
+def test_peft_prompt_tuning():
+    """Virtual tokens come before the others, with labels that are ignored."""
+    peft = pytest.importorskip("peft")
+    settings = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    model, ids = peft.get_peft_model(fuse_lm_head(make()), settings).eval(), tokens()
+    out = model(input_ids=ids, labels=ids, fastgrpo=True)
+    logp = model(input_ids=ids).logits[:, 3:-1].log_softmax(-1)
+    assert out.logprobs[:, :3].eq(0).all()
+    torch.testing.assert_close(out.logprobs[:, 3:], logp.gather(-1, ids[..., None])[..., 0], rtol=2e-5, atol=2e-5)
+
+
 def test_dora_on_the_head_is_refused():
     model = fuse_lm_head(lora(make(), target_modules=["lm_head"], use_dora=True))
     with pytest.raises(ValueError, match="LoRA on lm_head must be plain"):
@@ -146,6 +157,13 @@ def test_dora_on_the_head_is_refused():
 def test_a_model_without_a_head_is_refused():
     with pytest.raises(ValueError, match="must have an LM head"):
         fuse_lm_head(make().model)
+
+
+def test_more_tokens_after_fusing():
+    """A resized vocabulary is scored whole."""
+    model = fuse_lm_head(make())
+    model.resize_token_embeddings(120)
+    assert_same(model, torch.randint(3, 120, (2, 9), generator=torch.Generator().manual_seed(5)))
 
 
 def test_wrappers_are_looked_through():

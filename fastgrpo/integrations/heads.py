@@ -46,7 +46,7 @@ class Stub(nn.Module):
         tensors = [x for x in args if isinstance(x, torch.Tensor) and x.is_floating_point()]
         if tensors and not isinstance(self.original, PreTrainedModel):
             return tensors[0]
-        return Decoded(last_hidden_state=torch.zeros(1, len(PROBES), self.asked.width))
+        return Decoded(last_hidden_state=self.asked.hidden)
 
     def __getattr__(self, name):
         value = getattr(self.original, name)
@@ -54,21 +54,25 @@ class Stub(nn.Module):
 
 
 class ProbeHead(Stub):
-    """In place of the head: row p of its output holds ``PROBES[p]`` in every column."""
+    """In place of the head: whatever it gets, it gives the probes."""
 
     def forward(self, hidden, *args, **kwargs):
         self.asked.calls += 1
-        if hidden.shape[:-1] != (1, len(PROBES)):
-            raise ValueError(f"the LM head must get (B, T, D), got {tuple(hidden.shape)} for T = {len(PROBES)}")
-        return torch.tensor(PROBES)[None, :, None].repeat(1, 1, self.asked.vocabulary)
+        if hidden.shape[:-1] != self.asked.hidden.shape[:-1]:
+            expected = tuple(self.asked.hidden.shape)
+            raise ValueError(f"the LM head must get (B, T, D), got {tuple(hidden.shape)} for {expected}")
+        return self.asked.x[None].clone()
 
 
 class Question:
-    """A model asked for the logits that it makes where its head gives ``PROBES``."""
+    """A model asked for the logits that it makes where its head gives x: a row each of the probes and a ramp."""
 
     def __init__(self, model):
         self.model, self.head, self.calls = model, model.get_output_embeddings(), 0
-        self.vocabulary, self.width = self.head.out_features, self.head.in_features
+        rows, columns, width = len(PROBES) + 1, self.head.out_features, self.head.in_features
+        ramp = torch.linspace(-1, 1, columns)  # a column that moves shows
+        self.x = torch.cat([torch.tensor(PROBES)[:, None].expand(-1, columns), ramp[None]])
+        self.hidden = torch.linspace(-1, 1, rows * width).view(1, rows, width)  # what depends on it differs by row
 
     def shadow(self, module):
         """A copy whose head is a probe and whose layers with weights are stubs; modules around the head stay."""
@@ -84,8 +88,8 @@ class Question:
 
     @torch.no_grad()
     def logits(self):
-        """(P, V) float64."""
-        ids = torch.zeros(1, len(PROBES), dtype=torch.int64)
+        """(P + 1, V) float64."""
+        ids = torch.zeros(self.hidden.shape[:-1], dtype=torch.int64)
         with torch.autocast("cpu", enabled=False), torch.device("cpu"):
             logits = self.shadow(self.model)(input_ids=ids, use_cache=False, return_dict=True).logits
         if self.calls != 1:
@@ -95,19 +99,19 @@ class Question:
         return logits[0].double()
 
 
-def fit(logits, numbers):
-    """-> {"softcap", "logit_scale"} with ``logits = cap(scale * PROBES)``, or ValueError where they are not that."""
-    x = torch.tensor(PROBES, dtype=torch.float64)
-    if not (logits == logits[:, :1]).all():
-        raise ValueError("single columns of its logits are changed")
-    y = logits[:, 0]
-    scale, top = exact(y[1] / x[1], numbers), exact(y[-1], numbers)
-    softcap = top if abs(top) < 0.9 * abs(scale * x[-1]) else None
+def fit(x, logits, numbers):
+    """-> {"softcap", "logit_scale"} with ``logits = cap(scale * x)``, or ValueError where they are not that."""
+    small, large = PROBES.index(2.0**-10), PROBES.index(2.0**24)
+    scale = exact(logits[small, 0] / x[small, 0], numbers)
+    top = exact(logits[large, 0], numbers)
+    softcap = top if abs(top) < 0.9 * abs(scale * x[large, 0]) else None
     check_scalar("logit_scale", scale, positive=False)
     z = scale * x
     expected = z if softcap is None else softcap * (z / softcap).tanh()
-    if not torch.allclose(y, expected, rtol=1e-5, atol=1e-9):
-        raise ValueError(f"the head's outputs {x.tolist()} became logits {y.tolist()}")
+    wrong = ~torch.isclose(logits, expected, rtol=1e-5, atol=1e-7)
+    if wrong.any():
+        was, got, fitted = (t[wrong][0].item() for t in (x, logits, expected))
+        raise ValueError(f"the head's output {was} became logit {got}, not {fitted} (scale {scale}, softcap {softcap})")
     return {"softcap": softcap, "logit_scale": scale}
 
 
@@ -128,15 +132,18 @@ def logit_options(model):
     """How a model's forward turns its LM head's output x into logits.
 
     Returns:
-        {"softcap": float or None, "logit_scale": float}, keywords of the op, and the number of columns that are kept:
-        ``logits = softcap * tanh(logit_scale * x / softcap)[..., :columns]``.
+        {"softcap": float or None, "logit_scale": float}, keywords of the op, and how many columns are kept, None for
+        all: ``logits = softcap * tanh(logit_scale * x / softcap)[..., :columns]``.
 
     Raises:
         ValueError: it does something else, which the op would not reproduce.
     """
     try:
-        logits = Question(model).logits()
-        return fit(logits, numbers(model.config)), logits.shape[-1]
+        question = Question(model)
+        logits = question.logits()
+        columns = logits.shape[-1]
+        options = fit(question.x[:, :columns].double(), logits, numbers(model.config))
+        return options, None if columns == question.x.shape[1] else columns
     except Exception as error:
         raise ValueError(
             f"model's forward must call its LM head once, on (B, T, D), and then only scale, softcap or cut its "

@@ -166,7 +166,7 @@ def head_forward(self, hidden, *args, **kwargs):
 def score(head, hidden):
     function, columns = head._fastgrpo
     weight, bias = head_weight(head), head.bias
-    if columns < weight.shape[0]:  # the vocabulary's padding, which the model cuts from its logits
+    if columns is not None:  # the vocabulary's padding, which the model cuts from its logits
         weight, bias = weight[:columns], None if bias is None else bias[:columns]
     return function(hidden, weight, bias=bias)
 
