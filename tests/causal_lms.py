@@ -45,6 +45,7 @@ OPTIONS = {
         "attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8}, "ffn_config": {"ffn_hidden_size": 16},
     },
     "Dots1ForCausalLM": {"n_shared_experts": 1, "first_k_dense_replace": 1},
+    "FalconH1ForCausalLM": MAMBA2 | {"mamba_d_ssm": 64, "mamba_d_state": 8, "mamba_chunk_size": 8},
     "Gemma3nForCausalLM": {"num_kv_shared_layers": 0, "activation_sparsity_pattern": [0.0] * 2},
     "Gemma4AssistantForCausalLM": {"hidden_size_per_layer_input": 0},
     "GPTNeoForCausalLM": {"attention_types": [[["global", "local"], 1]]},
