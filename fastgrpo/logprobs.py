@@ -1,5 +1,6 @@
 """linear_logprobs: from hidden states and LM head to log-probs and entropy, without logits."""
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -30,7 +31,7 @@ class LinearLogProbs(torch.autograd.Function):
         backend = backends.load(params.backend)
         ctx.params, ctx.block, ctx.supported, certificate = params, None, support is not None, ()
         with torch.autocast(hidden.device.type, enabled=False):
-            low = None if lora_a is None else low_rank.project(hidden, lora_a, params.scaling, params.compute_dtype)
+            low = None if lora_a is None else low_rank.project(hidden, lora_a, params.scaling, params.lora_dtype)
             problem = HeadProblem(hidden, weight, bias, targets, temperature, params, low, lora_b)
             if support is not None:
                 stats, *certificate = kept.forward(problem, support, backend)
@@ -69,7 +70,7 @@ class LinearLogProbs(torch.autograd.Function):
                 *grads, d_low, d_b = grads
                 if d_low is not None:
                     d_a = low_rank.gradients(
-                        hidden, lora_a, params.scaling, params.compute_dtype, d_low, grads[0], needs_a
+                        hidden, lora_a, params.scaling, params.lora_dtype, d_low, grads[0], needs_a
                     )
         return *grads, d_a, d_b, None, None, None, None, None
 
@@ -106,7 +107,8 @@ def linear_logprobs(
         logit_scale: factor on the logits before the cap (Cohere, Granite).
         return_entropy: also return the entropy of the whole distribution, in nats.
         lora: ``(A, B, scaling)``, A (r, D) and B (V, r): the logits gain ``scaling * (hidden @ A.T) @ B.T`` before the
-            bias, in the same accumulator, with gradients to A and B. W is never merged or copied.
+            bias, in the same accumulator, with gradients to A and B. W is never merged or copied; A and B may be wider
+            than it.
         support: ``(token_ids, offsets)``, the ids each position's sampler kept (top-p, top-k), CSR: integer (K,) and
             (N + 1,), positions in the order of the flattened targets. Log-probs and entropy are then those of the
             distribution renormalised over the kept ids, and only these columns of the head are touched. A counted
@@ -160,6 +162,7 @@ def linear_logprobs(
         backend=backends.choose(backend, hidden),
         workspace=int(workspace_mb * 2**20),
         scaling=scaling,
+        lora_dtype=None if lora is None else compute_dtype(hidden, weight, lora_a, lora_b),
         tolerance=certified_tolerance(backward, tolerance, compute, (targets.numel(), *weight.shape), with_grad),
     )
     if isinstance(temperature, torch.Tensor):
@@ -181,12 +184,12 @@ def linear_logprobs(
     return LogProbs(logprobs.view(targets.shape), None if entropy is None else entropy.view(targets.shape))
 
 
-def compute_dtype(hidden, weight):
-    """What tiles are cast to: autocast's dtype inside autocast, else the wider of the two."""
+def compute_dtype(hidden, *others):
+    """What tiles are cast to: autocast's dtype inside autocast, else the widest."""
     device = hidden.device.type
     if hidden.dtype != torch.float64 and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
-    return torch.promote_types(hidden.dtype, weight.dtype)
+    return functools.reduce(torch.promote_types, (x.dtype for x in others), hidden.dtype)
 
 
 def certified_tolerance(backward, tolerance, compute, sizes, with_grad):

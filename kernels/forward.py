@@ -233,14 +233,25 @@ def combine_kernel(
 
 
 def low_rank_arguments(problem):
-    """:class:`LowRank` or None. Three 16-bit parts hold the 24 bits of a fp32 number, 96 bytes a row at rank 16."""
+    """:class:`LowRank` or None; in 16 bits fp32 values become sums of parts, so that tensor cores lose nothing."""
     if problem.low is None:
         return None
-    low, parts = problem.low.flatten(0, 1), []
-    for _ in range(1 if problem.params.compute_dtype == torch.float32 else 3):
-        parts.append(low.to(problem.params.compute_dtype))
-        low = low - parts[-1].float()
-    return LowRank(torch.cat(parts, 1), problem.up, len(parts) * low.shape[1], low.shape[1], *problem.up.stride())
+    low, up, dtype = problem.low.flatten(0, 1), problem.up, problem.params.compute_dtype
+    if dtype != torch.float32:
+        a, b, c = parts = split(low, dtype)
+        if problem.params.lora_dtype == torch.float32:  # each part with those of up that still matter
+            up, parts = torch.cat(split(up.float(), dtype), 1), [a, a, a, b, b, torch.zeros_like(c), c]
+        low = torch.cat(parts, 1)
+    return LowRank(low, up, low.shape[1], up.shape[1], *up.stride())
+
+
+def split(x, dtype):
+    """Three tensors of a 16-bit dtype whose sum is x: 24 bits are held by three times 8."""
+    parts = []
+    for _ in range(3):
+        parts.append(x.to(dtype))
+        x = x - parts[-1].float()
+    return parts
 
 
 def logit_arguments(problem):

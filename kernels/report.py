@@ -38,7 +38,7 @@ def problems():
 
         params = HeadParams(
             temperature=None if full else 0.7, softcap=30.0 if full else None, logit_scale=0.5 if full else 1.0,
-            compute_dtype=dtype, entropy=full or entropy, backend="triton", workspace=2**27,
+            compute_dtype=dtype, lora_dtype=dtype, entropy=full or entropy, backend="triton", workspace=2**27,
         )  # fmt: skip
         return HeadProblem(
             empty(1, rows, D), empty(V, D), empty(V) if full else None, empty(rows, dtype=torch.int64),

@@ -27,8 +27,8 @@ def kept_logits_kernel(
     stride_columns_v,
     stride_columns_d,
     D: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    EXACT_ROWS: tl.constexpr,  # fp32 rows are not rounded to COMPUTE: LoRA's
+    ROWS: tl.constexpr,  # dtype that the rows are cast to
+    COLUMNS: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -44,9 +44,8 @@ def kept_logits_kernel(
     for start in range(0, D, BLOCK_D):
         mask = mask_e[:, None] & (start + offs_d < D)[None, :]
         x = tl.load(row_ptrs, mask=mask, other=0.0)
-        w = tl.load(column_ptrs, mask=mask, other=0.0).to(COMPUTE).to(tl.float32)
-        x = x if EXACT_ROWS else x.to(COMPUTE)
-        acc += tl.sum(x.to(tl.float32) * w, axis=1)
+        w = tl.load(column_ptrs, mask=mask, other=0.0).to(COLUMNS).to(tl.float32)
+        acc += tl.sum(x.to(ROWS).to(tl.float32) * w, axis=1)
         row_ptrs += BLOCK_D * tl.cast(stride_rows_d, tl.int64)
         column_ptrs += BLOCK_D * tl.cast(stride_columns_d, tl.int64)
     acc += tl.load(out_ptr + offs_e, mask=mask_e, other=0.0)
@@ -95,7 +94,9 @@ def kept_logits(problem, support):
     """(K,) raw logits of the kept entries, each one row of hidden times one row of the head."""
     entries = support.ids.numel()
     out = torch.zeros(entries, dtype=torch.float32, device=problem.hidden.device)
-    for rows, columns in problem.factors if entries else ():
+    compute, lora = problem.params.compute_dtype, problem.params.lora_dtype
+    casts = [(compute, compute), (torch.float32, lora)]
+    for (rows, columns), (to_rows, to_columns) in zip(problem.factors if entries else (), casts):
         kept_logits_kernel[(triton.cdiv(entries, ENTRIES),)](
             rows_ptr=rows,
             columns_ptr=columns,
@@ -110,8 +111,8 @@ def kept_logits(problem, support):
             stride_columns_v=columns.stride(0),
             stride_columns_d=columns.stride(1),
             D=columns.shape[1],
-            COMPUTE=TO_TRITON[str(problem.params.compute_dtype)],
-            EXACT_ROWS=rows is problem.low,
+            ROWS=TO_TRITON[str(to_rows)],
+            COLUMNS=TO_TRITON[str(to_columns)],
             BLOCK_E=ENTRIES,
             BLOCK_D=block_depth(columns.shape[1]),
             num_warps=WARPS,

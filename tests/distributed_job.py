@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState, DistributedType, GradientState, PartialState
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from fastgrpo import GRPOLossConfig
@@ -28,6 +29,7 @@ RUNS = {
     "plain": {}, "moving reference": {"sync_ref_model": True, "ref_model_sync_steps": 2},
     "lora": {"use_peft": True, "lora_target_modules": "all-linear", "lora_dropout": 0.0},
 }  # fmt: skip
+UNITS = {"fsdp2": ["Qwen2DecoderLayer"], "fsdp2, head alone": ["Qwen2DecoderLayer", "Linear"]}
 
 
 def episodes(vocabulary=14):
@@ -53,10 +55,10 @@ def make_accelerator(kind, **options):
     AcceleratorState._reset_state()
     GradientState._reset_state()
     accelerator = Accelerator(cpu=True, **{k: v for k, v in options.items() if k in ("log_with", "project_dir")})
-    if kind == "fsdp2":
+    if kind in UNITS:
         wrap = FullyShardedDataParallelPlugin(
             fsdp_version=2, auto_wrap_policy="transformer_based_wrap", reshard_after_forward=True,
-            transformer_cls_names_to_wrap=["Qwen2DecoderLayer"],
+            transformer_cls_names_to_wrap=UNITS[kind],
         )  # fmt: skip
         AcceleratorState._shared_state |= {"distributed_type": DistributedType.FSDP, "fsdp_plugin": wrap}
         PartialState._shared_state["distributed_type"] = DistributedType.FSDP
@@ -89,6 +91,7 @@ def gradients(kind, tied, settings, limited=False):
     mine = share(episodes(), accelerator.process_index) if accelerator.num_processes > 1 else episodes()
     numbers = learner.gradients(mine)
     assert accelerator.num_processes == 1 or kind == "ddp" or isinstance(model.model.norm.weight, DTensor)
+    assert kind != "fsdp2, head alone" or isinstance(model.lm_head, FSDPModule)
     named = {n.removeprefix("module."): full(p.grad).clone() for n, p in model.named_parameters()}
     scores = learner.score(mine)  # passes without a gradient: as many on each rank
     return {"grads": named, "loss": accelerator.reduce(numbers["loss"]), "scores": scores, "budget": learner.budget}
@@ -121,6 +124,8 @@ def main(output):
                     results["ddp, little memory", tied, name] = gradients(kind, tied, settings, limited=True)
         for name, settings in RUNS.items():
             results[kind, name] = list(train(kind, f"{output}/{kind}-{name}", settings))
+    kind, name = "fsdp2, head alone", "dapo"  # a tied head cannot be a unit of its own
+    results[kind, False, name] = gradients(kind, False, CASES[name])
     torch.save(results, Path(output) / f"rank{torch.distributed.get_rank()}.pt")
 
 

@@ -47,9 +47,16 @@ def ranks(tmp_path_factory):
     return [torch.load(output / f"rank{r}.pt", weights_only=False) for r in range(2)]
 
 
-@pytest.mark.parametrize("name", distributed_job.CASES)
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("kind", ["ddp", "ddp, little memory", "fsdp2"])
+GRADIENTS = [
+    (k, tied, n)
+    for k in ("ddp", "ddp, little memory", "fsdp2")
+    for tied in (False, True)
+    for n in distributed_job.CASES
+]
+
+
+@pytest.mark.works("transformers", "fuse_lm_head: DDP and FSDP2 on two processes, the head a unit of its own too")
+@pytest.mark.parametrize(("kind", "tied", "name"), [*GRADIENTS, ("fsdp2, head alone", False, "dapo")])
 def test_gradients_of_one_process(ranks, kind, tied, name):
     want = distributed_job.gradients("single", tied, distributed_job.CASES[name])
     budgets = [rank[kind, tied, name]["budget"] for rank in ranks]

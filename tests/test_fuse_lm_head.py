@@ -6,19 +6,13 @@ from functools import partial
 import pytest
 import torch
 import transformers
+from torch.utils._pytree import tree_map_only
 
 from fastgrpo import grpo_loss, linear_logprobs
-from fastgrpo.integrations.transformers import fuse_lm_head, logit_options
+from fastgrpo.integrations.transformers import causal_lm, fuse_lm_head
 
-SIZES = {
-    "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1,
-    "eos_token_id": 2,
-}  # fmt: skip
-FAMILIES = {
-    "Qwen2": {}, "Llama": {}, "Gemma2": {"final_logit_softcapping": 3.0, "query_pre_attn_scalar": 8},
-    "Granite": {"logits_scaling": 4.0}, "Cohere": {"logit_scale": 0.25}, "GPT2": {},
-}  # fmt: skip
+import causal_lms
+from causal_lms import assert_same, from_logits, gradients, tokens
 
 
 @pytest.fixture(autouse=True)
@@ -26,50 +20,14 @@ def poisoned_memory():
     """Real memory: transformers fills what it allocates."""
 
 
-def make(family="Qwen2", tied=False, **options):
-    config = getattr(transformers, f"{family}Config")(**SIZES, **FAMILIES[family], tie_word_embeddings=tied, **options)
-    torch.manual_seed(3)
-    model = getattr(transformers, f"{family}LMHeadModel" if family == "GPT2" else f"{family}ForCausalLM")(config)
-    with torch.no_grad():  # sharper than at initialisation, so that a wrong softcap or scale shows
-        model.get_output_embeddings().weight.mul_(30)
-    return model.eval()
-
-
-def tokens(batch=3, length=11):
-    return torch.randint(3, SIZES["vocab_size"], (batch, length), generator=torch.Generator().manual_seed(5))
-
-
-def from_logits(model, ids):
-    logp = model(input_ids=ids).logits.float()[:, :-1].log_softmax(-1)
-    return logp.gather(-1, ids[:, 1:, None])[..., 0], -(logp.exp() * logp).sum(-1)
-
-
-def gradients(model, values):
-    model.zero_grad(set_to_none=True)
-    (values * torch.linspace(-1, 1, values.numel()).view_as(values)).sum().backward()
-    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-
-
-def assert_same(model, ids, tolerance=2e-5):
-    want, entropy = from_logits(model, ids)
-    want_grads = gradients(model, want)
-    out = model(input_ids=ids, labels=ids, fastgrpo=True)
-    assert out.logprobs.dtype == torch.float32
-    grads = gradients(model, out.logprobs)
-    torch.testing.assert_close(out.logprobs, want, rtol=tolerance, atol=tolerance)
-    torch.testing.assert_close(out.entropy, entropy, rtol=tolerance, atol=tolerance)
-    assert grads.keys() == want_grads.keys()
-    for name, grad in grads.items():
-        error = (grad - want_grads[name]).norm() / want_grads[name].norm().clamp(min=1e-3)
-        assert error <= tolerance, (name, error)
-    return grads
+def make(tied=False, family="Qwen2", **options):
+    kind, model_class = (getattr(transformers, f"{family}{name}") for name in ("Config", "ForCausalLM"))
+    return causal_lms.make(kind, model_class, tie_word_embeddings=tied, **options)
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_logprobs_entropy_and_gradients(family, tied):
-    model = fuse_lm_head(make(family, tied))
-    assert_same(model, tokens())
+def test_logprobs_entropy_and_gradients(tied):
+    assert_same(fuse_lm_head(make(tied)), tokens())
 
 
 def test_ignored_labels_and_generate():
@@ -98,18 +56,24 @@ def test_grpo_loss_in_the_head():
         torch.testing.assert_close(grads[name], grad)
 
 
-def test_gradient_checkpointing():
+@pytest.mark.works("transformers", "fuse_lm_head: gradient checkpointing, both kinds")
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing(reentrant):
     model = fuse_lm_head(make()).train()
     plain = assert_same(model, tokens())
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    if reentrant:
+        model.enable_input_require_grads()
     calls = []
     model.model.layers[0].mlp.register_forward_pre_hook(lambda *a: calls.append(1))
     again = gradients(model, model(input_ids=tokens(), labels=tokens(), fastgrpo=True).logprobs)
     assert len(calls) == 2  # forward, and once more in the backward
+    assert again.keys() == plain.keys()
     for name, grad in again.items():
         torch.testing.assert_close(grad, plain[name], msg=name)
 
 
+@pytest.mark.works("transformers", "fuse_lm_head: bf16 autocast")
 def test_autocast():
     """Inside autocast the head computes in bf16 from fp32 weights; its result stays fp32."""
     model, ids = fuse_lm_head(make()), tokens()
@@ -146,6 +110,7 @@ def lora(model, **options):
     return wrapped.eval()
 
 
+@pytest.mark.works("transformers", "fuse_lm_head: PEFT's LoRA on the layers and on the head, modules_to_save")
 @pytest.mark.parametrize("fuse_first", [False, True])
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["q_proj", "lm_head"]])
 def test_peft(fuse_first, targets):
@@ -162,6 +127,7 @@ def test_peft(fuse_first, targets):
     assert (without - with_adapter).abs().max() > 1e-2
 
 
+@pytest.mark.works("transformers", "fuse_lm_head: PEFT's LoRA on the layers and on the head, modules_to_save")
 @pytest.mark.parametrize("fuse_first", [False, True])
 def test_peft_trains_a_copy_of_the_head(fuse_first):
     model = make()
@@ -169,6 +135,37 @@ def test_peft_trains_a_copy_of_the_head(fuse_first):
     model = fuse_lm_head(lora(model, target_modules=["q_proj"], modules_to_save=["lm_head"]))
     grads = assert_same(model, tokens())
     assert any("lm_head" in name for name in grads)
+
+
+def test_peft_prompt_tuning():
+    """Virtual tokens come before the others, with labels that are ignored."""
+    peft = pytest.importorskip("peft")
+    settings = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    model, ids = peft.get_peft_model(fuse_lm_head(make()), settings).eval(), tokens()
+    out = model(input_ids=ids, labels=ids, fastgrpo=True)
+    logp = model(input_ids=ids).logits[:, 3:-1].log_softmax(-1)
+    assert out.logprobs[:, :3].eq(0).all()
+    torch.testing.assert_close(out.logprobs[:, 3:], logp.gather(-1, ids[..., None])[..., 0], rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"lora_bias": True}, {"use_rslora": True, "lora_alpha": 3}], ids=str)
+def test_every_adapter_on_the_head_takes_part(options):
+    """Two of them at once, of different ranks."""
+    peft = pytest.importorskip("peft")
+    model = fuse_lm_head(lora(make(), target_modules=["lm_head"], **options))
+    model.add_adapter("second", peft.LoraConfig(r=2, target_modules=["lm_head"], task_type="CAUSAL_LM", **options))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B.second" in name or "lora_B.default.bias" in name:
+                p.normal_(std=0.1)
+    model.base_model.set_adapter(["default", "second"])
+    grads = assert_same(model, tokens())
+    assert {"default" in name for name in grads} == {True, False}
+    seen = []
+    with torch.no_grad():
+        model(input_ids=tokens(), fastgrpo=lambda hidden, weight, **options: seen.append((weight, options)))
+    assert seen[0][0].data_ptr() == model.get_output_embeddings().weight.data_ptr()  # never merged
+    assert seen[0][1]["lora"][0].shape[0] == 6
 
 
 def test_dora_on_the_head_is_refused():
@@ -182,31 +179,189 @@ def test_a_model_without_a_head_is_refused():
         fuse_lm_head(make().model)
 
 
+def test_more_tokens_after_fusing():
+    """A resized vocabulary is scored whole."""
+    model = fuse_lm_head(make())
+    model.resize_token_embeddings(120)
+    assert_same(model, torch.randint(3, 120, (2, 9), generator=torch.Generator().manual_seed(5)))
+
+
+def test_wrappers_are_looked_through():
+    model = make()
+    for wrapped in (torch.nn.DataParallel(torch.compile(model)), torch.compile(torch.nn.DataParallel(model))):
+        assert causal_lm(wrapped) is model
+
+
 def test_an_empty_weight_is_refused():
     """As ZeRO-3 leaves a parameter outside its module."""
     model = fuse_lm_head(make())
-    model.lm_head.weight = torch.nn.Parameter(torch.empty(0, SIZES["hidden_size"]))
+    model.lm_head.weight = torch.nn.Parameter(torch.empty(0, 32))
     with pytest.raises(ValueError, match="weight must not be empty"):
         model(input_ids=tokens(), labels=tokens(), fastgrpo=True)
 
 
-@pytest.mark.parametrize(
-    ("config", "expected"),
-    [
-        ({"model_type": "falcon_h1", "lm_head_multiplier": 0.04}, (None, 0.04)),
-        ({"model_type": "hyperclovax", "logits_scaling": 0.125}, (None, 0.125)),
-        ({"model_type": "granite", "logits_scaling": 8.0}, (None, 0.125)),
-        ({"model_type": "gemma3", "final_logit_softcapping": 30.0}, (30.0, 1.0)),
-        ({"model_type": "mpt", "logit_scale": None}, (None, 1.0)),
-    ],
-)
-def test_names_of_softcap_and_scale(config, expected):
-    class Config:
-        def get_text_config(self):
-            return self
+def shifted(ids):
+    return torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-100)
 
-    config = type("C", (Config,), config)()
-    options = logit_options(config)
-    assert (options["softcap"], options["logit_scale"]) == expected
-    hidden, weight = torch.randn(2, 4), torch.randn(5, 4)
-    assert torch.isfinite(linear_logprobs(hidden, weight, torch.tensor([0, 1]), **options).logprobs).all()
+
+@pytest.mark.works("transformers", "fuse_lm_head: logits_to_keep scores the last positions alone")
+@pytest.mark.parametrize("keep", [1, 4, 11, 20])
+def test_logits_to_keep(keep):
+    model, ids = fuse_lm_head(make()), tokens()
+    rows = []
+    model.lm_head.register_forward_pre_hook(lambda module, args: rows.append(args[0].shape[1]))
+    out = model(input_ids=ids, labels=ids, fastgrpo=True, logits_to_keep=keep)
+    whole = model(input_ids=ids, labels=ids, fastgrpo=True)
+    assert rows == [min(keep, 11), 11]
+    assert out.logprobs.shape == (3, min(keep, 11) - 1)
+    for part, all_of_it in zip(out, whole):
+        torch.testing.assert_close(part, all_of_it[:, -(keep - 1) :] if keep > 1 else all_of_it[:, :0])
+
+
+@pytest.mark.works("transformers", "fuse_lm_head: the auxiliary loss of a mixture of experts beside the result")
+@pytest.mark.parametrize("family", ["Qwen3Moe", "Mixtral", "GptOss"])
+def test_auxiliary_loss(family):
+    model, ids = fuse_lm_head(make(family=family)), tokens()
+    plain = model(input_ids=ids, output_router_logits=True)
+    want = gradients(model, from_logits(model, ids)[0].sum() + 3 * plain.aux_loss)
+    score = partial(linear_logprobs, targets=shifted(ids))
+    result, outputs = model(input_ids=ids, fastgrpo=score, fastgrpo_output=True, output_router_logits=True)
+    assert type(outputs) is type(plain)
+    assert outputs.logits is None
+    assert outputs.aux_loss.equal(plain.aux_loss)
+    assert outputs.aux_loss > 0
+    grads = gradients(model, result.logprobs.sum() + 3 * outputs.aux_loss)
+    top = max(g.norm() for g in want.values())
+    assert grads.keys() == want.keys()
+    for name, grad in grads.items():
+        assert (grad - want[name]).norm() <= 1e-5 * max(want[name].norm(), 1e-3 * top), name
+    labelled = model(input_ids=ids, labels=ids, fastgrpo=True, fastgrpo_output=True, output_router_logits=True)
+    torch.testing.assert_close(labelled.result.logprobs, result.logprobs[:, :-1])
+    assert labelled.outputs.aux_loss.equal(plain.aux_loss)
+
+
+def compiled(model, whole, **options):
+    if whole:
+        return torch.compile(model, backend="aot_eager", **options)
+    model.model.compile(backend="aot_eager", **options)
+    return model
+
+
+@pytest.mark.works("transformers", "fuse_lm_head: torch.compile of the model or its decoder, no recompile per length")
+@pytest.mark.parametrize(("whole", "fuse_first"), [(False, False), (True, False), (True, True)])
+def test_compile(whole, fuse_first):
+    """Lengths 5 to 9: one graph for the first, one with a dynamic length for all others."""
+    torch._dynamo.reset()
+    eager, model = fuse_lm_head(make()), make()
+    model = compiled(fuse_lm_head(model), whole) if fuse_first else fuse_lm_head(compiled(model, whole))
+    counts = []
+    for length in range(5, 10):
+        ids = tokens(length=length)
+        ours, want = (m(input_ids=ids, labels=ids, fastgrpo=True) for m in (model, eager))
+        torch.testing.assert_close(ours.logprobs, want.logprobs, rtol=1e-5, atol=1e-5)
+        grads, expected = gradients(model, ours.logprobs), gradients(eager, want.logprobs)
+        for (name, grad), other in zip(grads.items(), expected.values()):
+            torch.testing.assert_close(grad, other, rtol=1e-4, atol=1e-5, msg=name)
+        counts.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert counts[0] >= 1
+    assert counts[1:] == [counts[1]] * 4
+    torch.testing.assert_close(model(input_ids=ids).logits, eager(input_ids=ids).logits, rtol=1e-5, atol=1e-5)
+    again = model(input_ids=ids, labels=ids, fastgrpo=True)  # the graph of the plain call must not answer this one
+    torch.testing.assert_close(again.logprobs, want.logprobs, rtol=1e-5, atol=1e-5)
+
+
+def test_compiled_plain_calls_are_whole_graphs():
+    torch._dynamo.reset()
+    model, ids = fuse_lm_head(make()), tokens()
+    whole = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(whole(input_ids=ids).logits, make()(input_ids=ids).logits)
+
+
+class Regather(torch.autograd.Function):
+    """ZeRO-3's hook on a module's outputs: its backward gathers the weights again before the module's own runs."""
+
+    @staticmethod
+    def forward(ctx, gather, output):
+        ctx.gather = gather
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx, grad):
+        ctx.gather()
+        return None, grad
+
+
+def partition(model):
+    """As ZeRO-3: a parameter is empty but between the forward hooks of its module, and from its outputs' backward."""
+    full = {p: p.data for p in model.parameters()}
+
+    def gather(module, *_):
+        for p in module.parameters(recurse=False):
+            p.data = full[p]
+
+    def release(module, *_):
+        for p in module.parameters(recurse=False):
+            p.data = p.data.new_empty(0)
+
+    def after(module, args, output):
+        release(module)
+        again = partial(gather, module)
+        return tree_map_only(torch.Tensor, lambda x: Regather.apply(again, x) if x.requires_grad else x, output)
+
+    for module in model.modules():
+        if any(True for _ in module.parameters(recurse=False)):
+            module.register_forward_pre_hook(gather)
+            module.register_forward_hook(after)
+            release(module)
+    return model, lambda: [gather(m) for m in model.modules()]
+
+
+@pytest.mark.works("transformers", "fuse_lm_head: weights that exist inside their hooks alone, as in ZeRO-3")
+@pytest.mark.parametrize("tied", [False, True])
+def test_partitioned_weights(tied):
+    want = assert_same(fuse_lm_head(make(tied)), tokens())
+    model, restore = partition(make(tied))
+    assert model.lm_head.weight.shape == (0,)
+    out = fuse_lm_head(model)(input_ids=tokens(), labels=tokens(), fastgrpo=True)
+    assert model.lm_head.weight.shape == (0,)
+    (out.logprobs * torch.linspace(-1, 1, out.logprobs.numel()).view_as(out.logprobs)).sum().backward()
+    restore()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, want[name], msg=name)
+
+
+def test_under_accelerates_device_hooks():
+    """They wrap the forward of model and head, and move what comes in."""
+    hooks = pytest.importorskip("accelerate.hooks")
+    model, ids, moved = make(), tokens(), []
+
+    class Hook(hooks.ModelHook):
+        def pre_forward(self, module, *args, **kwargs):
+            moved.append(type(module).__name__)
+            return args, kwargs
+
+    want = fuse_lm_head(make())(input_ids=ids, labels=ids, fastgrpo=True)
+    for module in (model, model.lm_head):
+        hooks.add_hook_to_module(module, Hook())
+    got = fuse_lm_head(model)(input_ids=ids, labels=ids, fastgrpo=True)
+    assert got.logprobs.equal(want.logprobs)
+    assert moved == ["Qwen2ForCausalLM", "Linear"]
+
+
+def test_a_failing_function_leaves_the_model_as_it_was():
+    model, ids = fuse_lm_head(make()), tokens()
+    hooks = len(model.lm_head._forward_hooks)
+    with pytest.raises(ValueError, match="targets must have shape"):
+        model(input_ids=ids, fastgrpo=partial(linear_logprobs, targets=ids[:, 1:]))
+    assert len(model.lm_head._forward_hooks) == hooks
+    assert model(input_ids=ids).logits.equal(make()(input_ids=ids).logits)
+
+
+def test_arguments_are_checked():
+    model, ids = fuse_lm_head(make()), tokens()
+    with pytest.raises(ValueError, match=r"labels must be a tensor \(B, T\)"):
+        model(input_ids=ids, fastgrpo=True)
+    with pytest.raises(ValueError, match="labels must be None where fastgrpo is a function"):
+        model(input_ids=ids, labels=ids, fastgrpo=partial(linear_logprobs, targets=ids))
+    with pytest.raises(ValueError, match="logits_to_keep must be a number"):
+        model(input_ids=ids, labels=ids, fastgrpo=True, logits_to_keep=torch.tensor([3]))

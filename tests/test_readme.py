@@ -50,6 +50,20 @@ def test_trainer_example(tmp_path, monkeypatch):
     assert (tmp_path / "runs/sums/model/adapter_model.safetensors").is_file()
 
 
+def test_transformers_example(tmp_path, monkeypatch):
+    """On a tiny model in place of the path."""
+    monkeypatch.undo()  # real memory: transformers fills what it allocates
+    import trainer_job
+
+    trainer_job.make_model()[0].save_pretrained(tmp_path)
+    code = example("transformers").replace("path/to/model", str(tmp_path))
+    assert code.count("\n") <= 12
+    scope = {}
+    exec(compile(code, "README.md", "exec"), scope)
+    assert scope["scores"].logprobs.shape == scope["scores"].entropy.shape == (4, 31)
+    assert scope["model"].lm_head.weight.grad.abs().sum() > 0
+
+
 def test_yaml_example(tmp_path):
     """Every setting is one, and the combination is legal (paging aside, which needs a GPU)."""
     pytest.importorskip("bitsandbytes")

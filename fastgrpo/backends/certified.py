@@ -313,7 +313,8 @@ class SparseRows:
     def add_piece(self, group, columns, local, heads, d_columns, d_bias):
         problem, reader, rows = self.problem, self.reader, group.rows
         n, k = rows.numel(), columns.numel()
-        kept = [reader.cast(torch.index_select(h, 0, local, out=x[:k])) for h, x in zip(heads, self.kept)]
+        kept = [reader.cast_columns(factor, torch.index_select(h, 0, local, out=x[:k]))
+                for factor, (h, x) in enumerate(zip(heads, self.kept))]  # fmt: skip
         factors = reader.rows(rows)
         z = reader.raw_logits(factors, kept, self.logits[: n * k].view(n, k) if self.logits.numel() else None)
         label = torch.searchsorted(columns, problem.targets[rows])

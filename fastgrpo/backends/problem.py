@@ -21,6 +21,7 @@ class HeadParams:
     backend: str
     workspace: int  # bytes
     scaling: float = 1.0  # of LoRA
+    lora_dtype: torch.dtype | None = None  # what LoRA's A and B are cast to; adapters may be wider than the head
     tolerance: float | None = None  # of the certified backward; None: exact
 
 

@@ -49,13 +49,17 @@ class Reader:
 
     def columns(self, span):
         """Each factor's columns: weight (C, D) and, with LoRA, up (C, r)."""
-        return [self.cast(columns[span]) for _, columns in self.problem.factors]
+        return [self.cast_columns(k, columns[span]) for k, (_, columns) in enumerate(self.problem.factors)]
+
+    def cast_columns(self, factor, x):
+        """The head's as operands, LoRA's in the accumulator's dtype: adapters may be wider than the head."""
+        return self.cast(x) if factor == 0 else x.to(self.problem.params.lora_dtype).to(self.accumulate)
 
     def raw_logits(self, rows, columns, out):
         """The sum of the factors' products, (n, C) in the accumulator's dtype; ``out``: where to put it, or None."""
         z = self.mm(rows[0], columns[0].t(), out)
         for low, up in zip(rows[1:], columns[1:]):
-            z.addmm_(low, up.t().to(low.dtype))
+            z.addmm_(low, up.t())
         return z
 
     def mm(self, a, b, out):  # (n, k), (k, m) -> (n, m) in the accumulator's dtype

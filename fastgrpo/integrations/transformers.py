@@ -1,105 +1,203 @@
 """Put the op inside a transformers model's LM head: ``fuse_lm_head(model)``.
 
-The head is called as a module, from within the model's own forward, so that the hooks of DDP, FSDP2, ZeRO-3, PEFT and
-autocast fire as they do for logits.
+The model's own forward runs, up to and including the call of its head, so that whatever it does before the head stays
+as it is, and the hooks of DDP, FSDP2, ZeRO-3, PEFT and autocast fire as they do for logits.
 """
 
 import functools
+import inspect
+from contextlib import contextmanager
 from functools import partial
 from types import MethodType
+from typing import Any, NamedTuple
 
 import torch
 
 from fastgrpo.inputs import IGNORE
+from fastgrpo.integrations.heads import logit_options
 from fastgrpo.logprobs import LogProbs, linear_logprobs
 
-LOGIT_SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
+
+class FusedOutput(NamedTuple):
+    """What ``model(..., fastgrpo=..., fastgrpo_output=True)`` returns."""
+
+    result: Any  # of the function: GRPOLoss, LogProbs ...
+    outputs: Any  # the model's own output without its logits: aux_loss, router_logits, hidden_states ...
 
 
 def fuse_lm_head(model):
     """Teach a causal language model the keyword ``fastgrpo=``; without it nothing changes, so generate is untouched.
 
-    ``model(input_ids, ..., fastgrpo=function)`` runs the decoder, then the LM head, which calls
-    ``function(hidden, weight, bias=..., softcap=..., logit_scale=...)`` with hidden (B, T, D) and weight (V, D) and
-    whose result the forward returns. ``functools.partial(grpo_loss, targets=..., ...)`` and
-    ``partial(linear_logprobs, targets=...)`` are such functions. No (tokens, vocab) logits are made.
+    ``model(input_ids, ..., fastgrpo=function)`` runs the model, whose LM head calls
+    ``function(hidden, weight, bias=..., softcap=..., logit_scale=...)`` with hidden (B, T, D) and weight (V, D), and
+    ``lora=(A, B, scaling)`` where LoRA is active on the head; the forward returns its result.
+    ``functools.partial(grpo_loss, targets=..., ...)`` and ``partial(linear_logprobs, targets=...)`` are such functions.
+    No (tokens, vocab) logits are made.
 
     ``model(input_ids, labels=ids, fastgrpo=True)`` returns ``LogProbs(logprobs, entropy)``, each (B, T - 1) fp32: of
-    the labels shifted by one, 0 where the label is -100.
+    the labels shifted by one, 0 where the label is -100; with ``logits_to_keep=K`` (B, K - 1), the last ones.
+
+    ``fastgrpo_output=True`` beside it returns ``FusedOutput(result, outputs)``: ``outputs`` is what the model returns
+    otherwise, but for the logits, so that ``outputs.aux_loss`` of a mixture of experts can join the loss.
 
     Args:
-        model: a transformers causal LM or a PEFT wrapper of one, patched in place before or after wrapping. Softcap
-            and logit scale are read from its config (Gemma 2, Cohere, Granite, Falcon-H1 ...). LoRA on the head counts
-            as ``weight + delta`` without its dropout, which costs a (V, D) sum.
+        model: a transformers causal LM, bare or inside PEFT, DDP, FSDP2 or torch.compile, patched in place; also on the
+            meta device or sharded. Softcap, logit scale and unpadded vocabulary (Gemma 2, Cohere, Granite, Falcon-H1,
+            Inkling ...) are those of its forward, see :mod:`fastgrpo.integrations.heads`; fuse it again after changing
+            them. LoRA on the head takes part without its dropout.
 
     Returns:
         the same model.
 
     Raises:
-        ValueError: the model has no LM head, or a LoRA variant on its head (DoRA) that is not a sum of matrices.
+        ValueError: the model has no LM head, its head is not a linear layer, its forward does more with the head's
+            output than scale, softcap or cut it, or a LoRA variant (DoRA) on the head is not a sum of matrices.
     """
     base = causal_lm(model)
     if base.get_output_embeddings() is None:
         raise ValueError(f"model must have an LM head, {type(base).__name__} has none")
+    fuse_head(base)
+    base._fastgrpo_logits = logit_options(base)
     if not hasattr(base, "_plain_forward"):
         base._plain_forward = base.forward  # bound methods, so that a deep copy is bound to the copy
         base.forward = MethodType(functools.wraps(type(base).forward)(causal_lm_forward), base)
-    fuse_head(base)
     return model
 
 
 def causal_lm(model):
-    """The transformers model under PEFT's wrapper."""
+    """The transformers model under the wrappers of torch.compile, DDP and PEFT."""
+    for name in ("_orig_mod", "module", "_orig_mod"):
+        model = getattr(model, name, model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def fuse_head(model):
     """-> the LM head as it is now; PEFT may have replaced it since the last call."""
     head = model.get_output_embeddings()
-    copies = getattr(head, "modules_to_save", None)  # PEFT's trained copy of a whole module calls the copy
-    for module in (head,) if copies is None else (head.original_module, *copies.values()):
+    for module in heads(head):
         if not hasattr(module, "_plain_forward"):
-            module._plain_forward = module.forward
-            module.forward = MethodType(head_forward, module)
+            check_linear(module)
+            slot = "_old_forward" if hasattr(module, "_hf_hook") else "forward"  # accelerate moves devices around it
+            module._plain_forward, module._fastgrpo = getattr(module, slot), None
+            setattr(module, slot, MethodType(head_forward, module))
     return head
 
 
-def causal_lm_forward(self, *args, fastgrpo=None, **kwargs):
+def heads(head):
+    """The modules that one call of the head may reach: PEFT's trained copies of a whole module are called instead."""
+    copies = getattr(head, "modules_to_save", None)
+    return (head,) if copies is None else (head.original_module, *copies.values())
+
+
+def check_linear(module):
+    layer = getattr(module, "base_layer", module)
+    if type(layer).forward is not torch.nn.Linear.forward:
+        raise ValueError(f"model's LM head must be a torch.nn.Linear, got {type(layer).__name__}")
+
+
+def causal_lm_forward(self, *args, fastgrpo=None, fastgrpo_output=False, **kwargs):
     if fastgrpo is None or fastgrpo is False:
         return self._plain_forward(*args, **kwargs)
-    if fastgrpo is True:
-        labels = torch.nn.functional.pad(kwargs.pop("labels")[:, 1:], (0, 1), value=IGNORE)
-        score = partial(linear_logprobs, targets=labels, return_entropy=True)
-        out = causal_lm_forward(self, *args, fastgrpo=score, **kwargs)
-        return LogProbs(out.logprobs[:, :-1], out.entropy[:, :-1])
+    out = (labelled if fastgrpo is True else fused)(self, fastgrpo, *args, **kwargs)
+    return out if fastgrpo_output else out.result
+
+
+@torch.compiler.disable(recursive=False)
+def fused(self, function, *args, **kwargs):
+    if kwargs.get("labels") is not None:
+        raise ValueError("labels must be None where fastgrpo is a function, which has targets of its own")
     kwargs.setdefault("use_cache", False)
-    hidden = self.base_model(*args, **kwargs).last_hidden_state
-    return fuse_head(self)(hidden, fastgrpo=partial(fastgrpo, **logit_options(self.config)))
+    options, columns = self._fastgrpo_logits
+    with scoring(fuse_head(self), partial(function, **options), columns) as results:
+        outputs = self._plain_forward(*args, **kwargs)
+    if len(results) != 1:
+        raise ValueError(
+            f"model's forward must call its LM head once, {type(self).__name__} called it {len(results)} times"
+        )
+    return FusedOutput(results[0], without_logits(outputs))
 
 
-def head_forward(self, hidden, *args, fastgrpo=None, **kwargs):
-    if fastgrpo is None:
+@torch.compiler.disable(recursive=False)
+def labelled(self, _, *args, labels=None, **kwargs):
+    if not isinstance(labels, torch.Tensor):
+        raise ValueError(f"labels must be a tensor (B, T) with fastgrpo=True, got {labels!r}")
+    targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)
+    keep = kwargs.get("logits_to_keep", 0)
+    if not isinstance(keep, int) or (keep and "logits_to_keep" not in inspect.signature(type(self).forward).parameters):
+        raise ValueError(f"logits_to_keep must be a number that {type(self).__name__} accepts, got {keep!r}")
+    out = fused(self, partial(label_scores, targets=targets[:, -keep:]), *args, **kwargs)
+    return out._replace(result=LogProbs(*(x[:, :-1] for x in out.result)))
+
+
+def label_scores(hidden, weight, *, targets, **options):
+    return linear_logprobs(hidden, weight, targets.to(hidden.device), return_entropy=True, **options)
+
+
+@contextmanager
+def scoring(head, function, columns):
+    """Inside, one call of the head is a call of ``function`` whose result enters the list that is yielded.
+
+    The caller of the head gets logits of no rows. They take the result's place in the last hook of the head, so that
+    FSDP2's and ZeRO-3's hooks before it see the tensors whose backward needs the weight.
+    """
+    results = []
+
+    def take(module, args, result):
+        results.append(result)
+        return args[0].new_empty(0, *args[0].shape[1:-1], module.out_features)
+
+    hook = head.register_forward_hook(torch.compiler.disable(take))
+    for module in heads(head):
+        module._fastgrpo = (function, columns)
+    try:
+        yield results
+    finally:
+        hook.remove()
+        for module in heads(head):
+            module._fastgrpo = None
+
+
+def head_forward(self, hidden, *args, **kwargs):
+    if self._fastgrpo is None:
         return self._plain_forward(hidden, *args, **kwargs)
-    return fastgrpo(hidden, head_weight(self), bias=self.bias)
+    return score(self, hidden)
 
 
-def head_weight(head):
-    """(V, D), with what LoRA adds to it; PEFT's layers lend the weight of the layer they wrap."""
-    weight = head.weight
+@torch.compiler.disable
+def score(head, hidden):
+    function, columns = head._fastgrpo
+    options = {"bias": head.bias, **lora_options(head)}
+    # PEFT's layers lend the weight of the layer they wrap; columns cuts the vocabulary's padding, as the model does
+    return function(hidden, head.weight[:columns], **{name: cut(x, columns) for name, x in options.items()})
+
+
+def cut(option, columns):
+    """Bias (V,) or LoRA (A, B, scaling) of the first columns alone."""
+    if isinstance(option, tuple):
+        return option[0], option[1][:columns], option[2]
+    return None if option is None else option[:columns]
+
+
+def without_logits(outputs):
+    if not hasattr(outputs, "logits"):
+        return outputs
+    return type(outputs)(**{name: value for name, value in outputs.items() if name != "logits"})
+
+
+def lora_options(head):
+    """``lora=`` of the adapters that are active on the head, side by side, and the bias that they change."""
     if not hasattr(head, "lora_A") or head.disable_adapters or head.merged:
-        return weight
+        return {}
     if getattr(head, "lora_variant", None):
         raise ValueError(f"LoRA on lm_head must be plain, got {sorted(map(str, head.lora_variant.values()))}")
-    for name in head.active_adapters:
-        if name in head.lora_A:
-            weight = weight + head.get_delta_weight(name).to(weight.dtype)
-    return weight
-
-
-def logit_options(config):
-    """Softcap and logit scale under the names that model configs use."""
-    config = config.get_text_config()
-    name, scale = next(((n, s) for n in LOGIT_SCALES if (s := getattr(config, n, None)) is not None), ("", 1.0))
-    if name == "logits_scaling" and config.model_type != "hyperclovax":  # Granite and MiniCPM3 divide
-        scale = 1.0 / scale
-    return {"softcap": getattr(config, "final_logit_softcapping", None), "logit_scale": float(scale)}
+    active = [name for name in head.active_adapters if name in head.lora_A]
+    if not active:
+        return {}
+    pairs = [(head.lora_A[name], head.lora_B[name], head.scaling[name]) for name in active]
+    biases = [scaling * b.bias for _, b, scaling in pairs if b.bias is not None]
+    bias = {"bias": sum(biases, 0.0 if head.bias is None else head.bias)} if biases else {}
+    if len(pairs) == 1:
+        ((a, b, scaling),) = pairs
+        return {"lora": (a.weight, b.weight, scaling), **bias}
+    down = torch.cat([scaling * a.weight for a, _, scaling in pairs])
+    return {"lora": (down, torch.cat([b.weight for _, b, _ in pairs], 1), 1.0), **bias}
