@@ -149,7 +149,7 @@ def linear_logprobs(
     inputs.check_choice("backward", backward, inputs.BACKWARDS)
     if support is not None:
         support, backward = kept.checked(support, targets, weight.shape[0]), "exact"
-    lora_a, lora_b, scaling = (None, None, 1.0) if lora is None else low_rank.checked(lora, hidden, weight)
+    lora_a, lora_b, scaling = low_rank.checked(lora, hidden, weight)
     compute = compute_dtype(hidden, weight)
     differentiable = [x for x in (hidden, weight, bias, lora_a, lora_b) if x is not None]
     with_grad = torch.is_grad_enabled() and any(x.requires_grad for x in differentiable)

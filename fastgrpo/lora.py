@@ -21,11 +21,20 @@ class LoRA(NamedTuple):
     scaling: float
 
 
-def checked(lora, hidden, weight):
-    """-> :class:`LoRA`; raises before anything runs."""
+def unpacked(lora):
+    """-> A, B, scaling; None: no adapter."""
+    if lora is None:
+        return LoRA(None, None, 1.0)
     if not isinstance(lora, tuple | list) or len(lora) != 3:
         raise ValueError(f"lora must be a tuple (A, B, scaling), got {type(lora).__name__}: {str(lora)[:80]}")
-    a, b, scaling = lora
+    return LoRA(*lora)
+
+
+def checked(lora, hidden, weight):
+    """-> :class:`LoRA`; raises before anything runs."""
+    if lora is None:
+        return unpacked(lora)
+    a, b, scaling = unpacked(lora)
     for name, x in (("lora A", a), ("lora B", b)):
         inputs.check_tensor(name, x, hidden.device, floating=True)
         if (x.dtype == torch.float64) != (hidden.dtype == torch.float64):

@@ -253,6 +253,32 @@ def test_what_liger_has_not(case):
     assert relative_error(run(FusedLinearGRPOLoss, without, arguments)[0], truth.loss) > 1e-6
 
 
+@pytest.mark.parametrize("at_once", [True, False])
+def test_lora_and_sampling_support(at_once):
+    """Gradients reach the adapter, whether they are taken in the call or in the backward."""
+    arguments = problem(torch.float64)
+    arguments["lora"] = torch.randn(3, D, dtype=torch.float64), torch.randn(V, 3, dtype=torch.float64), 0.3
+    ids = arguments["selected_token_ids"]
+    every = torch.arange(V).repeat(ids.numel(), 1)
+    kept = (every % 2 == 0) | (every == ids.flatten()[:, None])
+    offsets = torch.nn.functional.pad(kept.sum(1).cumsum(0), (1, 0))
+    arguments["support"] = every[kept], offsets
+    results = []
+    for of in (lambda a: FusedLinearGRPOLoss(grad_in_forward=at_once)(**a)[0] * 3.0, of_reference_loss):
+        a, b, scaling = arguments["lora"]
+        leaf = {**problems.with_grad(arguments, LEAVES), "lora": (a.requires_grad_(), b.requires_grad_(), scaling)}
+        inputs = [*(leaf[k] for k in LEAVES), a, b]
+        loss = of(leaf)
+        results.append([loss.detach(), *torch.autograd.grad(loss, inputs)])
+    assert max(relative_error(x, y) for x, y in zip(*results, strict=True)) <= 1e-9
+
+
+def of_reference_loss(arguments):
+    config = GRPOLossConfig(beta=0.04, use_bias_correction_kl=False)
+    ours = {v: k for k, v in THEIRS.items()}
+    return 3.0 * reference.grpo_loss(config=config, **{ours.get(k, k): v for k, v in arguments.items()}).loss
+
+
 def test_entropy_and_logprobs_of_the_last_call():
     loss = FusedLinearGRPOLoss(beta=0.0, log_entropy=True, softcap=3.0)
     assert loss.last is None

@@ -20,6 +20,7 @@ from fastgrpo import inputs
 from fastgrpo.checks import Below1, Count, Finite, NonNegative, Positive, check_field, need
 from fastgrpo.config import CLIPPED, GRPOLossConfig
 from fastgrpo.logprobs import linear_logprobs
+from fastgrpo.lora import unpacked
 from fastgrpo.loss import GRPOLoss, grpo_loss
 
 LIGER_NAME, TESTED = "LigerFusedLinearGRPOLoss", "0.8.5"
@@ -166,6 +167,8 @@ class FusedLinearGRPOLoss(torch.nn.Module):
         sampling_per_token_logps=None,  # like selected_token_ids
         entropy_threshold=None,
         cu_seqlens=None,  # (B + 1,)
+        lora=None,  # A (r, D), B (V, r), scaling
+        support=None,  # token_ids (K,), offsets (N + 1,)
     ):
         """The loss of a batch of completions and the metrics that trainers log.
 
@@ -178,12 +181,13 @@ class FusedLinearGRPOLoss(torch.nn.Module):
             vllm_is_ratio: correction of the train/inference mismatch.
             num_items_in_batch: counted tokens of all ranks and accumulation steps, dapo's, cispo's and vespo's
                 normaliser once divided by the number of ranks; None: those of this call, summed over the ranks.
-            sampling_per_token_logps, entropy_threshold, cu_seqlens: see :func:`fastgrpo.grpo_loss`; Liger has none.
+            sampling_per_token_logps, entropy_threshold, cu_seqlens, lora, support: see :func:`fastgrpo.grpo_loss`;
+                Liger has none of them.
 
         Returns:
             ``(loss, metrics)``: loss 0-dim, float32 (float64 for float64 input), differentiable once in _input,
-            lin_weight and bias; metrics a tuple of 0-dim tensors, means over the counted tokens: the KL, there if and
-            only if ``beta`` is not 0, and last the clipped fraction.
+            lin_weight, bias and LoRA's A and B; metrics a tuple of 0-dim tensors, means over the counted tokens: the
+            KL, there if and only if ``beta`` is not 0, and last the clipped fraction.
         """
         config = self.config
         with renamed(NAMES):
@@ -194,16 +198,17 @@ class FusedLinearGRPOLoss(torch.nn.Module):
             if reference is None:
                 ids = selected_token_ids.to(torch.int64).masked_fill(~counted, inputs.IGNORE)
                 reference = self.reference_logprobs(ids, ref_input, ref_weight, ref_bias)
+        a, b, scaling = unpacked(lora)
         with renamed(NAMES):
             loss = partial(
-                grpo_loss, targets=selected_token_ids, advantages=advantages,
+                loss_of_head, scaling=scaling, support=support, targets=selected_token_ids, advantages=advantages,
                 config=config if reference is not None else replace(config, beta=0.0),
                 mask=attention_mask, cu_seqlens=cu_seqlens, old_logprobs=old_per_token_logps, ref_logprobs=reference,
                 sampling_logprobs=sampling_per_token_logps, importance_weights=vllm_is_ratio,
                 num_items=normaliser(config, counted, num_items_in_batch), entropy_threshold=entropy_threshold,
                 backward=self.backward, tolerance=self.tolerance, return_logprobs=config.log_entropy, **self.head,
             )  # fmt: skip
-            result = (with_gradients if self.grad_in_forward else call)(loss, _input, lin_weight, bias)
+            result = (with_gradients if self.grad_in_forward else call)(loss, _input, lin_weight, bias, a, b)
         self.last = GRPOLoss(result.loss.detach(), *result[1:])
         return result.loss, liger_metrics(config, result.metrics)
 
@@ -231,7 +236,7 @@ class KnownGradients(torch.autograd.Function):
     """A loss whose gradients are already taken; a second backward through the same graph is autograd's error."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, loss, *gradients):
+    def forward(ctx, hidden, weight, bias, a, b, loss, *gradients):
         ctx.save_for_backward(*gradients)
         return loss.clone()
 
@@ -240,16 +245,19 @@ class KnownGradients(torch.autograd.Function):
     def backward(ctx, grad_loss):
         # in place: the head's gradient is the largest tensor there is
         gradients = [None if g is None else g.mul_(grad_loss) for g in ctx.saved_tensors]
-        return *gradients, None, None, None, None
+        return *gradients, None, *(None for _ in gradients)
 
 
-def call(loss, hidden, weight, bias):
-    return loss(hidden, weight, bias=bias)
+def loss_of_head(hidden, weight, bias, a, b, *, scaling, **arguments):
+    return grpo_loss(hidden, weight, bias=bias, lora=None if a is None else (a, b, scaling), **arguments)
 
 
-def with_gradients(loss, hidden, weight, bias):
+def call(loss, *head):
+    return loss(*head)
+
+
+def with_gradients(loss, *head):
     """``call`` with the gradients taken at once; what comes after may shard or change the head."""
-    head = (hidden, weight, bias)
     needed = [torch.is_grad_enabled() and isinstance(x, torch.Tensor) and x.requires_grad for x in head]
     leaves = [x.detach().requires_grad_() if need else x for x, need in zip(head, needed)]
     result = call(loss, *leaves)
