@@ -64,6 +64,26 @@ def test_transformers_example(tmp_path, monkeypatch):
     assert scope["model"].lm_head.weight.grad.abs().sum() > 0
 
 
+def test_trl_example(tmp_path, monkeypatch):
+    """On a tiny model in place of the path, for two steps."""
+    pytest.importorskip("trl")
+    monkeypatch.undo()  # real memory: transformers fills what it allocates
+    monkeypatch.chdir(tmp_path)
+    import trainer_job
+
+    model, tokenizer = trainer_job.make_model()
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    code = example("TRL").replace("path/to/model", str(tmp_path / "model"))
+    assert code.count("\n") <= 12
+    code = code.replace("length=16", "length=16, max_steps=2, logging_steps=1, use_cpu=True, report_to=[]")
+    scope = {}
+    exec(compile(code, "README.md", "exec"), scope)
+    rows = [row for row in scope["trainer"].state.log_history if "grad_norm" in row]
+    assert [row["step"] for row in rows] == [1, 2]
+    assert all(row["entropy"] > 0 and "rewards/right/mean" in row for row in rows)
+
+
 def test_yaml_example(tmp_path):
     """Every setting is one, and the combination is legal (paging aside, which needs a GPU)."""
     pytest.importorskip("bitsandbytes")

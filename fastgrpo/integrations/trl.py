@@ -1,0 +1,240 @@
+"""The op inside TRL: ``FastGRPOTrainer`` is TRL's GRPO trainer on it, ``patched()`` puts it under every trainer of TRL.
+
+Both translate arguments alone: options, losses and metrics stay TRL's.
+"""
+
+import contextlib
+import importlib
+import inspect
+import os
+from functools import partial, reduce
+
+import torch
+import torch.nn.functional as F
+
+from fastgrpo import inputs
+from fastgrpo.checks import need
+from fastgrpo.diagnostics import NAMES, token_diagnostics
+from fastgrpo.inputs import IGNORE
+from fastgrpo.integrations.transformers import fuse_lm_head
+from fastgrpo.logprobs import LogProbs, linear_logprobs
+
+trl = need("trl", "trl")
+TESTED = ("1.16.0",)
+UNTESTED = "FASTGRPO_TRL_UNTESTED"  # environment variable: 1 lets another version through if its signatures agree
+OUTPUTS = ("entropy", *NAMES)
+SIGNATURES = {  # what is rebound, overridden or called, and the parameters it must have
+    "trainer.utils._ChunkedLogProbFunction.forward": (
+        "ctx", "hidden", "weight", "bias", "targets", "temperature", "chunk_size", "final_logit_softcapping",
+        "logit_scale", "outputs",
+    ),
+    "trainer.utils.add_fused_lm_head": ("model", "temperature", "cast_lm_head_to_fp32", "outputs"),
+    "trainer.grpo_trainer.GRPOTrainer._compute_loss": ("self", "model", "inputs"),
+    "trainer.grpo_trainer.GRPOTrainer._get_per_token_logps_and_entropies": (
+        "self", "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size", "compute_entropy",
+        "compute_aux_loss", "pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask", "spatial_shapes",
+        "num_tiles", "image_sizes", "token_type_ids", "mm_token_type_ids", "image_position_ids",
+    ),
+}  # fmt: skip
+OP = "trainer.utils._ChunkedLogProbFunction.forward"
+
+
+def check_version(*names):
+    """Raise ImportError unless the installed TRL is one that was tested, with the signatures it had."""
+    differing = [text for name in names if (text := difference(name))]
+    allowed = trl.__version__ in TESTED or os.environ.get(UNTESTED, "0") == "1"
+    if allowed and not differing:
+        return
+    what = "; ".join(differing) or f"its signatures agree, so {UNTESTED}=1 lets it through at your own risk"
+    raise ImportError(
+        f"fastgrpo.integrations.trl is tested with trl {', '.join(TESTED)}, got trl {trl.__version__}: {what}"
+    )
+
+
+def difference(name):
+    """How a function of TRL differs from the one that was tested, in words, or None."""
+    try:
+        found = tuple(inspect.signature(find(name)).parameters)
+    except (ImportError, AttributeError):
+        return f"trl.{name} is missing"
+    if found == SIGNATURES[name]:
+        return None
+    return f"trl.{name} takes ({', '.join(found)}), expected ({', '.join(SIGNATURES[name])})"
+
+
+def find(name):
+    folder, module, *attributes = name.split(".")
+    return reduce(getattr, attributes, importlib.import_module(f"trl.{folder}.{module}"))
+
+
+@contextlib.contextmanager
+def rebound(module, name, value):
+    """The module with another value under a name it has, until the block ends, however it ends."""
+    plain = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, plain)
+
+
+class Op:
+    """What stands in for TRL's autograd function: its ``apply``, on our op."""
+
+    @staticmethod
+    def apply(
+        hidden,  # (N, D)
+        weight,  # (V, D)
+        bias,  # (V,)
+        targets,  # (N,)
+        temperature,
+        chunk_size,
+        final_logit_softcapping=None,
+        logit_scale=1.0,
+        outputs=OUTPUTS,
+    ):
+        """-> log-probs, entropy, log_sum_sq_probs, mean_logits, is_top1, (N,) each, None where not in ``outputs``."""
+        if zero3():  # TRL gathers the weight for this call alone; a copy is still whole in the backward
+            weight, bias = weight.clone(), None if bias is None else bias.clone()
+        logits = {"temperature": temperature, "softcap": final_logit_softcapping, "logit_scale": logit_scale}
+        out = linear_logprobs(hidden, weight, targets, bias, return_entropy="entropy" in outputs, **logits)
+        diagnostics = token_diagnostics(
+            hidden, weight, targets, bias, **logits, outputs=[name for name in NAMES if name in outputs],
+            logprobs=out.logprobs, entropy=out.entropy,
+        )  # fmt: skip
+        return *out, *diagnostics
+
+
+def zero3():
+    """Whether DeepSpeed shards the weights, so that they are empty outside their gathering."""
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+    return is_deepspeed_zero3_enabled()
+
+
+@contextlib.contextmanager
+def patched():
+    """``with patched(): trainer.train()``: every trainer of TRL that scores tokens (SFT, DPO, KTO, RLOO, GRPO ...) does
+    so with :func:`fastgrpo.linear_logprobs`, its optional outputs included, until the block ends.
+
+    Trainers made before the block count too. May be nested. What TRL itself refuses (LoRA on lm_head) stays refused:
+    for that there is :class:`FastGRPOTrainer`.
+
+    Raises:
+        ImportError: a TRL that was not tested, with the tested versions and what differs.
+    """
+    utils = importlib.import_module("trl.trainer.utils")
+    if getattr(utils, "_ChunkedLogProbFunction", None) is not Op:
+        check_version(OP)
+    with rebound(utils, "_ChunkedLogProbFunction", Op):
+        yield
+
+
+class NoTuner:
+    """Stands where TRL looks for an adapter on lm_head, in order to refuse it."""
+
+
+class FastGRPOTrainer(trl.GRPOTrainer):
+    """TRL's ``GRPOTrainer``, scoring the policy, the old policy and the reference with our op inside ``lm_head``.
+
+    Every option and metric is TRL's. Beyond it: a LoRA adapter on ``lm_head`` is trained; the head is called as a
+    module, so that FSDP2 and ZeRO-3 gather it themselves; prompts and padding cost nothing; the log-probs of the policy
+    that sampled, where TRL has them (``num_iterations > 1``, vLLM ...), make the certified backward faster.
+
+    Args:
+        *args, **kwargs: of ``trl.GRPOTrainer``.
+        backend, backward, tolerance, workspace_mb: of :func:`fastgrpo.linear_logprobs`.
+
+    Raises:
+        ImportError: a TRL that was not tested, with the tested versions and what differs.
+        ValueError: a bad option of ours, before anything runs; ``cast_lm_head_to_fp32`` with LoRA on ``lm_head``.
+    """
+
+    def __init__(self, *args, backend="auto", backward="auto", tolerance=None, workspace_mb=128, **kwargs):
+        check_version(*(name for name in SIGNATURES if name != OP))
+        inputs.check_choice("backend", backend, inputs.BACKENDS)
+        inputs.check_choice("backward", backward, inputs.BACKWARDS)
+        for name, value in (("tolerance", tolerance), ("workspace_mb", workspace_mb)):
+            if value is not None:
+                inputs.check_scalar(name, value)
+        self.op_options = {"backend": backend, "tolerance": tolerance, "workspace_mb": workspace_mb}
+        self.backward_mode, self.near_logps = backward, None
+        with adapters_on_head():
+            super().__init__(*args, **kwargs)
+        check_adapter(self.model.get_output_embeddings(), self.args.cast_lm_head_to_fp32)
+        for model in (self.model, self.ref_model):
+            if model is not None:
+                fuse_lm_head(self.accelerator.unwrap_model(model))
+
+    def _compute_loss(self, model, inputs):
+        known = inputs.get("old_per_token_logps"), inputs.get("sampling_per_token_logps")
+        self.near_logps = next((x for x in known if x is not None), None)
+        try:
+            return super()._compute_loss(model, inputs)
+        finally:
+            self.near_logps = None
+
+    def _get_per_token_logps_and_entropies(
+        self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, compute_entropy=False,
+        compute_aux_loss=False, **multimodal,
+    ):  # fmt: skip
+        exact = self._entropy_bonus_enabled and self.backward_mode != "certified"  # an entropy gradient is exact anyway
+        scorer = Scorer(
+            model, self.near_logps, temperature=self.temperature, return_entropy=compute_entropy,
+            whole_fp32=self.args.cast_lm_head_to_fp32, backward="exact" if exact else self.backward_mode,
+            **self.op_options,
+        )  # fmt: skip
+        return super()._get_per_token_logps_and_entropies(
+            scorer, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, compute_aux_loss,
+            **multimodal,
+        )  # fmt: skip
+
+
+@contextlib.contextmanager
+def adapters_on_head():
+    """TRL refuses an adapter on lm_head because its op reads the weight under it; ours sees both."""
+    module = importlib.import_module("trl.trainer.grpo_trainer")
+    with rebound(module, "BaseTunerLayer", NoTuner) if hasattr(module, "BaseTunerLayer") else contextlib.nullcontext():
+        yield
+
+
+def check_adapter(head, whole_fp32):
+    """Refuse what TRL's own check would have, other than LoRA as a sum of matrices."""
+    if not hasattr(head, "base_layer"):
+        return
+    variants = {type(x).__name__ for x in getattr(head, "lora_variant", {}).values()}
+    if not hasattr(head, "lora_A") or variants:
+        raise ValueError(f"the adapter on lm_head must be plain LoRA, got {', '.join(variants) or type(head).__name__}")
+    if whole_fp32:
+        raise ValueError("cast_lm_head_to_fp32 must be False with a LoRA adapter on lm_head, got True")
+
+
+class Scorer:
+    """What TRL's pass calls in place of the model: the keywords and fields of its fused head, through ours."""
+
+    def __init__(self, model, near_logps, **options):
+        self.model, self.near_logps, self.options, self.rows = model, near_logps, options, 0  # near_logps: (B, K), None
+
+    def __call__(self, *, labels, fused_lm_head, **model_inputs):  # labels: (b, S), the next b rows of the batch
+        near = None if self.near_logps is None else self.near_logps[self.rows : self.rows + len(labels)]
+        self.rows += len(labels)
+        targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
+        score = partial(head_logprobs, targets=targets, near_logps=near, **self.options)
+        out, outputs = self.model(**model_inputs, fastgrpo=score, fastgrpo_output=True)
+        entropy = None if out.entropy is None else out.entropy[:, :-1]
+        return find("trainer.utils.FusedCausalLMOutput")(
+            log_probs=out.logprobs[:, :-1], entropy=entropy, label_mask=labels[:, 1:] != IGNORE,
+            aux_loss=getattr(outputs, "aux_loss", None),
+        )  # fmt: skip
+
+
+def head_logprobs(hidden, weight, *, targets, near_logps, whole_fp32, bias, **options):
+    """The op on hidden (b, T, D), T >= S: prompt learning puts virtual tokens before the targets (b, S)."""
+    width = hidden.shape[1]
+    targets = F.pad(targets.to(hidden.device), (width - targets.shape[1], 0), value=IGNORE)
+    if near_logps is not None:
+        near_logps = F.pad(near_logps.to(hidden.device), (width - 1 - near_logps.shape[1], 1))
+    outside = torch.autocast(hidden.device.type, enabled=False) if whole_fp32 else contextlib.nullcontext()
+    with outside:
+        out = linear_logprobs(hidden, weight, targets, bias, old_logprobs=near_logps, **options)
+    return LogProbs(*(None if x is None else x.clone() for x in out))  # FSDP2 hooks what leaves a module: no views
