@@ -272,10 +272,11 @@ def add_exact_rows(problem, stats, rows, grads, out, extra=None):
             if destination is not None and value.data_ptr() != destination[span].data_ptr():
                 destination[span] = value
     for d_rows, total in zip(d_rows_out, totals):
+        if total is not None and scale is not None:
+            total /= scale
         if total is None or total.data_ptr() == d_rows.data_ptr():
             continue
         for index, value in zip(rows.split(tile.rows), total.split(tile.rows)):
-            value = value if scale is None else value / scale
             d_rows.flatten(0, 1).index_copy_(0, index, value.to(d_rows.dtype))
 
 
