@@ -43,8 +43,8 @@ def linear_cross_entropy(
     """Log-probs of the labels and entropy of the whole distribution, in nats, as verl's function of this name.
 
     Without a process group, or with one of a single rank, this is :func:`fastgrpo.linear_logprobs`; with one it is
-    :func:`fastgrpo.vocab_parallel.vocab_parallel_logprobs`, whose backward is exact. Where no gradient comes in for the
-    entropy, the certified backward serves the first; a frozen head costs nothing.
+    :func:`fastgrpo.vocab_parallel.vocab_parallel_logprobs`. Where no gradient comes in for the entropy the backward may
+    be the certified one; a frozen head costs nothing.
 
     Args:
         hidden: (N, D) or (B, T, D), float32, bfloat16, float16 or float64, any strides and any D. Whole on every rank:
@@ -55,9 +55,7 @@ def linear_cross_entropy(
         temperature: a number > 0, or a tensor: shaped like labels or (N,), one a token; (B,) or (B, 1), one a sample.
         reduction: of the log-probs, not of the entropy: "none", "sum", or "mean" over the positions not ignored.
         process_group: the tensor-parallel group the vocabulary is cut over, or None.
-        bias, softcap, logit_scale, backend, workspace_mb: as in ``linear_logprobs``.
-        old_logprobs, backward, tolerance: as in ``linear_logprobs``; in a group the backward is exact, so that the
-            first is not used and "certified" is refused.
+        bias, softcap, logit_scale, old_logprobs, backend, backward, tolerance, workspace_mb: as in ``linear_logprobs``.
         shard_sizes: V_r of every rank, in rank order; None: the ranks ask each other.
         reduce_hidden_grad: in a group, whether the gradient of hidden is summed over the ranks. verl leaves it to its
             caller: Megatron's gathering of a sequence-parallel hidden sums it in its own backward, and would sum twice.
@@ -74,15 +72,14 @@ def linear_cross_entropy(
     inputs.check_choice("reduction", reduction.lower() if isinstance(reduction, str) else reduction, REDUCTIONS)
     options = {
         "bias": bias, "temperature": like_labels(temperature, labels), "softcap": softcap, "logit_scale": logit_scale,
-        "return_entropy": True, "backend": backend, "workspace_mb": workspace_mb,
+        "return_entropy": True, "old_logprobs": old_logprobs, "backend": backend, "backward": backward,
+        "tolerance": tolerance, "workspace_mb": workspace_mb,
     }  # fmt: skip
     if process_group is not None:
         check_group(process_group)
     if process_group is None or dist.get_world_size(process_group) == 1:
-        hints = {"old_logprobs": old_logprobs, "backward": backward, "tolerance": tolerance}
-        out = linear_logprobs(hidden, weight, labels, **options, **hints)
+        out = linear_logprobs(hidden, weight, labels, **options)
     else:
-        inputs.check_choice("backward (with a process group)", backward, ("auto", "exact"))
         group = {"group": process_group, "shard_sizes": shard_sizes, "reduce_hidden_grad": reduce_hidden_grad}
         out = vocab_parallel_logprobs(hidden, weight, labels, **options, **group)
     return LogProbs(reduced(out.logprobs, labels, reduction.lower()), out.entropy)
