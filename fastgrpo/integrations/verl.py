@@ -6,6 +6,7 @@
 import importlib
 import inspect
 import sys
+from contextlib import ExitStack
 
 import torch
 import torch.distributed as dist
@@ -135,20 +136,24 @@ def apply():
     ``model.external_lib`` in verl's config. verl calls it with ``use_fused_kernels=True`` and, for FSDP,
     ``fused_kernel_options.impl_backend=triton``.
 
+    A second call changes nothing.
+
     Returns:
-        a function that puts verl's own back.
+        an ``ExitStack``: its ``close()``, or the end of a ``with apply():``, puts verl's own back.
 
     Raises:
-        ImportError: verl is not installed. RuntimeError: this verl calls its function with other arguments.
+        ImportError: verl is missing, or calls its function with other arguments than the one tested.
     """
     need("verl", "verl")
-    kernel = importlib.import_module(KERNEL)
+    kernel, undo = importlib.import_module(KERNEL), ExitStack()
     found = list(inspect.signature(kernel.LinearCrossEntropy.forward).parameters)[1:]
     if found != ARGUMENTS:
-        raise RuntimeError(f"verl's linear_cross_entropy must take {ARGUMENTS} (as in verl 0.9.1), found {found}")
+        raise ImportError(f"verl's linear_cross_entropy must take {ARGUMENTS} (as in verl 0.9.1), found {found}")
     theirs = kernel.linear_cross_entropy
-    rebind(theirs, fused)
-    return lambda: rebind(fused, theirs)
+    if theirs is not fused:
+        rebind(theirs, fused)
+        undo.callback(rebind, fused, theirs)
+    return undo
 
 
 def rebind(old, new):
