@@ -149,7 +149,7 @@ def test_shapes(lead, shape):
     torch.testing.assert_close(entropy.view(-1), want.entropy)
 
 
-@pytest.mark.parametrize("shape", [(3,), (3, 1), (3, 5), (15,), (1, 15), ()])
+@pytest.mark.parametrize("shape", [(3,), (3, 1), (3, 5), (15,), (1, 15), (), (1,)])
 def test_temperatures(shape):
     hidden, weight, labels, _ = problems.head(15, 53, 24)
     temperature = torch.rand(shape, dtype=torch.float64) + 0.5

@@ -102,8 +102,10 @@ def paired(hidden, labels):
 
 def like_labels(temperature, labels):
     """A number, or a tensor shaped like the labels, from one value a sample or a token."""
-    if not isinstance(temperature, torch.Tensor) or temperature.shape == labels.shape or temperature.ndim == 0:
+    if not isinstance(temperature, torch.Tensor) or temperature.shape == labels.shape:
         return temperature
+    if temperature.numel() == 1:
+        return temperature.reshape(())
     if labels.ndim == 2 and temperature.shape in (labels.shape[:1], (labels.shape[0], 1)):
         return temperature.reshape(-1, 1).expand(labels.shape)
     if temperature.ndim <= 2 and temperature.numel() == labels.numel() and 1 in (temperature.ndim, *temperature.shape):
