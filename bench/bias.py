@@ -90,7 +90,7 @@ def training_curves(seeds, steps):
 
             def counted(problem, certificate, active, sparse, plain=plain, cells=cells):
                 groups, whole = plain(problem, certificate, active, sparse)
-                cells[0] += sum(rows.numel() * columns.numel() for rows, columns in groups)
+                cells[0] += sum(rows.numel() * columns.numel() for rows, columns, _ in groups)
                 cells[0] += int(whole.sum()) * problem.weight.shape[0]
                 cells[1] += int(active.sum()) * problem.weight.shape[0]
                 return groups, whole

@@ -1,6 +1,7 @@
 """Fused forward: a program owns a block of rows and a run of vocabulary columns; logits stay in fp32 registers."""
 
 import math
+from dataclasses import replace
 
 import torch
 import triton
@@ -77,6 +78,7 @@ def forward_kernel(
     rows_ptr,  # (N,) rows to do
     count_ptr,  # (1,) how many
     hint_ptr,  # (N,) log-probs near the current ones, or None
+    label_ptr,  # (N,) logits of the labels, some of them other ranks' columns; None: all are columns here
     flags_ptr,  # (blocks, V) out: columns some row of the block keeps; None: not certified
     partials_ptr,  # (5, runs, N) out
     N,
@@ -118,9 +120,14 @@ def forward_kernel(
     dropped = tl.zeros((BLOCK_N,), tl.float32)
     threshold = tl.zeros((BLOCK_N,), tl.float32)
     if flags_ptr is not None:
-        known = tl.where((label >= 0) & (label < V), label, 0)
-        guess = label_logits(h_ptrs, known, weight_ptr, bias_ptr, low_rank, rows, strides, D, COMPUTE, BLOCK_N, BLOCK_D)
-        guess = tl.sum(cap(guess[:, None], logits) * inv_temperature, axis=1)
+        if label_ptr is not None:
+            guess = tl.load(label_ptr + rows, mask=mask_n, other=0.0)
+        else:
+            known = tl.where((label >= 0) & (label < V), label, 0)
+            guess = label_logits(
+                h_ptrs, known, weight_ptr, bias_ptr, low_rank, rows, strides, D, COMPUTE, BLOCK_N, BLOCK_D
+            )
+            guess = tl.sum(cap(guess[:, None], logits) * inv_temperature, axis=1)
         if hint_ptr is not None:
             hint = tl.load(hint_ptr + rows, mask=mask_n, other=0.0)
             guess -= hint
@@ -168,7 +175,7 @@ def combine_kernel(
     targets_ptr,  # (N,)
     rows_ptr,  # (N,)
     count_ptr,  # (1,)
-    dropped_ptr,  # (N,) out, in the order of rows: probability outside the flags; None: not certified
+    dropped_ptr,  # (N,) out, in the order of rows: probability outside the flags, sum of exp if merged; or None
     merged_ptr,  # (4, N) out: the runs merged but not combined, see HeadProblem.new_partials; None: combine
     stats_ptr,  # (5, N) out: log-prob, peak, log-sum-exp - peak, 1 - p, entropy; None where merged_ptr is given
     N,
@@ -214,6 +221,8 @@ def combine_kernel(
         tl.store(out + n, total, mask=mask_n)
         tl.store(out + 2 * n, spread, mask=mask_n)
         tl.store(out + 3 * n, label_z, mask=mask_n)
+        if dropped_ptr is not None:
+            tl.store(dropped_ptr + offs_n, dropped, mask=mask_n)
     else:
         log_total = tl.log(total)
         gap = log_total + (peak - label_z)
@@ -296,6 +305,24 @@ def certified_forward(problem: HeadProblem, hint):
     Args:
         hint: (N,) float32 log-probs <= 0 near the current ones, or None. Rows are sorted by it.
     """
+    stats = problem.new_stats(torch.float32)
+    certificate = run_certified(problem, hint, stats=stats)
+    rows = certificate.order
+    dropped = distrust(certificate.dropped, stats[0, rows], None if hint is None else hint[rows])
+    return stats, replace(certificate, dropped=dropped)
+
+
+def certified_partial_forward(problem: HeadProblem, label, hint):
+    """As :func:`fastgrpo.backends.certified.partial_forward`, with true peaks.
+
+    Args:
+        label: (N,) float32 logit of each row's label, wherever its column is.
+    """
+    merged = problem.new_partials(torch.float32)
+    return merged, run_certified(problem, hint, label=label, merged=merged)
+
+
+def run_certified(problem, hint, **arguments):
     n, vocab, _ = problem.sizes
     device = problem.hidden.device
     counted = problem.targets != IGNORE
@@ -305,10 +332,8 @@ def certified_forward(problem: HeadProblem, hint):
     block = forward_tile(problem, certified=True).rows
     flags = torch.zeros(triton.cdiv(n, block), vocab, dtype=torch.uint8, device=device)
     dropped = torch.zeros(n, dtype=torch.float32, device=device)
-    stats = problem.new_stats(torch.float32)
-    run_forward(problem, rows, count, hint, flags, dropped, stats=stats)
-    dropped = distrust(dropped, stats[0, rows], None if hint is None else hint[rows])
-    return stats, Certificate(rows, flags.view(torch.bool), dropped, block)
+    run_forward(problem, rows, count, hint, flags, dropped, **arguments)
+    return Certificate(rows, flags.view(torch.bool), dropped, block)
 
 
 def forward_tile(problem, certified):
@@ -317,7 +342,7 @@ def forward_tile(problem, certified):
     return tiles.for_tensor(name, problem.params.compute_dtype, problem.hidden.device)
 
 
-def run_forward(problem, rows, count, hint=None, flags=None, dropped=None, merged=None, stats=None):
+def run_forward(problem, rows, count, hint=None, flags=None, dropped=None, label=None, merged=None, stats=None):
     """Both kernels, into ``merged`` (4, N) or ``stats`` (5, N)."""
     n, vocab, depth = problem.sizes
     if n == 0:
@@ -338,6 +363,7 @@ def run_forward(problem, rows, count, hint=None, flags=None, dropped=None, merge
         rows_ptr=rows,
         count_ptr=count,
         hint_ptr=hint,
+        label_ptr=label,
         flags_ptr=flags,
         partials_ptr=partials,
         N=n,

@@ -4,6 +4,9 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+
+from fastgrpo import reference
 
 TESTS = Path(__file__).resolve().parent
 README = (TESTS.parent / "README.md").read_text()
@@ -31,6 +34,19 @@ def test_liger_example(capsys):
     assert type(scope["grpo"]).__module__ == "fastgrpo.integrations.liger"
     assert scope["lm_head"].grad.abs().sum() > 0
     assert float(capsys.readouterr().out.split()[2]) > 0
+
+
+def test_verl_example():
+    code, scope = example("verl"), {}
+    assert code.count("\n") <= 12
+    exec(compile(code, "README.md", "exec"), scope)
+    want = reference.linear_logprobs(
+        scope["hidden"].view(-1, 96), scope["weight"], scope["labels"].view(-1), return_entropy=True,
+        temperature=scope["temperature"].repeat_interleave(32),
+    )  # fmt: skip
+    torch.testing.assert_close(scope["log_probs"].view(-1), want.logprobs, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(scope["entropy"].view(-1), want.entropy, rtol=1e-4, atol=1e-4)
+    assert scope["hidden"].grad.abs().sum() > 0
 
 
 def test_trainer_example(tmp_path, monkeypatch):

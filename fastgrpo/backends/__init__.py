@@ -1,6 +1,6 @@
 """Two backends behind one interface: ``forward(problem)``, ``partial_forward(problem)`` (what ``forward`` combines),
-``certified_forward(...)``, ``backward(...)``, ``kept_logits(...)`` and ``kept_sums(...)`` (of fastgrpo/support.py),
-``objective(...)``."""
+``certified_forward(...)``, ``certified_partial_forward(...)``, ``backward(...)``, ``kept_logits(...)`` and
+``kept_sums(...)`` (of fastgrpo/support.py), ``objective(...)``."""
 
 import importlib
 import os

@@ -14,7 +14,7 @@ import torch
 
 from fastgrpo.backends import torch_backend as dense
 from fastgrpo.backends.problem import FLOOR, NOTHING, new_gradients
-from fastgrpo.inputs import IGNORE
+from fastgrpo.inputs import IGNORE, accumulator_dtype
 
 BLOCK = 128  # rows that share their flags
 CUTOFF_PER_TOLERANCE = 2.0**-7  # columns of p >= tolerance * this are flagged
@@ -49,22 +49,50 @@ def forward(problem, hint=None):
         hint: (N,) log-probs <= 0 close to the current ones, or None. It orders the rows and places the cutoff; values
             do not depend on it.
     """
-    reader = dense.Reader(problem)
-    stats = problem.new_stats(reader.accumulate)
+    stats = problem.new_stats(accumulator_dtype(problem.hidden))
+    rows = sorted_rows(problem, hint)
+    label = label_logits(problem, rows)
+    fold = fold_vocabulary(problem, rows, label, hint)
+    stats[:, rows] = dense.combine((fold.shift, fold.total, fold.spread), label)
+    dropped = distrust(fold.dropped / fold.total * stats[3, rows], stats[0, rows], None if hint is None else hint[rows])
+    return repair(problem, stats, Certificate(rows, fold.flags, dropped, BLOCK), fold.total)
+
+
+def partial_forward(problem, label, hint=None):
+    """What :func:`forward` combines, of a vocabulary's columns that other ranks hold the rest of.
+
+    Args:
+        label: (N,) logit of each row's label, wherever its column is: with the hint it places the cutoff.
+
+    Returns:
+        (4, N) of :meth:`HeadProblem.new_partials`, a guess in the peak's place, and a certificate whose ``dropped`` is
+        still to be divided: a sum of exp(z - peak).
+    """
+    partials = problem.new_partials(accumulator_dtype(problem.hidden))
+    rows = sorted_rows(problem, hint)
+    fold = fold_vocabulary(problem, rows, label[rows], hint)
+    partials[:, rows] = torch.stack((fold.shift, fold.total, fold.spread, label_logits(problem, rows)))
+    return partials, Certificate(rows, fold.flags, fold.dropped, BLOCK)
+
+
+def sorted_rows(problem, hint):
+    """The counted rows, alike ones next to each other."""
     rows = (problem.targets != IGNORE).nonzero().squeeze(1)
+    return rows if hint is None else rows[hint[rows].argsort(stable=True)]
+
+
+def fold_vocabulary(problem, rows, label, hint):
+    """-> the :class:`Fold` of all columns; label: (n,) of these rows."""
+    reader = dense.Reader(problem)
     n, (_, vocab, _) = rows.numel(), problem.sizes
-    if hint is not None:
-        rows = rows[hint[rows].argsort(stable=True)]
-    flags = torch.zeros(-(-n // BLOCK), vocab, dtype=torch.bool, device=stats.device)
-    dropped = stats.new_zeros(n)
-    if n == 0:
-        return stats, Certificate(rows, flags, dropped, BLOCK)
-    label = label_logits(problem, reader, rows)
-    keep_labels(flags, problem.targets[rows])
+    flags = torch.zeros(-(-n // BLOCK), vocab, dtype=torch.bool, device=label.device)
     fold = Fold(problem, label, None if hint is None else hint[rows], flags)
+    if n == 0:
+        return fold
+    keep_labels(flags, problem.targets[rows])
     tile = dense.tiling(problem, n, buffers=2)
     height = -(-tile.rows // BLOCK) * BLOCK
-    buffer = stats.new_empty(min(height, flags.shape[0] * BLOCK), min(tile.cols, vocab))
+    buffer = label.new_empty(min(height, flags.shape[0] * BLOCK), min(tile.cols, vocab))
     for v in range(0, vocab, tile.cols):
         columns = reader.columns(slice(v, v + tile.cols))
         bias = None if problem.bias is None else problem.bias[v : v + tile.cols]
@@ -78,13 +106,12 @@ def forward(problem, hint=None):
             dense.transformed(problem, z, bias, dense.row_inverse_temperature(problem, index))
             whole[index.numel() :] = NOTHING
             fold.tile(whole, problem.targets[index] - v, r, v)
-    stats[:, rows] = dense.combine((fold.shift, fold.total, fold.spread), label)
-    dropped = distrust(fold.dropped / fold.total * stats[3, rows], stats[0, rows], None if hint is None else hint[rows])
-    return repair(problem, stats, Certificate(rows, flags, dropped, BLOCK), fold.total)
+    return fold
 
 
-def label_logits(problem, reader, rows):
+def label_logits(problem, rows):
     """(n,) transformed logit of each row's label; NaN for an id outside the vocabulary."""
+    reader = dense.Reader(problem)
     targets = problem.targets[rows]
     inside = (targets >= 0) & (targets < problem.weight.shape[0])
     safe = torch.where(inside, targets, 0)
@@ -143,7 +170,7 @@ class Fold:
 
 
 def keep_labels(flags, targets):
-    """The label's column is always kept."""
+    """The label's column is always kept (column 0 for a label that another rank holds: harmless)."""
     blocks = torch.arange(targets.numel(), device=targets.device) // BLOCK
     flags[blocks, targets.clamp(0, flags.shape[1] - 1)] = True
 
@@ -153,9 +180,13 @@ def distrust(dropped, logp, hint):
     return dropped if hint is None else torch.where(logp - hint > HINT_SLACK, torch.inf, dropped)
 
 
+def untrusted(total):
+    return ~((total > TRUSTED[0]) & (total < TRUSTED[1]))
+
+
 def repair(problem, stats, certificate, total):
     """Rows whose shift was so far off that their sums left the trusted range go through the plain forward."""
-    bad = ~((total > TRUSTED[0]) & (total < TRUSTED[1]))
+    bad = untrusted(total)
     if bad.any():
         rows = certificate.order[bad]
         targets = torch.full_like(problem.targets, IGNORE)
@@ -212,7 +243,7 @@ def within_budget(costs, budget, active):
 
 
 def plan_groups(problem, certificate, active, sparse):
-    """-> rows and columns of each group, [(rows, columns)]; (n,) bool, the positions that keep all columns.
+    """-> [(rows, columns, their dropped mass)] of each group; (n,) bool, the positions that keep all columns.
 
     Neighbouring blocks share a group where the union of their columns costs less than their own, and keep all columns
     where that costs less; the best partition of aligned runs of 1, 2, 4, ... blocks is found on the host from counts
@@ -241,7 +272,8 @@ def plan_groups(problem, certificate, active, sparse):
             whole[span] = active[span]
         elif sum(rows[first:last]):
             positions = span.start + sparse[span].nonzero().squeeze(1)
-            groups.append((certificate.order[positions], flags[first:last].any(0).nonzero().squeeze(1)))
+            columns = flags[first:last].any(0).nonzero().squeeze(1)
+            groups.append((certificate.order[positions], columns, certificate.dropped[positions]))
     return groups, whole
 
 
@@ -291,7 +323,7 @@ class SparseRows:
             (k, d_rows, stats.new_zeros(heads[k].shape[1])) for k, d_rows in enumerate(out[0::3]) if d_rows is not None
         ]
         depth = sum(head.shape[1] for head in heads)
-        self.groups = [Group(rows, columns, stats, depth, self.sides) for rows, columns in groups]
+        self.groups = [Group(*group, stats, depth, self.sides) for group in groups]
         self.scale = dense.row_scale(grad_logp) if self.reader.native else None
         # Fresh memory costs a page fault every 4 KiB, several times the gather itself: each buffer is made once.
         columns = max([g.piece(problem.params.workspace) for g in self.groups], default=0)
@@ -324,8 +356,6 @@ class SparseRows:
         dz = dense.logits_gradient(problem, z, bias, rows, torch.where(found, label, -1), self.stats[:, rows], grad)
         if d_bias is not None:
             add_rows(d_bias, local, self.unscaled(dz.sum(0)))
-        if self.sides:
-            group.tail += dz.sum(1)
         if reader.native:
             dz = dz.to(reader.compute)
         for (side, _, _), total, kept_sum in zip(self.sides, group.totals, group.kept_sums):
@@ -338,22 +368,28 @@ class SparseRows:
     def unscaled(self, x):
         return x if self.scale is None else x / self.scale
 
+    def left_out_of(self, group):
+        """(n,) sum of each row's dlogits over the columns left out."""
+        inverse = dense.row_inverse_temperature(self.problem, group.rows)
+        inverse = inverse[:, 0] if isinstance(inverse, torch.Tensor) else 1.0 if inverse is None else inverse
+        grad = self.grad[group.rows] if self.scale is None else self.grad[group.rows] * self.scale
+        return -grad * group.dropped * inverse * self.problem.params.logit_scale
+
     def finish(self):
         """Put back what was left out as if spread evenly over the columns left out, and write dX."""
         vocab = self.problem.weight.shape[0]
         for group in self.groups:
             left_out = vocab - group.columns.numel()
             for (_, d_rows, column_sum), total, kept_sum in zip(self.sides, group.totals, group.kept_sums):
-                # dz of a whole row sums to 0, except through a softcap, whose slope differs by column.
+                # Through a softcap, whose slope differs by column, the sum of what was left out is not known.
                 if left_out and self.problem.params.softcap is None:
-                    total.addr_(group.tail, (column_sum - kept_sum) / left_out, alpha=-1.0)
+                    total.addr_(self.left_out_of(group), (column_sum - kept_sum) / left_out)
                 d_rows.flatten(0, 1).index_copy_(0, group.rows, self.unscaled(total).to(d_rows.dtype))
 
 
 class Group:
-    def __init__(self, rows, columns, stats, depth, sides):
-        self.rows, self.columns, self.depth = rows, columns, depth
-        self.tail = stats.new_zeros(rows.numel())
+    def __init__(self, rows, columns, dropped, stats, depth, sides):
+        self.rows, self.columns, self.dropped, self.depth = rows, columns, dropped, depth
         self.totals = [stats.new_zeros(rows.numel(), column_sum.numel()) for _, _, column_sum in sides]
         self.kept_sums = [torch.zeros_like(column_sum) for _, _, column_sum in sides]
 
@@ -368,7 +404,7 @@ class Group:
 
     def piece(self, workspace):
         """How many columns at once: gathered, cast and multiplied, and their logits, in half the workspace."""
-        cell = self.tail.element_size() * (3 * self.depth + 2 * self.rows.numel())
+        cell = self.dropped.element_size() * (3 * self.depth + 2 * self.rows.numel())
         return min(max(workspace // 2 // cell, 16), self.columns.numel())
 
 

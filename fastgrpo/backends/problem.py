@@ -23,6 +23,7 @@ class HeadParams:
     scaling: float = 1.0  # of LoRA
     lora_dtype: torch.dtype | None = None  # what LoRA's A and B are cast to; adapters may be wider than the head
     tolerance: float | None = None  # of the certified backward; None: exact
+    hidden_grad: torch.dtype | None = None  # dtype of dX; None: that of hidden
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,9 @@ def new_gradients(problem, needs):
     """
     makers = (torch.zeros_like, torch.empty_like, torch.zeros_like, torch.zeros_like, torch.empty_like)
     tensors = (problem.hidden, problem.weight, problem.bias, problem.low, problem.up)
-    return [make(x, memory_format=torch.contiguous_format) if need else None
-            for make, x, need in zip(makers, tensors, needs)]  # fmt: skip
+    dtypes = (problem.params.hidden_grad, None, None, None, None)
+    return [make(x, dtype=dtype, memory_format=torch.contiguous_format) if need else None
+            for make, x, dtype, need in zip(makers, tensors, dtypes, needs)]  # fmt: skip
 
 
 @dataclass(frozen=True)

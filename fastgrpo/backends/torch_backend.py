@@ -15,6 +15,7 @@ from fastgrpo.objective import token_objective
 # A tile that stays in a CPU core's share of the cache between the GEMM and the passes over it.
 CPU_ROWS, CPU_COLS = 2048, 2048
 LOG2_E = math.log2(math.e)
+GUESSES_PEAKS = True  # of a certified forward: a sum of exp may leave the trusted range
 FAR = -1e4  # a log-probability below it is as good as -inf, and finite times 0
 
 
@@ -153,6 +154,12 @@ def certified_forward(problem, hint):
     return certified.forward(problem, hint)
 
 
+def certified_partial_forward(problem, label, hint):
+    from fastgrpo.backends import certified
+
+    return certified.partial_forward(problem, label, hint)
+
+
 def exp_(z):
     """e^z in place. On a CPU by exp2, kept from underflow: torch.exp is 4 times slower, or 30 where it underflows."""
     if z.device.type != "cpu":
@@ -272,10 +279,11 @@ def add_exact_rows(problem, stats, rows, grads, out, extra=None):
             if destination is not None and value.data_ptr() != destination[span].data_ptr():
                 destination[span] = value
     for d_rows, total in zip(d_rows_out, totals):
+        if total is not None and scale is not None:
+            total /= scale
         if total is None or total.data_ptr() == d_rows.data_ptr():
             continue
         for index, value in zip(rows.split(tile.rows), total.split(tile.rows)):
-            value = value if scale is None else value / scale
             d_rows.flatten(0, 1).index_copy_(0, index, value.to(d_rows.dtype))
 
 

@@ -9,6 +9,8 @@ from fastgrpo.kernels import forward as _forward
 from fastgrpo.kernels import objective as _objective
 from fastgrpo.kernels import support as _support
 
+GUESSES_PEAKS = False  # of a certified forward
+
 
 def on_device(x):
     """Kernels launch on the current device: make it the tensors' own."""
@@ -28,6 +30,11 @@ def partial_forward(problem):
 def certified_forward(problem, hint):
     with on_device(problem.hidden):
         return _forward.certified_forward(problem, hint)
+
+
+def certified_partial_forward(problem, label, hint):
+    with on_device(problem.hidden):
+        return _forward.certified_partial_forward(problem, label, hint)
 
 
 def backward(problem, stats, grad_logp, grad_entropy, needs):

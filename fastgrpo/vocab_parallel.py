@@ -1,0 +1,248 @@
+"""Log-probs and entropy where the vocabulary is cut over the ranks of a process group: each holds rows of the LM head.
+
+Every rank makes the statistics of its own columns; one MAX and one SUM all-reduce merge them. The backward, exact or
+certified, is that of its columns with the merged statistics: dW and db are the rank's own, dX is a sum over the ranks.
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+from torch.autograd.function import once_differentiable
+
+from fastgrpo import backends, inputs
+from fastgrpo.backends import certified
+from fastgrpo.backends.problem import HeadParams, HeadProblem
+from fastgrpo.backends.torch_backend import combine
+from fastgrpo.inputs import IGNORE
+from fastgrpo.logprobs import LogProbs, certified_tolerance, compute_dtype
+
+ELSEWHERE = -1  # column of a label that another rank holds
+
+
+@dataclass(frozen=True)
+class Share:
+    """How the ranks work together."""
+
+    group: object  # torch.distributed.ProcessGroup
+    reduce_hidden_grad: bool
+
+
+class VocabParallelLogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, columns, known, temperature, hint, params, share):
+        ctx.set_materialize_grads(False)
+        problem = HeadProblem(hidden, weight, bias, columns, temperature, params)
+        ctx.params, ctx.share, ctx.block, certificate = params, share, None, ()
+        with torch.autocast(hidden.device.type, enabled=False):
+            if params.tolerance is None:
+                partials = backends.load(params.backend).partial_forward(problem)
+                stats = combined(merge(partials, columns, share.group), columns, known)
+            else:
+                stats, certificate = certified_forward(problem, known, hint, share.group)
+                ctx.block, certificate = certificate.block, certificate.tensors
+        ctx.save_for_backward(hidden, weight, bias, columns, temperature, stats, *certificate)
+        return stats[0].clone(), stats[4].clone() if params.entropy else None
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_logp, grad_entropy):
+        *tensors, stats = ctx.saved_tensors[:6]
+        if grad_logp is None and grad_entropy is None:
+            return (None,) * 9
+        grad_logp = torch.zeros_like(stats[0]) if grad_logp is None else grad_logp
+        needs = ctx.needs_input_grad[:3]
+        with torch.autocast(stats.device.type, enabled=False):
+            problem = HeadProblem(*tensors, ctx.params)
+            if ctx.block is not None and grad_entropy is None:
+                certificate = certified.Certificate(*ctx.saved_tensors[6:], ctx.block)
+                grads = certified.backward(problem, stats, certificate, grad_logp, needs)
+            else:
+                grads = backends.load(ctx.params.backend).backward(problem, stats, grad_logp, grad_entropy, needs)
+        d_hidden, d_weight, d_bias = grads
+        if d_hidden is not None and ctx.share.reduce_hidden_grad:
+            dist.all_reduce(d_hidden, group=ctx.share.group)
+            d_hidden = d_hidden.to(problem.hidden.dtype)
+        return d_hidden, d_weight, d_bias, None, None, None, None, None, None
+
+
+def merge(partials, columns, group):
+    """(4, N) peak, sums and label's logit of the whole vocabulary from every rank's: one MAX and one SUM all-reduce.
+
+    Args:
+        partials: (4, N) of :meth:`fastgrpo.backends.problem.HeadProblem.new_partials`, of this rank's columns.
+        columns: (N,) the label's column here, IGNORE or ELSEWHERE.
+    """
+    peak, total, spread, label = partials
+    top = peak.clone()
+    dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group)
+    decay = torch.exp(peak - top)
+    rescaled = (total * decay, (spread + (top - peak) * total) * decay, torch.where(columns >= 0, label, 0.0))
+    sums = torch.stack(rescaled)
+    dist.all_reduce(sums, group=group)
+    return torch.cat((top[None], sums))
+
+
+def combined(merged, columns, known):
+    """(5, N) statistics, 0 at ignored rows; known: (N,) bool, whether any rank has the label."""
+    stats = combine(merged[:3], torch.where(known, merged[3], torch.nan))
+    return torch.where(columns == IGNORE, 0.0, stats)
+
+
+def certified_forward(problem, known, hint, group):
+    """-> (5, N) statistics of the whole vocabulary and this rank's own certificate, of its columns.
+
+    The ranks agree on nothing but the statistics: each keeps within its part of the error budget. One more SUM
+    all-reduce tells every rank the labels' logits, which place the cutoff.
+    """
+    backend, columns = backends.load(problem.params.backend), problem.targets
+    every_row = torch.arange(columns.numel(), device=columns.device)
+    label = torch.where(columns >= 0, certified.label_logits(problem, every_row), 0.0)
+    dist.all_reduce(label, group=group)
+    partials, certificate = backend.certified_partial_forward(problem, torch.where(known, label, torch.nan), hint)
+    merged = merge(partials, columns, group)
+    stats = combined(merged, columns, known)
+    rows = certificate.order
+    share = certificate.dropped * torch.exp(partials[0, rows] - merged[0, rows]) / merged[1, rows]
+    dropped = certified.distrust(share * stats[3, rows], stats[0, rows], None if hint is None else hint[rows])
+    certificate = replace(certificate, dropped=dropped)
+    if backend.GUESSES_PEAKS:
+        repair(problem, known, stats, certificate, certified.untrusted(merged[1]) & (columns != IGNORE), group)
+    return stats, certificate
+
+
+def repair(problem, known, stats, certificate, bad, group):
+    """In place: rows whose guessed peak was far off go through the plain forward; the same rows on every rank."""
+    if bad.any():
+        again = replace(problem, targets=torch.where(bad, problem.targets, IGNORE))
+        partials = backends.load(problem.params.backend).partial_forward(again)
+        plain = combined(merge(partials, again.targets, group), again.targets, known)
+        stats.copy_(torch.where(bad, plain, stats))
+        certificate.dropped[bad[certificate.order]] = torch.inf
+
+
+def vocab_parallel_logprobs(
+    hidden,  # (N, D) or (B, T, D), the same on every rank
+    weight,  # (V_r, D), this rank's rows of the head
+    targets,  # (N,) or (B, T), the same on every rank
+    bias=None,  # (V_r,)
+    *,
+    group,
+    shard_sizes=None,
+    reduce_hidden_grad=True,
+    temperature=1.0,
+    softcap=None,
+    logit_scale=1.0,
+    return_entropy=False,
+    old_logprobs=None,
+    backend="auto",
+    backward="auto",
+    tolerance=None,
+    workspace_mb=128,
+):
+    """:func:`fastgrpo.linear_logprobs` over a vocabulary whose columns the ranks of a group hold, in rank order.
+
+    Every rank calls it with the same hidden, targets and options and gets the same result. Beside the statistics' two
+    all-reduces, (N,) and (3, N), the forward sends the shards' sizes unless they are given and, where the backward is
+    to be certified, the labels' logits, (N,); the backward sends dX in the accumulator's dtype where hidden wants a
+    gradient. The gradients that come in must be the same on every rank.
+
+    The certified backward needs no more: each of R ranks keeps its own columns' error within tolerance / sqrt(R), so
+    that the whole is within the tolerance whatever rows and columns each of them leaves out.
+
+    Args:
+        hidden: (N, D) or (B, T, D), whole: gather a sequence-parallel one before.
+        weight: (V_r, D), the rank's rows; shards need not be equal.
+        targets: ids of the whole vocabulary; -100 marks a position that is ignored.
+        bias: (V_r,) or None.
+        group: the torch.distributed process group that the vocabulary is cut over.
+        shard_sizes: V_r of every rank, in rank order; None asks the others, one all-reduce of as many numbers.
+        reduce_hidden_grad: True: hidden is replicated, its gradient is summed over the ranks. False: the gradient is
+            the rank's own part, for a hidden that was gathered by an operation whose backward sums (Megatron's
+            ``gather_from_sequence_parallel_region``) or copied by one.
+        temperature, softcap, logit_scale, return_entropy, backend, workspace_mb: as in ``linear_logprobs``.
+        old_logprobs, backward, tolerance: as in ``linear_logprobs``; "auto" looks at N and D alone, which are the same
+            on every rank.
+
+    Returns:
+        ``LogProbs(logprobs, entropy)`` of the whole vocabulary, the same on every rank; differentiable, once, in
+        hidden, weight and bias.
+
+    Raises:
+        ValueError, TypeError: a bad argument, named, before anything but the sizes is sent. A rank that raises alone
+        leaves the others waiting, as with any collective.
+    """
+    check_group(group)
+    inputs.check_head(hidden, weight, targets, bias)
+    targets = targets.to(torch.int64)  # before any comparison: -100 wraps in uint8
+    inputs.check_temperature(temperature, targets)
+    if softcap is not None:
+        inputs.check_scalar("softcap", softcap)
+    inputs.check_scalar("logit_scale", logit_scale, positive=False)
+    inputs.check_scalar("workspace_mb", workspace_mb)
+    if old_logprobs is not None:
+        inputs.check_per_token("old_logprobs", old_logprobs, targets)
+    if tolerance is not None:
+        inputs.check_scalar("tolerance", tolerance)
+    inputs.check_choice("backward", backward, inputs.BACKWARDS)
+    accumulate, compute = inputs.accumulator_dtype(hidden), compute_dtype(hidden, weight)
+    by_token = isinstance(temperature, torch.Tensor)
+    with_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
+    sizes = (targets.numel(), math.inf, weight.shape[1])  # shards differ, the decision may not
+    tolerance = certified_tolerance(backward, tolerance, compute, sizes, with_grad)
+    params = HeadParams(
+        temperature=None if by_token else float(temperature),
+        softcap=None if softcap is None else float(softcap),
+        logit_scale=float(logit_scale),
+        compute_dtype=compute,
+        entropy=bool(return_entropy),
+        backend=backends.choose(backend, hidden),
+        workspace=int(workspace_mb * 2**20),
+        tolerance=None if tolerance is None else tolerance / dist.get_world_size(group) ** 0.5,
+        hidden_grad=accumulate if reduce_hidden_grad else None,
+    )
+    first, vocab = place(weight, group, shard_sizes)
+    inputs.check_targets(targets, vocab)
+    flat = targets.reshape(-1)
+    if by_token:
+        temperature = temperature.detach().to(accumulate).expand(targets.shape).reshape(-1).contiguous()
+    hint = None
+    if old_logprobs is not None and params.tolerance is not None:
+        hint = torch.nan_to_num(old_logprobs.detach(), nan=0.0, neginf=-1e4).clamp(max=0.0)
+        hint = hint.reshape(-1).to(accumulate).contiguous()
+    logprobs, entropy = VocabParallelLogProbs.apply(
+        hidden if hidden.ndim == 3 else hidden[None], weight, None if bias is None else bias.contiguous(),
+        own_columns(flat, first, weight.shape[0]), (flat >= 0) & (flat < vocab), temperature if by_token else None,
+        hint, params, Share(group, bool(reduce_hidden_grad)),
+    )  # fmt: skip
+    return LogProbs(logprobs.view(targets.shape), None if entropy is None else entropy.view(targets.shape))
+
+
+def check_group(group):
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"group must be a torch.distributed.ProcessGroup of this rank, got {type(group).__name__}")
+
+
+def place(weight, group, shard_sizes):
+    """-> the rank's first column and the size of the whole vocabulary; 0-dim tensors on a device that must not wait."""
+    rank, ranks, own = dist.get_rank(group), dist.get_world_size(group), weight.shape[0]
+    if shard_sizes is not None:
+        sizes = [int(size) for size in shard_sizes]
+        if len(sizes) != ranks or sizes[rank] != own:
+            raise ValueError(f"shard_sizes must be {ranks} sizes with {own} at rank {rank}, got {sizes}")
+        return sum(sizes[:rank]), sum(sizes)
+    sizes = torch.zeros(ranks, dtype=torch.int64, device=weight.device)
+    sizes[rank] = own
+    dist.all_reduce(sizes, group=group)
+    if inputs.checks_values(weight.device):
+        sizes = sizes.tolist()
+        return sum(sizes[:rank]), sum(sizes)
+    return sizes[:rank].sum(), sizes.sum()
+
+
+def own_columns(targets, first, count):
+    """(N,) int64: the labels' columns among this rank's ``count``, from column ``first`` on; IGNORE; or ELSEWHERE."""
+    column = targets - first
+    column = torch.where((column >= 0) & (column < count), column, ELSEWHERE)  # so that none becomes -100 by chance
+    return torch.where(targets == IGNORE, IGNORE, column).contiguous()
