@@ -112,7 +112,8 @@ def linear_logprobs(
         support: ``(token_ids, offsets)``, the ids each position's sampler kept (top-p, top-k), CSR: integer (K,) and
             (N + 1,), positions in the order of the flattened targets. Log-probs and entropy are then those of the
             distribution renormalised over the kept ids, and only these columns of the head are touched. A counted
-            target must be among its ids; a set that is not one is an error on a CPU and NaN on a GPU.
+            target must be among its ids; a set that is not one is an error on a CPU and NaN on a GPU. The backward is
+            exact: nothing kept is left out.
         old_logprobs: shaped like ``targets``, log-probs near the current ones (the sampler's): a hint that makes the
             certified backward faster; the result does not depend on it beyond the tolerance.
         backend: "auto" (Triton on a GPU, else torch), "triton" or "torch".
@@ -134,19 +135,11 @@ def linear_logprobs(
         ValueError, TypeError: a bad argument, named, with what was expected and what came, before anything runs.
         A target outside [0, V) raises on a CPU or with FASTGRPO_DEBUG=1, and gives NaN at its position otherwise.
     """
-    inputs.check_head(hidden, weight, targets, bias)
-    targets = targets.to(torch.int64)  # before any comparison: -100 wraps in uint8
+    targets = check_arguments(
+        hidden, weight, targets, bias, temperature, softcap, logit_scale, workspace_mb, old_logprobs, tolerance,
+        backward,
+    )  # fmt: skip
     inputs.check_targets(targets, weight.shape[0])
-    inputs.check_temperature(temperature, targets)
-    if softcap is not None:
-        inputs.check_scalar("softcap", softcap)
-    inputs.check_scalar("logit_scale", logit_scale, positive=False)
-    inputs.check_scalar("workspace_mb", workspace_mb)
-    if old_logprobs is not None:
-        inputs.check_per_token("old_logprobs", old_logprobs, targets)
-    if tolerance is not None:
-        inputs.check_scalar("tolerance", tolerance)
-    inputs.check_choice("backward", backward, inputs.BACKWARDS)
     if support is not None:
         support, backward = kept.checked(support, targets, weight.shape[0]), "exact"
     lora_a, lora_b, scaling = low_rank.checked(lora, hidden, weight)
@@ -165,23 +158,47 @@ def linear_logprobs(
         lora_dtype=None if lora is None else compute_dtype(hidden, weight, lora_a, lora_b),
         tolerance=certified_tolerance(backward, tolerance, compute, (targets.numel(), *weight.shape), with_grad),
     )
-    if isinstance(temperature, torch.Tensor):
-        temperature = (
-            temperature.detach().to(inputs.accumulator_dtype(hidden)).expand(targets.shape).reshape(-1).contiguous()
-        )
-    else:
-        temperature = None
-    view = hidden if hidden.ndim == 3 else hidden[None]
-    flat = targets.reshape(-1).contiguous()
-    bias = None if bias is None else bias.contiguous()
-    hint = None
-    if old_logprobs is not None and params.tolerance is not None:
-        hint = torch.nan_to_num(old_logprobs.detach(), nan=0.0, neginf=-1e4).clamp(max=0.0)
-        hint = hint.reshape(-1).to(inputs.accumulator_dtype(hidden)).contiguous()
     logprobs, entropy = LinearLogProbs.apply(
-        view, weight, bias, lora_a, lora_b, flat, temperature, hint, support, params
-    )
+        hidden if hidden.ndim == 3 else hidden[None], weight, None if bias is None else bias.contiguous(), lora_a,
+        lora_b, targets.reshape(-1).contiguous(), flat_temperature(temperature, targets, hidden),
+        None if params.tolerance is None else flat_hint(old_logprobs, hidden), support, params,
+    )  # fmt: skip
     return LogProbs(logprobs.view(targets.shape), None if entropy is None else entropy.view(targets.shape))
+
+
+def check_arguments(
+    hidden, weight, targets, bias, temperature, softcap, logit_scale, workspace_mb, old_logprobs, tolerance, backward
+):
+    """-> targets as int64; raises before anything runs."""
+    inputs.check_head(hidden, weight, targets, bias)
+    targets = targets.to(torch.int64)  # before any comparison: -100 wraps in uint8
+    inputs.check_temperature(temperature, targets)
+    if softcap is not None:
+        inputs.check_scalar("softcap", softcap)
+    inputs.check_scalar("logit_scale", logit_scale, positive=False)
+    inputs.check_scalar("workspace_mb", workspace_mb)
+    if old_logprobs is not None:
+        inputs.check_per_token("old_logprobs", old_logprobs, targets)
+    if tolerance is not None:
+        inputs.check_scalar("tolerance", tolerance)
+    inputs.check_choice("backward", backward, inputs.BACKWARDS)
+    return targets
+
+
+def flat_temperature(temperature, targets, hidden):
+    """(N,) in the accumulator's dtype, or None for a number, which goes into the parameters."""
+    if not isinstance(temperature, torch.Tensor):
+        return None
+    temperature = temperature.detach().to(inputs.accumulator_dtype(hidden))
+    return temperature.expand(targets.shape).reshape(-1).contiguous()
+
+
+def flat_hint(old_logprobs, hidden):
+    """(N,) log-probs <= 0 in the accumulator's dtype, fit to sort by, or None."""
+    if old_logprobs is None:
+        return None
+    hint = torch.nan_to_num(old_logprobs.detach(), nan=0.0, neginf=-1e4).clamp(max=0.0)
+    return hint.reshape(-1).to(inputs.accumulator_dtype(hidden)).contiguous()
 
 
 def compute_dtype(hidden, *others):

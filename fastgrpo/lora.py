@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from fastgrpo import inputs
+from fastgrpo.backends.problem import take_rows
 
 CHUNK = 8192  # rows of hidden that are widened at once
 
@@ -51,28 +52,30 @@ def checked(lora, hidden, weight):
 def project(hidden, a, scaling, compute):
     """(B, T, D), (r, D) -> low (B, T, r) in the accumulator's dtype, of operands rounded to ``compute``."""
     accumulate = inputs.accumulator_dtype(hidden)
-    flat, a = hidden.reshape(-1, hidden.shape[-1]), widened(a, compute, accumulate)
     low = torch.empty(*hidden.shape[:-1], a.shape[0], dtype=accumulate, device=hidden.device)
-    for part, out in zip(flat.split(CHUNK), low.view(-1, a.shape[0]).split(CHUNK)):
-        torch.mm(widened(part, compute, accumulate), a.t() * scaling, out=out)
+    scaled = widened(a, compute, accumulate).t() * scaling
+    for rows, out in zip(chunks(hidden), low.flatten(0, 1).split(CHUNK)):
+        torch.mm(widened(take_rows(hidden, rows), compute, accumulate), scaled, out=out)
     return low
 
 
 def gradients(hidden, a, scaling, compute, d_low, d_hidden, needs_a):
     """Adds ``low``'s part to d_hidden (None: not needed) in place; -> d_A or None."""
     accumulate = d_low.dtype
-    flat, wide = hidden.reshape(-1, hidden.shape[-1]), widened(a, compute, accumulate)
-    d_low = d_low.flatten(0, 1) * scaling
+    wide, d_low = widened(a, compute, accumulate), d_low.flatten(0, 1) * scaling
     active = (d_low != 0).any(1, keepdim=True)  # a row without a gradient may hold anything, NaN included
     d_a = torch.zeros_like(wide) if needs_a else None
-    for start in range(0, len(flat), CHUNK):
-        part = slice(start, start + CHUNK)
+    for rows, part in zip(chunks(hidden), d_low.split(CHUNK)):
         if d_hidden is not None:
-            d_hidden.flatten(0, 1)[part] += (d_low[part] @ wide).to(d_hidden.dtype)
+            d_hidden.flatten(0, 1)[rows] += (part @ wide).to(d_hidden.dtype)
         if needs_a:
-            rows = torch.where(active[part], widened(flat[part], compute, accumulate), 0.0)
-            d_a.addmm_(d_low[part].t(), rows)
+            x = torch.where(active[rows], widened(take_rows(hidden, rows), compute, accumulate), 0.0)
+            d_a.addmm_(part.t(), x)
     return None if d_a is None else d_a.to(a.dtype)
+
+
+def chunks(hidden):
+    return torch.arange(hidden.shape[0] * hidden.shape[1], device=hidden.device).split(CHUNK)
 
 
 def widened(x, compute, accumulate):

@@ -16,7 +16,14 @@ from fastgrpo.backends import certified
 from fastgrpo.backends.problem import HeadParams, HeadProblem
 from fastgrpo.backends.torch_backend import combine
 from fastgrpo.inputs import IGNORE
-from fastgrpo.logprobs import LogProbs, certified_tolerance, compute_dtype
+from fastgrpo.logprobs import (
+    LogProbs,
+    certified_tolerance,
+    check_arguments,
+    compute_dtype,
+    flat_hint,
+    flat_temperature,
+)
 
 ELSEWHERE = -1  # column of a label that another rank holds
 
@@ -174,25 +181,16 @@ def vocab_parallel_logprobs(
         leaves the others waiting, as with any collective.
     """
     check_group(group)
-    inputs.check_head(hidden, weight, targets, bias)
-    targets = targets.to(torch.int64)  # before any comparison: -100 wraps in uint8
-    inputs.check_temperature(temperature, targets)
-    if softcap is not None:
-        inputs.check_scalar("softcap", softcap)
-    inputs.check_scalar("logit_scale", logit_scale, positive=False)
-    inputs.check_scalar("workspace_mb", workspace_mb)
-    if old_logprobs is not None:
-        inputs.check_per_token("old_logprobs", old_logprobs, targets)
-    if tolerance is not None:
-        inputs.check_scalar("tolerance", tolerance)
-    inputs.check_choice("backward", backward, inputs.BACKWARDS)
-    accumulate, compute = inputs.accumulator_dtype(hidden), compute_dtype(hidden, weight)
-    by_token = isinstance(temperature, torch.Tensor)
+    targets = check_arguments(
+        hidden, weight, targets, bias, temperature, softcap, logit_scale, workspace_mb, old_logprobs, tolerance,
+        backward,
+    )  # fmt: skip
+    compute = compute_dtype(hidden, weight)
     with_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
     sizes = (targets.numel(), math.inf, weight.shape[1])  # shards differ, the decision may not
     tolerance = certified_tolerance(backward, tolerance, compute, sizes, with_grad)
     params = HeadParams(
-        temperature=None if by_token else float(temperature),
+        temperature=None if isinstance(temperature, torch.Tensor) else float(temperature),
         softcap=None if softcap is None else float(softcap),
         logit_scale=float(logit_scale),
         compute_dtype=compute,
@@ -200,21 +198,17 @@ def vocab_parallel_logprobs(
         backend=backends.choose(backend, hidden),
         workspace=int(workspace_mb * 2**20),
         tolerance=None if tolerance is None else tolerance / dist.get_world_size(group) ** 0.5,
-        hidden_grad=accumulate if reduce_hidden_grad else None,
+        hidden_grad=inputs.accumulator_dtype(hidden) if reduce_hidden_grad else None,
     )
     first, vocab = place(weight, group, shard_sizes)
     inputs.check_targets(targets, vocab)
     flat = targets.reshape(-1)
-    if by_token:
-        temperature = temperature.detach().to(accumulate).expand(targets.shape).reshape(-1).contiguous()
-    hint = None
-    if old_logprobs is not None and params.tolerance is not None:
-        hint = torch.nan_to_num(old_logprobs.detach(), nan=0.0, neginf=-1e4).clamp(max=0.0)
-        hint = hint.reshape(-1).to(accumulate).contiguous()
     logprobs, entropy = VocabParallelLogProbs.apply(
         hidden if hidden.ndim == 3 else hidden[None], weight, None if bias is None else bias.contiguous(),
-        own_columns(flat, first, weight.shape[0]), (flat >= 0) & (flat < vocab), temperature if by_token else None,
-        hint, params, Share(group, bool(reduce_hidden_grad)),
+        own_columns(flat, first, weight.shape[0]), (flat >= 0) & (flat < vocab),
+        flat_temperature(temperature, targets, hidden),
+        None if params.tolerance is None else flat_hint(old_logprobs, hidden), params,
+        Share(group, bool(reduce_hidden_grad)),
     )  # fmt: skip
     return LogProbs(logprobs.view(targets.shape), None if entropy is None else entropy.view(targets.shape))
 

@@ -74,6 +74,14 @@ def new_gradients(problem, needs):
             for make, x, dtype, need in zip(makers, tensors, dtypes, needs)]  # fmt: skip
 
 
+def take_rows(x, index):
+    """(B, T, D) of any strides, (n,) -> (n, D): rows of the flattened tensor, which is never copied whole."""
+    batch, length, depth = x.shape
+    if batch <= 1 or length == 0 or x.stride(0) == length * x.stride(1):
+        return x.view(batch * length, depth).index_select(0, index)
+    return x[index // length, index % length]
+
+
 @dataclass(frozen=True)
 class Tiling:
     rows: int

@@ -8,7 +8,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from fastgrpo.backends.problem import ABSENT, NOTHING, new_gradients, plan_tiles, row_scale
+from fastgrpo.backends.problem import ABSENT, NOTHING, new_gradients, plan_tiles, row_scale, take_rows
 from fastgrpo.inputs import IGNORE, accumulator_dtype
 from fastgrpo.objective import token_objective
 
@@ -29,24 +29,17 @@ class Reader:
         # On CUDA a 16-bit GEMM can return its fp32 accumulator; elsewhere the operands are widened first, exactly.
         self.native = problem.hidden.is_cuda and self.compute in (torch.bfloat16, torch.float16)
         self.operand = self.compute if self.native else self.accumulate
-        stride_b, stride_t, _ = problem.hidden.stride()
-        batch, length, depth = problem.hidden.shape
-        mergeable = batch <= 1 or length == 0 or stride_b == length * stride_t
-        self.flat = problem.hidden.view(batch * length, depth) if mergeable else None
 
     def cast(self, x):
         return x.to(self.compute).to(self.operand)
 
     def hidden(self, rows):  # (n,) -> (n, D)
-        if self.flat is None:
-            length = self.problem.hidden.shape[1]
-            return self.cast(self.problem.hidden[rows // length, rows % length])
-        return self.cast(self.flat.index_select(0, rows))
+        return self.cast(take_rows(self.problem.hidden, rows))
 
     def rows(self, index):
         """Each factor's rows: hidden (n, D) and, with LoRA, low (n, r), which keeps the accumulator's accuracy."""
         low = self.problem.low
-        return [self.hidden(index)] + ([] if low is None else [low.flatten(0, 1).index_select(0, index)])
+        return [self.hidden(index)] + ([] if low is None else [take_rows(low, index)])
 
     def columns(self, span):
         """Each factor's columns: weight (C, D) and, with LoRA, up (C, r)."""
@@ -353,16 +346,15 @@ def kept_sums(problem, source, coefficients, index, offsets, dtype):
     Returns:
         (M, D) in ``dtype``, summed in the accumulator's. An entry whose coefficient is 0 is not read.
     """
-    compute, (_, length, depth) = problem.params.compute_dtype, source.shape
-    out = torch.zeros(offsets.numel() - 1, depth, dtype=dtype, device=source.device)
+    out = torch.zeros(offsets.numel() - 1, source.shape[2], dtype=dtype, device=source.device)
     entries = (coefficients != 0).nonzero().squeeze(1)
     if not entries.numel():
         return out
     owner = torch.searchsorted(offsets[1:].contiguous(), entries, right=True)
     begun = None  # an owner whose entries began in the last chunk, and its sum so far
     for part, mine in zip(*(x.split(entries_at_once(problem)) for x in (entries, owner))):
-        rows = source[index[part] // length, index[part] % length]
-        products = rows.to(compute).to(coefficients.dtype) * coefficients[part, None]
+        rows = take_rows(source, index[part]).to(problem.params.compute_dtype)
+        products = rows.to(coefficients.dtype) * coefficients[part, None]
         owners, counts = torch.unique_consecutive(mine, return_counts=True)
         total = torch.segment_reduce(products, "sum", lengths=counts, axis=0, unsafe=True)
         if begun is not None:
