@@ -1,17 +1,14 @@
 """Two gloo processes on a CPU, under DDP and FSDP2: the gradients of one process, and no rank waits for ever."""
 
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 pytest.importorskip("accelerate")
 
 import distributed_job
+from processes import run_ranks
+
+pytestmark = pytest.mark.xdist_group("ranks")  # one worker starts the processes
 
 
 @pytest.fixture(autouse=True)
@@ -23,27 +20,7 @@ def poisoned_memory():
 def ranks(tmp_path_factory):
     """What both processes found."""
     output = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    environment = {
-        **os.environ, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true",
-    }  # fmt: skip
-    environment.pop("PYTEST_XDIST_WORKER", None)
-    command = [sys.executable, str(Path(distributed_job.__file__)), str(output)]
-    runs = [
-        subprocess.Popen(command, env={**environment, "RANK": str(r), "LOCAL_RANK": str(r)}, stderr=subprocess.PIPE,
-                         stdout=subprocess.DEVNULL, text=True)
-        for r in range(2)
-    ]  # fmt: skip
-    try:
-        errors = [run.communicate(timeout=240)[1] for run in runs]
-    finally:
-        for run in runs:
-            run.kill()
-    for run, error in zip(runs, errors):
-        assert run.returncode == 0, error[-4000:]
+    run_ranks(distributed_job.__file__, 2, output, ACCELERATE_USE_CPU="true")
     return [torch.load(output / f"rank{r}.pt", weights_only=False) for r in range(2)]
 
 

@@ -4,8 +4,6 @@ import contextlib
 import itertools
 import json
 import os
-import socket
-import subprocess
 import sys
 
 import pytest
@@ -13,6 +11,8 @@ import torch
 
 from fastgrpo import logprobs, reference
 from fastgrpo.config import LOSS_TYPES
+
+from processes import run_ranks
 
 trl = pytest.importorskip("trl", minversion="1.16.0")
 pytest.importorskip("peft")
@@ -563,29 +563,12 @@ def ranks(tmp_path_factory, models):
     """What two processes logged."""
     output = tmp_path_factory.mktemp("ranks")
     os.symlink(models(), output / "model")
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = str(s.getsockname()[1])
-    environment = {
-        **os.environ, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-        "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true",
-    }  # fmt: skip
-    runs = [
-        subprocess.Popen([sys.executable, trl_job.__file__, str(output)], stderr=subprocess.PIPE, text=True,
-                         env={**environment, "RANK": str(r), "LOCAL_RANK": str(r)}, stdout=subprocess.DEVNULL)
-        for r in range(2)
-    ]  # fmt: skip
-    try:
-        errors = [run.communicate(timeout=240)[1] for run in runs]
-    finally:
-        for run in runs:
-            run.kill()
-    for run, error in zip(runs, errors):
-        assert run.returncode == 0, error[-4000:]
+    run_ranks(trl_job.__file__, 2, output, ACCELERATE_USE_CPU="true")
     return [json.loads((output / f"{r}.json").read_text()) for r in range(2)]
 
 
 @pytest.mark.works("TRL", "FastGRPOTrainer: two processes under DDP and FSDP2 equal stock TRL over 6 optimiser steps")
+@pytest.mark.xdist_group("trl ranks")
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
 def test_two_processes(ranks, parallel):
     (wrapper, sharded, theirs), (_, _, ours) = (ranks[0][f"{parallel} {x}GRPOTrainer"] for x in ("", "Fast"))

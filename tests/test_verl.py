@@ -2,9 +2,6 @@
 
 import contextlib
 import importlib.util
-import os
-import socket
-import subprocess
 import sys
 import types
 from pathlib import Path
@@ -20,38 +17,21 @@ from fastgrpo.vocab_parallel import own_columns, vocab_parallel_logprobs
 
 import problems
 from problems import relative_error
+from processes import run_ranks
+from watchers import NoSync, forbid_lists
 
 pytest.importorskip("triton")
-from test_no_sync import NoSync, forbid_lists
 
 import vocab_parallel_job as job
 
 CUT = ("weight", "bias")  # what each rank has a part of
 
 
-def start(output, ranks):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    environment = {**os.environ, "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-                   "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}  # fmt: skip
-    command = [sys.executable, str(Path(job.__file__)), str(output)]
-    return [subprocess.Popen(command, env={**environment, "RANK": str(r)}, stderr=subprocess.PIPE, text=True)
-            for r in range(ranks)]  # fmt: skip
-
-
 @pytest.fixture(scope="module", params=job.RANKS)
 def ranks(request, tmp_path_factory):
     """What each of the processes found."""
     output = tmp_path_factory.mktemp("ranks")
-    runs = start(output, request.param)
-    try:
-        errors = [run.communicate(timeout=120)[1] for run in runs]
-    finally:
-        for run in runs:
-            run.kill()
-    for run, error in zip(runs, errors):
-        assert run.returncode == 0, error[-4000:]
+    run_ranks(job.__file__, request.param, output, timeout=120, TRITON_INTERPRET="1")
     return [torch.load(output / f"rank{r}.pt") for r in range(request.param)]
 
 
@@ -64,6 +44,7 @@ def whole(ranks, name):
             for k, v in first.items()}  # fmt: skip
 
 
+@pytest.mark.xdist_group("verl ranks")
 @pytest.mark.works("verl", "linear_cross_entropy over a tensor-parallel head: two and three processes equal one")
 @pytest.mark.parametrize("name", job.CASES)
 def test_processes_equal_one(ranks, name):
@@ -98,6 +79,7 @@ def limit(case, key):
     return 2e-4 if case["dtype"] == torch.bfloat16 and key in ("hidden", *CUT) else 1e-6
 
 
+@pytest.mark.xdist_group("verl ranks")
 @pytest.mark.works("verl", "linear_cross_entropy as verl's Megatron models call it, sequence-parallel hidden gathered")
 def test_megatron_call(ranks):
     """verl's callers sum dX themselves, in the backward of their gathering: it must not be summed before."""
