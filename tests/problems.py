@@ -77,3 +77,28 @@ def with_grad(arguments, names=("hidden", "weight", "bias")):
     """Fresh leaves for the named tensors."""
     return {k: v.detach().clone().requires_grad_() if k in names and v is not None else v
             for k, v in arguments.items()}  # fmt: skip
+
+
+def gradcheck(fast, truth, inputs, dtype, **tolerances):
+    """torch's gradcheck of ``fast``'s gradients, computed in ``dtype``, against differences of ``truth`` in fp64.
+
+    Both take the inputs and return a tuple of tensors. So a backend without fp64 is held to numerical derivatives too.
+    """
+
+    class Checked(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *tensors):
+            ctx.save_for_backward(*tensors)
+            with torch.no_grad():
+                return truth(*tensors)
+
+        @staticmethod
+        def backward(ctx, *upstream):
+            leaf = [x.detach().to(dtype).requires_grad_() for x in ctx.saved_tensors]
+            with torch.enable_grad():
+                outputs = fast(*leaf)
+            grads = torch.autograd.grad(outputs, leaf, [g.to(x.dtype) for g, x in zip(upstream, outputs)])
+            return tuple(g.double() for g in grads)
+
+    leaves = [x.detach().double().requires_grad_() for x in inputs]
+    assert torch.autograd.gradcheck(Checked.apply, leaves, **tolerances)

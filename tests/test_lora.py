@@ -44,16 +44,25 @@ def doubled(tensors):
 
 
 @pytest.mark.parametrize(("softcap", "entropy"), list(itertools.product((None, 4.0), (False, True))))
-def test_gradcheck(softcap, entropy):
-    tensors, targets = make(10, 37, 7, 3, torch.float64)
+def test_gradcheck(backend, device, softcap, entropy):
+    tensors, targets = make(10, 37, 7, 3, torch.float64, device)
 
-    def op(h, w, bias, a, b):
-        out = linear_logprobs(
-            h, w, targets, bias, lora=(a, b, SCALING), temperature=0.8, softcap=softcap, return_entropy=entropy
-        )
-        return tuple(x for x in out if x is not None)
+    def op(function, **options):
+        def call(h, w, bias, a, b):
+            out = function(
+                h, w, targets, bias, lora=(a, b, SCALING), temperature=0.8, softcap=softcap, return_entropy=entropy,
+                **options,
+            )  # fmt: skip
+            return tuple(x for x in out if x is not None)
 
-    assert torch.autograd.gradcheck(op, [tensors[k].requires_grad_() for k in NAMES])
+        return call
+
+    inputs = [tensors[k] for k in NAMES]
+    if backend == "torch":
+        assert torch.autograd.gradcheck(op(linear_logprobs), [x.requires_grad_() for x in inputs])
+    else:
+        fast, truth = op(linear_logprobs, backend=backend), op(reference.linear_logprobs)
+        problems.gradcheck(fast, truth, inputs, torch.float32, atol=2e-5, rtol=2e-5, fast_mode=True)
 
 
 @pytest.mark.parametrize("options", [{}, EVERYTHING], ids=["plain", "everything"])

@@ -48,18 +48,26 @@ def run(op, tensors, targets, support, needs=NAMES, temperature=1.0, **options):
 
 
 @pytest.mark.parametrize(("softcap", "entropy"), list(itertools.product((None, 4.0), (False, True))))
-def test_gradcheck(softcap, entropy):
-    tensors, targets, support = make(10, 37, 7, torch.float64)
-    a, b = torch.randn(2, 7, dtype=torch.float64), torch.randn(37, 2, dtype=torch.float64)
+def test_gradcheck(backend, device, softcap, entropy):
+    tensors, targets, support = make(10, 37, 7, torch.float64, device)
+    a, b = (torch.randn(*shape, dtype=torch.float64, device=device) for shape in ((2, 7), (37, 2)))
 
-    def op(h, w, bias, a, b):
-        out = linear_logprobs(
-            h, w, targets, bias, support=support, lora=(a, b, 0.5), temperature=0.8, softcap=softcap,
-            return_entropy=entropy,
-        )  # fmt: skip
-        return tuple(x for x in out if x is not None)
+    def op(function, **options):
+        def call(h, w, bias, a, b):
+            out = function(
+                h, w, targets, bias, support=support, lora=(a, b, 0.5), temperature=0.8, softcap=softcap,
+                return_entropy=entropy, **options,
+            )  # fmt: skip
+            return tuple(x for x in out if x is not None)
 
-    assert torch.autograd.gradcheck(op, [x.requires_grad_() for x in (*tensors.values(), a, b)])
+        return call
+
+    inputs = [*tensors.values(), a, b]
+    if backend == "torch":
+        assert torch.autograd.gradcheck(op(linear_logprobs), [x.requires_grad_() for x in inputs])
+    else:
+        fast, truth = op(linear_logprobs, backend=backend), op(reference.linear_logprobs)
+        problems.gradcheck(fast, truth, inputs, torch.float32, atol=2e-5, rtol=2e-5, fast_mode=True)
 
 
 @pytest.mark.parametrize("megabytes", [128, 0.01])
