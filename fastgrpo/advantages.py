@@ -29,7 +29,10 @@ def group_advantages(rewards, group_size=8, scale="group"):
     if isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 1:
         raise ValueError(f"group_size must be a whole number >= 1, got {group_size!r}")
     if rewards.shape[0] % group_size:
-        raise ValueError(f"group_size must divide the number of rewards, {rewards.shape[0]}, got {group_size}")
+        raise ValueError(
+            f"group_size must divide the number of rewards, {rewards.shape[0]}, got {group_size} for rewards of shape "
+            f"{tuple(rewards.shape)}, (B,) or (B, R)"
+        )
     inputs.check_choice("scale", scale, SCALES)
     if inputs.checks_values(rewards.device) and rewards.isinf().any():
         raise ValueError("rewards must be finite or NaN (cannot score), got an infinite reward")

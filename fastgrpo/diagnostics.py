@@ -6,7 +6,7 @@ import torch
 
 from fastgrpo import inputs
 from fastgrpo.backends import torch_backend
-from fastgrpo.backends.problem import HeadParams, HeadProblem
+from fastgrpo.backends.problem import HeadParams, HeadProblem, column_sum, take_rows
 from fastgrpo.logprobs import compute_dtype
 
 NAMES = ("log_sum_sq_probs", "mean_logits", "is_top1")
@@ -102,8 +102,9 @@ def softcap_is_off(problem):
 def mean_logits(problem):
     """(N,): the mean of linear logits is the logit of the mean column."""
     dtype = inputs.accumulator_dtype(problem.hidden)
-    column = problem.weight.mean(0, dtype=dtype)
-    mean = torch.cat([part.to(dtype) @ column for part in problem.hidden.reshape(-1, column.numel()).split(4096)])
+    column = column_sum(problem.weight, dtype) / problem.weight.shape[0]
+    rows = torch.arange(problem.targets.numel(), device=column.device).split(4096)
+    mean = torch.cat([take_rows(problem.hidden, part).to(dtype) @ column for part in rows])
     mean = mean if problem.bias is None else mean + problem.bias.mean(dtype=dtype)
     return mean * (problem.params.logit_scale / problem.params.temperature)
 

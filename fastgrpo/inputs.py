@@ -40,6 +40,18 @@ def check_tensor(name, value, device=None, floating=None):
         raise ValueError(f"{name} must be an integer tensor, got {value.dtype}")
 
 
+def check_dtype(name, value):
+    if value.dtype not in DTYPES:
+        raise ValueError(f"{name} must be float32, bfloat16, float16 or float64, got {value.dtype}")
+
+
+def kind(value):
+    """What came, without a tensor's numbers."""
+    if isinstance(value, tuple | list):
+        return f"a {type(value).__name__} of {len(value)}"
+    return f"{type(value).__name__}" if isinstance(value, torch.Tensor) else repr(value)[:80]
+
+
 def check_whole(name, value):
     if type(value).__name__ == "DTensor":
         raise ValueError(
@@ -51,15 +63,13 @@ def check_whole(name, value):
 def check_head(hidden, weight, targets, bias):
     """Shapes, dtypes and devices of the projection; raises before anything runs."""
     check_tensor("hidden", hidden)
-    if hidden.dtype not in DTYPES:
-        raise ValueError(f"hidden must be float32, bfloat16, float16 or float64, got {hidden.dtype}")
+    check_dtype("hidden", hidden)
     if hidden.ndim not in (2, 3):
         raise ValueError(f"hidden must be (N, D) or (B, T, D), got shape {tuple(hidden.shape)}")
     check_tensor("weight", weight, hidden.device)
     for name, value in (("hidden", hidden), ("weight", weight), ("bias", bias)):
         check_whole(name, value)
-    if weight.dtype not in DTYPES:
-        raise ValueError(f"weight must be float32, bfloat16, float16 or float64, got {weight.dtype}")
+    check_dtype("weight", weight)
     if (weight.dtype == torch.float64) != (hidden.dtype == torch.float64):
         raise ValueError(f"weight and hidden must both be float64 or neither, got {weight.dtype} and {hidden.dtype}")
     if weight.ndim != 2 or weight.shape[1] != hidden.shape[-1]:
@@ -70,9 +80,13 @@ def check_head(hidden, weight, targets, bias):
         )
     check_tensor("targets", targets, hidden.device, floating=False)
     if targets.shape != hidden.shape[:-1]:
-        raise ValueError(f"targets must have shape {tuple(hidden.shape[:-1])}, got {tuple(targets.shape)}")
+        raise ValueError(
+            f"targets must have shape {tuple(hidden.shape[:-1])}, hidden's without D (hidden[:, :-1] predicts "
+            f"ids[:, 1:]), got {tuple(targets.shape)} for hidden of shape {tuple(hidden.shape)}"
+        )
     if bias is not None:
         check_tensor("bias", bias, hidden.device, floating=True)
+        check_dtype("bias", bias)
         if bias.shape != weight.shape[:1]:
             raise ValueError(f"bias must have shape ({weight.shape[0]},), got {tuple(bias.shape)}")
 
@@ -90,7 +104,8 @@ def check_targets(targets, vocab):
 
 def check_finite(name, value):
     if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
-        raise ValueError(f"{name} must be a finite number, got {value!r}")
+        hint = " (a Python number: .item())" if isinstance(value, torch.Tensor) else ""
+        raise ValueError(f"{name} must be a finite number, got {value!r}{hint}")
 
 
 def check_scalar(name, value, positive=True):

@@ -31,7 +31,8 @@ class LinearLogProbs(torch.autograd.Function):
         backend = backends.load(params.backend)
         ctx.params, ctx.block, ctx.supported, certificate = params, None, support is not None, ()
         with torch.autocast(hidden.device.type, enabled=False):
-            low = None if lora_a is None else low_rank.project(hidden, lora_a, params.scaling, params.lora_dtype)
+            counted = backend.counted_rows(targets) if lora_a is not None else None
+            low = None if lora_a is None else low_rank.project(hidden, lora_a, params, counted)
             problem = HeadProblem(hidden, weight, bias, targets, temperature, params, low, lora_b)
             if support is not None:
                 stats, *certificate = kept.forward(problem, support, backend)
@@ -69,9 +70,8 @@ class LinearLogProbs(torch.autograd.Function):
             if low is not None:
                 *grads, d_low, d_b = grads
                 if d_low is not None:
-                    d_a = low_rank.gradients(
-                        hidden, lora_a, params.scaling, params.lora_dtype, d_low, grads[0], needs_a
-                    )
+                    counted = backends.load(params.backend).counted_rows(targets)
+                    d_a = low_rank.gradients(hidden, lora_a, params, d_low, grads[0], needs_a, counted)
         return *grads, d_a, d_b, None, None, None, None, None
 
 
@@ -141,6 +141,10 @@ def linear_logprobs(
     )  # fmt: skip
     inputs.check_targets(targets, weight.shape[0])
     if support is not None:
+        if backward == "certified":
+            raise ValueError(
+                "backward must be 'auto' or 'exact' with support (nothing kept is left out), got 'certified'"
+            )
         support, backward = kept.checked(support, targets, weight.shape[0]), "exact"
     lora_a, lora_b, scaling = low_rank.checked(lora, hidden, weight)
     compute = compute_dtype(hidden, weight)

@@ -27,7 +27,7 @@ class Support(NamedTuple):
 def checked(support, targets, vocab):
     """-> :class:`Support`; raises before anything runs where values can be seen without a sync."""
     if not isinstance(support, tuple | list) or len(support) != 2:
-        raise ValueError(f"support must be a tuple (token_ids, offsets), got {type(support).__name__}")
+        raise ValueError(f"support must be a tuple (token_ids, offsets), got {inputs.kind(support)}")
     given, offsets = support
     inputs.check_tensor("support token_ids", given, targets.device, floating=False)
     inputs.check_tensor("support offsets", offsets, targets.device, floating=False)
@@ -36,6 +36,8 @@ def checked(support, targets, vocab):
         raise ValueError(f"support token_ids must be flat, (K,), got shape {tuple(given.shape)}")
     if offsets.shape != (n + 1,):
         raise ValueError(f"support offsets must have shape ({n + 1},) for {n} targets, got {tuple(offsets.shape)}")
+    if k and not n:
+        raise ValueError(f"support token_ids must be empty without targets, got {k}")
     offsets, targets = offsets.to(torch.int64), targets.reshape(-1)
     risen = (offsets.diff() >= 0).all() & (offsets[0] == 0) & (offsets[-1] == k)
     visible = inputs.checks_values(targets.device)
@@ -48,8 +50,10 @@ def checked(support, targets, vocab):
     by_id = ids.argsort(stable=True)
     invalid = (~risen).repeat(n)
     for problem, wrong in faults(given, ids, rows, by_id, targets, vocab):
+        wrong &= targets != inputs.IGNORE
         if visible and wrong.any():
-            raise ValueError(f"support token_ids {problem}, not so at position {int(wrong.nonzero()[0])}")
+            at = int(wrong.nonzero()[0])
+            raise ValueError(f"support token_ids {problem}, not so at flattened position {at}, target {targets[at]}")
         invalid |= wrong
     return Support(ids, rows, offsets, by_id, invalid)
 
@@ -64,7 +68,7 @@ def faults(given, ids, rows, by_id, targets, vocab):
     twice = (ids[by_id].diff() == 0) & (rows[by_id].diff() == 0)  # stable: equal ids are in the order of positions
     yield "must not repeat within a position", positions(torch.zeros_like(ids, dtype=torch.bool).index_copy_(
         0, by_id, torch.nn.functional.pad(twice, (1, 0))[: len(ids)])) > 0  # fmt: skip
-    yield "must hold the target", (positions(ids == targets[rows]) != 1) & (targets != inputs.IGNORE)
+    yield "must hold the target of each position", positions(ids == targets[rows]) != 1
 
 
 def sums(support, values):
@@ -105,12 +109,13 @@ def backward(problem, support, backend, stats, raw, grad_logp, grad_entropy, nee
     dz = torch.where(active[rows], dz, 0.0)  # exactly 0: such an entry is not read at all
     columns = torch.searchsorted(support.ids[by_id], torch.arange(vocab + 1, device=rows.device))
     out = [None] * len(needs)
-    for k, (x, w) in enumerate(problem.factors):
+    casts = (problem.params.compute_dtype,) * 2, (dz.dtype, problem.params.lora_dtype)
+    for k, ((x, w), (cast_x, cast_w)) in enumerate(zip(problem.factors, casts)):
         if needs[3 * k]:
-            d_x = backend.kept_sums(problem, w[None], dz, support.ids, support.offsets, x.dtype)
+            d_x = backend.kept_sums(problem, w[None], dz, support.ids, support.offsets, cast_w, x.dtype)
             out[3 * k] = d_x.view(x.shape)
         if needs[3 * k + 1]:
-            out[3 * k + 1] = backend.kept_sums(problem, x, dz[by_id], rows[by_id], columns, w.dtype)
+            out[3 * k + 1] = backend.kept_sums(problem, x, dz[by_id], rows[by_id], columns, cast_x, w.dtype)
     if needs[2]:
         out[2] = sums(support._replace(offsets=columns), dz[by_id]).to(problem.bias.dtype)
     return out

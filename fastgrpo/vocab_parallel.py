@@ -177,8 +177,8 @@ def vocab_parallel_logprobs(
         hidden, weight and bias.
 
     Raises:
-        ValueError, TypeError: a bad argument, named, before anything but the sizes is sent. A rank that raises alone
-        leaves the others waiting, as with any collective.
+        ValueError, TypeError: a bad argument, named, before anything but the sizes is sent. A rank that raises alone,
+        or differs in what requires a gradient, leaves the others waiting, as with any collective.
     """
     check_group(group)
     targets = check_arguments(

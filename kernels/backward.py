@@ -12,7 +12,7 @@ from fastgrpo.backends.problem import new_gradients, plan_tiles, row_scale
 from fastgrpo.inputs import IGNORE, compact_rows
 from fastgrpo.kernels import tiles
 from fastgrpo.kernels.common import TO_TRITON, Strides, cap, cap_slope, hidden_rows, raw_logits
-from fastgrpo.kernels.forward import has_extras, logit_arguments
+from fastgrpo.kernels.forward import has_extras, logit_arguments, lora_operands
 
 
 @triton.jit(do_not_specialize=["first_row", "last_row", "first_v", "last_v", "N", "T"])
@@ -313,7 +313,14 @@ class Launcher:
     def __init__(self, problem, stats, grads, rows, count, scale, chunks):
         self.problem, self.stats, self.grads = problem, stats, grads
         self.rows, self.count, self.scale, self.chunks = rows, count, scale, chunks
-        self.strides, self.logits, self.low_rank = logit_arguments(problem)
+        operands = lora_operands(problem)
+        self.strides, self.logits, self.low_rank = logit_arguments(problem, operands)
+        # of each factor: its rows (B, T, D) and columns (V, D) as the GEMMs read them, and their gradients' scales
+        self.factors = [(problem.hidden, problem.weight, scale, scale)]
+        if operands is not None:
+            low, up = operands.low[:, : operands.rank], operands.up[:, : operands.rank]
+            scales = (scale if s is None else scale * s for s in (operands.up_scale, operands.low_scale))
+            self.factors.append((low.unflatten(0, problem.hidden.shape[:2]), up, *scales))
         self.compute = TO_TRITON[str(problem.params.compute_dtype)]
 
     def tile(self, kernel):
@@ -358,14 +365,14 @@ class Launcher:
         )
 
     def dhidden(self, factor, d_hidden, first_row, last_row, first_v, last_v):
-        weight, tile = self.problem.factors[factor][1], self.tile("dhidden")
+        (_, weight, scale, _), tile = self.factors[factor], self.tile("dhidden")
         vocab, depth = weight.shape
         dhidden_kernel[(triton.cdiv(last_row - first_row, tile.rows) * triton.cdiv(depth, tile.cols),)](
             dlogits_ptr=self.chunks.dlogits,
             weight_ptr=weight,
             rows_ptr=self.rows,
             count_ptr=self.count,
-            scale_ptr=self.scale,
+            scale_ptr=scale,
             sum_ptr=self.chunks.row_sums[factor],
             dhidden_ptr=d_hidden,
             first_row=first_row,
@@ -387,14 +394,14 @@ class Launcher:
         )
 
     def dweight(self, factor, d_weight, first_row, last_row, first_v, last_v):
-        (hidden, weight), tile = self.problem.factors[factor], self.tile("dweight")
+        (hidden, weight, _, scale), tile = self.factors[factor], self.tile("dweight")
         depth = weight.shape[1]
         dweight_kernel[(triton.cdiv(last_v - first_v, tile.rows) * triton.cdiv(depth, tile.cols),)](
             dlogits_ptr=self.chunks.dlogits,
             hidden_ptr=hidden,
             rows_ptr=self.rows,
             count_ptr=self.count,
-            scale_ptr=self.scale,
+            scale_ptr=scale,
             sum_ptr=self.chunks.column_sums[factor],
             dweight_ptr=d_weight,
             first_row=first_row,

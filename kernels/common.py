@@ -22,13 +22,13 @@ class Strides(NamedTuple):
 
 
 class LowRank(NamedTuple):
-    """LoRA's pair of factors. ``low_ptr`` is (N, depth) in the operands' dtype: low as a sum of parts side by side, so
-    that nothing is lost in 16 bits; ``up_ptr`` is (V, rank), every part meets the same columns."""
+    """:class:`fastgrpo.lora.Operands`: low (N, depth), up (V, width), column k of low meets column k % width of up."""
 
     low_ptr: object
     up_ptr: object
+    scale_ptr: object  # (1,) factor of the product, or None
     depth: int
-    rank: int
+    width: int
     stride_v: int
     stride_r: int
 
@@ -55,8 +55,8 @@ def low_values(low_rank, rows, k, COMPUTE: tl.constexpr):
 
 @triton.jit
 def up_values(low_rank, columns, k, COMPUTE: tl.constexpr):
-    """up[columns, k], repeated for every part of low; columns int64."""
-    pointers = low_rank.up_ptr + columns * low_rank.stride_v + (k % low_rank.rank).to(tl.int64) * low_rank.stride_r
+    """up[columns, k % width]; columns int64."""
+    pointers = low_rank.up_ptr + columns * low_rank.stride_v + (k % low_rank.width).to(tl.int64) * low_rank.stride_r
     return tl.load(pointers, mask=k < low_rank.depth, other=0.0).to(COMPUTE)
 
 
@@ -93,6 +93,8 @@ def raw_logits(
             low = low_values(low_rank, rows[:, None], (start + offs_d)[None, :], COMPUTE)
             up = up_values(low_rank, columns[None, :], (start + offs_d)[:, None], COMPUTE)
             acc = tl.dot(low, up, acc, input_precision="ieee")
+        if low_rank.scale_ptr is not None:
+            acc *= tl.load(low_rank.scale_ptr)
     for start in range(0, D, BLOCK_D):
         if D % BLOCK_D == 0:
             h = tl.load(h_ptrs)

@@ -7,6 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fastgrpo import lora
 from fastgrpo.backends.certified import Certificate, cutoff, distrust
 from fastgrpo.backends.problem import HeadProblem
 from fastgrpo.inputs import IGNORE, compact_rows
@@ -57,11 +58,15 @@ def label_logits(
         h_ptrs += BLOCK_D * strides.hidden_d
         w_ptrs += BLOCK_D * strides.weight_d
     if low_rank is not None:
+        product = tl.zeros((BLOCK_N,), dtype=tl.float32)
         for start in range(0, low_rank.depth, BLOCK_D):
             k = start + offs_d
             low = low_values(low_rank, rows[:, None], k[None, :], COMPUTE)
             up = up_values(low_rank, label[:, None], k[None, :], COMPUTE)
-            acc += tl.sum(low.to(tl.float32) * up.to(tl.float32), axis=1)
+            product += tl.sum(low.to(tl.float32) * up.to(tl.float32), axis=1)
+        if low_rank.scale_ptr is not None:
+            product *= tl.load(low_rank.scale_ptr)
+        acc += product
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + label).to(tl.float32)
     return acc
@@ -241,34 +246,24 @@ def combine_kernel(
             tl.store(dropped_ptr + offs_n, tl.where(total == 0, 0.0, dropped / total * other_mass), mask=mask_n)
 
 
-def low_rank_arguments(problem):
-    """:class:`LowRank` or None; in 16 bits fp32 values become sums of parts, so that tensor cores lose nothing."""
-    if problem.low is None:
+def low_rank_arguments(operands):
+    """:class:`LowRank` or None."""
+    if operands is None:
         return None
-    low, up, dtype = problem.low.flatten(0, 1), problem.up, problem.params.compute_dtype
-    if dtype != torch.float32:
-        a, b, c = parts = split(low, dtype)
-        if problem.params.lora_dtype == torch.float32:  # each part with those of up that still matter
-            up, parts = torch.cat(split(up.float(), dtype), 1), [a, a, a, b, b, torch.zeros_like(c), c]
-        low = torch.cat(parts, 1)
-    return LowRank(low, up, low.shape[1], up.shape[1], *up.stride())
+    low, up, scale = operands.low, operands.up, operands.scale
+    return LowRank(low, up, scale, low.shape[1], up.shape[1], *up.stride())
 
 
-def split(x, dtype):
-    """Three tensors of a 16-bit dtype whose sum is x: 24 bits are held by three times 8."""
-    parts = []
-    for _ in range(3):
-        parts.append(x.to(dtype))
-        x = x - parts[-1].float()
-    return parts
-
-
-def logit_arguments(problem):
-    """The argument tuples every projection kernel takes."""
+def logit_arguments(problem, operands):
+    """The argument tuples every projection kernel takes; operands: LoRA's, or None."""
     params = problem.params
     inverse = 1.0 if params.temperature is None else 1.0 / params.temperature
     strides = Strides(*problem.hidden.stride(), *problem.weight.stride())
-    return strides, Logits(inverse, params.softcap, params.logit_scale), low_rank_arguments(problem)
+    return strides, Logits(inverse, params.softcap, params.logit_scale), low_rank_arguments(operands)
+
+
+def lora_operands(problem):
+    return None if problem.low is None else lora.operands(problem)
 
 
 def has_extras(problem):
@@ -352,7 +347,7 @@ def run_forward(problem, rows, count, hint=None, flags=None, dropped=None, label
     blocks = triton.cdiv(n, tile.rows)
     runs, run = vocabulary_runs(blocks, vocab, tile.cols, device)
     partials = torch.empty(PARTIALS if flags is not None else PARTIALS - 1, runs, n, dtype=torch.float32, device=device)
-    strides, logits, low_rank = logit_arguments(problem)
+    strides, logits, low_rank = logit_arguments(problem, lora_operands(problem))
     forward_kernel[(triton.cdiv(blocks, tile.group) * tile.group * runs,)](
         hidden_ptr=problem.hidden,
         weight_ptr=problem.weight,

@@ -7,6 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fastgrpo.inputs import IGNORE
 from fastgrpo.kernels.common import TO_TRITON
 
 ENTRIES, DEPTH, WARPS = 16, 128, 4  # pairs and values a program reads at once
@@ -18,6 +19,7 @@ def kept_logits_kernel(
     columns_ptr,  # (V, D)
     index_ptr,  # (K,) position of each entry
     ids_ptr,  # (K,)
+    targets_ptr,  # (N,) an ignored position's entries are not read
     out_ptr,  # (K,) fp32, added to
     entries,
     T,
@@ -26,15 +28,17 @@ def kept_logits_kernel(
     stride_rows_d,
     stride_columns_v,
     stride_columns_d,
+    IGNORED: tl.constexpr,
     D: tl.constexpr,
     ROWS: tl.constexpr,  # dtype that the rows are cast to
     COLUMNS: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    offs_e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
-    mask_e = offs_e < entries
-    index = tl.load(index_ptr + offs_e, mask=mask_e, other=0)
+    offs_e = tl.program_id(0).to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E)
+    inside = offs_e < entries
+    index = tl.load(index_ptr + offs_e, mask=inside, other=0)
+    mask_e = inside & (tl.load(targets_ptr + index, mask=inside, other=IGNORED) != IGNORED)
     ids = tl.load(ids_ptr + offs_e, mask=mask_e, other=0)
     offs_d = tl.arange(0, BLOCK_D)
     row_ptrs = rows_ptr + (index // T * stride_rows_b + index % T * stride_rows_t)[:, None]
@@ -64,7 +68,7 @@ def kept_sums_kernel(
     stride_source_t,
     stride_source_d,
     D: tl.constexpr,
-    COMPUTE: tl.constexpr,
+    CAST: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -82,7 +86,7 @@ def kept_sums_kernel(
         pointers = source_ptr + (index // T * stride_source_b + index % T * stride_source_t)[:, None]
         pointers += offs_d[None, :] * tl.cast(stride_source_d, tl.int64)
         x = tl.load(pointers, mask=(coefficients != 0)[:, None] & mask_d[None, :], other=0.0)
-        acc += tl.sum(coefficients[:, None] * x.to(COMPUTE).to(tl.float32), axis=0)
+        acc += tl.sum(coefficients[:, None] * x.to(CAST).to(tl.float32), axis=0)
     tl.store(out_ptr + m * D + offs_d, acc.to(out_ptr.dtype.element_ty), mask=mask_d)
 
 
@@ -91,7 +95,7 @@ def block_depth(depth):
 
 
 def kept_logits(problem, support):
-    """(K,) raw logits of the kept entries, each one row of hidden times one row of the head."""
+    """(K,) raw logits of the kept entries, each one row of hidden times one of the head; 0 where ignored."""
     entries = support.ids.numel()
     out = torch.zeros(entries, dtype=torch.float32, device=problem.hidden.device)
     compute, lora = problem.params.compute_dtype, problem.params.lora_dtype
@@ -102,6 +106,7 @@ def kept_logits(problem, support):
             columns_ptr=columns,
             index_ptr=support.rows,
             ids_ptr=support.ids,
+            targets_ptr=problem.targets,
             out_ptr=out,
             entries=entries,
             T=rows.shape[1],
@@ -110,6 +115,7 @@ def kept_logits(problem, support):
             stride_rows_d=rows.stride(2),
             stride_columns_v=columns.stride(0),
             stride_columns_d=columns.stride(1),
+            IGNORED=IGNORE,
             D=columns.shape[1],
             ROWS=TO_TRITON[str(to_rows)],
             COLUMNS=TO_TRITON[str(to_columns)],
@@ -120,11 +126,11 @@ def kept_logits(problem, support):
     return out
 
 
-def kept_sums(problem, source, coefficients, index, offsets, dtype):
+def kept_sums(problem, source, coefficients, index, offsets, cast, dtype):
     """out[m] = sum of ``coefficients[e] * source[index[e]]`` over offsets[m] <= e < offsets[m + 1], in that order.
 
     Args:
-        source: (B, T, D), any strides, of B * T rows. coefficients, index: (K,). offsets: (M + 1,).
+        source: (B, T, D), any strides, of B * T rows, read as ``cast``. coefficients, index: (K,). offsets: (M + 1,).
 
     Returns:
         (M, D) in ``dtype``, summed in fp32. An entry whose coefficient is 0 is not read.
@@ -145,7 +151,7 @@ def kept_sums(problem, source, coefficients, index, offsets, dtype):
             stride_source_t=source.stride(1),
             stride_source_d=source.stride(2),
             D=depth,
-            COMPUTE=TO_TRITON[str(problem.params.compute_dtype)],
+            CAST=TO_TRITON[str(cast)],
             BLOCK_E=ENTRIES,
             BLOCK_D=block,
             num_warps=WARPS,

@@ -182,12 +182,13 @@ def test_the_host_does_not_wait(device, monkeypatch):
 
 ERRORS = {
     "no tuple": (torch.ones(2, 8), r"lora must be a tuple \(A, B, scaling\), got Tensor"),
-    "two": ((torch.ones(2, 8), torch.ones(50, 2)), "lora must be a tuple"),
+    "two": ((torch.ones(2, 8), torch.ones(50, 2)), "lora must be a tuple.*got a tuple of 2"),
     "A": ((torch.ones(2, 9), torch.ones(50, 2), 1.0), r"lora A must be \(r, D\) with D = 8, got shape \(2, 9\)"),
     "rank 0": ((torch.ones(0, 8), torch.ones(50, 0), 1.0), "lora A must be"),
     "B": ((torch.ones(2, 8), torch.ones(2, 50), 1.0), r"lora B must be \(V, r\) = \(50, 2\), got shape \(2, 50\)"),
     "scaling": ((torch.ones(2, 8), torch.ones(50, 2), float("nan")), "lora scaling must be a finite number"),
     "double": ((torch.ones(2, 8).double(), torch.ones(50, 2), 1.0), "lora A and hidden must both be float64"),
+    "float8": ((torch.ones(2, 8).to(torch.float8_e4m3fn), torch.ones(50, 2), 1.0), "lora A must be float32.*float8"),
     "int": ((torch.ones(2, 8), torch.ones(50, 2).long(), 1.0), "lora B must be a floating point tensor"),
 }
 

@@ -131,6 +131,20 @@ def test_only_the_kept_columns_are_touched(backend, device):
     assert got[2]["weight"][other].count_nonzero() == 0
 
 
+def test_an_ignored_position_may_list_anything(backend, device):
+    """Its ids are not looked at, and nothing is read for them."""
+    tensors, targets, (ids, offsets) = make(12, 400, 16, device=device)
+    want = run(linear_logprobs, tensors, targets, (ids, offsets), backend=backend)
+    junk = torch.tensor([-1, -1, 999, 7], device=device)
+    at = int(offsets[2])
+    longer = torch.cat((ids[:at], junk, ids[at:])), offsets + 4 * (torch.arange(13, device=device) > 1)
+    tensors["hidden"][1] = torch.nan
+    got = run(linear_logprobs, tensors, targets, longer, backend=backend)
+    torch.testing.assert_close(got[0], want[0])
+    for name in NAMES:
+        torch.testing.assert_close(got[2][name], want[2][name])
+
+
 def test_no_logits(backend, device):
     tensors, targets, support = make(256, 4096, 8, device=device)
     with Largest() as seen:
@@ -202,6 +216,15 @@ def test_errors(name):
     support, text = ERRORS[name]
     with pytest.raises(ValueError, match=text):
         linear_logprobs(torch.ones(3, 8), torch.ones(50, 8), torch.arange(3), support=support)
+
+
+def test_what_has_no_meaning_with_support():
+    with pytest.raises(ValueError, match="backward must be 'auto' or 'exact' with support"):
+        linear_logprobs(
+            torch.ones(3, 8), torch.ones(50, 8), torch.arange(3), support=(IDS, OFFSETS), backward="certified"
+        )
+    with pytest.raises(ValueError, match="support token_ids must be empty without targets, got 5"):
+        linear_logprobs(torch.ones(0, 8), torch.ones(50, 8), torch.arange(0), support=(IDS, torch.zeros(1).long()))
 
 
 @pytest.mark.parametrize(("name", "bad"), [("high", 0), ("twice", 2), ("no target", 1)])

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from fastgrpo.backends import torch_backend as dense
-from fastgrpo.backends.problem import FLOOR, NOTHING, new_gradients
+from fastgrpo.backends.problem import FLOOR, NOTHING, column_sum, new_gradients
 from fastgrpo.inputs import IGNORE, accumulator_dtype
 
 BLOCK = 128  # rows that share their flags
@@ -77,7 +77,7 @@ def partial_forward(problem, label, hint=None):
 
 def sorted_rows(problem, hint):
     """The counted rows, alike ones next to each other."""
-    rows = (problem.targets != IGNORE).nonzero().squeeze(1)
+    rows = dense.counted_rows(problem.targets)
     return rows if hint is None else rows[hint[rows].argsort(stable=True)]
 
 
@@ -117,8 +117,7 @@ def label_logits(problem, rows):
     safe = torch.where(inside, targets, 0)
     out = torch.empty(rows.numel(), dtype=reader.accumulate, device=rows.device)
     for part in torch.arange(rows.numel(), device=rows.device).split(1024):
-        pairs = zip(reader.rows(rows[part]), reader.columns(safe[part]))
-        z = sum((x.to(reader.accumulate) * w.to(reader.accumulate)).sum(1, keepdim=True) for x, w in pairs)
+        z = reader.paired_logits(reader.rows(rows[part]), reader.columns(safe[part]))[:, None]
         bias = None if problem.bias is None else problem.bias[safe[part], None]
         out[part] = dense.transformed(problem, z, bias, dense.row_inverse_temperature(problem, rows[part]))[0][:, 0]
     return torch.where(inside, out, torch.nan)
@@ -208,7 +207,7 @@ def backward(problem, stats, certificate, grad_logp, needs):
         return out
     order, grad = certificate.order, grad_logp[certificate.order]
     active = (grad != 0) & (problem.targets[order] != IGNORE)
-    norm = torch.where(active, grad * stats[3, order], 0.0).square().sum()
+    norm = torch.where(active, grad * stats[3, order], 0.0).square().nansum()
     sparse = active & within_budget((grad * certificate.dropped).square(), problem.params.tolerance**2 * norm, active)
     groups, whole = plan_groups(problem, certificate, active, sparse)
     kept = order[whole].sort().values
@@ -317,27 +316,28 @@ class SparseRows:
     def __init__(self, problem, stats, groups, grad_logp, out):
         self.problem, self.stats, self.grad = problem, stats, grad_logp
         self.reader = dense.Reader(problem)
-        heads = [columns for _, columns in problem.factors]
-        # of each factor whose rows have a gradient: the gradient, its columns, the sum of all of these
+        heads, ranks = self.reader.heads, [columns.shape[1] for _, columns in problem.factors]
+        # of each factor whose rows have a gradient: the gradient, and the sum of all its columns
         self.sides = [
-            (k, d_rows, stats.new_zeros(heads[k].shape[1])) for k, d_rows in enumerate(out[0::3]) if d_rows is not None
+            (k, d_rows, stats.new_zeros(ranks[k])) for k, d_rows in enumerate(out[0::3]) if d_rows is not None
         ]
         depth = sum(head.shape[1] for head in heads)
         self.groups = [Group(*group, stats, depth, self.sides) for group in groups]
-        self.scale = dense.row_scale(grad_logp) if self.reader.native else None
+        counted = torch.where(problem.targets != IGNORE, grad_logp, 0.0)
+        self.scale = dense.row_scale(counted) if self.reader.native else None
         # Fresh memory costs a page fault every 4 KiB, several times the gather itself: each buffer is made once.
         columns = max([g.piece(problem.params.workspace) for g in self.groups], default=0)
         cells = max([g.piece(problem.params.workspace) * g.rows.numel() for g in self.groups], default=0)
         self.kept = [torch.empty(columns, head.shape[1], dtype=head.dtype, device=stats.device) for head in heads]
         self.logits = stats.new_empty(0 if self.reader.native else cells)
-        self.products = [stats.new_empty(0 if self.reader.native or d is None else columns, head.shape[1])
-                         for d, head in zip(out[1::3], heads)]  # fmt: skip
+        self.products = [stats.new_empty(0 if self.reader.native or d is None else columns, rank)
+                         for d, rank in zip(out[1::3], ranks)]  # fmt: skip
 
     def add(self, span, d_columns, d_bias):
         """d_columns: of each factor (C, D), rows ``span`` of its gradient, d_bias (C,): added to, or None."""
-        heads = [columns[span] for _, columns in self.problem.factors]
-        for k, _, column_sum in self.sides:
-            column_sum += heads[k].sum(0, dtype=self.stats.dtype)
+        heads = [head[span] for head in self.reader.heads]
+        for k, _, total in self.sides:
+            total += column_sum(heads[k][:, : total.numel()], self.stats.dtype)
         for group in self.groups:
             for columns in group.pieces(span, self.problem.params.workspace):
                 self.add_piece(group, columns, columns - span.start, heads, d_columns, d_bias)
@@ -358,12 +358,14 @@ class SparseRows:
             add_rows(d_bias, local, self.unscaled(dz.sum(0)))
         if reader.native:
             dz = dz.to(reader.compute)
+        operands = reader.gradient_operands(factors, kept)
         for (side, _, _), total, kept_sum in zip(self.sides, group.totals, group.kept_sums):
-            kept_sum += kept[side].sum(0, dtype=self.stats.dtype)
-            reader.add_mm(total, dz, kept[side])
-        for x, d_column, product in zip(factors, d_columns, self.products):
+            kept_sum += operands[side][1].sum(0, dtype=self.stats.dtype)
+            reader.add_mm(total, dz, operands[side][1])
+        for side, (d_column, product) in enumerate(zip(d_columns, self.products)):
             if d_column is not None:
-                add_rows(d_column, local, self.unscaled(reader.mm(dz.t(), x.to(reader.operand), product[:k])))
+                gradient = self.unscaled(reader.mm(dz.t(), operands[side][0], product[:k]))
+                add_rows(d_column, local, reader.unscaled("low", gradient, side))
 
     def unscaled(self, x):
         return x if self.scale is None else x / self.scale
@@ -380,18 +382,19 @@ class SparseRows:
         vocab = self.problem.weight.shape[0]
         for group in self.groups:
             left_out = vocab - group.columns.numel()
-            for (_, d_rows, column_sum), total, kept_sum in zip(self.sides, group.totals, group.kept_sums):
+            for (side, d_rows, all_columns), total, kept_sum in zip(self.sides, group.totals, group.kept_sums):
                 # Through a softcap, whose slope differs by column, the sum of what was left out is not known.
                 if left_out and self.problem.params.softcap is None:
-                    total.addr_(self.left_out_of(group), (column_sum - kept_sum) / left_out)
-                d_rows.flatten(0, 1).index_copy_(0, group.rows, self.unscaled(total).to(d_rows.dtype))
+                    total.addr_(self.left_out_of(group), (all_columns - kept_sum) / left_out)
+                total = self.reader.unscaled("up", self.unscaled(total), side)
+                d_rows.flatten(0, 1).index_copy_(0, group.rows, total.to(d_rows.dtype))
 
 
 class Group:
     def __init__(self, rows, columns, dropped, stats, depth, sides):
         self.rows, self.columns, self.dropped, self.depth = rows, columns, dropped, depth
-        self.totals = [stats.new_zeros(rows.numel(), column_sum.numel()) for _, _, column_sum in sides]
-        self.kept_sums = [torch.zeros_like(column_sum) for _, _, column_sum in sides]
+        self.totals = [stats.new_zeros(rows.numel(), columns.numel()) for _, _, columns in sides]
+        self.kept_sums = [torch.zeros_like(columns) for _, _, columns in sides]
 
     def pieces(self, span, workspace):
         """The group's columns inside the span, in pieces whose gathered rows and logits fit half the workspace."""

@@ -82,6 +82,13 @@ def take_rows(x, index):
     return x[index // length, index % length]
 
 
+def column_sum(x, dtype):
+    """(V, D) -> (D,) in a wider dtype, which x is not copied in whole."""
+    return sum(
+        (part.sum(0, dtype=dtype) for part in x.split(4096)), torch.zeros(x.shape[1], dtype=dtype, device=x.device)
+    )
+
+
 @dataclass(frozen=True)
 class Tiling:
     rows: int

@@ -8,6 +8,7 @@ import math
 import torch
 import torch.nn.functional as F
 
+from fastgrpo import lora
 from fastgrpo.backends.problem import ABSENT, NOTHING, new_gradients, plan_tiles, row_scale, take_rows
 from fastgrpo.inputs import IGNORE, accumulator_dtype
 from fastgrpo.objective import token_objective
@@ -27,8 +28,14 @@ class Reader:
         self.accumulate = accumulator_dtype(problem.hidden)
         self.compute = problem.params.compute_dtype
         # On CUDA a 16-bit GEMM can return its fp32 accumulator; elsewhere the operands are widened first, exactly.
-        self.native = problem.hidden.is_cuda and self.compute in (torch.bfloat16, torch.float16)
+        self.native = lora.has_native(problem.hidden) and self.compute in (torch.bfloat16, torch.float16)
         self.operand = self.compute if self.native else self.accumulate
+        self.lora = None if problem.low is None else self.lora_operands(problem)
+
+    def lora_operands(self, problem):
+        if self.native:
+            return lora.operands(problem)
+        return lora.Operands(problem.low.flatten(0, 1), problem.up, problem.up.shape[1], None, None)
 
     def cast(self, x):
         return x.to(self.compute).to(self.operand)
@@ -37,33 +44,60 @@ class Reader:
         return self.cast(take_rows(self.problem.hidden, rows))
 
     def rows(self, index):
-        """Each factor's rows: hidden (n, D) and, with LoRA, low (n, r), which keeps the accumulator's accuracy."""
-        low = self.problem.low
-        return [self.hidden(index)] + ([] if low is None else [take_rows(low, index)])
+        """Each factor's rows: hidden (n, D) and, with LoRA, low (n, depth), see :class:`fastgrpo.lora.Operands`."""
+        return [self.hidden(index)] + ([] if self.lora is None else [self.lora.low.index_select(0, index)])
+
+    @property
+    def heads(self):
+        """Each factor's columns, not cast: weight (V, D) and, with LoRA, up (V, width)."""
+        return [self.problem.weight] + ([] if self.lora is None else [self.lora.up])
 
     def columns(self, span):
-        """Each factor's columns: weight (C, D) and, with LoRA, up (C, r)."""
-        return [self.cast_columns(k, columns[span]) for k, (_, columns) in enumerate(self.problem.factors)]
+        return [self.cast_columns(k, head[span]) for k, head in enumerate(self.heads)]
 
     def cast_columns(self, factor, x):
-        """The head's as operands, LoRA's in the accumulator's dtype: adapters may be wider than the head."""
-        return self.cast(x) if factor == 0 else x.to(self.problem.params.lora_dtype).to(self.accumulate)
+        """The head's as operands; LoRA's, which may be wider than the head, are ready or keep their accuracy."""
+        if factor == 0 or self.native:
+            return self.cast(x)
+        return x.to(self.problem.params.lora_dtype).to(self.accumulate)
 
     def raw_logits(self, rows, columns, out):
         """The sum of the factors' products, (n, C) in the accumulator's dtype; ``out``: where to put it, or None."""
         z = self.mm(rows[0], columns[0].t(), out)
-        for low, up in zip(rows[1:], columns[1:]):
-            z.addmm_(low, up.t())
-        return z
+        if self.lora is None:
+            return z
+        if not self.native:
+            return z.addmm_(rows[1], columns[1].t())
+        product = lora.mm16(rows[1], columns[1][:, self.lora.columns].t())
+        return z.add_(product if self.lora.scale is None else product * self.lora.scale)
+
+    def paired_logits(self, rows, columns):
+        """(n,): the raw logit of each row with the column beside it."""
+        z = (rows[0].to(self.accumulate) * columns[0].to(self.accumulate)).sum(1)
+        if self.lora is None:
+            return z
+        up = columns[1][:, self.lora.columns].to(self.accumulate)
+        product = (rows[1].to(self.accumulate) * up).sum(1)
+        return z + (product if self.lora.scale is None else product * self.lora.scale)
+
+    def gradient_operands(self, rows, columns):
+        """-> [(rows, columns)] of each factor, as a gradient's GEMMs read them."""
+        pairs = list(zip(rows, columns))
+        return pairs[:1] + [tuple(x[:, : self.lora.rank] for x in pair) for pair in pairs[1:]]
+
+    def unscaled(self, side, x, factor):
+        """A factor's gradient without the power of two of the operand it was made with. side: "low" or "up"."""
+        scale = getattr(self.lora, f"{side}_scale") if factor else None
+        return x if scale is None or x is None else x / scale
 
     def mm(self, a, b, out):  # (n, k), (k, m) -> (n, m) in the accumulator's dtype
         if self.native:
-            return torch.mm(a, b, out_dtype=torch.float32)
+            return lora.mm16(a, b)
         return torch.mm(a, b) if out is None else torch.mm(a, b, out=out)
 
     def add_mm(self, total, a, b):  # total += a @ b
         if self.native:
-            total += torch.mm(a, b.to(self.compute), out_dtype=torch.float32)
+            total += lora.mm16(a, b)
         else:
             total.addmm_(a, b)
 
@@ -121,7 +155,7 @@ def partial_forward(problem):
 def fold_vocabulary(problem):
     """-> counted rows (n,); (3, n) peak, sum of exp, sum of exp * (peak - z), all without the label; (n,) its logit."""
     reader = Reader(problem)
-    rows = (problem.targets != IGNORE).nonzero().squeeze(1)
+    rows = counted_rows(problem.targets)
     n, (_, vocab, _) = rows.numel(), problem.sizes
     running = problem.new_partials(reader.accumulate)[:3, rows]
     label = running.new_full((n,), torch.nan)  # stays NaN where no column is the label
@@ -250,6 +284,7 @@ def add_exact_rows(problem, stats, rows, grads, out, extra=None):
         for r in range(0, n, tile.rows):
             index = rows[r : r + tile.rows]
             factors = reader.rows(index)
+            operands = reader.gradient_operands(factors, columns)
             z = reader.raw_logits(factors, columns, buffer[: index.numel(), : columns[0].shape[0]])
             row_grads = [g[index] if scale is None else g[index] * scale for g in grads]
             dz = logits_gradient(problem, z, bias, index, problem.targets[index] - v, stats[:, index], *row_grads)
@@ -257,7 +292,7 @@ def add_exact_rows(problem, stats, rows, grads, out, extra=None):
                 d_bias += dz.sum(0)
             if reader.native:
                 dz = dz.to(reader.compute)
-            for x, w, total, d_column in zip(factors, columns, totals, d_columns):
+            for (x, w), total, d_column in zip(operands, totals, d_columns):
                 if total is not None:
                     reader.add_mm(total[r : r + tile.rows], dz, w)
                 if d_column is not None and r == 0 and not reader.native:
@@ -266,14 +301,15 @@ def add_exact_rows(problem, stats, rows, grads, out, extra=None):
                     reader.add_mm(d_column, dz.t(), x)
         if scale is not None:
             *d_columns, d_bias = (None if x is None else x / scale for x in (*d_columns, d_bias))
+            d_columns = [reader.unscaled("low", x, k) for k, x in enumerate(d_columns)]
         if extra is not None:
             extra.add(span, d_columns, d_bias)
         for destination, value in zip((*d_columns_out, d_bias_out), (*d_columns, d_bias)):
             if destination is not None and value.data_ptr() != destination[span].data_ptr():
                 destination[span] = value
-    for d_rows, total in zip(d_rows_out, totals):
+    for k, (d_rows, total) in enumerate(zip(d_rows_out, totals)):
         if total is not None and scale is not None:
-            total /= scale
+            total.copy_(reader.unscaled("up", total / scale, k))
         if total is None or total.data_ptr() == d_rows.data_ptr():
             continue
         for index, value in zip(rows.split(tile.rows), total.split(tile.rows)):
@@ -321,13 +357,18 @@ def logits_gradient(problem, z, bias, index, local, stats, grad_logp, grad_entro
     return z if slope is None else z.mul_(slope)
 
 
+def counted_rows(targets):
+    """(n,) the rows that are not ignored; the host waits for their number."""
+    return (targets.reshape(-1) != IGNORE).nonzero().squeeze(1)
+
+
 def kept_logits(problem, support):
-    """(K,) raw logits of the kept entries, each one row of hidden times one row of the head."""
+    """(K,) raw logits of the kept entries, each one row of hidden times one of the head; 0 where ignored."""
     reader = Reader(problem)
-    out = torch.empty(support.ids.shape, dtype=reader.accumulate, device=problem.hidden.device)
-    for part in torch.arange(out.numel(), device=out.device).split(entries_at_once(problem)):
-        pairs = zip(reader.rows(support.rows[part]), reader.columns(support.ids[part]))
-        out[part] = sum((x.to(out.dtype) * w.to(out.dtype)).sum(1) for x, w in pairs)
+    out = torch.zeros(support.ids.shape, dtype=reader.accumulate, device=problem.hidden.device)
+    entries = (problem.targets[support.rows] != IGNORE).nonzero().squeeze(1)
+    for part in entries.split(entries_at_once(problem)):
+        out[part] = reader.paired_logits(reader.rows(support.rows[part]), reader.columns(support.ids[part]))
     return out
 
 
@@ -337,11 +378,11 @@ def entries_at_once(problem):
     return max(problem.params.workspace // (2 * 4 * accumulator_dtype(problem.hidden).itemsize * depth), 1)
 
 
-def kept_sums(problem, source, coefficients, index, offsets, dtype):
+def kept_sums(problem, source, coefficients, index, offsets, cast, dtype):
     """out[m] = sum of ``coefficients[e] * source[index[e]]`` over offsets[m] <= e < offsets[m + 1], in that order.
 
     Args:
-        source: (B, T, D), any strides, of B * T rows. coefficients, index: (K,). offsets: (M + 1,).
+        source: (B, T, D), any strides, of B * T rows, read as ``cast``. coefficients, index: (K,). offsets: (M + 1,).
 
     Returns:
         (M, D) in ``dtype``, summed in the accumulator's. An entry whose coefficient is 0 is not read.
@@ -353,7 +394,7 @@ def kept_sums(problem, source, coefficients, index, offsets, dtype):
     owner = torch.searchsorted(offsets[1:].contiguous(), entries, right=True)
     begun = None  # an owner whose entries began in the last chunk, and its sum so far
     for part, mine in zip(*(x.split(entries_at_once(problem)) for x in (entries, owner))):
-        rows = take_rows(source, index[part]).to(problem.params.compute_dtype)
+        rows = take_rows(source, index[part]).to(cast)
         products = rows.to(coefficients.dtype) * coefficients[part, None]
         owners, counts = torch.unique_consecutive(mine, return_counts=True)
         total = torch.segment_reduce(products, "sum", lengths=counts, axis=0, unsafe=True)

@@ -53,7 +53,8 @@ def linear_cross_entropy(
             them in order if both have a single side longer than 1, as Megatron's (T, 1, D) and (1, T).
         weight: (V, D); with a process group the rank's rows, in rank order, shards of any size.
         labels: ids of the whole vocabulary; -100 marks a position that is ignored.
-        temperature: a number > 0, or a tensor: shaped like labels or (N,), one a token; (B,) or (B, 1), one a sample.
+        temperature: a number > 0, or a float tensor: shaped like labels or (N,), one a token; (B,) or (B, 1), one a
+            sample.
         reduction: of the log-probs, not of the entropy: "none", "sum", or "mean" over the positions not ignored.
         process_group: the tensor-parallel group the vocabulary is cut over, or None.
         bias, softcap, logit_scale, old_logprobs, backend, backward, tolerance, workspace_mb: as in ``linear_logprobs``.
@@ -78,6 +79,8 @@ def linear_cross_entropy(
     }  # fmt: skip
     if process_group is not None:
         check_group(process_group)
+    elif shard_sizes is not None:
+        raise ValueError(f"shard_sizes must be None without a process_group, got {list(shard_sizes)}")
     if process_group is None or dist.get_world_size(process_group) == 1:
         out = linear_logprobs(hidden, weight, labels, **options)
     else:
