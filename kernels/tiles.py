@@ -38,7 +38,7 @@ TILES = {
     # bias, softcap, LoRA, per-token temperature or entropy: more values live at once (sm_100 spills at 128 columns)
     "forward_full": {2: {**LOGITS, "sm_100": Tile(128, 64, 64, 8, 3)}, 4: FP32_NARROW},
     "forward_certified": {2: {**LOGITS, "sm_100": Tile(128, 64, 64, 8, 3)}, 4: FP32},
-    "forward_certified_full": {2: NARROW, 4: {**FP32_NARROW, "sm_90": Tile(32, 64, 16, 4, 2)}},
+    "forward_certified_full": {2: NARROW, 4: {**FP32_NARROW, "sm_90": Tile(32, 32, 16, 4, 2)}},
     "dlogits": {2: LOGITS, 4: FP32},
     "dlogits_full": {2: NARROW, 4: FP32_NARROW},
     "dhidden": {2: SQUARE, 4: FP32},
