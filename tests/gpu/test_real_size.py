@@ -140,6 +140,66 @@ def test_both_backends_agree():
         assert (a.float() - b.float()).norm() < 5e-3 * b.float().norm()
 
 
+@pytest.mark.parametrize("adapter", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_lora(dtype, adapter):
+    """Log-probs unrounded beside a 16-bit head, gradients to A and B, within the bound, without waiting."""
+    hidden, weight, targets = problem(n=4096, dtype=dtype)
+    a = (torch.randn(16, D, device="cuda") / D**0.5).to(adapter).requires_grad_()
+    b = (1e-2 * torch.randn(V, 16, device="cuda")).to(adapter).requires_grad_()
+    h = hidden.requires_grad_()
+
+    def step():
+        logp = linear_logprobs(h, weight, targets, lora=(a, b, 2.0), backend="triton", backward="exact").logprobs
+        return logp, torch.autograd.grad(logp.sum(), (h, a, b))
+
+    step()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        logp, (d_h, d_a, d_b) = step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    peak = torch.cuda.max_memory_allocated() - before - 2 * h.numel() - b.numel() * b.element_size()
+    assert peak <= 128 * MIB + 64 * 4096 + 16 * 6 * V + 16 * 4 * V + 48 * MIB, peak / MIB
+    rows = torch.arange(0, 4096, 512, device="cuda")
+    wide = weight.double() + 2.0 * b.detach().double() @ a.detach().double()
+    z = (hidden[rows].double() @ wide.T).log_softmax(1)
+    want = z.gather(1, targets[rows, None])[:, 0]
+    assert (logp[rows] - want).abs().max() < 2e-5 * (1 + want.abs().max())
+    slope = torch.nn.functional.one_hot(targets[rows], V) - z.exp()
+    assert (d_h[rows].double() - slope @ wide).norm() < 6e-3 * (slope @ wide).norm()
+    assert d_a.isfinite().all()
+    assert d_b.isfinite().all()
+    assert d_a.norm() > 0
+
+
+def test_sampling_support():
+    """A few kept ids a token cost a few columns: against the same rows in float64, and without waiting."""
+    hidden, weight, targets = problem()
+    offsets = torch.arange(N + 1, device="cuda") * 8
+    ids = (targets[:, None] + torch.arange(8, device="cuda") * 1009) % V
+    h, w = hidden.requires_grad_(), weight.requires_grad_()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        out = linear_logprobs(h, w, targets, support=(ids.flatten(), offsets), return_entropy=True, backend="triton")
+        d_h, d_w = torch.autograd.grad(out.logprobs.sum() + out.entropy.sum(), (h, w))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    rows = torch.arange(0, N, 97, device="cuda")
+    z = (weight[ids[rows]].double() * hidden[rows, None].double()).sum(2).log_softmax(1)
+    assert (out.logprobs[rows] - z[:, 0]).abs().max() < 1e-4
+    assert (out.entropy[rows] + (z.exp() * z).sum(1)).abs().max() < 1e-4
+    assert d_h.isfinite().all()
+    again = torch.autograd.grad(
+        linear_logprobs(h, w, targets, support=(ids.flatten(), offsets), return_entropy=True).logprobs.sum(), w
+    )[0]
+    assert again.isfinite().all()
+    assert d_w.isfinite().all()
+
+
 @pytest.mark.parametrize("profile", ["rl", "flat"])
 def test_certified_backward(profile):
     """bf16 at real size: the certified gradients add less than a quarter of what bf16 GEMMs add anyway."""
