@@ -22,7 +22,7 @@ from bench.__main__ import RESULTS
 from fastgrpo import linear_logprobs
 from fastgrpo.backends import certified
 from fastgrpo.trainer import GRPOTrainer, examples
-from fastgrpo.trainer.config import load_config
+from fastgrpo.trainer.job import load_config
 
 VOCABULARY = 2048  # of the demo here: with its usual 32 no column could be left out
 

@@ -23,13 +23,20 @@ CountOr0 = Annotated[int, (">= 0", lambda x: x >= 0)]
 GroupSize = Annotated[int, (">= 2", lambda x: x >= 2)]
 
 
+class UserError(ValueError):
+    """What the user can put right once a run has begun: the command line shows its message without a traceback."""
+
+
 class Checked:
     """Base of frozen dataclasses: names are checked, every field against its annotation, then the ``combinations``."""
 
     also = ()  # names that may be meant besides the fields'
-    advice = types.MappingProxyType({})  # {a name from elsewhere: what to say instead}
+    advice = types.MappingProxyType({})  # {a name, or "name=value", from elsewhere: what to say instead}
 
-    def __new__(cls, **settings):
+    def __new__(cls, *positional, **settings):
+        if positional:
+            first = next(iter(cls.__annotations__))
+            raise TypeError(f"settings are given by name, as in {cls.__name__}({first}=...), got {positional[0]!r}")
         for name in settings.keys() - annotations(cls).keys():
             close = difflib.get_close_matches(name, [*annotations(cls), *cls.also], n=1)
             said = cls.advice.get(name) or "".join(f"did you mean {c}?" for c in close)
@@ -38,7 +45,8 @@ class Checked:
 
     def __post_init__(self):
         for name, hint in annotations(type(self)).items():
-            check_field(name, getattr(self, name), hint)
+            value = getattr(self, name)
+            check_field(name, value, hint, self.advice.get(f"{name}={value}", ""))
         for holds, message in self.combinations():
             if not holds:
                 raise ValueError(message)
@@ -54,9 +62,9 @@ def annotations(cls):
     return typing.get_type_hints(cls, include_extras=True)
 
 
-def check_field(name, value, hint):
+def check_field(name, value, hint, advice=""):
     if not fits(value, hint):
-        raise ValueError(f"{name} must be {expected(value, hint)}, got {value!r}")
+        raise ValueError(f"{name} must be {expected(value, hint)}, got {value!r}" + (f": {advice}" if advice else ""))
 
 
 def fits(value, hint):

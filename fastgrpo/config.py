@@ -1,6 +1,7 @@
 """Every hyper-parameter of the loss, checked once."""
 
 import math
+import types
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,6 +13,23 @@ LOSS_TYPES = (*CLIPPED, "cispo", "sapo", "vespo")
 IMPORTANCE_SAMPLING_LEVELS = ("token", "sequence", "sequence_token")
 KL_ESTIMATORS = ("k1", "k2", "k3")
 DIVERGENCE_MASKS = ("tv", "kl")
+
+
+ELSEWHERE = {  # names of other libraries, and what is meant
+    "kl_coef": "say beta",
+    "kl_loss_coef": "say beta",
+    "clip_eps": "say epsilon",
+    "clip_range": "say epsilon",
+    "clip_ratio": "say epsilon",
+    "epsilon_low": "say epsilon",
+    "clip_ratio_low": "say epsilon",
+    "clip_ratio_high": "say epsilon_high",
+    "clip_ratio_c": "say dual_clip",
+    "entropy_coeff": "say entropy_coef",
+    "loss_type=gspo": "GSPO is importance_sampling_level='sequence', with any loss_type",
+    "loss_type=gspo_token": "GSPO-token is importance_sampling_level='sequence_token', with any loss_type",
+    "importance_sampling_level=gspo": "GSPO is 'sequence'",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +64,8 @@ class GRPOLossConfig(Checked):
     Raises:
         ValueError: naming the argument, what was expected and what came.
     """
+
+    advice = types.MappingProxyType(ELSEWHERE)
 
     loss_type: Literal[LOSS_TYPES] = "dapo"
     beta: NonNegative = 0.0

@@ -39,6 +39,21 @@ def assert_same_run(output, whole):
         assert weight.equal(theirs[name]), name
 
 
+def test_resuming_says_what_it_does(whole, tmp_path, capsys):
+    with pytest.raises(ValueError, match=r"resume_from_checkpoint needs a checkpoint: output_dir .* holds none$"):
+        trainer_job.make_trainer(tmp_path, resume_from_checkpoint=True)
+    shutil.copytree(whole / "checkpoint-6", tmp_path / "checkpoint-6")
+    changed = {"learning_rate": 2e-3, "save_strategy": "no"}
+    trainer_job.make_trainer(tmp_path, resume_from_checkpoint=True, **changed).train()
+    out = capsys.readouterr().out
+    assert f"resuming from checkpoint-6 in {tmp_path}\n" in out
+    line = next(line for line in out.splitlines() if line.startswith("settings that differ from the checkpoint's: "))
+    assert "learning_rate 0.001 -> 0.002, " in line
+    assert "save_strategy 'steps' -> 'no'" in line
+    assert "max_steps" not in line
+    assert "resume" not in line
+
+
 @pytest.mark.parametrize("step", [1, 2, 3, 5, 6])
 def test_resume_is_bit_exact(whole, tmp_path, step):
     """In the middle of a rollout's steps, between its two epochs, and between rollouts."""

@@ -9,7 +9,8 @@ pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 pytest.importorskip("accelerate")
 
-from fastgrpo.trainer import cli, config, examples
+from fastgrpo.trainer import cli, examples
+from fastgrpo.trainer.job import load_config
 from fastgrpo.trainer.rewards import resolve
 
 NAMES = list(examples.WORLDS)
@@ -107,7 +108,8 @@ def test_tiny_tokenizers(name, tmp_path):
         ids = tokenizer(row["prompt"] + row["solution"] + "<eos>").input_ids
         assert tokenizer.decode(ids, skip_special_tokens=True) == row["prompt"] + row["solution"]
         assert ids[-1] == tokenizer.eos_token_id
-        assert tokenizer.pad_token_id not in ids
+        assert tokenizer.pad_token_id not in ids[:-1]
+    assert tokenizer.all_special_tokens == [tokenizer.eos_token]  # none is skipped within an answer
     tokenizer.save_pretrained(tmp_path)
     assert AutoTokenizer.from_pretrained(tmp_path)(row["prompt"]).input_ids == tokenizer(row["prompt"]).input_ids
     assert len(examples.tiny_tokenizer(examples.WORLDS["sort"], 128)) == 128
@@ -125,7 +127,7 @@ def test_tiny_models_are_reproducible(monkeypatch):
 @pytest.mark.parametrize("preset", ["countdown", "arithmetic", "gsm8k"])
 def test_presets_for_a_real_model(preset):
     """Their settings are legal (8-bit paging aside, which needs a GPU), and their rewards fit their rows."""
-    job, settings = config.load_config(preset, {"optim": "adamw_torch", "use_peft": False})
+    job, settings = load_config(preset, {"optim": "adamw_torch", "use_peft": False})
     assert len(job["reward_funcs"]) == len(settings.reward_weights)
     assert "model" not in job
     assert ("train_dataset" in job) == (preset != "gsm8k")

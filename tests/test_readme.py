@@ -103,7 +103,7 @@ def test_trl_example(tmp_path, monkeypatch):
 def test_yaml_example(tmp_path):
     """Every setting is one, and the combination is legal (paging aside, which needs a GPU)."""
     pytest.importorskip("bitsandbytes")
-    from fastgrpo.trainer.config import load_config
+    from fastgrpo.trainer.job import load_config
 
     (tmp_path / "job.yaml").write_text(example("Train", "yaml"))
     job, config = load_config(tmp_path / "job.yaml", {"beta": 0.04, "resume": True, "optim": "adamw_8bit"})

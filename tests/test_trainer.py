@@ -14,8 +14,8 @@ pytest.importorskip("accelerate")
 from fastgrpo import GRPOLossConfig
 from fastgrpo.trainer import GRPOConfig, GRPOTrainer, cli, examples
 from fastgrpo.trainer import model as models
-from fastgrpo.trainer.config import load_config
 from fastgrpo.trainer.data import draw, encode, load_rows, score
+from fastgrpo.trainer.job import load_config, parse
 
 import trainer_job
 
@@ -63,7 +63,11 @@ MISTAKES = [
     ({"token_budget": 0}, "token_budget must be >= 1"),
     ({"packing": "yes"}, "packing must be one of"),
     ({"optim": "sgd"}, "optim must be one of"),
-    ({"dtype": "float7"}, "dtype must be 'auto' or torch's"),
+    ({"dtype": "float7"}, "dtype must be one of 'auto', 'bfloat16', 'float16', 'float32', 'float64', got 'float7'"),
+    ({"loss_type": "gspo"}, "got 'gspo': GSPO is importance_sampling_level='sequence'"),
+    ({"kl_coef": 0.1}, "kl_coef is not a setting: say beta"),
+    ({"clip_eps": 0.1}, "clip_eps is not a setting: say epsilon"),
+    ({"lr": 0.1}, "lr is not a setting: say learning_rate"),
     ({"load_in_4bit": True}, "need use_peft=True"),
     ({"load_in_4bit": True, "load_in_8bit": True, "use_peft": True}, "cannot both be True"),
     ({"sync_ref_model": True}, "sync_ref_model needs a reference"),
@@ -97,10 +101,13 @@ ARGUMENTS = [
     ({"reward_funcs": []}, "at least one function"),
     ({"reward_funcs": "no.such.module:f"}, "cannot be loaded"),
     ({"reward_funcs": "countdown"}, r"reward countdown needs the columns \['numbers', 'target'\]"),
-    ({"config": GRPOConfig(reward_weights=[1.0, 2.0])}, "reward_weights must be 1 numbers"),
-    ({"train_dataset": "no/such/file.jsonl"}, "train_dataset must be a .jsonl or .json file"),
+    (
+        {"config": GRPOConfig(reward_weights=[1.0, 2.0])},
+        r"reward_weights must have one for each of \['exact_answer'\], got \[1.0, 2.0\]",
+    ),
+    ({"train_dataset": "no/such/file.jsonl"}, "train_dataset must be a .jsonl .* got 'no/such/file.jsonl', which does"),
     ({"train_dataset": []}, "at least one row"),
-    ({"train_dataset": [{"question": "?"}]}, "must have a 'prompt'"),
+    ({"train_dataset": [{"question": "?"}]}, r"must have a 'prompt', .* got the keys \['question'\] at row 0"),
     ({"train_dataset": [*ROWS, {"prompt": "1="}]}, "same keys"),
     ({"train_dataset": [{"prompt": [{"text": "?"}]}]}, "must have a 'prompt', text or chat messages"),
     ({"train_dataset": "world:chess"}, "NAME one of"),
@@ -110,7 +117,24 @@ ARGUMENTS = [
     ({"eval_dataset": [{"prompt": "1="}]}, r"reward exact_answer needs the columns \['answer'\], got \['prompt'\]"),
     ({"train_dataset": {"train": ROWS}}, "must have a length and rows by number, got dict"),
     ({"train_dataset": __file__}, "train_dataset must be a .jsonl or .json file"),
-    ({"train_dataset": [{"prompt": [{"role": "user", "content": "12="}], "answer": "12"}]}, "chat_template"),
+    (
+        {"train_dataset": [{"prompt": [{"role": "user", "content": "12="}], "answer": "12"}]},
+        "train_dataset has chat prompts, but tokenizer '.*' no chat_template",
+    ),
+    ({"reward_funcs": "my_rewards.py"}, "'path/file.py:function'"),
+    ({"reward_funcs": f"{trainer_job.__file__}:digit"}, r"has no function 'digit', it has \['digits', 'make_model',"),
+    ({"config": {"max_steps": 3}}, "config .* a fastgrpo.trainer.GRPOConfig, got <class 'dict'>"),
+    ({"args": GRPOConfig(), "config": None}, r"config \(not args\)"),
+    (
+        {"train_dataset": GRPOConfig(), "config": ROWS},
+        r"expected GRPOTrainer\(model, reward_funcs, train_dataset, config",
+    ),
+    ({"model": "./no/model"}, "model must be a folder, .* got './no/model', which does not exist"),
+    ({"model": "no folder"}, "model must be a folder"),
+    (
+        {"config": GRPOConfig(resume_from_checkpoint=True, save_strategy="no")},
+        "needs a checkpoint: output_dir trainer_output holds none, and save_strategy is 'no'",
+    ),
     ({"config": GRPOConfig(beta=0.1, sync_ref_model=True), "peft_config": object()}, "model without its adapter"),
 ]
 
@@ -132,7 +156,9 @@ COMMANDS = [
     (["demo", "--num_generations", "7"], "num_generations must divide"),
     (["demo", "--reward_funcs", "[a, b"], "this is not YAML"),
     (["demo", "--reward_weights", "[.nan]"], "reward_weights must be a list, each a finite number or None, got [nan]"),
-    (["demo", "--model", "no/such/model"], "no/such/model"),
+    (["demo", "--model", "no/such/model"], "model must be a folder, 'owner/name' on the hub, or 'tiny:NAME'"),
+    (["demo", "--model"], "--model needs a value"),
+    (["demo", "--learning_rate", "--use_cpu"], "--learning_rate needs a value"),
 ]
 
 
@@ -143,11 +169,111 @@ def test_mistakes_on_the_command_line(no_model, capsys, command, message):
     assert message in capsys.readouterr().err
 
 
+def test_settings_are_given_by_name():
+    with pytest.raises(TypeError, match=r"by name, as in GRPOConfig\(output_dir=...\), got 'runs/x'"):
+        GRPOConfig("runs/x")
+    with pytest.raises(ValueError, match="clip_range is not a setting: say epsilon"):
+        GRPOLossConfig(clip_range=0.1)
+
+
+def test_a_model_of_the_hub_is_not_asked_for_offline(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match="got 'some/model', which is not in the hub's cache, and HF_HUB_OFFLINE is"):
+        models.check_source("some/model")
+    monkeypatch.setattr(models, "try_to_load_from_cache", lambda *_: "/cache/config.json")
+    models.check_source("some/model")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(models, "try_to_load_from_cache", lambda *_: None)
+    models.check_source("some/model")
+
+
+SCORES = {
+    "short": ("return [1.0]", "reward function f must return 8 values, got 1"),
+    "texts": ("return ['good' for _ in completions]", "reward function f must return a list of numbers or None"),
+}
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_what_a_reward_returns_wrongly_is_one_line_on_the_command_line(tmp_path, capsys, name):
+    body, message = SCORES[name]
+    (tmp_path / "mine.py").write_text(f"def f(completions, **_):\n    {body}\n")
+    with pytest.raises(SystemExit) as end:
+        run_demo(tmp_path, reward_funcs=f"{tmp_path}/mine.py:f")
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert end.value.code == 1
+    assert error.startswith(f"fastgrpo: error: {message}")
+
+
+def run_demo(folder, **settings):
+    """The demo's command on a model in a folder, for one small step."""
+    model, tokenizer = trainer_job.make_model()
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    small = {"model": folder / "model", "output_dir": folder / "run", "max_steps": 1, "use_cpu": True,
+             "per_device_train_batch_size": 8, "steps_per_generation": 1, "eval_strategy": "no",
+             "eval_on_start": False}  # fmt: skip
+    return cli.main(["demo", *(f"--{name}={value}" for name, value in {**small, **settings}.items())])
+
+
+def test_a_short_run_prints_its_last_step_and_a_few_answers(tmp_path, capsys):
+    run_demo(tmp_path, per_device_train_batch_size=64)
+    out = capsys.readouterr().out
+    assert "step 1/1  reward " in out
+    assert sum("=" in line for line in out.splitlines()) == 8  # each prompt ends with one
+
+
+def test_a_reward_that_fails_is_named():
+    def broken(completions, **_):
+        return [1 / 0 for _ in completions]
+
+    with pytest.raises(RuntimeError, match="reward function broken failed: ZeroDivisionError: division by zero") as e:
+        score({"broken": broken}, ROWS, ["x", "y"], [[1], [2]])
+    assert isinstance(e.value.__cause__, ZeroDivisionError)
+
+
+@pytest.mark.parametrize(("given", "said"), [([None, float("nan")], "all"), ([1.0, None], "some"), ([1.0, 0.0], None)])
+def test_answers_without_any_reward_are_said_once(tmp_path, given, said):
+    import warnings
+
+    trainer = trainer_job.make_trainer(
+        tmp_path, rewards=lambda completions, **_: given * (len(completions) // 2), save_strategy="no", max_steps=13
+    )
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("default")
+        trainer.train()  # two rollouts
+    texts = [str(w.message) for w in seen if "reward" in str(w.message)]
+    assert [text.partition(" answers got no reward")[0] for text in texts] == ([said] if said else [])
+
+
+def test_help_lists_the_settings(capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main(["train", "--help"])
+    out = capsys.readouterr().out
+    assert end.value.code == 0
+    assert all(part in out for part in ("CONFIG [--key value] ... [--resume]", "learning_rate ", "1e-06", "demo"))
+
+
+def test_a_command_without_its_packages_names_the_extra(tmp_path):
+    """As after a plain ``pip install .``."""
+    import subprocess
+    import sys
+
+    code = (
+        "import sys\n"
+        "for name in ('yaml', 'rich', 'accelerate', 'matplotlib', 'datasets', 'peft'): sys.modules[name] = None\n"
+        "from fastgrpo.trainer.cli import main; main(sys.argv[1:])"
+    )
+    for command in (["demo"], ["train", "x.yaml"], ["train", "--help"]):
+        done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, cwd=tmp_path)
+        assert "needed here: pip install 'fastgrpo[train]'" in done.stdout + done.stderr, command
+        assert "Traceback" not in done.stderr
+
+
 def test_yaml_and_overrides(tmp_path):
     path = tmp_path / "job.yaml"
     path.write_text("model: m\nreward_funcs: [exact_answer]\ntrain_dataset: d.jsonl\nlearning_rate: 1e-5\n")
     words = ["--max-steps", "12", "--beta=0.04", "--use_cpu", "--packing", "true", "--output_dir", "a=b", "--resume"]
-    job, config = load_config(path, cli.parse(words))
+    job, config = load_config(path, parse(words))
     assert job == {"model": "m", "reward_funcs": ["exact_answer"], "train_dataset": "d.jsonl"}
     assert (config.learning_rate, config.max_steps, config.beta, config.use_cpu) == (1e-5, 12, 0.04, True)
     assert config.packing is True
@@ -168,8 +294,9 @@ def test_names_and_defaults_are_trl_s():
     # None there: transformers puts this folder in its place
     assert {n: ours[n] for n in shared if ours[n] != theirs[n]} == {"output_dir": "trainer_output"}
     assert trl.GRPOConfig(use_cpu=True, bf16=False).output_dir == "trainer_output"
-    elsewhere = GRPOConfig.advice.keys() - {"dataset_name", "max_prompt_length", "use_liger_loss", "warmup_ratio",
-                                            "logging_dir"}  # fmt: skip
+    elsewhere = GRPOConfig.advice.keys() - GRPOLossConfig.advice.keys()
+    elsewhere -= {"dataset_name", "max_prompt_length", "use_liger_loss", "warmup_ratio", "logging_dir"}
+    elsewhere -= {"lr", "batch_size", "group_size", "max_tokens", "max_new_tokens"}
     assert elsewhere <= theirs.keys() - ours.keys()
 
 
@@ -390,6 +517,24 @@ def from_disk(folder, output, **settings):
     return GRPOTrainer(folder, trainer_job.digits, ROWS * 8, config)
 
 
+def test_a_four_bit_llama_learns(tmp_path):
+    """Without biases nothing fails where the repacked weights have no backward: the gradients are zeros."""
+    pytest.importorskip("bitsandbytes")
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4}
+    tokenizer = trainer_job.make_model()[1]
+    config = LlamaConfig(vocab_size=len(tokenizer), num_hidden_layers=1, max_position_embeddings=64, **sizes)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    options = {"use_peft": True, "lora_target_modules": "all-linear", "load_in_4bit": True, "learning_rate": 1e-2}
+    trainer = from_disk(str(tmp_path / "model"), tmp_path / "out", **options)
+    assert [row["grad_norm"] > 0 for row in trainer.train()] == [True, True]
+    adapters = {n: p for n, p in trainer.model.named_parameters() if "lora_B" in n}
+    assert len(adapters) == 7
+    assert all(p.abs().max() > 0 for p in adapters.values())
+
+
 @pytest.mark.parametrize("bits", ["load_in_4bit", "load_in_8bit"])
 def test_qlora(on_disk, tmp_path, bits):
     """bitsandbytes' CPU kernels run the same layers; on a GPU this has not been run."""
@@ -398,13 +543,11 @@ def test_qlora(on_disk, tmp_path, bits):
     kind = bitsandbytes.nn.Linear4bit if bits == "load_in_4bit" else bitsandbytes.nn.Linear8bitLt
     layers = [m for m in trainer.model.modules() if isinstance(m, kind)]
     assert layers
-    for layer in layers:  # bitsandbytes repacks 4-bit weights for inference on a CPU, and never back for training
-        layer.support_avx512bf16_for_cpu = False
     before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
-    assert len(trainer.train()) == 2
+    rows = trainer.train()  # whose rollouts evaluate the layers, which must not repack them for inference
+    assert [row["grad_norm"] > 0 for row in rows] == [True, True]
     moved = {n for n, p in trainer.model.named_parameters() if not p.equal(before[n])}
-    assert moved
-    assert all("lora" in n for n in moved)
+    assert moved == {n for n in before if "lora" in n}
 
 
 def test_training_an_adapter_further(on_disk, tmp_path):
@@ -429,6 +572,15 @@ def test_eight_bit_adam(on_disk, tmp_path):
     before = trainer.model.lm_head.weight.detach().clone()
     trainer.train()
     assert not trainer.model.lm_head.weight.equal(before)
+
+
+def test_checkpointing_by_the_name_this_transformers_has(on_disk, tmp_path):
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        trainer = from_disk(on_disk, tmp_path, gradient_checkpointing=True, use_peft=True)
+    assert all(m.gradient_checkpointing for m in trainer.model.modules() if hasattr(m, "gradient_checkpointing"))
 
 
 def test_attention_falls_back_clearly(on_disk, monkeypatch, capsys):
@@ -460,7 +612,8 @@ def test_a_tracker_gets_the_numbers(tmp_path):
     events = EventAccumulator(str(folder)).Reload()
     for name in ("reward", "kl", "entropy", "clip_fraction", "skipped", "loss", "rewards/digits"):
         seen = [(event.step, event.value) for event in events.Scalars(name)]
-        assert seen == [(row["step"], pytest.approx(row[name], rel=1e-6)) for row in rows if row["step"] % 2 == 0], name
+        logged = [row for row in rows if row["step"] in (2, 4, 5)]  # the last step always
+        assert seen == [(row["step"], pytest.approx(row[name], rel=1e-6)) for row in logged], name
     assert "learning_rate: 0.001" in next(tmp_path.rglob("hparams.yml")).read_text()
 
 

@@ -10,7 +10,7 @@ HOMES = {"GRPOConfig": "config", "GRPOTrainer": "loop"}
 def __getattr__(name):
     if name not in HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    for package in ("accelerate", "matplotlib", "rich", "yaml"):
+    for package in ("yaml", "accelerate", "matplotlib", "rich"):
         need(package)
     return getattr(importlib.import_module(f"fastgrpo.trainer.{HOMES[name]}"), name)
 

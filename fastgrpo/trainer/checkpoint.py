@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from fastgrpo.checks import UserError
+
 ADAPTER = "adapter_model.safetensors"
 
 
@@ -34,13 +36,19 @@ def save(folder, accelerator, model, tokenizer, state, limit=None):
     accelerator.wait_for_everyone()
 
 
-def load(folder, accelerator):
-    """Restores model, optimiser and random numbers -> this rank's ``state``."""
-    ranks = len(list(Path(folder).glob("trainer_*.pt")))
+def load(folder, accelerator, settings):
+    """Restores model, optimiser and random numbers -> this rank's ``state``; says what it does, and which of the
+    ``settings`` ({name: text}) are no longer the checkpoint's."""
+    folder = Path(folder)
+    ranks = len(list(folder.glob("trainer_*.pt")))
     if ranks != accelerator.num_processes:
-        raise ValueError(f"{folder} must be of {accelerator.num_processes} processes, got one of {ranks}")
-    state = torch.load(Path(folder) / f"trainer_{accelerator.process_index}.pt", weights_only=True)
+        raise UserError(f"{folder} must be of {accelerator.num_processes} processes, got one of {ranks}")
+    state = torch.load(folder / f"trainer_{accelerator.process_index}.pt", weights_only=True)
     accelerator.load_state(str(folder))
+    accelerator.print(f"resuming from {folder.name} in {folder.parent}")
+    before = state.get("settings", {})
+    if changed := [f"{k} {before[k]} -> {new}" for k, new in settings.items() if before.get(k, new) != new]:
+        accelerator.print(f"settings that differ from the checkpoint's: {', '.join(changed)}")
     return state
 
 
@@ -50,9 +58,13 @@ def found(output_dir):
     return sorted(folders, key=lambda p: int(p.name.split("-")[1]))
 
 
-def start(output_dir, resume):
-    """The checkpoint to go on from, or None. ``resume``: True, False or a folder."""
+def start(config):
+    """The checkpoint to go on from, or None."""
+    output_dir, resume = config.output_dir, config.resume_from_checkpoint
     there = found(output_dir)
+    if resume is True and not there:
+        why = "" if config.save_strategy == "steps" else ", and save_strategy is 'no'"
+        raise ValueError(f"resume_from_checkpoint needs a checkpoint: output_dir {output_dir} holds none{why}")
     if isinstance(resume, str) and not Path(resume).is_dir():
         raise ValueError(f"resume_from_checkpoint must be True or a checkpoint folder, got {resume!r}")
     if there and not resume:

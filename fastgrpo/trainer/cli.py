@@ -4,58 +4,57 @@ import argparse
 import logging
 
 from fastgrpo import __version__
+from fastgrpo.checks import UserError
+
+USAGE = "any setting may follow as --key value, or --key alone for true; --resume goes on from the newest checkpoint"
+
+
+class Command(argparse.ArgumentParser):
+    """Its help ends with the settings, which only the optional packages can tell."""
+
+    def format_help(self):
+        try:
+            from fastgrpo.trainer import GRPOConfig  # noqa: F401 - where a package is missing, it names the extra
+            from fastgrpo.trainer.job import settings_help
+
+            return f"{super().format_help()}\n{settings_help()}"
+        except ImportError as error:
+            return f"{super().format_help()}\nThe settings cannot be listed: {error}\n"
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="fastgrpo", description="GRPO without the logits.")
     parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    train = commands.add_parser("train", help="train a model: fastgrpo train config.yaml [--key value] ...")
-    train.add_argument("config", help="a YAML file, or a preset's name")
-    commands.add_parser("demo", help="train a small model to sort digits, in about a minute on a CPU")
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=Command)
+    train = commands.add_parser(
+        "train", help="train a model: fastgrpo train CONFIG [--key value] ...", description=f"Train a model; {USAGE}.",
+        usage="fastgrpo train CONFIG [--key value] ... [--resume]",
+    )  # fmt: skip
+    train.add_argument("config", metavar="CONFIG", help="a YAML file, or a preset's name")
+    commands.add_parser(
+        "demo", help="train a small model to sort digits, in about a minute on a CPU",
+        usage="fastgrpo demo [--key value] ...", description=f"Train a small model to sort digits; {USAGE}.",
+    )  # fmt: skip
     options, overrides = parser.parse_known_args(argv)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels that this CPU could do without
     try:
-        from transformers.utils.logging import disable_progress_bar
-
-        from fastgrpo.trainer import GRPOTrainer
-
-        disable_progress_bar()
-        job, config = read(getattr(options, "config", "demo"), overrides)
-        missing = {"model", "reward_funcs", "train_dataset"} - job.keys()
-        if missing:
-            raise ValueError(f"the config must also give {', '.join(sorted(missing))}")
-        trainer = GRPOTrainer(config=config, **job)
+        trainer = make_trainer(getattr(options, "config", "demo"), overrides)
     except (ValueError, TypeError, ImportError, OSError) as error:  # OSError: transformers finds no such model
         parser.error(str(error))
-    trainer.train()
+    try:
+        trainer.train()
+    except (UserError, FloatingPointError) as error:
+        parser.exit(1, f"fastgrpo: error: {error}\n")
     return 0
 
 
-def read(source, overrides):
-    """A config and the command line's words -> (other arguments of GRPOTrainer, GRPOConfig)."""
-    import yaml
+def make_trainer(source, overrides):
+    """A GRPOTrainer from a config and the command line's words."""
+    from fastgrpo.trainer import GRPOTrainer  # first: where a package is missing, it names the extra
+    from fastgrpo.trainer import job as jobs
 
-    from fastgrpo.trainer.config import load_config
+    job, config = jobs.read(source, overrides)
+    from transformers.utils.logging import disable_progress_bar
 
-    try:
-        return load_config(source, parse(overrides))
-    except yaml.YAMLError as error:
-        raise ValueError(f"this is not YAML: {error}") from error
-
-
-def parse(words):
-    """``--key value``, ``--key=value`` and ``--flag`` -> settings; values are YAML's."""
-    import yaml
-
-    from fastgrpo.trainer.config import Loader
-
-    settings = {}
-    words = [part for word in words for part in (word.split("=", 1) if word.startswith("--") else [word])]
-    while words:
-        key = words.pop(0)
-        if not key.startswith("--"):
-            raise ValueError(f"expected --key value, got {key!r}")
-        flag = not words or words[0].startswith("--")
-        settings[key[2:].replace("-", "_")] = True if flag else yaml.load(words.pop(0), Loader)
-    return settings
+    disable_progress_bar()
+    return GRPOTrainer(config=config, **job)

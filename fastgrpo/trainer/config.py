@@ -1,6 +1,5 @@
 """The trainer's config: TRL's names and defaults, every mistake found before a model is loaded."""
 
-import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
@@ -9,23 +8,15 @@ import yaml
 
 from fastgrpo.advantages import SCALES
 from fastgrpo.checks import Count, CountOr0, Finite, GroupSize, NonNegative, Share, installed
-from fastgrpo.config import GRPOLossConfig
+from fastgrpo.config import ELSEWHERE, GRPOLossConfig
 from fastgrpo.inputs import BACKENDS, BACKWARDS
 from fastgrpo.integrations.vllm import VLLMOptions
 from fastgrpo.trainer.generate import Sampling
 from fastgrpo.trainer.model import ModelOptions
 
-PRESETS = Path(__file__).parent / "presets"
 JOB = ("model", "reward_funcs", "train_dataset", "eval_dataset")  # of a YAML file: GRPOTrainer's other arguments
 Tracker = Literal["none", "tensorboard", "wandb", "trackio"]
 Strategy = Literal["no", "steps", False]  # False: YAML's no
-
-
-class Loader(yaml.SafeLoader):
-    """YAML 1.2's numbers: 1e-6 is one."""
-
-
-Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d[\d.]*[eE][-+]?\d+$"), list("+-0123456789"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,14 +41,15 @@ class GRPOConfig(Sampling, GRPOLossConfig, ModelOptions, VLLMOptions):
         max_generation_tokens: prompt and answer tokens generated at once.
         eval_pass_threshold: the weighted reward from which an answer counts as right in pass@k.
         resume_from_checkpoint: True: from the newest complete checkpoint in ``output_dir``, or a folder.
-        logging_steps: of trackers and console; log.jsonl has every step.
+        logging_steps: of trackers and console, and the last step; log.jsonl has every step.
+        num_completions_to_print: rows of a table of answers; None: 8.
 
     Raises:
         ValueError: naming the setting, what was expected and what came.
     """
 
     also = JOB
-    advice = yaml.safe_load(Path(__file__).with_name("trl_names.yaml").read_text(encoding="utf-8"))
+    advice = ELSEWHERE | yaml.safe_load(Path(__file__).with_name("trl_names.yaml").read_text(encoding="utf-8"))
 
     output_dir: str = "trainer_output"
     run_name: str | None = None
@@ -132,23 +124,3 @@ class GRPOConfig(Sampling, GRPOLossConfig, ModelOptions, VLLMOptions):
     def part(self, cls, **changes):
         """The settings of one of the classes it is made of."""
         return cls(**{**{f.name: getattr(self, f.name) for f in fields(cls)}, **changes})
-
-
-def load_config(source, overrides=None):
-    """A YAML file or preset and settings that go before its own -> (other arguments of GRPOTrainer, GRPOConfig).
-
-    Raises:
-        ValueError: unknown preset or key, wrong type, impossible combination.
-    """
-    path = Path(source) if Path(source).is_file() else PRESETS / f"{source}.yaml"
-    if not path.is_file():
-        presets = ", ".join(sorted(p.stem for p in PRESETS.glob("*.yaml")))
-        raise ValueError(f"config must be a YAML file or a preset ({presets}), got {str(source)!r}")
-    with path.open(encoding="utf-8") as file:
-        settings = yaml.load(file, Loader)
-    if not isinstance(settings, dict):
-        raise ValueError(f"{path} must hold settings 'name: value', got {settings!r}")
-    settings |= overrides or {}
-    settings["resume_from_checkpoint"] = settings.pop("resume", settings.get("resume_from_checkpoint"))
-    job = {key: settings.pop(key) for key in JOB if key in settings}
-    return job, GRPOConfig(**settings)

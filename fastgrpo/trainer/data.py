@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from fastgrpo.trainer import examples
-from fastgrpo.trainer.rewards import checked
+from fastgrpo.trainer.rewards import called
 
 
 def load_rows(source, name="train_dataset"):
@@ -18,9 +18,7 @@ def load_rows(source, name="train_dataset"):
     if isinstance(source, str) and source.startswith(("world:", "tiny:")):
         return examples.load_rows(source)
     if isinstance(source, str | Path):
-        if not Path(source).is_file() or Path(source).suffix not in (".jsonl", ".json"):
-            raise ValueError(f"{name} must be a .jsonl or .json file, a list or a datasets object, got {str(source)!r}")
-        source = examples.read_json(Path(source))
+        source = examples.read_json(Path(source), name)
     if isinstance(source, dict) or not hasattr(source, "__getitem__") or not hasattr(source, "__len__"):
         raise TypeError(f"{name} must have a length and rows by number, got {type(source).__name__}")
     if len(source) == 0:
@@ -31,7 +29,8 @@ def load_rows(source, name="train_dataset"):
         prompt = row.get("prompt")
         chat = isinstance(prompt, list) and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in prompt)
         if not prompt or not (isinstance(prompt, str) or chat):
-            raise ValueError(f"{name} must have a 'prompt', text or chat messages, got {prompt!r} at row {i}")
+            got = repr(prompt) if "prompt" in row else f"the keys {list(row)}"
+            raise ValueError(f"{name} must have a 'prompt', text or chat messages, got {got} at row {i}")
     return source
 
 
@@ -55,6 +54,8 @@ def encode(tokenizer, prompt, template=None):
     """Token ids of a prompt, text or chat."""
     if isinstance(prompt, str):
         return tokenizer(prompt)["input_ids"]
+    if "chat_template" not in (template or {}) and getattr(tokenizer, "chat_template", "") is None:
+        raise ValueError(f"train_dataset has chat prompts, but tokenizer {tokenizer.name_or_path!r} no chat_template")
     begun = prompt[-1]["role"] == "assistant"  # the answer goes on from there
     options = {"add_generation_prompt": not begun, "continue_final_message": begun, **(template or {})}
     return tokenizer.apply_chat_template(prompt, tokenize=True, return_dict=True, **options)["input_ids"]
@@ -79,5 +80,5 @@ def score(functions, rows, completions, completion_ids, **more):
     columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
     columns |= {"prompts": [row["prompt"] for row in rows], "completions": completions, **more}
     columns["completion_ids"] = completion_ids
-    scores = [checked(name, function(**columns), len(rows)) for name, function in functions.items()]
+    scores = [called(name, function, columns, len(rows)) for name, function in functions.items()]
     return [list(values) for values in zip(*scores)]

@@ -87,12 +87,15 @@ def gsm8k_problem(draw, tiny):
     }
 
 
-def read_json(path):
+def read_json(path, name="dataset"):
     """What a .json file holds, or the rows of a JSON-lines file.
 
     Raises:
-        ValueError: naming the file and the line.
+        ValueError: naming the dataset, or the file and the line.
     """
+    if not path.is_file() or path.suffix not in (".jsonl", ".json"):
+        got = f"{str(path)!r}{'' if path.exists() else ', which does not exist'}"
+        raise ValueError(f"{name} must be a .jsonl or .json file, a list, a datasets object or 'world:NAME', got {got}")
     text = path.read_text(encoding="utf-8-sig")
     if path.suffix == ".json":
         return parse_json(text, path)
@@ -183,11 +186,12 @@ def tiny_tokenizer(world, vocabulary=None):
     from transformers import Qwen2Tokenizer
 
     texts = [row["prompt"] + row["solution"] for row in problems(world, 512, 0)]
+    # one special token: any other would be skipped where an answer is decoded, and "0<bos>2" taken for "02"
     words = ["<pad>", "<bos>", "<eos>", *sorted(set("".join(texts)))]
     words += [f"<unused{i}>" for i in range((vocabulary or 0) - len(words))]
     tokenizer = Qwen2Tokenizer(
-        vocab={word: i for i, word in enumerate(words)}, merges=[], pad_token="<pad>", bos_token="<bos>",
-        eos_token="<eos>", unk_token="<pad>",
+        vocab={word: i for i, word in enumerate(words)}, merges=[], pad_token="<eos>", eos_token="<eos>",
+        bos_token=None, unk_token=None,
     )  # fmt: skip
     return tokenizer.train_new_from_iterator(texts, 512) if world.words else tokenizer
 

@@ -44,7 +44,7 @@ class RunLog(Progress):
             file.write(json.dumps(row) + "\n")
         shown = "  ".join(f"{k} {row[k]:.3g}" for k in row if k in SHOWN or k.startswith("eval/"))
         self.update(self.task, completed=step, numbers=shown)
-        if step % self.every == 0 or "reward" not in numbers:
+        if step % self.every == 0 or step == self.total or "reward" not in numbers:
             self.accelerator.log(numbers, step=step)
             if not self.console.is_terminal:
                 self.console.print(f"step {step}/{self.total}  {shown}")

@@ -13,6 +13,7 @@ from accelerate.utils import gather_object, set_seed
 from transformers import TrainerState
 
 from fastgrpo import GRPOLossConfig, group_advantages
+from fastgrpo.checks import UserError
 from fastgrpo.trainer import checkpoint
 from fastgrpo.trainer import model as models
 from fastgrpo.trainer.config import GRPOConfig
@@ -20,7 +21,7 @@ from fastgrpo.trainer.data import decode, draw, encode, load_rows, longest_promp
 from fastgrpo.trainer.generate import Sampling, make_sampler
 from fastgrpo.trainer.learner import Episode, Learner, needs_learning
 from fastgrpo.trainer.logs import RunLog, plot_curves
-from fastgrpo.trainer.rewards import named_rewards
+from fastgrpo.trainer.rewards import named_rewards, warn_unscored
 
 
 class GRPOTrainer:
@@ -41,10 +42,11 @@ class GRPOTrainer:
     """
 
     def __init__(self, model, reward_funcs, train_dataset, config=None, eval_dataset=None, processing_class=None,
-                 peft_config=None):  # fmt: skip
+                 peft_config=None, *, args=None):  # fmt: skip
         self.config = config = GRPOConfig() if config is None else config
-        if not isinstance(config, GRPOConfig):
-            raise TypeError(f"config must be a GRPOConfig, got {type(config).__name__}")
+        if args is not None or not isinstance(config, GRPOConfig):
+            raise TypeError("expected GRPOTrainer(model, reward_funcs, train_dataset, config), config (not args) a "
+                            f"fastgrpo.trainer.GRPOConfig, got {type(config if args is None else args)}")  # fmt: skip
         if peft_config is not None or hasattr(model, "peft_config"):
             self.config = config = replace(config, use_peft=True)
         self.rows = load_rows(train_dataset)
@@ -55,8 +57,8 @@ class GRPOTrainer:
         self.rewards = named_rewards(reward_funcs, *(rows[0] for rows in datasets))
         self.weights = torch.tensor(config.reward_weights or [1.0] * len(self.rewards))
         if len(self.weights) != len(self.rewards):
-            raise ValueError(f"reward_weights must be {len(self.rewards)} numbers, one a function, got {self.weights}")
-        self.start_from = checkpoint.start(config.output_dir, config.resume_from_checkpoint)
+            raise ValueError(f"reward_weights must have one for each of {[*self.rewards]}, got {config.reward_weights}")
+        self.start_from = checkpoint.start(config)
         tracking = {"log_with": config.trackers or None, "project_dir": config.output_dir}
         self.accelerator = Accelerator(cpu=config.use_cpu, mixed_precision=config.mixed_precision, **tracking)
         self.tokenizer = models.load_tokenizer(processing_class, model, config)
@@ -100,7 +102,7 @@ class GRPOTrainer:
         """
         config, accelerator = self.config, self.accelerator
         if self.start_from is not None:
-            self.restore(checkpoint.load(self.start_from, accelerator))
+            self.restore(checkpoint.load(self.start_from, accelerator, self.settings()))
         with RunLog(config.output_dir, self.total, accelerator, config.logging_steps, self.step) as self.log:
             settings = {k: v for k, v in vars(config).items() if isinstance(v, int | float | str)}
             accelerator.init_trackers(config.run_name or "fastgrpo", config=settings)
@@ -142,6 +144,7 @@ class GRPOTrainer:
         mine = [self.rows[i] for i in numbers[rank * count : (rank + 1) * count]]
         episodes = self.answer(mine, config.num_generations)
         rewards = torch.tensor(gather_object([e.rewards for e in episodes])) * self.weights
+        warn_unscored(rewards, quiet=not self.accelerator.is_main_process)
         scale = {True: "group", False: "none"}.get(config.scale_rewards, config.scale_rewards)
         advantages = group_advantages(rewards, config.num_generations, scale).tolist()
         for episode, advantage in zip(episodes, advantages[rank * len(episodes) :]):
@@ -164,7 +167,7 @@ class GRPOTrainer:
 
     def show(self, episodes):
         """A table of some answers."""
-        text, count = self.tokenizer.decode, self.config.num_completions_to_print or len(episodes)
+        text, count = self.tokenizer.decode, self.config.num_completions_to_print or 8
         sample = episodes[:: max(len(episodes) // count, 1)][:count]
         rows = [(text(e.prompt_ids), text(e.completion_ids), self.reward(e)) for e in sample]
         self.log.answers(f"answers before step {self.step + 1}", rows)
@@ -255,16 +258,21 @@ class GRPOTrainer:
         """A checkpoint of everything that the next step depends on."""
         state = {name: getattr(self, name) for name in ("step", "used", "position")}
         state |= {"rollout": [vars(e) for e in self.rollout], "schedule": self.schedule.state_dict()}
-        state |= {"budget": self.learner.budget, "limit": self.learner.limit}
+        state |= {"budget": self.learner.budget, "limit": self.learner.limit, "settings": self.settings()}
         state["reference"] = self.reference.state_dict() if self.config.sync_ref_model else None
         folder = Path(self.config.output_dir) / f"checkpoint-{self.step}"
         checkpoint.save(folder, self.accelerator, self.model, self.tokenizer, state, self.config.save_total_limit)
+
+    def settings(self):
+        """What a resumed run may have changed, in words."""
+        job = {"reward_funcs": [*self.rewards], "train_dataset": f"{len(self.rows)} rows"}
+        return {k: repr(v) for k, v in (vars(self.config) | job).items() if k != "resume_from_checkpoint"}
 
     def restore(self, state):
         self.step, self.used, self.position = state["step"], state["used"], state["position"]
         self.rollout, size = [Episode(**e) for e in state["rollout"]], self.config.rollout
         if len(self.rollout) not in (0, size):
-            raise ValueError(f"a rollout must have the {len(self.rollout)} answers of the checkpoint's, got {size}")
+            raise UserError(f"a rollout must have the {len(self.rollout)} answers of the checkpoint's, got {size}")
         self.schedule.load_state_dict(state["schedule"])
         self.learner.budget, self.learner.limit = state["budget"], state["limit"]
         if state["reference"] is not None:

@@ -1,12 +1,16 @@
 """The model and its optimiser: attention, LoRA and QLoRA, Liger's layer kernels, checkpointing, 8-bit states."""
 
 import math
+import re
+import warnings
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
 import torch
+from huggingface_hub import constants, try_to_load_from_cache
 from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, get_scheduler
 
@@ -16,6 +20,7 @@ from fastgrpo.trainer import examples
 
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit")
 
+DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
 WARM_UP = ("constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "inverse_sqrt")
 SCHEDULES = ("constant", *WARM_UP)
 
@@ -70,8 +75,7 @@ class ModelOptions(Checked):
     def combinations(self):
         yield from super().combinations()
         cuda, quantised = torch.cuda.is_available(), self.load_in_4bit or self.load_in_8bit
-        dtype = isinstance(getattr(torch, self.dtype, None), torch.dtype) or self.dtype == "auto"
-        yield dtype, f"dtype must be 'auto' or torch's, got {self.dtype!r}"
+        yield self.dtype in DTYPES, f"dtype must be one of {', '.join(map(repr, DTYPES))}, got {self.dtype!r}"
         yield not quantised or self.use_peft, "load_in_4bit and load_in_8bit need use_peft=True, got False"
         yield not (self.load_in_4bit and self.load_in_8bit), "load_in_4bit and load_in_8bit cannot both be True"
         yield cuda or not self.use_liger_kernel, "use_liger_kernel: its kernels need a CUDA GPU, and there is none"
@@ -93,6 +97,7 @@ def load_model(source, config, device):
     """A causal LM from a folder, a name or ``tiny:NAME``, an adapter with its base; a module is taken as it is."""
     if not isinstance(source, str):
         return source
+    check_source(source)
     if source.startswith("tiny:"):
         return examples.tiny_model(source, config.seed, config.tiny_vocabulary, device)[0]
     if Path(source, "adapter_config.json").is_file():
@@ -129,7 +134,8 @@ def load_adapter(folder, config, device):
     base = load_model(peft.PeftConfig.from_pretrained(folder).base_model_name_or_path, config, device)
     if getattr(base, "is_quantized", False):
         base = peft.prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
-    return peft.PeftModel.from_pretrained(base, folder, is_trainable=True)
+    with without_peft_warning():
+        return peft.PeftModel.from_pretrained(base, folder, is_trainable=True)
 
 
 def attentions(config, device):
@@ -144,6 +150,8 @@ def attentions(config, device):
 def load_tokenizer(source, model, config):
     """The one given, or the one that belongs to ``model``, a name or a module: before the model is loaded."""
     name = model if isinstance(model, str) else model.config._name_or_path
+    if isinstance(model, str):
+        check_source(model)
     if source is None and name.startswith("tiny:"):
         source = examples.tiny_tokenizer(examples.WORLDS[examples.parse(name)[1]], config.tiny_vocabulary)
     if source is None:
@@ -154,6 +162,19 @@ def load_tokenizer(source, model, config):
     return source
 
 
+def check_source(name):
+    """What cannot be a model of the hub is a folder that exists: said at once, not after the hub's retries."""
+    if name.startswith("tiny:") or Path(name).exists():
+        return
+    hub = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) is not None
+    if not hub or (constants.HF_HUB_OFFLINE and not isinstance(try_to_load_from_cache(name, "config.json"), str)):
+        why = "is not in the hub's cache, and HF_HUB_OFFLINE is set" if hub else "does not exist"
+        raise ValueError(
+            f"model must be a folder, 'owner/name' on the hub, or 'tiny:NAME' with NAME one of "
+            f"{', '.join(examples.WORLDS)}, got {name!r}, which {why}"
+        )
+
+
 def check_room(model, prompt, completion):
     """``prompt`` and ``completion`` tokens have positions in the model."""
     room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -162,8 +183,16 @@ def check_room(model, prompt, completion):
                          f"model's {room} positions, got {completion}")  # fmt: skip
 
 
+def keep_trainable(model):
+    """bitsandbytes repacks the 4-bit weights of a CPU when they are first evaluated, into a form without a backward."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
 def make_trainable(model, config, peft_config=None):
     """Adapter, kernels, checkpointing and our op in the LM head."""
+    keep_trainable(model)
     if config.disable_dropout:
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
@@ -177,12 +206,23 @@ def make_trainable(model, config, peft_config=None):
 
         if getattr(model, "is_quantized", False):
             model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-        model = peft.get_peft_model(model, peft_config or lora(config))
+        with without_peft_warning():
+            model = peft.get_peft_model(model, peft_config or lora(config))
     if config.gradient_checkpointing:
         base = causal_lm(model)
-        base.gradient_checkpointing_enable({"use_reentrant": False, **(config.gradient_checkpointing_kwargs or {})})
+        # its new name, where this transformers has it
+        enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+        enable({"use_reentrant": False, **(config.gradient_checkpointing_kwargs or {})})
         base.enable_input_require_grads()
     return fuse_lm_head(model)
+
+
+@contextmanager
+def without_peft_warning():
+    """PEFT asks transformers for an attribute by its old name; a user can do nothing about it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        yield
 
 
 def freeze(model, accelerator):

@@ -13,10 +13,13 @@ import importlib.util
 import inspect
 import math
 import re
+import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from functools import partial
+
+from fastgrpo.checks import UserError
 
 NUMBER = re.compile(
     r"""(?<![\w.]) (?P<sign>[-+]?) (?:[$€£]\s?)? (?P<inner>[-+]?)   # no sign behind a digit: "10-5" is two numbers
@@ -274,16 +277,34 @@ def check_call(name, function, columns):
         raise ValueError(f"reward {name} must accept what it does not use, as **kwargs; it also gets {sorted(refused)}")
 
 
+def called(name, function, columns, count):
+    """The rewards a function gives ``count`` answers. Its own exception comes with its name, and its traceback."""
+    try:
+        values = function(**columns)
+    except Exception as error:
+        raise RuntimeError(f"reward function {name} failed: {type(error).__name__}: {error}") from error
+    return checked(name, values, count)
+
+
+def warn_unscored(rewards, quiet=False):
+    """rewards  # (B, R), NaN: cannot score. Once a run: answers without any reward teach nothing, silently."""
+    unscored = rewards.isnan().all(1)
+    if unscored.any() and not quiet:
+        share = "all" if unscored.all() else "some"
+        warnings.warn(f"{share} answers got no reward: every reward function returned None or NaN for them. They are "
+                      "left out of the mean reward, and nothing is learnt from them", stacklevel=2)  # fmt: skip
+
+
 def checked(name, values, count):
     """What a reward function returned, as floats; NaN: it cannot score."""
     try:
         values = [math.nan if value is None else float(value) for value in values]
     except (TypeError, ValueError) as error:
-        raise ValueError(f"reward function {name} must return a list of numbers or None, got {values!r}") from error
+        raise UserError(f"reward function {name} must return a list of numbers or None, got {values!r:.200}") from error
     if len(values) != count:
-        raise ValueError(f"reward function {name} must return {count} values, got {len(values)}")
+        raise UserError(f"reward function {name} must return {count} values, got {len(values)}")
     if any(map(math.isinf, values)):
-        raise ValueError(f"reward function {name} must return finite numbers, or None where it cannot score, got inf")
+        raise UserError(f"reward function {name} must return finite numbers, or None where it cannot score, got inf")
     return values
 
 
@@ -291,7 +312,8 @@ def imported(name):
     """The function behind "package.module:function" or "path/file.py:function"."""
     module, _, attribute = str(name).rpartition(":")
     if not module or not attribute:
-        raise ValueError(f"reward must be one of {', '.join(SHIPPED)}, 'module:function' or {MODEL}, got {name!r}")
+        forms = f"'module:function', 'path/file.py:function' or {MODEL}"
+        raise ValueError(f"reward must be one of {', '.join(SHIPPED)}, {forms}, got {name!r}")
     try:
         if module.endswith(".py"):
             spec = importlib.util.spec_from_file_location("fastgrpo_user_rewards", module)
@@ -299,6 +321,9 @@ def imported(name):
             spec.loader.exec_module(loaded)
         else:
             loaded = importlib.import_module(module)
-        return getattr(loaded, attribute)
-    except (ImportError, FileNotFoundError, AttributeError) as error:
+    except (ImportError, FileNotFoundError) as error:
         raise ValueError(f"reward {name!r} cannot be loaded: {error}") from error
+    if not callable(getattr(loaded, attribute, None)):
+        own = [n for n, f in vars(loaded).items() if inspect.isfunction(f) and f.__module__ == loaded.__name__]
+        raise ValueError(f"reward {name!r} cannot be loaded: {module} has no function {attribute!r}, it has {own}")
+    return getattr(loaded, attribute)
