@@ -524,14 +524,14 @@ def test_a_four_bit_llama_learns(tmp_path):
 
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4}
     tokenizer = trainer_job.make_model()[1]
-    config = LlamaConfig(vocab_size=len(tokenizer), num_hidden_layers=1, max_position_embeddings=64, **sizes)
+    config = LlamaConfig(vocab_size=len(tokenizer), num_hidden_layers=2, max_position_embeddings=64, **sizes)
     LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    options = {"use_peft": True, "lora_target_modules": "all-linear", "load_in_4bit": True, "learning_rate": 1e-2}
+    options = {"use_peft": True, "load_in_4bit": True, "learning_rate": 1e-2}
     trainer = from_disk(str(tmp_path / "model"), tmp_path / "out", **options)
     assert [row["grad_norm"] > 0 for row in trainer.train()] == [True, True]
     adapters = {n: p for n, p in trainer.model.named_parameters() if "lora_B" in n}
-    assert len(adapters) == 7
+    assert len(adapters) == 4
     assert all(p.abs().max() > 0 for p in adapters.values())
 
 
