@@ -33,7 +33,10 @@ TIMES = ("time", "runtime", "per_second", "flos")
 
 
 def tokenizer():
-    return examples.tiny_tokenizer(examples.WORLDS["sort"], VOCABULARY)
+    """With a padding and a beginning of its own, as most models have."""
+    tokens = examples.tiny_tokenizer(examples.WORLDS["sort"], VOCABULARY)
+    tokens.add_special_tokens({"pad_token": "<pad>", "bos_token": "<bos>"})
+    return tokens
 
 
 def save_model(path, family="Qwen2", tied=False, **options):
