@@ -64,6 +64,9 @@ def run_suites(chosen):
             rows = [{**about, **row} for row in suite.run(options, show)]
             stem = chosen.output / f"{name}-{chosen.device}{'-' + chosen.tag if chosen.tag else ''}"
             path = Path(f"{stem}.jsonl")
+            if path.exists() and all(row.get("reason", "").startswith("not run") for row in rows):
+                show.console.print(f"kept: {os.path.relpath(path)}, as the time limit left nothing to put in its place")
+                continue
             path.write_text("".join(json.dumps(row) + "\n" for row in rows))
             written = [path, *map(Path, suite.charts(rows, str(stem)))]
             show.console.print("written:", ", ".join(os.path.relpath(x) for x in written))

@@ -125,6 +125,18 @@ def test_loss_suite_end_to_end(tmp_path, monkeypatch, capsys):
     assert "bare logits GEMM" in capsys.readouterr().out
 
 
+def test_a_suite_that_came_too_late_leaves_the_rows_that_are_there(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["bench"])
+    arguments = ["--suite", "loss", "--case", "64,1024,32", "--entries", "full logits", "--output", str(tmp_path)]
+    path = tmp_path / "loss-cpu.jsonl"
+    assert command.main([*arguments, "--time-limit", "1e-9"]) == 0
+    assert "not run" in path.read_text()  # better than nothing
+    path.write_text("measured\n")
+    assert command.main([*arguments, "--time-limit", "1e-9"]) == 0
+    assert path.read_text() == "measured\n"
+    assert "kept" in capsys.readouterr().out
+
+
 def test_sweeps_have_pictures_and_shared_points_are_measured_once(options, tmp_path, monkeypatch):
     monkeypatch.setattr(loss, "cases", lambda device: [
         *(replace(SMALL, N=n, group="N", memory=False) for n in (64, 128)),
