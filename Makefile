@@ -17,7 +17,7 @@ demo: $(READY)
 	$(BIN)/fastgrpo demo $(ARGS)
 
 test: $(READY)
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
 bench: $(READY)
 	$(BIN)/python -m bench $(ARGS)

@@ -8,8 +8,6 @@ pytest.importorskip("accelerate")
 import distributed_job
 from processes import run_ranks
 
-pytestmark = pytest.mark.xdist_group("ranks")  # one worker starts the processes
-
 
 @pytest.fixture(autouse=True)
 def poisoned_memory():

@@ -568,7 +568,6 @@ def ranks(tmp_path_factory, models):
 
 
 @pytest.mark.works("TRL", "FastGRPOTrainer: two processes under DDP and FSDP2 equal stock TRL over 6 optimiser steps")
-@pytest.mark.xdist_group("trl ranks")
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
 def test_two_processes(ranks, parallel):
     (wrapper, sharded, theirs), (_, _, ours) = (ranks[0][f"{parallel} {x}GRPOTrainer"] for x in ("", "Fast"))

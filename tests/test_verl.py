@@ -44,7 +44,6 @@ def whole(ranks, name):
             for k, v in first.items()}  # fmt: skip
 
 
-@pytest.mark.xdist_group("verl ranks")
 @pytest.mark.works("verl", "linear_cross_entropy over a tensor-parallel head: two and three processes equal one")
 @pytest.mark.parametrize("name", job.CASES)
 def test_processes_equal_one(ranks, name):
@@ -79,7 +78,6 @@ def limit(case, key):
     return 2e-4 if case["dtype"] == torch.bfloat16 and key in ("hidden", *CUT) else 1e-6
 
 
-@pytest.mark.xdist_group("verl ranks")
 @pytest.mark.works("verl", "linear_cross_entropy as verl's Megatron models call it, sequence-parallel hidden gathered")
 def test_megatron_call(ranks):
     """verl's callers sum dX themselves, in the backward of their gathering: it must not be summed before."""
