@@ -6,8 +6,8 @@ import torch
 
 from fastgrpo import inputs
 from fastgrpo.backends import torch_backend
-from fastgrpo.backends.problem import HeadParams, HeadProblem, column_sum, take_rows
-from fastgrpo.logprobs import compute_dtype
+from fastgrpo.backends.problem import HeadProblem, column_sum, take_rows
+from fastgrpo.logprobs import compute_dtype, head_params
 
 NAMES = ("log_sum_sq_probs", "mean_logits", "is_top1")
 MARGIN = 1e-3  # nats: wider than the error of any log-prob or entropy that is_top1 is decided from
@@ -66,10 +66,8 @@ def token_diagnostics(
     for name, value in (("logprobs", logprobs), ("entropy", entropy)):
         if value is not None:
             inputs.check_per_token(name, value, targets)
-    params = HeadParams(
-        float(temperature), softcap, float(logit_scale), compute_dtype(hidden, weight), False, "torch",
-        int(workspace_mb * 2**20),
-    )  # fmt: skip
+    compute = compute_dtype(hidden, weight)
+    params = head_params(temperature, softcap, logit_scale, compute, False, "torch", workspace_mb)
     view = hidden if hidden.ndim == 3 else hidden[None]
     problem = HeadProblem(view, weight, bias, targets.reshape(-1).contiguous(), None, params)
     with torch.autocast(hidden.device.type, enabled=False):

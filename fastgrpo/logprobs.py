@@ -31,8 +31,9 @@ class LinearLogProbs(torch.autograd.Function):
         backend = backends.load(params.backend)
         ctx.params, ctx.block, ctx.supported, certificate = params, None, support is not None, ()
         with torch.autocast(hidden.device.type, enabled=False):
-            counted = backend.counted_rows(targets) if lora_a is not None else None
-            low = None if lora_a is None else low_rank.project(hidden, lora_a, params, counted)
+            low = None
+            if lora_a is not None:
+                low = low_rank.project(hidden, lora_a, params, backend.counted_rows(targets))
             problem = HeadProblem(hidden, weight, bias, targets, temperature, params, low, lora_b)
             if support is not None:
                 stats, *certificate = kept.forward(problem, support, backend)
@@ -52,6 +53,7 @@ class LinearLogProbs(torch.autograd.Function):
         params, (*needs, needs_a, needs_b) = ctx.params, ctx.needs_input_grad[:5]
         if grad_logp is None and grad_entropy is None:
             return (None,) * 10
+        backend = backends.load(params.backend)
         if low is not None:
             needs += [needs[0] or needs_a, needs_b]
         grad_logp = torch.zeros_like(stats[0]) if grad_logp is None else grad_logp
@@ -59,18 +61,18 @@ class LinearLogProbs(torch.autograd.Function):
             problem = HeadProblem(hidden, weight, bias, targets, temperature, params, low, lora_b)
             if ctx.supported:
                 raw, *support = certificate
-                support, backend = kept.Support(*support), backends.load(params.backend)
+                support = kept.Support(*support)
                 grads = kept.backward(problem, support, backend, stats, raw, grad_logp, grad_entropy, needs)
             elif ctx.block is not None and grad_entropy is None:
                 certificate = certified.Certificate(*certificate, ctx.block)
                 grads = certified.backward(problem, stats, certificate, grad_logp, needs)
             else:  # the certificate does not speak of the entropy
-                grads = backends.load(params.backend).backward(problem, stats, grad_logp, grad_entropy, needs)
+                grads = backend.backward(problem, stats, grad_logp, grad_entropy, needs)
             d_a = d_b = None
             if low is not None:
                 *grads, d_low, d_b = grads
                 if d_low is not None:
-                    counted = backends.load(params.backend).counted_rows(targets)
+                    counted = backend.counted_rows(targets)
                     d_a = low_rank.gradients(hidden, lora_a, params, d_low, grads[0], needs_a, counted)
         return *grads, d_a, d_b, None, None, None, None, None
 
@@ -150,14 +152,14 @@ def linear_logprobs(
     compute = compute_dtype(hidden, weight)
     differentiable = [x for x in (hidden, weight, bias, lora_a, lora_b) if x is not None]
     with_grad = torch.is_grad_enabled() and any(x.requires_grad for x in differentiable)
-    params = HeadParams(
-        temperature=None if isinstance(temperature, torch.Tensor) else float(temperature),
-        softcap=None if softcap is None else float(softcap),
-        logit_scale=float(logit_scale),
-        compute_dtype=compute,
-        entropy=bool(return_entropy),
-        backend=backends.choose(backend, hidden),
-        workspace=int(workspace_mb * 2**20),
+    params = head_params(
+        temperature,
+        softcap,
+        logit_scale,
+        compute,
+        return_entropy,
+        backends.choose(backend, hidden),
+        workspace_mb,
         scaling=scaling,
         lora_dtype=None if lora is None else compute_dtype(hidden, weight, lora_a, lora_b),
         tolerance=certified_tolerance(backward, tolerance, compute, (targets.numel(), *weight.shape), with_grad),
@@ -187,6 +189,20 @@ def check_arguments(
         inputs.check_scalar("tolerance", tolerance)
     inputs.check_choice("backward", backward, inputs.BACKWARDS)
     return targets
+
+
+def head_params(temperature, softcap, logit_scale, compute, entropy, backend, workspace_mb, **others):
+    """:class:`HeadParams` of checked arguments."""
+    return HeadParams(
+        temperature=None if isinstance(temperature, torch.Tensor) else float(temperature),
+        softcap=None if softcap is None else float(softcap),
+        logit_scale=float(logit_scale),
+        compute_dtype=compute,
+        entropy=bool(entropy),
+        backend=backend,
+        workspace=int(workspace_mb * 2**20),
+        **others,
+    )
 
 
 def flat_temperature(temperature, targets, hidden):

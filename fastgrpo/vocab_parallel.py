@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from fastgrpo import backends, inputs
 from fastgrpo.backends import certified
-from fastgrpo.backends.problem import HeadParams, HeadProblem
+from fastgrpo.backends.problem import HeadProblem
 from fastgrpo.backends.torch_backend import combine
 from fastgrpo.inputs import IGNORE
 from fastgrpo.logprobs import (
@@ -23,6 +23,7 @@ from fastgrpo.logprobs import (
     compute_dtype,
     flat_hint,
     flat_temperature,
+    head_params,
 )
 
 ELSEWHERE = -1  # column of a label that another rank holds
@@ -189,14 +190,14 @@ def vocab_parallel_logprobs(
     with_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
     sizes = (targets.numel(), math.inf, weight.shape[1])  # shards differ, the decision may not
     tolerance = certified_tolerance(backward, tolerance, compute, sizes, with_grad)
-    params = HeadParams(
-        temperature=None if isinstance(temperature, torch.Tensor) else float(temperature),
-        softcap=None if softcap is None else float(softcap),
-        logit_scale=float(logit_scale),
-        compute_dtype=compute,
-        entropy=bool(return_entropy),
-        backend=backends.choose(backend, hidden),
-        workspace=int(workspace_mb * 2**20),
+    params = head_params(
+        temperature,
+        softcap,
+        logit_scale,
+        compute,
+        return_entropy,
+        backends.choose(backend, hidden),
+        workspace_mb,
         tolerance=None if tolerance is None else tolerance / dist.get_world_size(group) ** 0.5,
         hidden_grad=inputs.accumulator_dtype(hidden) if reduce_hidden_grad else None,
     )
