@@ -12,7 +12,7 @@ from fastgrpo.backends.problem import new_gradients, plan_tiles, row_scale
 from fastgrpo.inputs import IGNORE, compact_rows
 from fastgrpo.kernels import tiles
 from fastgrpo.kernels.common import TO_TRITON, Strides, cap, cap_slope, hidden_rows, raw_logits
-from fastgrpo.kernels.forward import has_extras, logit_arguments, lora_operands
+from fastgrpo.kernels.forward import has_extras, logit_arguments
 
 
 @triton.jit(do_not_specialize=["first_row", "last_row", "first_v", "last_v", "N", "T"])
@@ -313,8 +313,8 @@ class Launcher:
     def __init__(self, problem, stats, grads, rows, count, scale, chunks):
         self.problem, self.stats, self.grads = problem, stats, grads
         self.rows, self.count, self.scale, self.chunks = rows, count, scale, chunks
-        operands = lora_operands(problem)
-        self.strides, self.logits, self.low_rank = logit_arguments(problem, operands)
+        operands = problem.lora_operands
+        self.strides, self.logits, self.low_rank = logit_arguments(problem)
         # of each factor: its rows (B, T, D) and columns (V, D) as the GEMMs read them, and their gradients' scales
         self.factors = [(problem.hidden, problem.weight, scale, scale)]
         if operands is not None:

@@ -7,7 +7,6 @@ import torch
 import triton
 import triton.language as tl
 
-from fastgrpo import lora
 from fastgrpo.backends.certified import Certificate, cutoff, distrust
 from fastgrpo.backends.problem import HeadProblem
 from fastgrpo.inputs import IGNORE, compact_rows
@@ -254,16 +253,12 @@ def low_rank_arguments(operands):
     return LowRank(low, up, scale, low.shape[1], up.shape[1], *up.stride())
 
 
-def logit_arguments(problem, operands):
-    """The argument tuples every projection kernel takes; operands: LoRA's, or None."""
+def logit_arguments(problem):
+    """The argument tuples every projection kernel takes."""
     params = problem.params
     inverse = 1.0 if params.temperature is None else 1.0 / params.temperature
     strides = Strides(*problem.hidden.stride(), *problem.weight.stride())
-    return strides, Logits(inverse, params.softcap, params.logit_scale), low_rank_arguments(operands)
-
-
-def lora_operands(problem):
-    return None if problem.low is None else lora.operands(problem)
+    return strides, Logits(inverse, params.softcap, params.logit_scale), low_rank_arguments(problem.lora_operands)
 
 
 def has_extras(problem):
@@ -347,7 +342,7 @@ def run_forward(problem, rows, count, hint=None, flags=None, dropped=None, label
     blocks = triton.cdiv(n, tile.rows)
     runs, run = vocabulary_runs(blocks, vocab, tile.cols, device)
     partials = torch.empty(PARTIALS if flags is not None else PARTIALS - 1, runs, n, dtype=torch.float32, device=device)
-    strides, logits, low_rank = logit_arguments(problem, lora_operands(problem))
+    strides, logits, low_rank = logit_arguments(problem)
     forward_kernel[(triton.cdiv(blocks, tile.group) * tile.group * runs,)](
         hidden_ptr=problem.hidden,
         weight_ptr=problem.weight,

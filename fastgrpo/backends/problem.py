@@ -1,5 +1,6 @@
 """What both backends work on, and how they cut it into pieces that fit the workspace."""
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -42,6 +43,13 @@ class HeadProblem:
         """[(rows (B, T, D), columns (V, D))], whose products add up to the raw logits: the head's, then LoRA's."""
         head = (self.hidden, self.weight)
         return [head] if self.low is None else [head, (self.low, self.up)]
+
+    @functools.cached_property
+    def lora_operands(self):
+        """:class:`fastgrpo.lora.Operands`, made once, or None."""
+        from fastgrpo import lora
+
+        return None if self.low is None else lora.operands(self)
 
     @property
     def sizes(self):

@@ -34,7 +34,7 @@ class Reader:
 
     def lora_operands(self, problem):
         if self.native:
-            return lora.operands(problem)
+            return problem.lora_operands
         return lora.Operands(problem.low.flatten(0, 1), problem.up, problem.up.shape[1], None, None)
 
     def cast(self, x):
