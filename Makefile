@@ -17,7 +17,7 @@ demo: $(READY)
 	$(BIN)/fastgrpo demo $(ARGS)
 
 test: $(READY)
-	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+	PYTEST_TIMEOUT=600 $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
 bench: $(READY)
 	$(BIN)/python -m bench $(ARGS)

@@ -128,20 +128,21 @@ def check_temperature(temperature, targets):
 
 
 def compact_rows(active):
-    """Indices of the True rows, in order, and how many there are, without the host waiting.
+    """The rows in a new order, those that are active first, and how many there are, without the host waiting.
 
     Args:
         active: (N,) bool.
 
     Returns:
-        rows (N,) int64 whose first ``count`` entries are the active rows, and count (1,) int32.
+        rows (N,) int64, a permutation: the active rows in order, then the others in order; count (1,) int32.
     """
+    if not active.numel():
+        return torch.zeros(0, dtype=torch.int64, device=active.device), active.new_zeros(1, dtype=torch.int32)
     position = active.cumsum(0)
+    count = position[-1:]
     index = torch.arange(active.numel(), device=active.device)
-    rows = torch.zeros(active.numel() + 1, dtype=torch.int64, device=active.device)
-    rows.scatter_(0, torch.where(active, position - 1, active.numel()), index)
-    count = position[-1:] if active.numel() else position.new_zeros(1)
-    return rows[:-1], count.to(torch.int32)
+    destination = torch.where(active, position - 1, count + index - position)
+    return torch.empty_like(index).scatter_(0, destination, index), count.to(torch.int32)
 
 
 @dataclass(frozen=True)

@@ -121,7 +121,7 @@ def linear_logprobs(
         backend: "auto" (Triton on a GPU, else torch), "triton" or "torch".
         backward: "exact": every column of every row with a gradient. "certified": the columns that matter; every row
             carries the exact probability mass it leaves out, and rows over the tolerance keep all columns. "auto":
-            certified for 16- and 32-bit input of a size where it pays, exact otherwise. An entropy gradient is exact.
+            exact on CUDA and for float64 or small input, certified otherwise. An entropy gradient is exact.
         tolerance: of the certified backward: bound on the relative error of d loss / d logits (Frobenius norm). None:
             0.005, which adds less than a quarter of what bf16 GEMMs add anyway; 0.0008 for fp32 under "auto", which
             keeps the errors of both gradients under 1e-4. The gradients' own errors are ten times smaller and more.
@@ -162,7 +162,9 @@ def linear_logprobs(
         workspace_mb,
         scaling=scaling,
         lora_dtype=None if lora is None else compute_dtype(hidden, weight, lora_a, lora_b),
-        tolerance=certified_tolerance(backward, tolerance, compute, (targets.numel(), *weight.shape), with_grad),
+        tolerance=certified_tolerance(
+            backward, tolerance, compute, (targets.numel(), *weight.shape), with_grad, hidden.device
+        ),
     )
     logprobs, entropy = LinearLogProbs.apply(
         hidden if hidden.ndim == 3 else hidden[None], weight, None if bias is None else bias.contiguous(), lora_a,
@@ -229,9 +231,10 @@ def compute_dtype(hidden, *others):
     return functools.reduce(torch.promote_types, (x.dtype for x in others), hidden.dtype)
 
 
-def certified_tolerance(backward, tolerance, compute, sizes, with_grad):
+def certified_tolerance(backward, tolerance, compute, sizes, with_grad, device):
     """The tolerance of the certified backward, or None where the exact one is taken."""
     worthwhile = compute != torch.float64 and all(a >= b for a, b in zip(sizes, CERTIFIED_FROM))
+    worthwhile &= device.type != "cuda"  # there it is still many small launches of torch's, and the host waits
     if not with_grad or backward == "exact" or (backward == "auto" and not worthwhile):
         return None
     if tolerance is not None:

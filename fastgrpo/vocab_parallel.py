@@ -189,7 +189,7 @@ def vocab_parallel_logprobs(
     compute = compute_dtype(hidden, weight)
     with_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
     sizes = (targets.numel(), math.inf, weight.shape[1])  # shards differ, the decision may not
-    tolerance = certified_tolerance(backward, tolerance, compute, sizes, with_grad)
+    tolerance = certified_tolerance(backward, tolerance, compute, sizes, with_grad, hidden.device)
     params = head_params(
         temperature,
         softcap,

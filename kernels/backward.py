@@ -1,8 +1,12 @@
 """Exact backward: a tile of logits is recomputed, turned into dlogits in a bounded buffer, and fed to two GEMMs.
 
 The GEMMs are our own kernels because the number of rows with a gradient is known on the device only: cuBLAS would need
-the host to wait for it. No atomics; every sum has a fixed order.
+the host to wait for it. They read the rows from a dense copy, gathered once, and no kernel of a GEMM's size looks a row
+up. No atomics; every sum has a fixed order.
 """
+
+import functools
+from typing import NamedTuple
 
 import torch
 import triton
@@ -15,9 +19,36 @@ from fastgrpo.kernels.common import TO_TRITON, Strides, cap, cap_slope, hidden_r
 from fastgrpo.kernels.forward import has_extras, logit_arguments
 
 
-@triton.jit(do_not_specialize=["first_row", "last_row", "first_v", "last_v", "N", "T"])
+@triton.jit(do_not_specialize=["first_row", "last_row", "first_held", "T"])
+def gather_kernel(
+    source_ptr,  # (B, T, D)
+    rows_ptr,  # (N,) rows in the order they are worked on
+    count_ptr,  # (1,) how many have a gradient
+    out_ptr,  # (held, D) out
+    first_row,
+    last_row,
+    first_held,  # the row of rows_ptr that out's first one holds
+    T,
+    strides,  # Strides
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """out = source[rows], those with a gradient."""
+    tiles_d = tl.cdiv(D, BLOCK_D)
+    offs_n = first_row + tl.program_id(0) // tiles_d * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_d = tl.program_id(0) % tiles_d * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask_n = offs_n < tl.minimum(tl.load(count_ptr), last_row)
+    mask = mask_n[:, None] & (offs_d < D)[None, :]
+    rows = tl.load(rows_ptr + offs_n, mask=mask_n, other=0)
+    pointers = hidden_rows(source_ptr, rows, T, strides)[:, None]
+    x = tl.load(pointers + offs_d[None, :] * tl.cast(strides.hidden_d, tl.int64), mask=mask)
+    tl.store(out_ptr + (offs_n - first_held).to(tl.int64)[:, None] * D + offs_d[None, :], x, mask=mask)
+
+
+@triton.jit(do_not_specialize=["first_row", "last_row", "first_held", "first_v", "last_v", "N"])
 def dlogits_kernel(
-    hidden_ptr,  # (B, T, D)
+    x_ptr,  # (held, D) rows of hidden, gathered
     weight_ptr,  # (V, D)
     bias_ptr,  # (V,) or None
     low_rank,  # LowRank or None
@@ -32,13 +63,13 @@ def dlogits_kernel(
     dlogits_ptr,  # (rows, width) out, of the row and column chunk in hand; width a multiple of every tile
     first_row,
     last_row,
+    first_held,
     first_v,
     last_v,
     width,
     N,
     V,
-    T,
-    strides,  # Strides
+    strides,  # Strides of x and weight
     logits,  # Logits
     D: tl.constexpr,
     COMPUTE: tl.constexpr,
@@ -57,9 +88,9 @@ def dlogits_kernel(
     mask_n = offs_n < stop
     rows = tl.load(rows_ptr + offs_n, mask=mask_n, other=0)
     label = tl.load(targets_ptr + rows, mask=mask_n, other=-1)
-    h_ptrs = hidden_rows(hidden_ptr, rows, T, strides)
+    x_ptrs = x_ptr + (tl.where(mask_n, offs_n, start) - first_held).to(tl.int64) * D
     raw = raw_logits(
-        h_ptrs, weight_ptr, bias_ptr, low_rank, rows, tile_v, V, strides, D, COMPUTE, BLOCK_N, BLOCK_V, BLOCK_D
+        x_ptrs, weight_ptr, bias_ptr, low_rank, rows, tile_v, V, strides, D, COMPUTE, BLOCK_N, BLOCK_V, BLOCK_D
     )
 
     inv_temperature = tl.zeros((BLOCK_N,), tl.float32) + logits.inv_temperature
@@ -90,22 +121,18 @@ def dlogits_kernel(
     tl.store(out, dz.to(dlogits_ptr.dtype.element_ty), mask=mask_n[:, None])
 
 
-@triton.jit(do_not_specialize=["first_row", "last_row", "first_sum", "first_v", "last_v"])
+@triton.jit(do_not_specialize=["first_row", "last_row", "first_held", "first_v", "last_v"])
 def dhidden_kernel(
     dlogits_ptr,  # (rows, width)
     weight_ptr,  # (V, D)
-    rows_ptr,  # (N,)
     count_ptr,  # (1,)
-    scale_ptr,  # (1,)
-    sum_ptr,  # (rows, D) fp32, the columns before first_v; None when one chunk does it all
-    dhidden_ptr,  # (N, D) out, written with the last chunk
+    sum_ptr,  # (held, D) fp32, the columns before first_v; nothing where first_v is 0
     first_row,
     last_row,
-    first_sum,  # row of sum_ptr that belongs to first_row
+    first_held,
     first_v,
     last_v,
     width,
-    V,
     stride_weight_v,
     stride_weight_d,
     D: tl.constexpr,
@@ -114,7 +141,7 @@ def dhidden_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """dhidden[rows] += dlogits @ weight[first_v:last_v]."""
+    """sum += dlogits @ weight[first_v:last_v]."""
     tiles_d = tl.cdiv(D, BLOCK_D)
     block = tl.program_id(0) // tiles_d
     offs_d = tl.program_id(0) % tiles_d * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -139,42 +166,61 @@ def dhidden_kernel(
         dz_ptrs += BLOCK_V
         w_ptrs += BLOCK_V * tl.cast(stride_weight_v, tl.int64)
     mask = mask_n[:, None] & mask_d[None, :]
-    sum_ptrs = sum_ptr
-    if sum_ptr is not None:
-        sum_ptrs = sum_ptr + (first_sum + local).to(tl.int64)[:, None] * D + offs_d[None, :]
-        if first_v > 0:
-            acc += tl.load(sum_ptrs, mask=mask, other=0.0)
-        tl.store(sum_ptrs, acc, mask=mask & (last_v < V))
-    rows = tl.load(rows_ptr + first_row + local, mask=mask_n, other=0)
-    out = dhidden_ptr + rows[:, None] * D + offs_d[None, :]
-    acc = acc / tl.load(scale_ptr)
-    tl.store(out, acc.to(dhidden_ptr.dtype.element_ty), mask=mask & (last_v == V))
+    sum_ptrs = sum_ptr + (first_row - first_held + local).to(tl.int64)[:, None] * D + offs_d[None, :]
+    if first_v > 0:
+        acc += tl.load(sum_ptrs, mask=mask, other=0.0)
+    tl.store(sum_ptrs, acc, mask=mask)
 
 
-@triton.jit(do_not_specialize=["first_row", "last_row", "final", "first_v", "last_v", "T"])
+@triton.jit(do_not_specialize=["first_row", "last_row", "first_held"])
+def scatter_kernel(
+    sum_ptr,  # (held, D) fp32
+    rows_ptr,  # (N,) a permutation
+    count_ptr,  # (1,)
+    scale_ptr,  # (1,)
+    out_ptr,  # (N, D) out
+    first_row,
+    last_row,
+    first_held,
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """out[rows] = sum / scale, 0 for rows without a gradient."""
+    tiles_d = tl.cdiv(D, BLOCK_D)
+    offs_n = first_row + tl.program_id(0) // tiles_d * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_d = tl.program_id(0) % tiles_d * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask_n, mask_d = offs_n < last_row, offs_d < D
+    has_gradient = offs_n < tl.minimum(tl.load(count_ptr), last_row)
+    sum_ptrs = sum_ptr + (offs_n - first_held).to(tl.int64)[:, None] * D + offs_d[None, :]
+    total = tl.load(sum_ptrs, mask=has_gradient[:, None] & mask_d[None, :], other=0.0) / tl.load(scale_ptr)
+    rows = tl.load(rows_ptr + offs_n, mask=mask_n, other=0)
+    out = out_ptr + rows[:, None] * D + offs_d[None, :]
+    tl.store(out, total.to(out_ptr.dtype.element_ty), mask=mask_n[:, None] & mask_d[None, :])
+
+
+@triton.jit(do_not_specialize=["first_row", "last_row", "first_held", "final", "first_v", "last_v"])
 def dweight_kernel(
     dlogits_ptr,  # (rows, width)
-    hidden_ptr,  # (B, T, D)
-    rows_ptr,  # (N,)
+    x_ptr,  # (held, D) rows gathered
     count_ptr,  # (1,)
     scale_ptr,  # (1,)
     sum_ptr,  # (width, D) fp32, the rows before first_row; None when one chunk does it all
     dweight_ptr,  # (V, D) out, written with the last chunk
     first_row,
     last_row,
+    first_held,
     final,  # whether this is the last chunk of rows
     first_v,
     last_v,
     width,
-    T,
-    strides,  # Strides
     D: tl.constexpr,
     COMPUTE: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """dweight[first_v:last_v] += dlogits.T @ hidden[rows]."""
+    """dweight[first_v:last_v] += dlogits.T @ x."""
     tiles_d = tl.cdiv(D, BLOCK_D)
     local_v = tl.program_id(0) // tiles_d * BLOCK_V + tl.arange(0, BLOCK_V)
     offs_d = tl.program_id(0) % tiles_d * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -183,16 +229,15 @@ def dweight_kernel(
     offs_n = tl.arange(0, BLOCK_N)
     stop = tl.minimum(tl.load(count_ptr), last_row)
     dz_ptrs = dlogits_ptr + local_v[:, None] + offs_n.to(tl.int64)[None, :] * width
+    x_ptrs = x_ptr + (first_row - first_held + offs_n).to(tl.int64)[:, None] * D + offs_d[None, :]
     acc = tl.zeros((BLOCK_V, BLOCK_D), dtype=tl.float32)
     for n in range(first_row, stop, BLOCK_N):
         mask_n = n + offs_n < stop
-        rows = tl.load(rows_ptr + n + offs_n, mask=mask_n, other=0)
-        h_ptrs = hidden_rows(hidden_ptr, rows, T, strides)[:, None]
-        h_ptrs = h_ptrs + offs_d[None, :] * tl.cast(strides.hidden_d, tl.int64)
-        h = tl.load(h_ptrs, mask=mask_n[:, None] & mask_d[None, :], other=0.0)
+        x = tl.load(x_ptrs, mask=mask_n[:, None] & mask_d[None, :], other=0.0)
         dz = tl.load(dz_ptrs, mask=mask_n[None, :], other=0.0)
-        acc = tl.dot(dz, h.to(COMPUTE), acc, input_precision="ieee")
+        acc = tl.dot(dz, x.to(COMPUTE), acc, input_precision="ieee")
         dz_ptrs += BLOCK_N * tl.cast(width, tl.int64)
+        x_ptrs += BLOCK_N * D
     mask = mask_v[:, None] & mask_d[None, :]
     sum_ptrs = sum_ptr
     if sum_ptr is not None:
@@ -233,34 +278,95 @@ def dbias_kernel(
     tl.store(out, total, mask=mask_v)
 
 
+class Factor(NamedTuple):
+    """One of the products that make the logits: rows times columns, and what its gradients' GEMMs need."""
+
+    rows: torch.Tensor  # (B, T, D), as the GEMMs read them
+    columns: torch.Tensor  # (V, D)
+    rows_scale: torch.Tensor  # 0-dim, what the sum for its rows is divided by
+    columns_scale: torch.Tensor
+    d_rows: torch.Tensor | None  # (B, T, D) out
+    d_columns: torch.Tensor | None  # (V, D) out
+
+    @property
+    def depth(self):
+        return self.columns.shape[1]
+
+
+def make_factors(problem, scale, out):
+    """[:class:`Factor`] of the head and, with LoRA, of its pair."""
+    factors = [Factor(problem.hidden, problem.weight, scale, scale, *out[:2])]
+    operands = problem.lora_operands
+    if operands is not None:
+        low, up = operands.low[:, : operands.rank], operands.up[:, : operands.rank]
+        scales = (scale if s is None else scale * s for s in (operands.up_scale, operands.low_scale))
+        factors.append(Factor(low.unflatten(0, problem.hidden.shape[:2]), up, *scales, *out[3:5]))
+    return factors
+
+
 class Chunks:
-    """The buffers of one backward and the chunks it goes through, sized to the workspace."""
+    """The chunks one backward goes through, and its buffers: sized to the workspace, plus the fp32 sum of all rows'
+    gradients where columns have gradients too.
 
-    def __init__(self, problem, needs):
+    Attributes:
+        dlogits: (rows, cols) of the chunk in hand.
+        gathered: of each factor that a GEMM reads rows of, (held, D): those rows, densely; None for the others. All
+            rows' stand where their gradient will be written at the end, so that they need no memory of their own.
+        row_sums: of each factor whose rows have a gradient, (held, D) fp32. column_sums: (cols, D) fp32, or None.
+    """
+
+    def __init__(self, problem, factors):
         n, vocab, _ = problem.sizes
-        depths = [columns.shape[1] for _, columns in problem.factors]
-        rows, columns = (sum(d for d, need in zip(depths, needs[k::3]) if need) for k in (0, 1))
-        size = problem.params.compute_dtype.itemsize
+        self.n, self.vocab, self.factors = n, vocab, factors
+        self.device = problem.hidden.device
         # With a frozen head a row chunk is finished before the next: its fp32 sum is a chunk's, not (N, D).
-        self.rows_outside = columns == 0
-        budget = problem.params.workspace
-        per_row = 4 * rows if self.rows_outside else 0
-        whole = plan_tiles(n, vocab, budget, size, per_row, 0, multiple=tiles.WIDTH)
-        if whole.rows < n or whole.cols < min(vocab, 1024):  # rows in chunks, then dW needs an fp32 sum of its columns
-            whole = plan_tiles(n, vocab, budget, size, per_row, 4 * columns, multiple=tiles.WIDTH)
-        self.rows, self.cols = min(whole.rows, n), whole.cols
-        device = problem.hidden.device
-        self.dlogits = torch.empty(self.rows, self.cols, dtype=problem.params.compute_dtype, device=device)
-        one_row_chunk, one_col_chunk = self.rows == n, self.cols >= vocab
+        self.rows_outside = all(f.d_columns is None for f in factors)
+        plan = self.plan(problem.params)
+        self.rows, self.cols = min(plan.rows, n), plan.cols
+        self.dlogits = self.new(self.rows, self.cols, problem.params.compute_dtype)
+        self.gathered = [self.room_for_rows(k) for k in range(len(factors))]
         held = self.rows if self.rows_outside else n
+        self.row_sums = [self.new(held, f.depth) if f.d_rows is not None else None for f in factors]
+        apart = self.rows < n  # a chunk of columns is summed over several chunks of rows
+        self.column_sums = [
+            self.new(self.cols, f.depth) if apart and f.d_columns is not None else None for f in factors
+        ]
 
-        def sums(length, wanted):  # an fp32 sum for each factor, None where it is not wanted
-            return [torch.empty(length, d, dtype=torch.float32, device=device) if w else None
-                    for d, w in zip(depths, wanted)]  # fmt: skip
+    def new(self, rows, cols, dtype=torch.float32):
+        return torch.empty(rows, cols, dtype=dtype, device=self.device)
 
-        self.row_sums = sums(held, [need and not one_col_chunk for need in needs[0::3]])
-        self.column_sums = sums(self.cols, [need and not one_row_chunk for need in needs[1::3]])
-        self.n, self.vocab = n, vocab
+    def plan(self, params):
+        per_row = sum(f.depth * f.rows.element_size() for k, f in enumerate(self.factors) if self.copies_a_chunk(k))
+        if self.rows_outside:
+            per_row += sum(4 * f.depth for f in self.factors if f.d_rows is not None)
+        per_col = sum(4 * f.depth for f in self.factors if f.d_columns is not None)
+        plan = functools.partial(
+            plan_tiles, self.n, self.vocab, params.workspace, params.compute_dtype.itemsize, per_row,
+            multiple=tiles.WIDTH,
+        )  # fmt: skip
+        whole = plan(0)
+        if whole.rows < self.n or whole.cols < min(self.vocab, 1024):  # rows in chunks: dW needs sums of its columns
+            return plan(per_col)
+        return whole
+
+    def is_read(self, k):
+        """Whether a GEMM reads factor k's rows: the logits' the head's, dW's its own."""
+        return k == 0 or self.factors[k].d_columns is not None
+
+    def copies_a_chunk(self, k):
+        return self.is_read(k) and (self.rows_outside or self.factors[k].d_rows is None)
+
+    def room_for_rows(self, k):
+        factor = self.factors[k]
+        if not self.is_read(k):
+            return None
+        if self.copies_a_chunk(k):
+            return self.new(self.rows, factor.depth, factor.rows.dtype)
+        return factor.d_rows.view(-1).view(factor.rows.dtype)[: self.n * factor.depth].view(self.n, factor.depth)
+
+    def first_held(self, first_row, buffer):
+        """The row that a buffer of ``gathered`` or ``row_sums`` begins with, while first_row's chunk is in hand."""
+        return first_row if buffer.shape[0] < self.n else 0
 
     def __iter__(self):
         """-> first_row, last_row, first_v, last_v."""
@@ -288,20 +394,28 @@ def backward(problem, stats, grad_logp, grad_entropy, needs):
     d_bias = torch.zeros(problem.bias.shape, dtype=torch.float32, device=problem.bias.device) if needs[2] else None
     grads = [g.contiguous() for g in (grad_logp, grad_entropy) if g is not None]
     active = (problem.targets != IGNORE) & torch.stack([g != 0 for g in grads]).any(0)
-    rows, count = compact_rows(active)
-    chunks = Chunks(problem, needs)
-    launch = Launcher(
-        problem, stats, grads, rows, count, row_scale(*(torch.where(active, g, 0.0) for g in grads)), chunks
-    )
-    for chunk in chunks:
-        launch.dlogits(*chunk)
-        for factor, (d_rows, d_columns) in enumerate(zip(out[0::3], out[1::3])):
-            if d_rows is not None:
-                launch.dhidden(factor, d_rows, *chunk)
-            if d_columns is not None:
-                launch.dweight(factor, d_columns, *chunk)
+    scale = row_scale(*(torch.where(active, g, 0.0) for g in grads))
+    factors = make_factors(problem, scale, out)
+    chunks = Chunks(problem, factors)
+    launch = Launcher(problem, stats, grads, *compact_rows(active), scale, chunks)
+    in_hand = None
+    for first_row, last_row, *columns in chunks:
+        rows = first_row, last_row
+        for k in range(len(factors)):
+            launch.gather(k, *rows, fresh=rows != in_hand)
+        in_hand = rows
+        launch.dlogits(*rows, *columns)
+        for k, factor in enumerate(factors):
+            if factor.d_rows is not None:
+                launch.dhidden(k, *rows, *columns)
+            if factor.d_columns is not None:
+                launch.dweight(k, *rows, *columns)
         if d_bias is not None:
-            launch.dbias(d_bias, *chunk)
+            launch.dbias(d_bias, *rows, *columns)
+        if chunks.rows_outside and columns[1] == chunks.vocab:
+            launch.scatter_all(*rows)
+    if not chunks.rows_outside:
+        launch.scatter_all(0, chunks.n)
     if d_bias is not None:
         out[2].copy_(d_bias)
     return out
@@ -313,26 +427,44 @@ class Launcher:
     def __init__(self, problem, stats, grads, rows, count, scale, chunks):
         self.problem, self.stats, self.grads = problem, stats, grads
         self.rows, self.count, self.scale, self.chunks = rows, count, scale, chunks
-        operands = problem.lora_operands
         self.strides, self.logits, self.low_rank = logit_arguments(problem)
-        # of each factor: its rows (B, T, D) and columns (V, D) as the GEMMs read them, and their gradients' scales
-        self.factors = [(problem.hidden, problem.weight, scale, scale)]
-        if operands is not None:
-            low, up = operands.low[:, : operands.rank], operands.up[:, : operands.rank]
-            scales = (scale if s is None else scale * s for s in (operands.up_scale, operands.low_scale))
-            self.factors.append((low.unflatten(0, problem.hidden.shape[:2]), up, *scales))
         self.compute = TO_TRITON[str(problem.params.compute_dtype)]
+        self.all_gathered = [False] * len(chunks.factors)
 
     def tile(self, kernel):
         return tiles.for_tensor(kernel, self.problem.params.compute_dtype, self.problem.hidden.device)
 
+    def gather(self, k, first_row, last_row, fresh):
+        """Factor k's rows into their buffer: all of them the first time where it holds all, else a fresh chunk's."""
+        out = self.chunks.gathered[k]
+        if out is None or self.all_gathered[k] or not fresh:
+            return
+        if out.shape[0] == self.chunks.n:
+            self.all_gathered[k], first_row, last_row = True, 0, self.chunks.n
+        factor, tile = self.chunks.factors[k], copy_tile(self.chunks.factors[k].depth)
+        gather_kernel[(triton.cdiv(last_row - first_row, tile.rows) * triton.cdiv(factor.depth, tile.cols),)](
+            source_ptr=factor.rows,
+            rows_ptr=self.rows,
+            count_ptr=self.count,
+            out_ptr=out,
+            first_row=first_row,
+            last_row=last_row,
+            first_held=self.chunks.first_held(first_row, out),
+            T=factor.rows.shape[1],
+            strides=Strides(*factor.rows.stride(), *factor.columns.stride()),
+            D=factor.depth,
+            BLOCK_N=tile.rows,
+            BLOCK_D=tile.cols,
+            num_warps=tile.warps,
+        )
+
     def dlogits(self, first_row, last_row, first_v, last_v):
-        problem = self.problem
+        problem, x = self.problem, self.chunks.gathered[0]
         tile = self.tile("dlogits_full" if len(self.grads) > 1 or has_extras(problem) else "dlogits")
         n, vocab, depth = problem.sizes
         grid = triton.cdiv(last_row - first_row, tile.rows) * triton.cdiv(last_v - first_v, tile.cols)
         dlogits_kernel[(grid,)](
-            hidden_ptr=problem.hidden,
+            x_ptr=x,
             weight_ptr=problem.weight,
             bias_ptr=problem.bias,
             low_rank=self.low_rank,
@@ -347,13 +479,13 @@ class Launcher:
             dlogits_ptr=self.chunks.dlogits,
             first_row=first_row,
             last_row=last_row,
+            first_held=self.chunks.first_held(first_row, x),
             first_v=first_v,
             last_v=last_v,
             width=self.chunks.cols,
             N=n,
             V=vocab,
-            T=problem.hidden.shape[1],
-            strides=self.strides,
+            strides=Strides(0, depth, 1, *problem.weight.stride()),
             logits=self.logits,
             D=depth,
             COMPUTE=self.compute,
@@ -364,24 +496,20 @@ class Launcher:
             num_stages=tile.stages,
         )
 
-    def dhidden(self, factor, d_hidden, first_row, last_row, first_v, last_v):
-        (_, weight, scale, _), tile = self.factors[factor], self.tile("dhidden")
-        vocab, depth = weight.shape
+    def dhidden(self, k, first_row, last_row, first_v, last_v):
+        weight, total, tile = self.chunks.factors[k].columns, self.chunks.row_sums[k], self.tile("dhidden")
+        depth = weight.shape[1]
         dhidden_kernel[(triton.cdiv(last_row - first_row, tile.rows) * triton.cdiv(depth, tile.cols),)](
             dlogits_ptr=self.chunks.dlogits,
             weight_ptr=weight,
-            rows_ptr=self.rows,
             count_ptr=self.count,
-            scale_ptr=scale,
-            sum_ptr=self.chunks.row_sums[factor],
-            dhidden_ptr=d_hidden,
+            sum_ptr=total,
             first_row=first_row,
             last_row=last_row,
-            first_sum=0 if self.chunks.rows_outside else first_row,
+            first_held=self.chunks.first_held(first_row, total),
             first_v=first_v,
             last_v=last_v,
             width=self.chunks.cols,
-            V=vocab,
             stride_weight_v=weight.stride(0),
             stride_weight_d=weight.stride(1),
             D=depth,
@@ -393,26 +521,23 @@ class Launcher:
             num_stages=tile.stages,
         )
 
-    def dweight(self, factor, d_weight, first_row, last_row, first_v, last_v):
-        (hidden, weight, _, scale), tile = self.factors[factor], self.tile("dweight")
-        depth = weight.shape[1]
-        dweight_kernel[(triton.cdiv(last_v - first_v, tile.rows) * triton.cdiv(depth, tile.cols),)](
+    def dweight(self, k, first_row, last_row, first_v, last_v):
+        factor, x, tile = self.chunks.factors[k], self.chunks.gathered[k], self.tile("dweight")
+        dweight_kernel[(triton.cdiv(last_v - first_v, tile.rows) * triton.cdiv(factor.depth, tile.cols),)](
             dlogits_ptr=self.chunks.dlogits,
-            hidden_ptr=hidden,
-            rows_ptr=self.rows,
+            x_ptr=x,
             count_ptr=self.count,
-            scale_ptr=scale,
-            sum_ptr=self.chunks.column_sums[factor],
-            dweight_ptr=d_weight,
+            scale_ptr=factor.columns_scale,
+            sum_ptr=self.chunks.column_sums[k],
+            dweight_ptr=factor.d_columns,
             first_row=first_row,
             last_row=last_row,
+            first_held=self.chunks.first_held(first_row, x),
             final=int(last_row == self.chunks.n),
             first_v=first_v,
             last_v=last_v,
             width=self.chunks.cols,
-            T=hidden.shape[1],
-            strides=Strides(*hidden.stride(), *weight.stride()),
-            D=depth,
+            D=factor.depth,
             COMPUTE=self.compute,
             BLOCK_V=tile.rows,
             BLOCK_D=tile.cols,
@@ -436,3 +561,29 @@ class Launcher:
             BLOCK_N=32,
             BLOCK_V=block,
         )
+
+    def scatter_all(self, first_row, last_row):
+        """The finished sums of some rows into their gradients, over what was gathered there."""
+        for factor, total in zip(self.chunks.factors, self.chunks.row_sums):
+            if total is None:
+                continue
+            tile = copy_tile(factor.depth)
+            scatter_kernel[(triton.cdiv(last_row - first_row, tile.rows) * triton.cdiv(factor.depth, tile.cols),)](
+                sum_ptr=total,
+                rows_ptr=self.rows,
+                count_ptr=self.count,
+                scale_ptr=factor.rows_scale,
+                out_ptr=factor.d_rows,
+                first_row=first_row,
+                last_row=last_row,
+                first_held=self.chunks.first_held(first_row, total),
+                D=factor.depth,
+                BLOCK_N=tile.rows,
+                BLOCK_D=tile.cols,
+                num_warps=tile.warps,
+            )
+
+
+def copy_tile(depth):
+    """Of the kernels that only move rows: narrow ones for a narrow factor."""
+    return tiles.COPY._replace(cols=min(tiles.COPY.cols, triton.next_power_of_2(depth)))

@@ -26,7 +26,7 @@ class LowRank(NamedTuple):
 
     low_ptr: object
     up_ptr: object
-    scale_ptr: object  # (1,) factor of the product, or None
+    scale_ptr: object  # (1,) factor of the product; never None: Triton 3.6 cannot compile a None in a tuple
     depth: int
     width: int
     stride_v: int
@@ -93,8 +93,7 @@ def raw_logits(
             low = low_values(low_rank, rows[:, None], (start + offs_d)[None, :], COMPUTE)
             up = up_values(low_rank, columns[None, :], (start + offs_d)[:, None], COMPUTE)
             acc = tl.dot(low, up, acc, input_precision="ieee")
-        if low_rank.scale_ptr is not None:
-            acc *= tl.load(low_rank.scale_ptr)
+        acc *= tl.load(low_rank.scale_ptr)
     for start in range(0, D, BLOCK_D):
         if D % BLOCK_D == 0:
             h = tl.load(h_ptrs)

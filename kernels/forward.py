@@ -63,9 +63,7 @@ def label_logits(
             low = low_values(low_rank, rows[:, None], k[None, :], COMPUTE)
             up = up_values(low_rank, label[:, None], k[None, :], COMPUTE)
             product += tl.sum(low.to(tl.float32) * up.to(tl.float32), axis=1)
-        if low_rank.scale_ptr is not None:
-            product *= tl.load(low_rank.scale_ptr)
-        acc += product
+        acc += product * tl.load(low_rank.scale_ptr)
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + label).to(tl.float32)
     return acc
@@ -185,6 +183,7 @@ def combine_kernel(
     N,
     V,
     runs,
+    RUNS: tl.constexpr,  # runs merged at once
     BLOCK: tl.constexpr,
 ):
     count = tl.load(count_ptr)
@@ -200,20 +199,23 @@ def combine_kernel(
     spread = tl.zeros((BLOCK,), tl.float32)
     label_z = tl.zeros((BLOCK,), tl.float32)
     dropped = tl.zeros((BLOCK,), tl.float32)
-    for i in range(runs):
-        part = partials_ptr + tl.cast(i, tl.int64) * N + offs_n
-        run_peak = tl.load(part, mask=mask_n, other=FLOOR)
-        run_total = tl.load(part + step, mask=mask_n, other=0.0)
-        run_spread = tl.load(part + 2 * step, mask=mask_n, other=0.0)
-        label_z += tl.load(part + 3 * step, mask=mask_n, other=0.0)
-        new_peak = tl.maximum(peak, run_peak, propagate_nan=tl.PropagateNan.ALL)
+    for first in range(0, runs, RUNS):
+        run = first + tl.arange(0, RUNS)
+        part = partials_ptr + run.to(tl.int64)[:, None] * N + offs_n[None, :]
+        inside = (run < runs)[:, None] & mask_n[None, :]
+        run_peak = tl.load(part, mask=inside, other=FLOOR)
+        run_total = tl.load(part + step, mask=inside, other=0.0)
+        run_spread = tl.load(part + 2 * step, mask=inside, other=0.0)
+        label_z += tl.sum(tl.load(part + 3 * step, mask=inside, other=0.0), axis=0)
+        new_peak = tl.maximum(peak, tl.max(run_peak, axis=0), propagate_nan=tl.PropagateNan.ALL)
         old_decay = tl.exp(peak - new_peak)
-        run_decay = tl.exp(run_peak - new_peak)
+        run_decay = tl.exp(run_peak - new_peak[None, :])
         spread = (spread + (new_peak - peak) * total) * old_decay
-        spread += (run_spread + (new_peak - run_peak) * run_total) * run_decay
-        total = total * old_decay + run_total * run_decay
+        spread += tl.sum((run_spread + (new_peak[None, :] - run_peak) * run_total) * run_decay, axis=0)
+        total = total * old_decay + tl.sum(run_total * run_decay, axis=0)
         if dropped_ptr is not None:
-            dropped = dropped * old_decay + tl.load(part + 4 * step, mask=mask_n, other=0.0) * run_decay
+            run_dropped = tl.load(part + 4 * step, mask=inside, other=0.0)
+            dropped = dropped * old_decay + tl.sum(run_dropped * run_decay, axis=0)
         peak = new_peak
 
     label_z = tl.where(label_z < ABSENT, -float("inf"), label_z)
@@ -250,6 +252,7 @@ def low_rank_arguments(operands):
     if operands is None:
         return None
     low, up, scale = operands.low, operands.up, operands.scale
+    scale = torch.ones((), device=low.device) if scale is None else scale
     return LowRank(low, up, scale, low.shape[1], up.shape[1], *up.stride())
 
 
@@ -268,11 +271,19 @@ def has_extras(problem):
 
 
 def vocabulary_runs(blocks, columns, block_v, device):
-    """How many runs to cut the vocabulary into: enough programs for several waves, 16 partial results a row at most."""
-    processors = 4 if device.type != "cuda" else torch.cuda.get_device_properties(device).multi_processor_count
+    """-> how many runs to cut the vocabulary into, and the columns of one.
+
+    Enough programs for eight waves, but 16 partial results a row at most, unless that leaves processors without work.
+    """
+    processors = processor_count(device)
     tiles_v = triton.cdiv(columns, block_v)
-    runs = min(max(triton.cdiv(8 * processors, max(blocks, 1)), 1), 16, tiles_v)
+    wanted, needed = (triton.cdiv(waves * processors, max(blocks, 1)) for waves in (8, 2))
+    runs = max(min(max(min(wanted, 16), needed), tiles_v), 1)
     return triton.cdiv(tiles_v, triton.cdiv(tiles_v, runs)), triton.cdiv(tiles_v, runs) * block_v
+
+
+def processor_count(device):
+    return 4 if device.type != "cuda" else torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def forward(problem: HeadProblem):
@@ -385,5 +396,6 @@ def run_forward(problem, rows, count, hint=None, flags=None, dropped=None, label
         N=n,
         V=vocab,
         runs=runs,
+        RUNS=tiles.COMBINE_RUNS,
         BLOCK=tiles.COMBINE_BLOCK,
     )

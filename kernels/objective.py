@@ -30,11 +30,6 @@ def rebind():
 token_objective = rebind()["token_objective"]
 
 
-@triton.jit
-def load_optional(ptr, offs, mask):
-    return tl.load(ptr + offs, mask=mask, other=0.0) if ptr is not None else None
-
-
 @triton.jit(do_not_specialize=["N"])
 def objective_kernel(
     logp_ptr,  # (N,)
@@ -55,14 +50,23 @@ def objective_kernel(
 ):
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < N
+    ref = None  # Triton 3.6 compiles no helper that returns None on one of its paths
+    if ref_ptr is not None:
+        ref = tl.load(ref_ptr + offs, mask=mask, other=0.0)
+    log_w_seq = None
+    if log_w_seq_ptr is not None:
+        log_w_seq = tl.load(log_w_seq_ptr + offs, mask=mask, other=0.0)
+    gate = None
+    if gate_ptr is not None:
+        gate = tl.load(gate_ptr + offs, mask=mask, other=0.0)
     loss, d_logp, d_log_w, kl, ratio, low, high = token_objective(
         tl.load(logp_ptr + offs, mask=mask, other=0.0),
         tl.load(old_ptr + offs, mask=mask, other=0.0),
-        load_optional(ref_ptr, offs, mask),
+        ref,
         tl.load(log_w_ptr + offs, mask=mask, other=0.0),
-        load_optional(log_w_seq_ptr, offs, mask),
+        log_w_seq,
         tl.load(adv_ptr + offs, mask=mask, other=0.0),
-        load_optional(gate_ptr, offs, mask),
+        gate,
         hp,
         KIND,
         DIVERGENCE,

@@ -45,9 +45,10 @@ TILES = {
     "dweight": {2: SQUARE, 4: FP32},
 }
 INTERPRETER = Tile(32, 64, 32, 4, 1, group=2)
+COPY = Tile(16, 256, 0, 4, 1)  # of rows that are only gathered or scattered
 WIDTH = 128  # the dlogits buffer's columns are a multiple of it, and it of every tile's columns
 ROW_BLOCK = 1024  # of the elementwise kernels over tokens
-COMBINE_BLOCK = 128
+COMBINE_BLOCK, COMBINE_RUNS = 128, 8
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 
 

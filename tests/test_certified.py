@@ -197,17 +197,20 @@ def test_padded_batch_and_fp64(device):
 def test_auto_certifies_where_it_pays():
     from fastgrpo.logprobs import certified_tolerance
 
-    def tolerance(backward="auto", value=None, compute=torch.float32, sizes=(2048, 32768, 1024), with_grad=True):
-        return certified_tolerance(backward, value, compute, sizes, with_grad)
+    def tolerance(
+        backward="auto", value=None, compute=torch.float32, sizes=(2048, 32768, 1024), with_grad=True, device="cpu"
+    ):
+        return certified_tolerance(backward, value, compute, sizes, with_grad, torch.device(device))
 
     assert tolerance() == 0.0008
     assert tolerance(compute=torch.bfloat16) == 0.005
     assert tolerance(value=0.1) == 0.1
     assert tolerance("exact") is None
     small = [{"sizes": s} for s in ((8, 32768, 1024), (2048, 100, 1024), (2048, 32768, 64))]
-    for exact in (*small, {"with_grad": False}, {"compute": torch.float64}):
+    for exact in (*small, {"with_grad": False}, {"compute": torch.float64}, {"device": "cuda"}):
         assert tolerance(**exact) is None
     assert tolerance("certified", sizes=(8, 100, 8)) == 0.005
+    assert tolerance("certified", device="cuda") == 0.005
 
 
 def test_auto_fp32_keeps_both_gradients_under_1e_4():

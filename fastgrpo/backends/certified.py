@@ -368,7 +368,7 @@ class SparseRows:
                 add_rows(d_column, local, reader.unscaled("low", gradient, side))
 
     def unscaled(self, x):
-        return x if self.scale is None else x / self.scale
+        return x if self.scale is None else x.div_(self.scale)
 
     def left_out_of(self, group):
         """(n,) sum of each row's dlogits over the columns left out."""

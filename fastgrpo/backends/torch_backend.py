@@ -86,9 +86,9 @@ class Reader:
         return pairs[:1] + [tuple(x[:, : self.lora.rank] for x in pair) for pair in pairs[1:]]
 
     def unscaled(self, side, x, factor):
-        """A factor's gradient without the power of two of the operand it was made with. side: "low" or "up"."""
+        """In place: a factor's gradient without the power of two of the operand it was made with. side: "low", "up"."""
         scale = getattr(self.lora, f"{side}_scale") if factor else None
-        return x if scale is None or x is None else x / scale
+        return x if scale is None or x is None else x.div_(scale)
 
     def mm(self, a, b, out):  # (n, k), (k, m) -> (n, m) in the accumulator's dtype
         if self.native:
@@ -300,7 +300,9 @@ def add_exact_rows(problem, stats, rows, grads, out, extra=None):
                 elif d_column is not None:
                     reader.add_mm(d_column, dz.t(), x)
         if scale is not None:
-            *d_columns, d_bias = (None if x is None else x / scale for x in (*d_columns, d_bias))
+            for x in (*d_columns, d_bias):
+                if x is not None:
+                    x.div_(scale)  # in place: a copy would be as large as the gradient in fp32
             d_columns = [reader.unscaled("low", x, k) for k, x in enumerate(d_columns)]
         if extra is not None:
             extra.add(span, d_columns, d_bias)
@@ -309,7 +311,7 @@ def add_exact_rows(problem, stats, rows, grads, out, extra=None):
                 destination[span] = value
     for k, (d_rows, total) in enumerate(zip(d_rows_out, totals)):
         if total is not None and scale is not None:
-            total.copy_(reader.unscaled("up", total / scale, k))
+            reader.unscaled("up", total.div_(scale), k)
         if total is None or total.data_ptr() == d_rows.data_ptr():
             continue
         for index, value in zip(rows.split(tile.rows), total.split(tile.rows)):

@@ -209,7 +209,8 @@ def test_certified_backward(profile):
     for backward in ("exact", "certified"):
         out = linear_logprobs(hidden, weight, p["targets"], old_logprobs=p["old_logprobs"], backward=backward)
         results[backward] = (out.logprobs.detach(), *torch.autograd.grad(out.logprobs, (hidden, weight), upstream))
-    assert torch.equal(results["exact"][0], results["certified"][0])
+    plain, certified = (results[k][0] for k in ("exact", "certified"))  # two compilations: FMAs contract differently
+    assert (plain - certified).abs().max() <= 2e-6 * (1 + plain.abs().max())
     rows = torch.arange(0, 8192, 64, device="cuda")
     want = upstream[rows, None].double() * (exact_rows(hidden, weight, p["targets"], rows)[2] @ weight.double())
     errors = [(results[k][1][rows].double() - want).norm() / want.norm() for k in ("exact", "certified")]
