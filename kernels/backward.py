@@ -28,9 +28,9 @@ def gather_kernel(
     first_row,
     last_row,
     first_held,  # the row of rows_ptr that out's first one holds
+    D,
     T,
     strides,  # Strides
-    D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -69,9 +69,10 @@ def dlogits_kernel(
     width,
     N,
     V,
+    D,
     strides,  # Strides of x and weight
     logits,  # Logits
-    D: tl.constexpr,
+    WHOLE_D: tl.constexpr,
     COMPUTE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -90,7 +91,7 @@ def dlogits_kernel(
     label = tl.load(targets_ptr + rows, mask=mask_n, other=-1)
     x_ptrs = x_ptr + (tl.where(mask_n, offs_n, start) - first_held).to(tl.int64) * D
     raw = raw_logits(
-        x_ptrs, weight_ptr, bias_ptr, low_rank, rows, tile_v, V, strides, D, COMPUTE, BLOCK_N, BLOCK_V, BLOCK_D
+        x_ptrs, weight_ptr, bias_ptr, low_rank, rows, tile_v, V, D, strides, WHOLE_D, COMPUTE, BLOCK_N, BLOCK_V, BLOCK_D
     )
 
     inv_temperature = tl.zeros((BLOCK_N,), tl.float32) + logits.inv_temperature
@@ -133,9 +134,9 @@ def dhidden_kernel(
     first_v,
     last_v,
     width,
+    D,
     stride_weight_v,
     stride_weight_d,
-    D: tl.constexpr,
     COMPUTE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -182,7 +183,7 @@ def scatter_kernel(
     first_row,
     last_row,
     first_held,
-    D: tl.constexpr,
+    D,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -214,7 +215,7 @@ def dweight_kernel(
     first_v,
     last_v,
     width,
-    D: tl.constexpr,
+    D,
     COMPUTE: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -237,7 +238,7 @@ def dweight_kernel(
         dz = tl.load(dz_ptrs, mask=mask_n[None, :], other=0.0)
         acc = tl.dot(dz, x.to(COMPUTE), acc, input_precision="ieee")
         dz_ptrs += BLOCK_N * tl.cast(width, tl.int64)
-        x_ptrs += BLOCK_N * D
+        x_ptrs += BLOCK_N * tl.cast(D, tl.int64)
     mask = mask_v[:, None] & mask_d[None, :]
     sum_ptrs = sum_ptr
     if sum_ptr is not None:
@@ -450,9 +451,9 @@ class Launcher:
             first_row=first_row,
             last_row=last_row,
             first_held=self.chunks.first_held(first_row, out),
-            T=factor.rows.shape[1],
-            strides=Strides(*factor.rows.stride(), *factor.columns.stride()),
             D=factor.depth,
+            T=factor.rows.shape[1],
+            strides=Strides.of(factor.rows, factor.columns),
             BLOCK_N=tile.rows,
             BLOCK_D=tile.cols,
             num_warps=tile.warps,
@@ -485,9 +486,10 @@ class Launcher:
             width=self.chunks.cols,
             N=n,
             V=vocab,
+            D=depth,
             strides=Strides(0, depth, 1, *problem.weight.stride()),
             logits=self.logits,
-            D=depth,
+            WHOLE_D=depth % tile.depth == 0,
             COMPUTE=self.compute,
             BLOCK_N=tile.rows,
             BLOCK_V=tile.cols,
@@ -510,9 +512,9 @@ class Launcher:
             first_v=first_v,
             last_v=last_v,
             width=self.chunks.cols,
+            D=depth,
             stride_weight_v=weight.stride(0),
             stride_weight_d=weight.stride(1),
-            D=depth,
             COMPUTE=self.compute,
             BLOCK_N=tile.rows,
             BLOCK_D=tile.cols,

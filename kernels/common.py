@@ -20,6 +20,13 @@ class Strides(NamedTuple):
     weight_v: int
     weight_d: int
 
+    @classmethod
+    def of(cls, rows, columns):
+        """Of a (B, T, D) and a (V, D) tensor. A single sequence's stride is of no use and would only be one more
+        number to compile for."""
+        batch, *inner = rows.stride()
+        return cls(batch if rows.shape[0] > 1 else 0, *inner, *columns.stride())
+
 
 class LowRank(NamedTuple):
     """:class:`fastgrpo.lora.Operands`: low (N, depth), up (V, width), column k of low meets column k % width of up."""
@@ -69,8 +76,9 @@ def raw_logits(
     rows,  # (BLOCK_N,) int64
     first_v,  # first column of the tile
     V,
+    D,
     strides,
-    D: tl.constexpr,
+    WHOLE_D: tl.constexpr,  # whether BLOCK_D divides D
     COMPUTE: tl.constexpr,  # operands are cast to it as they are loaded
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -95,7 +103,7 @@ def raw_logits(
             acc = tl.dot(low, up, acc, input_precision="ieee")
         acc *= tl.load(low_rank.scale_ptr)
     for start in range(0, D, BLOCK_D):
-        if D % BLOCK_D == 0:
+        if WHOLE_D:
             h = tl.load(h_ptrs)
             w = tl.load(w_ptrs)
         else:

@@ -38,8 +38,8 @@ def label_logits(
     bias_ptr,  # (V,) or None
     low_rank,  # LowRank or None
     rows,  # (BLOCK_N,) int64
+    D,
     strides,
-    D: tl.constexpr,
     COMPUTE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -85,6 +85,7 @@ def forward_kernel(
     partials_ptr,  # (5, runs, N) out
     N,
     V,
+    D,
     T,
     run,  # columns a program does, a multiple of BLOCK_V
     runs,
@@ -92,7 +93,7 @@ def forward_kernel(
     logits,  # Logits
     log_cutoff,  # a column is kept where log p reaches it
     ENTROPY: tl.constexpr,
-    D: tl.constexpr,
+    WHOLE_D: tl.constexpr,
     COMPUTE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -127,7 +128,7 @@ def forward_kernel(
         else:
             known = tl.where((label >= 0) & (label < V), label, 0)
             guess = label_logits(
-                h_ptrs, known, weight_ptr, bias_ptr, low_rank, rows, strides, D, COMPUTE, BLOCK_N, BLOCK_D
+                h_ptrs, known, weight_ptr, bias_ptr, low_rank, rows, D, strides, COMPUTE, BLOCK_N, BLOCK_D
             )
             guess = tl.sum(cap(guess[:, None], logits) * inv_temperature, axis=1)
         if hint_ptr is not None:
@@ -136,8 +137,9 @@ def forward_kernel(
         threshold = tl.where(guess == guess, guess, 0.0) + log_cutoff
     for first_v in range(this_run * run, tl.minimum(V, (this_run + 1) * run), BLOCK_V):
         z = raw_logits(
-            h_ptrs, weight_ptr, bias_ptr, low_rank, rows, first_v, V, strides, D, COMPUTE, BLOCK_N, BLOCK_V, BLOCK_D
-        )
+            h_ptrs, weight_ptr, bias_ptr, low_rank, rows, first_v, V, D, strides, WHOLE_D, COMPUTE, BLOCK_N, BLOCK_V,
+            BLOCK_D,
+        )  # fmt: skip
         z = cap(z, logits) * inv_temperature
         offs_v = first_v + tl.arange(0, BLOCK_V)
         is_label = offs_v[None, :] == label[:, None]
@@ -260,7 +262,7 @@ def logit_arguments(problem):
     """The argument tuples every projection kernel takes."""
     params = problem.params
     inverse = 1.0 if params.temperature is None else 1.0 / params.temperature
-    strides = Strides(*problem.hidden.stride(), *problem.weight.stride())
+    strides = Strides.of(problem.hidden, problem.weight)
     return strides, Logits(inverse, params.softcap, params.logit_scale), low_rank_arguments(problem.lora_operands)
 
 
@@ -369,6 +371,7 @@ def run_forward(problem, rows, count, hint=None, flags=None, dropped=None, label
         partials_ptr=partials,
         N=n,
         V=vocab,
+        D=depth,
         T=problem.hidden.shape[1],
         run=run,
         runs=runs,
@@ -376,7 +379,7 @@ def run_forward(problem, rows, count, hint=None, flags=None, dropped=None, label
         logits=logits,
         log_cutoff=0.0 if flags is None else math.log(cutoff(problem.params.tolerance)),
         ENTROPY=problem.params.entropy,
-        D=depth,
+        WHOLE_D=depth % tile.depth == 0,
         COMPUTE=TO_TRITON[str(problem.params.compute_dtype)],
         BLOCK_N=tile.rows,
         BLOCK_V=tile.cols,

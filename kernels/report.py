@@ -1,13 +1,14 @@
 """Compile every kernel with every tile we ship, for every architecture, without a GPU; fail on a spill.
 
 ``python -m fastgrpo.kernels.report`` (``make kernel-report``). The launchers run on meta tensors with the kernels
-replaced by recorders, so what is compiled is exactly what they launch. One process an architecture: an LLVM abort takes
-only its own down.
+replaced by recorders, and Triton's own binder decides what to compile for their arguments, so it is exactly what they
+launch. One process an architecture and version of Triton: an LLVM abort takes only its own down.
 """
 
 import argparse
 import contextlib
 import dataclasses
+import importlib.metadata
 import json
 import os
 import re
@@ -22,12 +23,25 @@ SHARED_LIMIT = {
     "gfx942": 65536,
 }  # fmt: skip
 GEMMS = ("forward_kernel", "dlogits_kernel", "dhidden_kernel", "dweight_kernel")
-TENSOR_CORE = re.compile(r"\b(?:HMMA|HGMMA|UTC\w*MMA)\b|\bv_mfma_")
-N, V, D, RANK = 4096, 152064, 2048, 16
+TENSOR_CORE = re.compile(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b|\bv_mfma_")  # in PTX, in AMD's assembly
+N, V, RANK = 4096, 152064, 16
+DEPTHS = (896, 1536, 2048, 3584, 4096, 5120)  # widths of models
+OTHER_TRITON = "3.6.0"  # what torch 2.10 and 2.11 ship, beside the environment's own
 
 
-def problems():
-    """-> label, HeadProblem on the meta device, whether the entropy has a gradient, needed gradients."""
+def triton_folder(version):
+    """Where a Triton beside the environment's own lies, installed on first use; None for that one."""
+    if version == importlib.metadata.version("triton"):
+        return None
+    folder = Path(sys.prefix) / f"triton-{version}"
+    if not (folder / "triton" / "__init__.py").exists():
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", folder]
+        subprocess.run([*command, f"triton=={version}"], check=True)
+    return folder
+
+
+def problems(depth):
+    """-> label, HeadProblem on the meta device, needed gradients."""
     import torch
 
     from fastgrpo.backends.problem import HeadParams, HeadProblem
@@ -41,7 +55,7 @@ def problems():
             compute_dtype=dtype, lora_dtype=dtype, entropy=full or entropy, backend="triton", workspace=2**27,
         )  # fmt: skip
         return HeadProblem(
-            empty(1, rows, D), empty(V, D), empty(V) if full else None, empty(rows, dtype=torch.int64),
+            empty(1, rows, depth), empty(V, depth), empty(V) if full else None, empty(rows, dtype=torch.int64),
             empty(rows, dtype=torch.float32) if full else None, params,
             empty(1, rows, RANK, dtype=torch.float32) if full or lora else None,
             empty(V, RANK) if full or lora else None,
@@ -85,7 +99,7 @@ def recording(modules, architecture):
             setattr(owner, name, value)
 
 
-def recorded_launches(architecture):
+def recorded_launches(architecture, depths=DEPTHS):
     """-> (label, kernel, arguments) of everything the launchers would run, duplicates left out later."""
     import torch
 
@@ -95,7 +109,7 @@ def recorded_launches(architecture):
     from fastgrpo.kernels import support as support_kernels
 
     with recording((forward, backward, objective, support_kernels), architecture) as launches:
-        for label, problem, needs in problems():
+        for label, problem, needs in (p for depth in depths for p in problems(depth)):
             del launches[:]
             forward.forward(problem)
             forward.partial_forward(problem)
@@ -113,7 +127,7 @@ def recorded_launches(architecture):
             support.backward(
                 problem, kept, support_kernels, stats, support_kernels.kept_logits(problem, kept), grad, None, needs
             )
-            yield from ((label, *launch) for launch in launches)
+            yield from ((f"{label}, D {problem.sizes[2]}", *launch) for launch in launches)
         row = torch.empty(N, device="meta")
         for settings in (
             {"beta": 0.1}, {"loss_type": "cispo", "divergence_mask": "tv"}, {"divergence_mask": "kl", "beta": 0.1},
@@ -127,65 +141,42 @@ def recorded_launches(architecture):
             yield from ((" ".join(map(str, settings.values())), *launch) for launch in launches)
 
 
-def signature(kernel, arguments):
-    """What Triton's launcher would derive from these arguments: types, constants, divisibility by 16."""
-    import torch
+class Target:
+    """Triton's idea of the current device: one that need not be there."""
 
-    types, constants, attributes = {}, {}, {}
-    plain = {p.name for p in kernel.params if p.do_not_specialize}
-    always = {p.name for p in kernel.params if p.is_constexpr}
-    multiple = [["tt.divisibility", 16]]
-    names = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int64: "*i64",
-             torch.int32: "*i32", torch.uint8: "*u8"}  # fmt: skip
+    def __init__(self, architecture):
+        from triton.backends.compiler import GPUTarget
 
-    def describe(value, path, specialize):
-        if isinstance(value, tuple):
-            parts = [describe(v, (*path, i), specialize) for i, v in enumerate(value)]
-            return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
-        if value is None or isinstance(value, str | bool) or (specialize and isinstance(value, int) and value == 1):
-            constants[path] = value
-            return "constexpr"
-        if isinstance(value, torch.Tensor):
-            attributes[path] = multiple
-            return names[value.dtype]
-        if isinstance(value, float):
-            return "fp32"
-        if specialize and value % 16 == 0:
-            attributes[path] = multiple
-        return "i32" if abs(value) < 2**31 else "i64"
+        hip = architecture.startswith("gfx")
+        self.target = GPUTarget("hip", architecture, 64) if hip else GPUTarget("cuda", int(architecture[3:]), 32)
 
-    for i, name in enumerate(kernel.arg_names):
-        if name in always:
-            types[name] = "constexpr"
-            constants[(i,)] = arguments[name]
-        else:
-            types[name] = describe(arguments[name], (i,), name not in plain)
-    return types, constants, attributes
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
 
 
-def compile_all(architecture, progress=None):
+def compile_all(architecture):
     """-> one row a compiled kernel."""
     import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
-    hip = architecture.startswith("gfx")
-    target = GPUTarget("hip", architecture, 64) if hip else GPUTarget("cuda", int(architecture[3:]), 32)
+    triton.runtime.driver.set_active(Target(architecture))
+    usage = amd_usage if architecture.startswith("gfx") else nvidia_usage
     seen = set()
     for label, kernel, arguments in recorded_launches(architecture):
-        options = {k: arguments[k] for k in ("num_warps", "num_stages") if k in arguments}
-        types, constants, attributes = signature(kernel, arguments)
-        key = repr((kernel.fn.__name__, types, sorted(constants.items(), key=repr), sorted(attributes), options))
-        if key in seen:
+        compiled = kernel.warmup(**arguments, grid=(1,))
+        if compiled.hash in seen:
             continue
-        seen.add(key)
-        source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=attributes)
-        compiled = triton.compile(source, target=target, options=options)
-        usage = amd_usage(compiled) if hip else nvidia_usage(compiled)
+        seen.add(compiled.hash)
         blocks = [v for k, v in arguments.items() if k.startswith("BLOCK")]
+        options = {k: arguments[k] for k in ("num_warps", "num_stages") if k in arguments}
         yield {
-            "architecture": architecture, "kernel": kernel.fn.__name__, "variant": label,
-            "tile": "x".join(map(str, blocks)), **options, "shared": compiled.metadata.shared, **usage,
+            "architecture": architecture, "triton": triton.__version__, "kernel": kernel.fn.__name__, "variant": label,
+            "tile": "x".join(map(str, blocks)), **options, "shared": compiled.metadata.shared, **usage(compiled),
         }  # fmt: skip
 
 
@@ -196,11 +187,11 @@ def nvidia_usage(compiled):
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
         f.write(compiled.asm["cubin"])
         f.flush()
-        resources = subprocess.run([tool, "-res-usage", f.name], capture_output=True, text=True, check=True).stdout
-        sass = subprocess.run([tool, "-sass", f.name], capture_output=True, text=True, check=True).stdout
-    numbers = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", resources))
+        text = subprocess.run([tool, "-res-usage", f.name], capture_output=True, text=True, check=True).stdout
+    numbers = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text))
     spills = int(numbers["STACK"]) + int(numbers["LOCAL"])
-    return {"registers": int(numbers["REG"]), "spill_bytes": spills, "tensor_core": len(TENSOR_CORE.findall(sass))}
+    tensor_core = len(TENSOR_CORE.findall(compiled.asm["ptx"]))
+    return {"registers": int(numbers["REG"]), "spill_bytes": spills, "tensor_core": tensor_core}
 
 
 def amd_usage(compiled):
@@ -228,13 +219,18 @@ def complaints(row):
     return found
 
 
-def child(architecture):
+def child(architecture, version):
     """Compile in a process of its own, outside the interpreter; -> rows, error text or None."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    folder = triton_folder(version)
+    if folder is not None:
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(folder), environment.get("PYTHONPATH"))))
     command = [sys.executable, "-m", "fastgrpo.kernels.report", "--child", architecture]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     error = None if done.returncode == 0 else f"exit status {done.returncode}: {done.stderr.strip()[-2000:]}"
+    if any(row["triton"] != version for row in rows):
+        error = f"compiled with Triton {rows[0]['triton']}"
     return rows, error
 
 
@@ -243,10 +239,10 @@ def table(rows):
     from rich.table import Table
 
     out = Table(title="Compiled ahead of time, no GPU needed")
-    columns = ("architecture", "kernel", "variant", "tile", "num_warps", "num_stages", "registers", "spill_bytes",
-               "shared", "tensor_core")  # fmt: skip
+    columns = ("architecture", "triton", "kernel", "variant", "tile", "num_warps", "num_stages", "registers",
+               "spill_bytes", "shared", "tensor_core")  # fmt: skip
     for name in columns:
-        out.add_column(name.replace("num_", "").replace("_", " "), justify="left" if name in columns[:4] else "right")
+        out.add_column(name.replace("num_", "").replace("_", " "), justify="left" if name in columns[:5] else "right")
     for row in rows:
         out.add_row(*(str(row.get(name, "")) for name in columns), style="red" if complaints(row) else None)
     Console(width=170).print(out)
@@ -255,8 +251,10 @@ def table(rows):
 def main(argv=None):
     from fastgrpo.kernels.tiles import ARCHITECTURES
 
+    own = importlib.metadata.version("triton")
     parser = argparse.ArgumentParser(prog="python -m fastgrpo.kernels.report", description=__doc__)
     parser.add_argument("--architectures", nargs="+", default=ARCHITECTURES, choices=ARCHITECTURES)
+    parser.add_argument("--triton", nargs="+", default=[own, OTHER_TRITON], help="versions; installed where missing")
     parser.add_argument("--json", type=Path, help="also write the rows here, one JSON object a line")
     parser.add_argument("--child", choices=ARCHITECTURES, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
@@ -264,15 +262,23 @@ def main(argv=None):
         for row in compile_all(options.child):
             print(json.dumps(row), flush=True)
         return 0
+    for version in options.triton:
+        triton_folder(version)  # installed before any is run
+    jobs = [(a, v) for v in dict.fromkeys(options.triton) for a in options.architectures]
     rows, failures = [], []
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        for name, (found, error) in zip(options.architectures, pool.map(child, options.architectures)):
+        for (name, version), (found, error) in zip(jobs, pool.map(lambda job: child(*job), jobs)):
+            name = f"{name}, Triton {version}"
             print(f"{name}: {len(found)} kernels compiled{', FAILED' if error else ''}", flush=True)
             rows += found
             if error or not found:
                 failures.append(f"{name}: {error or 'nothing was compiled'}")
     table(rows)
-    failures += [f"{r['architecture']} {r['kernel']} ({r['variant']}): {c}" for r in rows for c in complaints(r)]
+    failures += [
+        f"{r['architecture']} {r['kernel']} ({r['variant']}, Triton {r['triton']}): {c}"
+        for r in rows
+        for c in complaints(r)
+    ]
     if options.json:
         options.json.write_text("".join(json.dumps(r) + "\n" for r in rows))
     for failure in failures:

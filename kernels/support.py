@@ -22,6 +22,7 @@ def kept_logits_kernel(
     targets_ptr,  # (N,) an ignored position's entries are not read
     out_ptr,  # (K,) fp32, added to
     entries,
+    D,
     T,
     stride_rows_b,
     stride_rows_t,
@@ -29,7 +30,6 @@ def kept_logits_kernel(
     stride_columns_v,
     stride_columns_d,
     IGNORED: tl.constexpr,
-    D: tl.constexpr,
     ROWS: tl.constexpr,  # dtype that the rows are cast to
     COLUMNS: tl.constexpr,
     BLOCK_E: tl.constexpr,
@@ -63,11 +63,11 @@ def kept_sums_kernel(
     index_ptr,  # (K,) rows of the source
     offsets_ptr,  # (M + 1,) where each output row's entries begin
     out_ptr,  # (M, D)
+    D,
     T,
     stride_source_b,
     stride_source_t,
     stride_source_d,
-    D: tl.constexpr,
     CAST: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -109,6 +109,7 @@ def kept_logits(problem, support):
             targets_ptr=problem.targets,
             out_ptr=out,
             entries=entries,
+            D=columns.shape[1],
             T=rows.shape[1],
             stride_rows_b=rows.stride(0),
             stride_rows_t=rows.stride(1),
@@ -116,7 +117,6 @@ def kept_logits(problem, support):
             stride_columns_v=columns.stride(0),
             stride_columns_d=columns.stride(1),
             IGNORED=IGNORE,
-            D=columns.shape[1],
             ROWS=TO_TRITON[str(to_rows)],
             COLUMNS=TO_TRITON[str(to_columns)],
             BLOCK_E=ENTRIES,
@@ -146,11 +146,11 @@ def kept_sums(problem, source, coefficients, index, offsets, cast, dtype):
             index_ptr=index,
             offsets_ptr=offsets,
             out_ptr=out,
+            D=depth,
             T=length,
             stride_source_b=source.stride(0),
             stride_source_t=source.stride(1),
             stride_source_d=source.stride(2),
-            D=depth,
             CAST=TO_TRITON[str(cast)],
             BLOCK_E=ENTRIES,
             BLOCK_D=block,

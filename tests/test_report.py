@@ -1,5 +1,6 @@
 """The kernel report: it compiles what the launchers launch, and it fails when it should."""
 
+import importlib.metadata
 import subprocess
 import sys
 
@@ -7,9 +8,10 @@ import pytest
 
 report = pytest.importorskip("fastgrpo.kernels.report")
 
+OWN = importlib.metadata.version("triton")
 ROW = {
-    "architecture": "sm_86", "kernel": "forward_kernel", "variant": "bfloat16", "spill_bytes": 0, "shared": 1000,
-    "tensor_core": 3, "registers": 200,
+    "architecture": "sm_86", "triton": "3.7.1", "kernel": "forward_kernel", "variant": "bfloat16", "spill_bytes": 0,
+    "shared": 1000, "tensor_core": 3, "registers": 200,
 }  # fmt: skip
 
 
@@ -34,10 +36,11 @@ def test_every_kernel_and_tile_is_recorded():
 
     for architecture in tiles.ARCHITECTURES:
         seen = {}
-        for _, kernel, arguments in report.recorded_launches(architecture):
+        for _, kernel, arguments in report.recorded_launches(architecture, depths=(2048,)):
             shape = tuple(v for k, v in arguments.items() if k.startswith("BLOCK"))
             seen.setdefault(kernel.fn.__name__, set()).add(shape)
-        assert {f"{name}_kernel" for name in ("forward", "combine", "dlogits", "dhidden", "dweight", "dbias",
+        assert {f"{name}_kernel" for name in ("forward", "combine", "gather", "dlogits", "dhidden", "dweight",
+                                              "dbias", "scatter",
                                               "objective", "kept_logits", "kept_sums")} == set(seen)  # fmt: skip
         for name in tiles.TILES:
             for size in (2, 4):
@@ -47,16 +50,18 @@ def test_every_kernel_and_tile_is_recorded():
 
 def test_one_architecture_compiles():
     done = subprocess.run(
-        [sys.executable, "-m", "fastgrpo.kernels.report", "--architectures", "sm_89"], capture_output=True, text=True
+        [sys.executable, "-m", "fastgrpo.kernels.report", "--architectures", "sm_89", "--triton", OWN],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert ", 0 failures" in done.stdout
 
 
 def test_a_failed_compilation_is_a_failure(monkeypatch):
-    monkeypatch.setattr(report, "child", lambda architecture: ([], "exit status 134: abort"))
-    assert report.main(["--architectures", "sm_80"]) == 1
-    monkeypatch.setattr(report, "child", lambda architecture: ([{**ROW, "spill_bytes": 4}], None))
-    assert report.main(["--architectures", "sm_86"]) == 1
-    monkeypatch.setattr(report, "child", lambda architecture: ([ROW], None))
-    assert report.main(["--architectures", "sm_86"]) == 0
+    monkeypatch.setattr(report, "child", lambda architecture, version: ([], "exit status 134: abort"))
+    assert report.main(["--architectures", "sm_80", "--triton", OWN]) == 1
+    monkeypatch.setattr(report, "child", lambda architecture, version: ([{**ROW, "spill_bytes": 4}], None))
+    assert report.main(["--architectures", "sm_86", "--triton", OWN]) == 1
+    monkeypatch.setattr(report, "child", lambda architecture, version: ([ROW], None))
+    assert report.main(["--architectures", "sm_86", "--triton", OWN]) == 0

@@ -1,0 +1,118 @@
+"""A GPU of any capability that is not there: Triton and fastgrpo go through every step but the execution."""
+
+import contextlib
+import ctypes
+import os
+import subprocess
+import types
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).parent
+# shared memory a block and processors, of A100, RTX 3090, RTX 4090, H200, RTX 5090
+DEVICES = {"8.0": (166912, 108), "8.6": (101376, 82), "8.9": (101376, 128), "9.0": (232448, 132), "12.0": (101376, 170)}
+
+
+def environment(folder, triton_folder, capability):
+    """What a process must be started with to find the libcuda built in ``folder`` and the Triton asked for."""
+    shared, processors = DEVICES[capability]
+    inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    return {
+        **inherited,
+        "LD_LIBRARY_PATH": os.pathsep.join(filter(None, (str(folder), inherited.get("LD_LIBRARY_PATH")))),
+        "TRITON_LIBCUDA_PATH": str(folder),
+        "PYTHONPATH": os.pathsep.join(filter(None, (triton_folder and str(triton_folder), str(HERE.parents[1])))),
+        "DRY_RUN_SHARED": str(shared),
+        "DRY_RUN_PROCESSORS": str(processors),
+        "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+
+
+def build(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    command = ["gcc", "-shared", "-fPIC", "-Wall", "-o", folder / "libcuda.so.1", HERE / "libcuda.c"]
+    subprocess.run(command, check=True)
+    link = folder / "libcuda.so"
+    link.unlink(missing_ok=True)
+    link.symlink_to("libcuda.so.1")
+
+
+class Gpu:
+    """Counts what the process it is made in launches and compiles."""
+
+    def __init__(self, capability):
+        import triton
+        from triton.backends.nvidia import driver as nvidia
+
+        from fastgrpo.kernels import backward, forward, objective, support
+
+        major, minor = map(int, capability.split("."))
+
+        class Driver(nvidia.CudaDriver):
+            def __init__(self):
+                self.utils, self.launcher_cls = nvidia.CudaUtils(), nvidia.CudaLauncher
+                self.get_device_capability = lambda device=None: (major, minor)
+                self.get_current_stream = lambda device=None: 0
+                self.get_current_device = lambda: 0
+                self.set_current_device = lambda device: None
+
+            @staticmethod
+            def is_active():
+                return True
+
+        triton.runtime.driver.set_active(Driver())
+        self.library = ctypes.CDLL("libcuda.so.1")
+        for name in ("launches", "bad_launches"):
+            getattr(self.library, f"dry_run_{name}").restype = ctypes.c_long
+        modules = (forward, backward, objective, support)
+        self.kernels = {name: kernel for m in modules for name, kernel in vars(m).items() if name.endswith("_kernel")}
+        self.patch(f"sm_{major}{minor}", DEVICES[capability][1])
+
+    def patch(self, architecture, processors):
+        """CPU tensors take the branches of CUDA ones, and a launch that does nothing leaves plausible results."""
+        from fastgrpo import backends, inputs, lora
+        from fastgrpo.kernels import forward, tiles
+
+        backends.choose = lambda backend, hidden: "triton"
+        inputs.checks_values = lambda device: False
+        lora.has_native = lambda hidden: True
+        lora.mm16 = lambda a, b: a.float() @ b.float()
+        tiles.architecture = lambda device: architecture
+        forward.processor_count = lambda device: processors
+        run_forward, run_certified = forward.run_forward, forward.run_certified
+
+        def filled(*args, stats=None, merged=None, **kwargs):
+            run_forward(*args, stats=stats, merged=merged, **kwargs)
+            (merged if stats is None else stats).fill_(0.1)
+
+        def certified(*args, **kwargs):
+            certificate = run_certified(*args, **kwargs)
+            g = torch.Generator().manual_seed(0)
+            certificate.flags.copy_(torch.rand(certificate.flags.shape, generator=g) < 0.05)
+            certificate.dropped.copy_(1e-4 * torch.rand(certificate.dropped.shape, generator=g))
+            certificate.dropped[::97] = torch.inf
+            return certificate
+
+        forward.run_forward, forward.run_certified = filled, certified
+
+    @property
+    def launches(self):
+        return self.library.dry_run_launches()
+
+    @property
+    def bad_launches(self):
+        return self.library.dry_run_bad_launches()
+
+    @property
+    def compiled(self):
+        """{kernel: variants the JIT has in its cache}."""
+        return {name: sum(len(cache[0]) for cache in k.device_caches.values()) for name, k in self.kernels.items()}
+
+    @contextlib.contextmanager
+    def counting(self):
+        """-> .launches, .compiles once left."""
+        before, count = (self.launches, sum(self.compiled.values())), types.SimpleNamespace()
+        yield count
+        count.launches = self.launches - before[0]
+        count.compiles = sum(self.compiled.values()) - before[1]

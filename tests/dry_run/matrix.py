@@ -1,0 +1,151 @@
+"""What is driven through Triton's JIT: every kernel and every option, through the public functions where they reach."""
+
+import itertools
+from typing import NamedTuple
+
+import torch
+
+from fastgrpo import GRPOLossConfig, grpo_loss, linear_logprobs
+from fastgrpo.config import CLIPPED, DIVERGENCE_MASKS, KL_ESTIMATORS, LOSS_TYPES
+
+V, D, RANK = 5000, 256, 8
+FORWARD = 2  # its documented launches: the vocabulary, then the combination of its runs
+EXACT = 5  # gather; dlogits, dX, dW of the one chunk; scatter
+LORA = 4  # its pair's: gather, dX, dW, scatter
+BIAS, OBJECTIVE = 1, 1
+
+
+class Case(NamedTuple):
+    name: str
+    run: object  # () -> None
+    launches: int | None  # as documented; None: depends on what the certificate holds
+    compiles: int | None = None  # None: any number
+
+
+def tensors(dtype, n=300, batch=1, v=V, d=D, view=False, columns_first=False):
+    """hidden (B, T, D), weight (V, D), targets (B, T); some ignored."""
+    length = n // batch
+    hidden = torch.zeros(batch, length + view, d, dtype=dtype)[:, :length]
+    weight = torch.zeros(d, v, dtype=dtype).t() if columns_first else torch.zeros(v, d, dtype=dtype)
+    targets = torch.arange(batch * length).view(batch, length) % v
+    targets[:, 1::7] = -100
+    return hidden.requires_grad_(), weight.requires_grad_(), targets
+
+
+def logprobs(dtype, frozen=False, lora=None, bias=False, options=False, hint=False, entropy=False, backward="exact",
+             workspace_mb=128, support=False, **shape):  # fmt: skip
+    """One forward and backward of linear_logprobs."""
+    hidden, weight, targets = tensors(dtype, **shape)
+    v, d = weight.shape
+    weight.requires_grad_(not frozen)
+    keywords = {"backward": backward, "workspace_mb": workspace_mb, "return_entropy": entropy}
+    if options:
+        keywords |= {"softcap": 30.0, "logit_scale": 0.5, "temperature": torch.ones(targets.shape)}
+    if lora is not None:
+        a, b = torch.zeros(RANK, d, dtype=lora), torch.zeros(v, RANK, dtype=lora)
+        keywords["lora"] = (a.requires_grad_(), b.requires_grad_(), 2.0)
+    if hint:
+        keywords["old_logprobs"] = -torch.rand(targets.shape)
+    if support:
+        keywords["support"] = (targets.flatten().clamp(min=0), torch.arange(targets.numel() + 1))
+    out = linear_logprobs(hidden, weight, targets, torch.zeros(v, dtype=dtype).requires_grad_(not frozen) if bias
+                          else None, **keywords)  # fmt: skip
+    (out.logprobs.sum() + (out.entropy.sum() if entropy else 0.0)).backward()
+
+
+def partial(dtype, certified):
+    """What a vocabulary that ranks share calls on each of them."""
+    from fastgrpo.backends import triton_backend
+    from fastgrpo.backends.problem import HeadParams, HeadProblem
+
+    hidden, weight, targets = (x.detach() for x in tensors(dtype))
+    params = HeadParams(
+        temperature=1.0, softcap=None, logit_scale=1.0, compute_dtype=dtype, entropy=False, backend="triton",
+        workspace=2**27, tolerance=0.005 if certified else None,
+    )  # fmt: skip
+    problem = HeadProblem(hidden, weight, None, targets.flatten(), None, params)
+    if certified:
+        row = torch.zeros(targets.numel())
+        triton_backend.certified_partial_forward(problem, row, row)
+    else:
+        triton_backend.partial_forward(problem)
+
+
+def loss(config, gated=False, dtype=torch.bfloat16, n=64, batch=4):
+    hidden, weight, targets = tensors(dtype, n=n, batch=batch)
+    row = torch.zeros(targets.shape)
+    grpo_loss(
+        hidden, weight, targets, torch.ones(batch), GRPOLossConfig(log_entropy=False, **config), old_logprobs=row,
+        ref_logprobs=row if config.get("beta") else None, importance_weights=torch.ones(batch) if gated else None,
+    ).loss.backward()  # fmt: skip
+
+
+def objectives(every):
+    """Settings of the objective that differ in code: all of them, or each value at least once."""
+    kinds = [{"loss_type": t} for t in LOSS_TYPES if t not in CLIPPED[1:]]  # the five reductions share one kernel
+    kinds += [{"loss_type": t, "divergence_mask": m} for t in ("dapo", "cispo") for m in DIVERGENCE_MASKS]
+    kls = [{}] + [
+        {"beta": 0.1, "kl_estimator": k, "use_bias_correction_kl": c} for k in KL_ESTIMATORS for c in (True, False)
+    ]
+    gates = (False, True)
+    if every:
+        return [({**kind, **kl}, gate) for kind, kl, gate in itertools.product(kinds, kls, gates)]
+    length = max(len(kinds), len(kls))
+    return [({**kinds[i % len(kinds)], **kls[i % len(kls)]}, gates[i % 2]) for i in range(length)]
+
+
+def cases(every_objective):
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+
+    def case(name, launches, function, *args, compiles=None, **kwargs):
+        return Case(name, lambda: function(*args, **kwargs), launches, compiles)
+
+    for dtype in (bf16, fp16, fp32):
+        kind = str(dtype).removeprefix("torch.")
+        loras = (fp32,) if dtype == fp32 else (dtype, fp32)
+        yield case(f"{kind}", FORWARD + EXACT, logprobs, dtype)
+        yield case(f"{kind} frozen head", FORWARD + EXACT - 1, logprobs, dtype, frozen=True)
+        yield case(f"{kind} entropy", FORWARD + EXACT, logprobs, dtype, entropy=True)
+        yield case(f"{kind} bias, softcap, temperatures", FORWARD + EXACT + BIAS, logprobs, dtype, bias=True,
+                   options=True)  # fmt: skip
+        for lora in loras:
+            name = f"{kind}, LoRA {str(lora).removeprefix('torch.')}"
+            yield case(name, FORWARD + EXACT + LORA, logprobs, dtype, lora=lora)
+            yield case(f"{name}, frozen head", FORWARD + EXACT - 1 + LORA, logprobs, dtype, lora=lora, frozen=True)
+            yield case(f"{name}, everything", FORWARD + EXACT + LORA + BIAS, logprobs, dtype, lora=lora, bias=True,
+                       options=True, entropy=True)  # fmt: skip
+            yield case(f"{name}, certified", FORWARD, logprobs, dtype, lora=lora, backward="certified")
+            yield case(f"{name}, support", None, logprobs, dtype, lora=lora, support=True, options=True, bias=True)
+        for frozen, hint in itertools.product((False, True), (False, True)):
+            name = f"{kind} certified{', hint' if hint else ''}{', frozen head' if frozen else ''}"
+            yield case(name, FORWARD, logprobs, dtype, backward="certified", hint=hint, frozen=frozen)
+        yield case(f"{kind} certified, everything", FORWARD, logprobs, dtype, backward="certified", hint=True,
+                   bias=True, options=True)  # fmt: skip
+        yield case(f"{kind} support", 3, logprobs, dtype, support=True)  # logits, dX, dW
+        yield case(f"{kind} shard", FORWARD, partial, dtype, certified=False)
+        yield case(f"{kind} shard, certified", FORWARD, partial, dtype, certified=True)
+    # Nothing is compiled again when only the batch changes.
+    for options in ({}, {"frozen": True}, {"backward": "certified", "hint": True}):
+        launches = FORWARD if "backward" in options else None
+        for shape in ({"n": 301}, {"n": 512}, {"n": 1}, {"n": 16}, {"n": 432, "batch": 3}, {"n": 300, "batch": 300},
+                      {"n": 404, "batch": 4}, {"n": 404, "batch": 4, "view": True}):  # fmt: skip
+            name = f"bfloat16 {options or ''} {shape}"
+            yield case(name, launches, logprobs, bf16, compiles=0, **options, **shape)
+        for workspace in (16, 2, 1):
+            yield case(f"bfloat16 {options or ''} {workspace} MiB", launches, logprobs, bf16, n=1500, **options,
+                       workspace_mb=workspace, compiles=None if workspace == 2 else 0)  # fmt: skip
+    yield case("bfloat16, row chunks again", None, logprobs, bf16, n=1400, workspace_mb=1, compiles=0)
+    yield case("bfloat16 twice the width", FORWARD + EXACT, logprobs, bf16, d=2 * D, compiles=0)
+    yield case("bfloat16 ragged V", FORWARD + EXACT, logprobs, bf16, v=V + 1)
+    yield case("bfloat16 V 5008", FORWARD + EXACT, logprobs, bf16, v=5008)
+    yield case("bfloat16 weight of the other layout", FORWARD + EXACT, logprobs, bf16, columns_first=True)
+    for width in (250, 272, 24):
+        yield case(f"bfloat16 D {width}", FORWARD + EXACT, logprobs, bf16, d=width)
+        yield case(f"bfloat16 D {width} again", FORWARD + EXACT, logprobs, bf16, d=width, n=512, compiles=0)
+    for config, gated in objectives(every_objective):
+        name = " ".join(f"{k}={v}" for k, v in config.items()) + (" gated" if gated else "")
+        yield case(name, FORWARD + OBJECTIVE + EXACT, loss, config, gated)
+    for loss_type in CLIPPED[1:]:
+        yield case(f"loss_type={loss_type}", FORWARD + OBJECTIVE + EXACT, loss, {"loss_type": loss_type}, compiles=0)
+    yield case("loss of another batch", FORWARD + OBJECTIVE + EXACT, loss, {"loss_type": "dapo", "epsilon": 0.3},
+               n=99, batch=3, compiles=0)  # fmt: skip

@@ -1,0 +1,97 @@
+"""The first command on a GPU, rehearsed without one: in the interpreter, where numbers are real."""
+
+import json
+import time
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from bench import first_contact
+from bench.first_contact import REHEARSAL, Contact
+
+STEPS = ("versions", "ceilings", "large", "kernels", "exact", "loss_step", "certified", "ncu")
+
+
+@pytest.fixture
+def rows(tmp_path):
+    """-> run a step, its rows as they are on disk."""
+
+    def run(name, sizes=REHEARSAL, **options):
+        book = first_contact.Book(tmp_path, "cpu")
+        status = first_contact.run_step(name, Contact("cpu", sizes), book, **options)
+        found = [json.loads(line) for line in (tmp_path / "first-contact.jsonl").read_text().splitlines()]
+        return status, found
+
+    return run
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_a_step_runs_small(rows, step):
+    status, found = rows(step)
+    assert status == 0
+    assert found
+    assert all(row["step"] == step and row.get("ok", True) for row in found), found
+
+
+def test_every_kind_of_comparison_passes_and_can_fail(rows, monkeypatch):
+    status, found = rows("correct")
+    assert status == 0
+    assert len(found) == 4
+    assert all(row["ok"] for row in found), found
+    plain = first_contact.relative
+    monkeypatch.setattr(first_contact, "relative", lambda x, truth: plain(x * 1.1, truth))
+    assert not rows("correct")[1][-1]["ok"]
+
+
+def test_tiles_are_timed_and_the_fastest_written(rows, tmp_path, monkeypatch, capsys):
+    from fastgrpo.kernels import tiles
+
+    tile = tiles.INTERPRETER
+    monkeypatch.setattr(tiles, "architecture", lambda device: "sm_90")
+    monkeypatch.setattr(first_contact, "candidates", lambda kernel, architecture: [tile, tile._replace(depth=16)])
+    monkeypatch.setattr(first_contact, "TUNED", ("forward", "dweight"))
+    assert rows("compile_tiles")[0] == 0
+    status, found = rows("tiles_timed")
+    assert status == 0
+    assert sum("ms" in row for row in found) == 4
+    assert first_contact.summary(tmp_path, {}) == 0
+    best = json.loads((tmp_path / "tiles.json").read_text())
+    assert set(best) == {"forward", "dweight"}
+    assert len(best["forward"]["tile"]) == len(tile)
+    assert "fastest tiles" in capsys.readouterr().out
+
+
+def test_what_was_known_stays_when_a_step_dies(rows, tmp_path, monkeypatch, capsys):
+    def dying(contact):
+        yield {"first": 1}
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setitem(first_contact.STEPS, "exact", first_contact.Step(dying, 10))
+    status, found = rows("exact")
+    assert status == 1
+    assert found[0]["first"] == 1
+    assert "illegal memory access" in found[1]["error"]
+    assert "dying" in (tmp_path / "first-contact.log").read_text()
+    assert first_contact.summary(tmp_path, {}) == 1
+    assert "WRONG" in capsys.readouterr().out
+
+
+def test_steps_are_processes_that_may_hang(tmp_path, monkeypatch, capsys):
+    """A step beyond its time is stopped, the next one runs, the exit status tells."""
+    monkeypatch.setitem(first_contact.STEPS, "ceilings", first_contact.Step(None, 0.2))
+    monkeypatch.setitem(first_contact.STEPS, "versions", first_contact.Step(None, 120))
+    arguments = ["--out", str(tmp_path), "--device", "cpu", "--rehearsal", "--steps", "ceilings", "versions"]
+    start = time.monotonic()
+    assert first_contact.main(arguments) == 1
+    assert time.monotonic() - start < 110
+    out = capsys.readouterr().out
+    assert "ceilings: stopped after 0 s" in out
+    assert "versions: done" in out
+    assert json.loads((tmp_path / "first-contact.jsonl").read_text().splitlines()[-1])["torch"] == torch.__version__
+
+
+def test_it_fits_nine_minutes():
+    """Even if every step takes all it may, the parent stops in time."""
+    assert first_contact.TIME_LIMIT + 10 < 540
+    assert sum(step.seconds for name, step in first_contact.STEPS.items() if name != "once") < 700
