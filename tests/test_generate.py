@@ -400,6 +400,38 @@ def test_vllm_pushes_and_samples(model, fake_vllm, mode):
     assert not any(getattr(m, "merged", False) for m in wrapped.modules())
 
 
+@pytest.mark.parametrize("mine", [0, 2])
+def test_vllm_with_fewer_prompts_than_another_rank(model, fake_vllm, monkeypatch, mine):
+    """TRL cuts the gathered answers into shares as long as the rank's own: every rank asks for as many."""
+    import accelerate.utils
+
+    model.name_or_path = "a/model"
+    sampler = generate.make_sampler(vllm_config(), TOKENIZER)
+    sampler.sync(model)
+    monkeypatch.setattr(accelerate.utils, "gather_object", lambda numbers: [*numbers, 3])
+    groups = sampler.generate(model, PROMPTS[:mine], Sampling(num_generations=2, max_completion_length=5))
+    assert [[a.ids[0] for a in group] for group in groups] == [[20, 21], [22, 23]][:mine]
+    prompts, _ = sampler.engine.llm.calls[-1]
+    assert len(prompts) == 6
+    assert [p["prompt_token_ids"] for p in prompts[: 2 * mine]] == [p for p in PROMPTS[:mine] for _ in range(2)]
+
+
+def test_vllm_without_a_score(model, fake_vllm, monkeypatch):
+    """vLLM's NaN, which TRL makes None, is NaN again: unknown."""
+    model.name_or_path = "a/model"
+    sampler = generate.make_sampler(vllm_config(mode="server"), TOKENIZER)
+    sampler.sync(model)
+    plain = sampler.engine.vllm_client.generate
+
+    def generated(**options):
+        out = plain(**options)
+        return out | {"logprobs": [[[-0.1], [None], [-0.3]]] * len(out["completion_ids"])}
+
+    monkeypatch.setattr(sampler.engine.vllm_client, "generate", generated)
+    ((answer,), *_) = sampler.generate(model, PROMPTS, Sampling(max_completion_length=5))
+    assert torch.tensor(answer.logprobs).isnan().tolist() == [False, True, False]
+
+
 def test_vllm_sleeps_between_rollouts(model, fake_vllm):
     model.name_or_path = "a/model"
     sampler = generate.make_sampler(vllm_config(enable_sleep_mode=True), TOKENIZER)

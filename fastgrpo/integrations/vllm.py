@@ -3,6 +3,7 @@
 vLLM runs on a GPU alone: here it is tested against its interface, with stand-ins for ``vllm`` and its client.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -110,6 +111,8 @@ class VLLMSampler:
 
     def generate(self, model, prompts, sampling, greedy=False):
         """-> for each prompt (a list of ids) its ``sampling.num_generations`` completions; ``greedy``: one."""
+        from accelerate.utils import gather_object
+
         from fastgrpo.trainer.generate import completion, end_tokens
 
         if self.engine is None:
@@ -118,6 +121,14 @@ class VLLMSampler:
         for name in ("top_p", "top_k", "min_p", "repetition_penalty", "max_completion_length"):
             setattr(self.engine, name, getattr(sampling, name))
         self.engine.temperature = 0.0 if greedy else sampling.temperature
-        _, ids, logprobs, _ = self.engine.generate([p for p in prompts for _ in range(n)], None, n)
-        rows = [completion(list(i), [step[0] for step in steps], ends) for i, steps in zip(ids, logprobs)]
-        return [rows[i : i + n] for i in range(0, len(rows), n)]
+        # TRL takes every rank's share of the answers to be as long as its own: held-out prompts may be fewer on some
+        missing = max(gather_object([len(prompts)])) - len(prompts)
+        asked = [*prompts, *missing * (prompts[:1] or [ends[:1]])]
+        _, ids, logprobs, _ = self.engine.generate([p for p in asked for _ in range(n)], None, n)
+        rows = [completion(list(i), list(map(drawn, steps)), ends) for i, steps in zip(ids, logprobs)]
+        return [rows[i : i + n] for i in range(0, len(prompts) * n, n)]
+
+
+def drawn(step):
+    """The drawn token's log-prob; TRL has None for vLLM's NaN."""
+    return math.nan if step[0] is None else step[0]
