@@ -416,6 +416,28 @@ def test_vllm_with_fewer_prompts_than_another_rank(model, fake_vllm, monkeypatch
     assert [p["prompt_token_ids"] for p in prompts[: 2 * mine]] == [p for p in PROMPTS[:mine] for _ in range(2)]
 
 
+@pytest.mark.parametrize("where", [{"target_modules": ["lm_head"]}, {"target_modules": ["embed_tokens"]},
+                                   {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}])  # fmt: skip
+def test_vllm_s_tied_weight_cannot_take_an_adapter(model, fake_vllm, where):
+    """Its update would be left out of what is pushed, and vLLM would sample from another model."""
+    peft = pytest.importorskip("peft")
+    config = transformers.Qwen2Config(**{**model.config.to_dict(), "tie_word_embeddings": True})
+    wrapped = peft.get_peft_model(transformers.Qwen2ForCausalLM(config), peft.LoraConfig(**where))
+    with pytest.raises(ValueError, match="use_vllm needs untied embeddings"):
+        generate.make_sampler(vllm_config(), TOKENIZER).sync(wrapped)
+
+
+def test_vllm_is_not_quantised_with_the_learner(model, fake_vllm):
+    """What is pushed is dequantised, and a 4-bit vLLM has no room for it."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    model.name_or_path = "a/model"
+    model.model.layers[0].mlp.up_proj = bitsandbytes.nn.Linear4bit(32, 64, bias=False).to("cpu")
+    sampler = generate.make_sampler(vllm_config(), TOKENIZER)
+    sampler.sync(lora(model))
+    assert sampler.engine.llm.options["quantization"] is None
+    assert sampler.engine.llm.weights["model.layers.0.mlp.up_proj.weight"].shape == (64, 32)
+
+
 def test_vllm_without_a_score(model, fake_vllm, monkeypatch):
     """vLLM's NaN, which TRL makes None, is NaN again: unknown."""
     model.name_or_path = "a/model"
