@@ -1,5 +1,6 @@
 """What trainers log beside log-probs and entropy: of each token's distribution, without gradient and without logits."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -109,7 +110,7 @@ def mean_logits(problem):
 
 def settled_top1(logprobs, entropy, counted):
     """-> (N,) bool: surely the argmax; (N,) bool: undecided. Values within the margin, and NaNs, stay undecided."""
-    surely = counted & (logprobs > -torch.log(logprobs.new_tensor(2.0)) + MARGIN)
+    surely = counted & (logprobs > MARGIN - math.log(2))
     never = torch.zeros_like(surely) if entropy is None else logprobs < -entropy - MARGIN
     return surely, counted & ~surely & ~never
 

@@ -224,6 +224,11 @@ def is_per_sequence(value, targets, sequences):
     return value.shape in ((sequences,), (sequences, 1)) and value.shape != targets.shape
 
 
+def zero_dim(value):
+    """A number, or a tensor of one as a 0-dim one: that may stay on the CPU beside tensors of another device."""
+    return value.reshape(()) if isinstance(value, torch.Tensor) else value
+
+
 def check_num_items(num_items):
     if isinstance(num_items, torch.Tensor):
         if num_items.numel() != 1:

@@ -163,8 +163,8 @@ def power_of_two(x):
 
 
 def has_native(hidden):
-    """Whether a 16-bit GEMM can return its fp32 accumulator."""
-    return hidden.is_cuda
+    """Whether a 16-bit GEMM can return its fp32 accumulator: not on AMD, whose tensors are on "cuda" too."""
+    return hidden.is_cuda and torch.version.hip is None
 
 
 def mm16(a, b):

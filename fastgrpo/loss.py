@@ -125,6 +125,7 @@ def grpo_loss(
         targets, segments, config, advantages, mask, old_logprobs, ref_logprobs, sampling_logprobs,
         importance_weights, num_items, entropy_threshold,
     )  # fmt: skip
+    num_items, entropy_threshold = inputs.zero_dim(num_items), inputs.zero_dim(entropy_threshold)
     entropy_is_needed = config.top_entropy_quantile < 1.0 and entropy_threshold is None
     batch = flatten(
         hidden, targets, segments, config, advantages, mask, old_logprobs, ref_logprobs, sampling_logprobs,

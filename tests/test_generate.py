@@ -400,6 +400,60 @@ def test_vllm_pushes_and_samples(model, fake_vllm, mode):
     assert not any(getattr(m, "merged", False) for m in wrapped.modules())
 
 
+@pytest.mark.parametrize("mine", [0, 2])
+def test_vllm_with_fewer_prompts_than_another_rank(model, fake_vllm, monkeypatch, mine):
+    """TRL cuts the gathered answers into shares as long as the rank's own: every rank asks for as many."""
+    import accelerate.utils
+
+    model.name_or_path = "a/model"
+    sampler = generate.make_sampler(vllm_config(), TOKENIZER)
+    sampler.sync(model)
+    monkeypatch.setattr(accelerate.utils, "gather_object", lambda numbers: [*numbers, 3])
+    groups = sampler.generate(model, PROMPTS[:mine], Sampling(num_generations=2, max_completion_length=5))
+    assert [[a.ids[0] for a in group] for group in groups] == [[20, 21], [22, 23]][:mine]
+    prompts, _ = sampler.engine.llm.calls[-1]
+    assert len(prompts) == 6
+    assert [p["prompt_token_ids"] for p in prompts[: 2 * mine]] == [p for p in PROMPTS[:mine] for _ in range(2)]
+
+
+@pytest.mark.parametrize("where", [{"target_modules": ["lm_head"]}, {"target_modules": ["embed_tokens"]},
+                                   {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}])  # fmt: skip
+def test_vllm_s_tied_weight_cannot_take_an_adapter(model, fake_vllm, where):
+    """Its update would be left out of what is pushed, and vLLM would sample from another model."""
+    peft = pytest.importorskip("peft")
+    config = transformers.Qwen2Config(**{**model.config.to_dict(), "tie_word_embeddings": True})
+    wrapped = peft.get_peft_model(transformers.Qwen2ForCausalLM(config), peft.LoraConfig(**where))
+    with pytest.raises(ValueError, match="use_vllm needs untied embeddings"):
+        generate.make_sampler(vllm_config(), TOKENIZER).sync(wrapped)
+
+
+def test_vllm_is_not_quantised_with_the_learner(model, fake_vllm):
+    """What is pushed is dequantised, and a 4-bit vLLM has no room for it."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    model.name_or_path = "a/model"
+    model.model.layers[0].mlp.up_proj = bitsandbytes.nn.Linear4bit(32, 64, bias=False).to("cpu")
+    sampler = generate.make_sampler(vllm_config(), TOKENIZER)
+    sampler.sync(lora(model))
+    assert sampler.engine.llm.options["quantization"] is None
+    assert sampler.engine.llm.weights["model.layers.0.mlp.up_proj.weight"].shape == (64, 32)
+
+
+def test_vllm_without_a_score(model, fake_vllm, monkeypatch):
+    """vLLM's NaN, which TRL makes None, is NaN again: unknown."""
+    model.name_or_path = "a/model"
+    sampler = generate.make_sampler(vllm_config(mode="server"), TOKENIZER)
+    sampler.sync(model)
+    plain = sampler.engine.vllm_client.generate
+
+    def generated(**options):
+        out = plain(**options)
+        return out | {"logprobs": [[[-0.1], [None], [-0.3]]] * len(out["completion_ids"])}
+
+    monkeypatch.setattr(sampler.engine.vllm_client, "generate", generated)
+    ((answer,), *_) = sampler.generate(model, PROMPTS, Sampling(max_completion_length=5))
+    assert torch.tensor(answer.logprobs).isnan().tolist() == [False, True, False]
+
+
 def test_vllm_sleeps_between_rollouts(model, fake_vllm):
     model.name_or_path = "a/model"
     sampler = generate.make_sampler(vllm_config(enable_sleep_mode=True), TOKENIZER)

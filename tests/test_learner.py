@@ -1,6 +1,7 @@
 """Skipping and packing change the cost of a learner step, never its gradients."""
 
 import copy
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -239,12 +240,24 @@ def test_the_automatic_budget_starts_somewhere():
     assert learner.budget == AUTO_BUDGET or torch.cuda.is_available()
 
 
+def on_a_gpu(learner, monkeypatch, peak):
+    """A made-up GPU of 100 bytes."""
+    learner.accelerator = SimpleNamespace(**{**vars(learner.accelerator), "device": torch.device("cuda")})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: peak[0])
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=100))
+
+
 def test_the_automatic_budget_grows_into_a_gpu(monkeypatch):
     """A made-up GPU of 100 bytes: doubled while the peak is below 40 of them, never back to what did not fit."""
     learner, peak = Learner(make_model(), Accelerator(cpu=True), GRPOLossConfig()), [10]
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: peak[0])
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=100))
+    on_a_gpu(learner, monkeypatch, peak)
+    learner.grow()
+    assert learner.budget == AUTO_BUDGET  # no step yet
+    learner.plan(make_episodes())
+    learner.grow()
+    assert learner.budget == AUTO_BUDGET  # all in one micro-batch: that more would fit is not known
+    learner.plan(make_episodes(groups=200, size=8))
     seen = []
     for peak[0] in (10, 39, 41):
         learner.grow()
@@ -255,8 +268,60 @@ def test_the_automatic_budget_grows_into_a_gpu(monkeypatch):
     learner.grow()
     assert learner.budget == 2 * AUTO_BUDGET
     fixed = Learner(make_model(), Accelerator(cpu=True), GRPOLossConfig(), budget=64)
+    on_a_gpu(fixed, monkeypatch, peak)
+    fixed.plan(make_episodes())
     fixed.grow()
     assert fixed.budget == 64
+
+
+def test_a_cpu_run_beside_a_gpu_asks_nothing_of_it(monkeypatch):
+    """use_cpu: torch sees the GPU, the learner is not on it."""
+    learner = Learner(make_model(), Accelerator(cpu=True), GRPOLossConfig(), budget="auto")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    learner.plan(make_episodes(groups=200, size=8))
+    learner.grow()
+    assert learner.budget == AUTO_BUDGET
+
+
+def test_the_peak_is_the_step_s_own(monkeypatch):
+    """Generation's and evaluation's, which came before, would keep the budget small for ever."""
+    calls, model, episodes = [], make_model(), make_episodes(old=False, ref=False)
+    learner = Learner(model, Accelerator(cpu=True), GRPOLossConfig())
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: calls.append(device))
+    monkeypatch.setattr(Learner, "on_gpu", True)
+    model.register_forward_pre_hook(lambda *_: calls.append("pass"))
+    learner.gradients(episodes)
+    assert calls == [torch.device("cpu"), "pass"]
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "CUDA out of memory. Tried to allocate 2.00 GiB", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cu`",
+        "CUDA error: out of memory\nCUDA kernel errors might be", "Triton Error [CUDA]: out of memory", "a bug",
+    ],
+)  # fmt: skip
+def test_memory_runs_out_under_several_names(message):
+    """A budget far beyond the batch is not halved from there: the second attempt is smaller than the first."""
+    model, episodes, seen = make_model(), make_episodes(groups=12), []
+    error = torch.OutOfMemoryError if message.startswith("CUDA out") else RuntimeError
+
+    def limited(module, args, kwargs):
+        seen.append(kwargs["input_ids"].numel())
+        if seen[-1] > 150:
+            raise error(message)
+
+    model.register_forward_pre_hook(limited, with_kwargs=True)
+    learner = Learner(model, Accelerator(cpu=True), GRPOLossConfig(), budget=10**9, packed=True)
+    if message == "a bug":
+        with pytest.raises(RuntimeError, match="a bug"):
+            learner.gradients(episodes)
+        return
+    learner.gradients(episodes)
+    failed = [n for n in seen if n > 150]
+    assert len(failed) == 3
+    assert all(b <= a // 2 for a, b in pairwise(failed))
+    assert max(seen[3:]) <= learner.budget == learner.limit == failed[0] // 8
 
 
 def test_activation_offload_keeps_the_gradients_and_leaves_the_weights(monkeypatch):

@@ -319,6 +319,19 @@ def test_reward_model(tmp_path, poisoned_memory):
     assert messages == pytest.approx(model(["ab "], ["cd "]), abs=1e-5)
 
 
+def test_a_reward_model_goes_to_the_gpu_of_its_rank(tmp_path, poisoned_memory, monkeypatch):
+    """Rewards are made before the rank's GPU becomes the current one: placed then, all would share the first."""
+    tiny_classifier(tmp_path, 1)
+    model, places = resolve({"name": "reward_model", "path": str(tmp_path)}), []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.nn.Module, "to", lambda module, device: places.append(device))
+    model(prompts=["ab"], completions=["cd"], completion_ids=None)
+    assert places == ["cuda"]
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    resolve({"name": "reward_model", "path": str(tmp_path)})  # without a call nothing is placed
+
+
 def test_a_classifier_with_two_labels_is_no_reward_model(tmp_path):
     tiny_classifier(tmp_path, 2)
     with pytest.raises(ValueError, match="must have one label to be a reward model, got 2"):

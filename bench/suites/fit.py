@@ -201,7 +201,7 @@ class Trainee:
 
     def step(self, entry, sequences, completion):
         ids = torch.randint(0, self.plan.case.V, (sequences, PROMPT + completion), device="cuda")
-        targets = ids[:, PROMPT:]
+        targets = ids[:, PROMPT:].contiguous()  # Liger's Triton loss takes no other
         ones = torch.ones(targets.shape, device="cuda")
         hidden = self.decoder(input_ids=ids).last_hidden_state[:, PROMPT - 1 : -1]
         problem = Problem(

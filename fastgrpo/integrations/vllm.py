@@ -3,12 +3,15 @@
 vLLM runs on a GPU alone: here it is tested against its interface, with stand-ins for ``vllm`` and its client.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
+from unittest.mock import patch
 
 import torch
 
 from fastgrpo.checks import Checked, installed, need
+from fastgrpo.integrations.transformers import causal_lm
 
 MISMATCH_MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
 
@@ -80,6 +83,18 @@ def named_weights(model):
         yield name.replace("modules_to_save.default.", "").replace("_checkpoint_wrapped_module.", ""), tensor.detach()
 
 
+def check_ends(model):
+    """vLLM has one weight for tied embeddings and head: what is trained beside it at one end cannot be pushed."""
+    base = causal_lm(model)
+    ends = base.get_input_embeddings(), base.get_output_embeddings()
+    tied = base.config.get_text_config().tie_word_embeddings
+    if tied and any(hasattr(end, name) for end in ends for name in ("base_layer", "modules_to_save")):
+        raise ValueError(
+            "use_vllm needs untied embeddings where an adapter or modules_to_save is on lm_head or the embeddings: "
+            "vLLM has one weight for both; take these out of lora_target_modules and lora_modules_to_save"
+        )
+
+
 class VLLMSampler:
     """vLLM as a server or in this process ("colocate"), through TRL's ``VLLMGeneration`` and TRL's names in the config.
 
@@ -96,12 +111,14 @@ class VLLMSampler:
         from accelerate import Accelerator
         from accelerate.utils import extract_model_from_parallel
 
-        base = need("trl.generation.vllm_generation", "vllm").VLLMGeneration
-        engine = type("Engine", (base,), {"_iter_named_params": lambda self: named_weights(self.model)})
+        model, trl = extract_model_from_parallel(model), need("trl.generation.vllm_generation", "vllm")
+        check_ends(model)
+        engine = type("Engine", (trl.VLLMGeneration,), {"_iter_named_params": lambda self: named_weights(self.model)})
         names = ["mode", "server_base_url", "server_host", "server_port", "server_timeout", "group_port", "model_impl"]
         names += ["tensor_parallel_size", "gpu_memory_utilization", "max_model_length", "enable_sleep_mode"]
         options = {name: getattr(self.config, f"vllm_{name}") for name in names}
-        return engine(extract_model_from_parallel(model), Accelerator(), self.tokenizer, **options)
+        with patch.object(trl, "is_bitsandbytes_available", lambda: False):  # or a 4-bit vLLM, which takes no update
+            return engine(model, Accelerator(), self.tokenizer, **options)
 
     def sync(self, model):
         """Push the weights; every rank calls it."""
@@ -110,6 +127,8 @@ class VLLMSampler:
 
     def generate(self, model, prompts, sampling, greedy=False):
         """-> for each prompt (a list of ids) its ``sampling.num_generations`` completions; ``greedy``: one."""
+        from accelerate.utils import gather_object
+
         from fastgrpo.trainer.generate import completion, end_tokens
 
         if self.engine is None:
@@ -118,6 +137,14 @@ class VLLMSampler:
         for name in ("top_p", "top_k", "min_p", "repetition_penalty", "max_completion_length"):
             setattr(self.engine, name, getattr(sampling, name))
         self.engine.temperature = 0.0 if greedy else sampling.temperature
-        _, ids, logprobs, _ = self.engine.generate([p for p in prompts for _ in range(n)], None, n)
-        rows = [completion(list(i), [step[0] for step in steps], ends) for i, steps in zip(ids, logprobs)]
-        return [rows[i : i + n] for i in range(0, len(rows), n)]
+        # TRL takes every rank's share of the answers to be as long as its own: held-out prompts may be fewer on some
+        missing = max(gather_object([len(prompts)])) - len(prompts)
+        asked = [*prompts, *missing * (prompts[:1] or [ends[:1]])]
+        _, ids, logprobs, _ = self.engine.generate([p for p in asked for _ in range(n)], None, n)
+        rows = [completion(list(i), list(map(drawn, steps)), ends) for i, steps in zip(ids, logprobs)]
+        return [rows[i : i + n] for i in range(0, len(prompts) * n, n)]
+
+
+def drawn(step):
+    """The drawn token's log-prob; TRL has None for vLLM's NaN."""
+    return math.nan if step[0] is None else step[0]

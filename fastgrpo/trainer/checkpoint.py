@@ -43,7 +43,8 @@ def load(folder, accelerator, settings):
     ranks = len(list(folder.glob("trainer_*.pt")))
     if ranks != accelerator.num_processes:
         raise UserError(f"{folder} must be of {accelerator.num_processes} processes, got one of {ranks}")
-    state = torch.load(folder / f"trainer_{accelerator.process_index}.pt", weights_only=True)
+    # map_location: a reference saved on a GPU is copied into the one there is, also where that has another number
+    state = torch.load(folder / f"trainer_{accelerator.process_index}.pt", weights_only=True, map_location="cpu")
     accelerator.load_state(str(folder))
     accelerator.print(f"resuming from {folder.name} in {folder.parent}")
     before = state.get("settings", {})

@@ -55,7 +55,6 @@ class GRPOConfig(Sampling, GRPOLossConfig, ModelOptions, VLLMOptions):
     run_name: str | None = None
     report_to: Tracker | list[Tracker] = "none"
     seed: CountOr0 = 42
-    use_cpu: bool = False
     resume_from_checkpoint: bool | str | None = None
     max_steps: int = -1
     num_train_epochs: NonNegative = 3.0

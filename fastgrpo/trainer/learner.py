@@ -17,6 +17,8 @@ from fastgrpo.weights import Totals, share_of_batch
 
 AUTO_BUDGET = 8192  # tokens of a micro-batch that "auto" starts from
 EXTREMES = ("ratio_min", "ratio_max")
+# out of memory as cuBLAS, Triton and the driver say it, which allocate beside torch
+NO_MEMORY = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory", "[CUDA]: out of memory")
 
 
 @dataclass
@@ -62,6 +64,11 @@ def micro_batches(episodes, budget, packed):
         batches[index].append(episode)
         room[index] -= size
     return batches
+
+
+def tokens(batch, packed):
+    """What a micro-batch takes of the budget: the first is the longest."""
+    return sum(e.length for e in batch) if packed else batch[0].length * len(batch)
 
 
 def collate(episodes, packed, device):
@@ -115,7 +122,7 @@ class Learner:
     ):  # fmt: skip
         self.model, self.accelerator, self.config, self.packed = model, accelerator, config, packed
         self.skip, self.offload, self.auto, self.limit = skip, offload, budget == "auto", math.inf
-        self.budget = AUTO_BUDGET if self.auto else budget
+        self.budget, self.largest, self.cut = AUTO_BUDGET if self.auto else budget, 0, False
         self.options = {"backend": backend, "backward": backward}
         self.ddp = isinstance(model, DistributedDataParallel)
         self.inner = model.module if self.ddp else model  # passes through it wait for no other rank
@@ -123,6 +130,7 @@ class Learner:
     def plan(self, episodes):
         """Micro-batches, as many on every rank (at least one): the missing ones hold a token that does not count."""
         batches = micro_batches(episodes, self.budget, self.packed)
+        self.cut, self.largest = len(batches) > 1, max((tokens(b, self.packed) for b in batches), default=1)
         most = max(gather_object([len(batches), 1]))
         return batches + [silent()] * (most - len(batches))
 
@@ -136,8 +144,8 @@ class Learner:
             plan, full = self.plan(episodes), False
             try:
                 result = work(plan)
-            except torch.OutOfMemoryError:
-                if self.accelerator.num_processes > 1 and not self.ddp:
+            except RuntimeError as error:
+                if not ran_out(error) or (self.accelerator.num_processes > 1 and not self.ddp):
                     raise
                 full = True
             longest = max(len(batch) for batch in plan)
@@ -148,9 +156,10 @@ class Learner:
                 raise torch.OutOfMemoryError("out of memory with micro-batches of one answer: shorten them, or see "
                                              "README's ways to save memory")  # fmt: skip
             if full:
-                self.limit = self.budget = max(self.budget // 2, 1)
+                tried = self.budget if 2 * self.largest > self.budget else self.largest  # it may far exceed the batch
+                self.limit = self.budget = max(tried // 2, 1)
                 print(f"out of memory: again with micro-batches of {self.budget} tokens")
-                if torch.cuda.is_available():
+                if self.on_gpu:
                     torch.cuda.empty_cache()
 
     @torch.no_grad()
@@ -195,6 +204,8 @@ class Learner:
         whole = Totals(*map(sum, zip(*counts)))
         num_items = whole.tokens if num_items is None else num_items
         active = [e for e in episodes if not self.skip or needs_learning(e, self.config)]
+        if self.on_gpu:
+            torch.cuda.reset_peak_memory_stats(self.accelerator.device)  # generation had one of its own
 
         def work(plan):
             self.model.zero_grad(set_to_none=True)
@@ -238,11 +249,22 @@ class Learner:
         return threshold, {id(e): int((h >= threshold).sum()) for e, h in zip(counted, entropies)}
 
     def grow(self):
-        """After a step that fitted: "auto" doubles the budget while the peak stays under 40 % of a GPU's memory."""
-        if self.auto and torch.cuda.is_available() and 2 * self.budget < self.limit:
-            total = torch.cuda.get_device_properties(self.accelerator.device).total_memory
-            if torch.cuda.max_memory_allocated() < 0.4 * total:
+        """After a step that fitted, and was cut by the budget: "auto" doubles it while the step's peak stays under 40 %
+        of a GPU's memory."""
+        if self.auto and self.on_gpu and self.cut and 2 * self.budget < self.limit:
+            device = self.accelerator.device
+            total = torch.cuda.get_device_properties(device).total_memory
+            if torch.cuda.max_memory_allocated(device) < 0.4 * total:
                 self.budget *= 2
+
+    @property
+    def on_gpu(self):
+        return self.accelerator.device.type == "cuda"  # is_available is also true where the config says use_cpu
+
+
+def ran_out(error):
+    """Whether an exception says that a GPU's memory is full."""
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in NO_MEMORY)
 
 
 def silent():

@@ -244,7 +244,8 @@ class GRPOTrainer:
         config, rank, world = self.config, self.accelerator.process_index, self.accelerator.num_processes
         rows = [self.eval_rows[i] for i in range(rank, len(self.eval_rows), world)]
         k = config.num_generations_eval or config.num_generations
-        with torch.random.fork_rng():
+        gpu = [torch.cuda.current_device()] if self.accelerator.device.type == "cuda" else []
+        with torch.random.fork_rng(gpu):  # by default it touches every GPU of the machine
             torch.manual_seed(config.seed + rank)
             self.sampler.sync(self.model)
             greedy = self.columns(self.answer(rows, 1, greedy=True))["reward"]

@@ -43,6 +43,7 @@ class ModelOptions(Checked):
     model_init_kwargs: dict | None = None
     tiny_vocabulary: int | None = None
     trust_remote_code: bool = False
+    use_cpu: bool = False
     dtype: str = "float32"
     bf16: bool | None = None
     attn_implementation: str | None = None
@@ -74,7 +75,7 @@ class ModelOptions(Checked):
 
     def combinations(self):
         yield from super().combinations()
-        cuda, quantised = torch.cuda.is_available(), self.load_in_4bit or self.load_in_8bit
+        cuda, quantised = self.on_gpu, self.load_in_4bit or self.load_in_8bit
         yield self.dtype in DTYPES, f"dtype must be one of {', '.join(map(repr, DTYPES))}, got {self.dtype!r}"
         yield not quantised or self.use_peft, "load_in_4bit and load_in_8bit need use_peft=True, got False"
         yield not (self.load_in_4bit and self.load_in_8bit), "load_in_4bit and load_in_8bit cannot both be True"
@@ -87,9 +88,13 @@ class ModelOptions(Checked):
         yield installed("flash" in (self.attn_implementation or ""), "flash_attn", "'fastgrpo[flash]'")
 
     @property
+    def on_gpu(self):
+        return torch.cuda.is_available() and not self.use_cpu
+
+    @property
     def mixed_precision(self):
         """accelerate's name of the autocast: where not said, bf16 on a GPU that has it."""
-        possible = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        possible = self.on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
         return "bf16" if self.bf16 or (self.bf16 is None and possible) else "no"
 
 
@@ -200,7 +205,8 @@ def make_trainable(model, config, peft_config=None):
     if config.use_liger_kernel:
         from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
-        _apply_liger_kernel_to_instance(model, cross_entropy=False, fused_linear_cross_entropy=False)
+        # of a PeftModel, an adapter trained further, Liger would take the wrong module for the decoder
+        _apply_liger_kernel_to_instance(causal_lm(model), cross_entropy=False, fused_linear_cross_entropy=False)
     if (peft_config is not None or config.use_peft) and not hasattr(model, "peft_config"):
         import peft
 

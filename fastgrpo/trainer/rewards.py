@@ -187,7 +187,6 @@ def reward_model(path, batch_size=8, max_length=None, device=None, **model_optio
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id
-    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
     def whole(prompt, completion):
         if isinstance(completion, str):
@@ -196,6 +195,8 @@ def reward_model(path, batch_size=8, max_length=None, device=None, **model_optio
 
     @torch.no_grad()
     def model_reward(prompts, completions, **_):
+        # at the first call, not before: each rank's GPU is only then its current one
+        model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         texts, rewards = [whole(p, c) for p, c in zip(prompts, completions)], []
         special = all(isinstance(c, str) for c in completions)  # a chat template writes its own
         for i in range(0, len(texts), batch_size):
