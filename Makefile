@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: demo test bench kernel-report lint clean
+.PHONY: demo test bench kernel-report gpu-dry-run lint clean
 
 $(READY): requirements.txt pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -24,6 +24,10 @@ bench: $(READY)
 
 kernel-report: $(READY)
 	$(BIN)/python -m fastgrpo.kernels.report $(ARGS)
+
+# Everything of the Triton backend but its execution; TRITON=3.6.0 picks one version.
+gpu-dry-run: $(READY)
+	$(BIN)/python tests/dry_run $(if $(TRITON),--triton $(TRITON)) $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

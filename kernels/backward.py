@@ -15,7 +15,7 @@ import triton.language as tl
 from fastgrpo.backends.problem import new_gradients, plan_tiles, row_scale
 from fastgrpo.inputs import IGNORE, compact_rows
 from fastgrpo.kernels import tiles
-from fastgrpo.kernels.common import TO_TRITON, Strides, cap, cap_slope, hidden_rows, raw_logits
+from fastgrpo.kernels.common import TO_TRITON, Strides, cap, cap_slope, hidden_rows, known_label, raw_logits
 from fastgrpo.kernels.forward import has_extras, logit_arguments
 
 
@@ -88,7 +88,7 @@ def dlogits_kernel(
     offs_n = start + tl.arange(0, BLOCK_N)
     mask_n = offs_n < stop
     rows = tl.load(rows_ptr + offs_n, mask=mask_n, other=0)
-    label = tl.load(targets_ptr + rows, mask=mask_n, other=-1)
+    label = known_label(targets_ptr, rows, mask_n, V)
     x_ptrs = x_ptr + (tl.where(mask_n, offs_n, start) - first_held).to(tl.int64) * D
     raw = raw_logits(
         x_ptrs, weight_ptr, bias_ptr, low_rank, rows, tile_v, V, D, strides, WHOLE_D, COMPUTE, BLOCK_N, BLOCK_V, BLOCK_D

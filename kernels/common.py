@@ -50,8 +50,23 @@ class Logits(NamedTuple):
 
 @triton.jit
 def hidden_rows(hidden_ptr, rows, T, strides):
-    """Pointers to the first value of each row of a (B, T, D) tensor; rows int64."""
-    return hidden_ptr + (rows // T) * strides.hidden_b + (rows % T) * strides.hidden_t
+    """Pointers to the first value of each row of a (B, T, D) tensor."""
+    return hidden_ptr + row_offsets(rows, T, strides.hidden_b, strides.hidden_t)
+
+
+@triton.jit
+def row_offsets(rows, T, stride_b, stride_t):
+    """Where each row of a (B, T, D) tensor begins, int64. There are fewer than 2^31: a 64-bit division is a call."""
+    b = rows.to(tl.int32) // T
+    t = rows.to(tl.int32) - b * T
+    return b.to(tl.int64) * stride_b + t.to(tl.int64) * stride_t
+
+
+@triton.jit
+def known_label(targets_ptr, rows, mask, V):
+    """The label's column of each row, int32; -1 for a masked row or an id outside the vocabulary."""
+    label = tl.load(targets_ptr + rows, mask=mask, other=-1)
+    return tl.where((label >= 0) & (label < V), label, -1).to(tl.int32)
 
 
 @triton.jit

@@ -21,6 +21,7 @@ from fastgrpo.kernels.common import (
     Strides,
     cap,
     hidden_rows,
+    known_label,
     low_values,
     raw_logits,
     softplus,
@@ -33,7 +34,7 @@ PARTIALS = 5  # max, sum of exp, sum of exp * (max - z), label's logit; certifie
 @triton.jit
 def label_logits(
     hidden_ptrs,  # (BLOCK_N,)
-    label,  # (BLOCK_N,) ids inside [0, V)
+    label,  # (BLOCK_N,) int64 ids inside [0, V)
     weight_ptr,  # (V, D)
     bias_ptr,  # (V,) or None
     low_rank,  # LowRank or None
@@ -110,7 +111,7 @@ def forward_kernel(
     offs_n = block * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < count
     rows = tl.load(rows_ptr + offs_n, mask=mask_n, other=0)
-    label = tl.load(targets_ptr + rows, mask=mask_n, other=-1)
+    label = known_label(targets_ptr, rows, mask_n, V)
     h_ptrs = hidden_rows(hidden_ptr, rows, T, strides)
     inv_temperature = logits.inv_temperature
     if temperature_ptr is not None:
@@ -126,7 +127,7 @@ def forward_kernel(
         if label_ptr is not None:
             guess = tl.load(label_ptr + rows, mask=mask_n, other=0.0)
         else:
-            known = tl.where((label >= 0) & (label < V), label, 0)
+            known = tl.where(label >= 0, label, 0).to(tl.int64)
             guess = label_logits(
                 h_ptrs, known, weight_ptr, bias_ptr, low_rank, rows, D, strides, COMPUTE, BLOCK_N, BLOCK_D
             )
@@ -135,6 +136,7 @@ def forward_kernel(
             hint = tl.load(hint_ptr + rows, mask=mask_n, other=0.0)
             guess -= hint
         threshold = tl.where(guess == guess, guess, 0.0) + log_cutoff
+        threshold = tl.where(mask_n, threshold, float("inf"))  # rows that are not there flag nothing
     for first_v in range(this_run * run, tl.minimum(V, (this_run + 1) * run), BLOCK_V):
         z = raw_logits(
             h_ptrs, weight_ptr, bias_ptr, low_rank, rows, first_v, V, D, strides, WHOLE_D, COMPUTE, BLOCK_N, BLOCK_V,
@@ -145,7 +147,7 @@ def forward_kernel(
         is_label = offs_v[None, :] == label[:, None]
         label_z += tl.sum(tl.where(is_label, z, 0.0), axis=1)
         if flags_ptr is not None:
-            hit = ((z >= threshold[:, None]) & mask_n[:, None]) | is_label
+            hit = (z >= threshold[:, None]) | is_label
             kept = tl.max(hit.to(tl.int32), axis=0)
             flags = flags_ptr + tl.cast(block, tl.int64) * V + offs_v
             tl.store(flags, kept.to(tl.uint8), mask=offs_v < V)

@@ -8,9 +8,9 @@ import triton
 import triton.language as tl
 
 from fastgrpo.inputs import IGNORE
-from fastgrpo.kernels.common import TO_TRITON
+from fastgrpo.kernels.common import TO_TRITON, row_offsets
 
-ENTRIES, DEPTH, WARPS = 16, 128, 4  # pairs and values a program reads at once
+ENTRIES, DEPTH, WARPS = 16, 128, 8  # pairs and values a program reads at once
 
 
 @triton.jit(do_not_specialize=["entries", "T"])
@@ -41,7 +41,7 @@ def kept_logits_kernel(
     mask_e = inside & (tl.load(targets_ptr + index, mask=inside, other=IGNORED) != IGNORED)
     ids = tl.load(ids_ptr + offs_e, mask=mask_e, other=0)
     offs_d = tl.arange(0, BLOCK_D)
-    row_ptrs = rows_ptr + (index // T * stride_rows_b + index % T * stride_rows_t)[:, None]
+    row_ptrs = rows_ptr + row_offsets(index, T, stride_rows_b, stride_rows_t)[:, None]
     row_ptrs += offs_d[None, :] * tl.cast(stride_rows_d, tl.int64)
     column_ptrs = columns_ptr + ids[:, None] * stride_columns_v + offs_d[None, :] * tl.cast(stride_columns_d, tl.int64)
     acc = tl.zeros((BLOCK_E,), dtype=tl.float32)
@@ -83,7 +83,7 @@ def kept_sums_kernel(
         offs_e = first + tl.arange(0, BLOCK_E)
         coefficients = tl.load(coefficients_ptr + offs_e, mask=offs_e < last, other=0.0)
         index = tl.load(index_ptr + offs_e, mask=offs_e < last, other=0)
-        pointers = source_ptr + (index // T * stride_source_b + index % T * stride_source_t)[:, None]
+        pointers = source_ptr + row_offsets(index, T, stride_source_b, stride_source_t)[:, None]
         pointers += offs_d[None, :] * tl.cast(stride_source_d, tl.int64)
         x = tl.load(pointers, mask=(coefficients != 0)[:, None] & mask_d[None, :], other=0.0)
         acc += tl.sum(coefficients[:, None] * x.to(CAST).to(tl.float32), axis=0)

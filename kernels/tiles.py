@@ -36,12 +36,21 @@ LOGITS = {**SQUARE, "sm_80": Tile(128, 128, 64, 8, 3)}
 TILES = {
     "forward": {2: LOGITS, 4: FP32},
     # bias, softcap, LoRA, per-token temperature or entropy: more values live at once (sm_100 spills at 128 columns)
-    "forward_full": {2: {**LOGITS, "sm_100": Tile(128, 64, 64, 8, 3)}, 4: FP32_NARROW},
-    "forward_certified": {2: {**LOGITS, "sm_100": Tile(128, 64, 64, 8, 3)}, 4: FP32},
-    "forward_certified_full": {2: NARROW, 4: {**FP32_NARROW, "sm_90": Tile(32, 32, 16, 4, 2)}},
-    "dlogits": {2: LOGITS, 4: FP32},
+    "forward_full": {
+        2: {**LOGITS, "sm_100": Tile(128, 64, 64, 8, 3)},
+        4: {**FP32_NARROW, "sm_100": Tile(64, 32, 16, 4, 2)},  # without a second buffer Triton 3.6 spills
+    },
+    "forward_certified": {
+        2: {**LOGITS, "sm_100": Tile(128, 64, 64, 8, 3)},
+        4: {**FP32, "sm_90": Tile(64, 32, 32, 4, 2), "sm_120": Tile(64, 32, 32, 4, 2)},
+    },
+    "forward_certified_full": {
+        2: {**NARROW, "sm_100": Tile(64, 64, 64, 4, 3)},
+        4: {**FP32_NARROW, "sm_90": Tile(32, 32, 16, 4, 2), "sm_100": Tile(32, 32, 16, 4, 2)},
+    },
+    "dlogits": {2: LOGITS, 4: {**FP32, **dict.fromkeys(("sm_90", "sm_100", "sm_120"), Tile(64, 64, 16, 4, 2))}},
     "dlogits_full": {2: NARROW, 4: FP32_NARROW},
-    "dhidden": {2: SQUARE, 4: FP32},
+    "dhidden": {2: SQUARE, 4: {**FP32, "sm_100": Tile(64, 64, 16, 4, 2)}},
     "dweight": {2: SQUARE, 4: FP32},
 }
 INTERPRETER = Tile(32, 64, 32, 4, 1, group=2)

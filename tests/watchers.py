@@ -1,8 +1,11 @@
 """Modes that watch what an op does: whether the host would wait, how large its tensors are."""
 
+import weakref
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 
 WAITING = {
     "_local_scalar_dense", "nonzero", "masked_select", "item", "is_nonzero", "equal", "unique", "_unique2",
@@ -42,3 +45,38 @@ class Largest(TorchDispatchMode):
             if isinstance(x, torch.Tensor):
                 self.numel = max(self.numel, x.numel())
         return out
+
+
+class Live(TorchDispatchMode):
+    """Bytes of the tensors made inside it that are alive, and the most there ever were."""
+
+    def __init__(self):
+        super().__init__()
+        self.live, self.peak, self.known, self.before = 0, 0, set(), set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        for x in tree_flatten((args, kwargs))[0]:
+            if isinstance(x, torch.Tensor):
+                self.before.add(self.storage(x)._cdata)
+        out = func(*args, **(kwargs or {}))
+        for x in tree_flatten(out)[0]:
+            if isinstance(x, torch.Tensor):
+                self.count(self.storage(x))
+        return out
+
+    def storage(self, x):
+        return (x if type(x) in (torch.Tensor, torch.nn.Parameter) else x.inner).untyped_storage()
+
+    def count(self, storage):
+        key, size = storage._cdata, storage.nbytes()
+        if key in self.known or key in self.before or not size:
+            return
+        self.known.add(key)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self.free, key, size)
+
+    def free(self, key, size):
+        self.live -= size
+        self.known.discard(key)
+        self.before.discard(key)

@@ -103,6 +103,7 @@ def fold_vocabulary(problem, rows, label, hint):
             product = reader.raw_logits(reader.rows(index), columns, z)
             if product is not z:
                 z.copy_(product)
+            del product
             dense.transformed(problem, z, bias, dense.row_inverse_temperature(problem, index))
             whole[index.numel() :] = NOTHING
             fold.tile(whole, problem.targets[index] - v, r, v)
@@ -116,7 +117,7 @@ def label_logits(problem, rows):
     inside = (targets >= 0) & (targets < problem.weight.shape[0])
     safe = torch.where(inside, targets, 0)
     out = torch.empty(rows.numel(), dtype=reader.accumulate, device=rows.device)
-    for part in torch.arange(rows.numel(), device=rows.device).split(1024):
+    for part in torch.arange(rows.numel(), device=rows.device).split(min(dense.entries_at_once(problem), 1024)):
         z = reader.paired_logits(reader.rows(rows[part]), reader.columns(safe[part]))[:, None]
         bias = None if problem.bias is None else problem.bias[safe[part], None]
         out[part] = dense.transformed(problem, z, bias, dense.row_inverse_temperature(problem, rows[part]))[0][:, 0]

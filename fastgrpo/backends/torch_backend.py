@@ -132,8 +132,10 @@ def tiling(problem, rows, buffers):
     vocab, depth = problem.weight.shape[0], sum(columns.shape[1] for _, columns in problem.factors)
     size = 8 if problem.hidden.dtype == torch.float64 else 4
     max_rows, max_cols = (CPU_ROWS, CPU_COLS) if problem.hidden.device.type == "cpu" else (16384, 16384)
-    budget = problem.params.workspace
-    return plan_tiles(min(rows, max_rows), min(vocab, max_cols), budget, size * buffers, size * depth, 2 * size * depth)
+    budget, per_row, cell = problem.params.workspace, size * depth, size * buffers
+    if problem.params.compute_dtype.itemsize == 2 and lora.has_native(problem.hidden):
+        cell, per_row = cell + 2, per_row + 2 * depth  # the tile and its rows once more, in 16 bits
+    return plan_tiles(min(rows, max_rows), min(vocab, max_cols), budget, cell, per_row, 2 * size * depth)
 
 
 def forward(problem):
@@ -162,11 +164,12 @@ def fold_vocabulary(problem):
     if n == 0:
         return rows, running, label
     tile = tiling(problem, n, buffers=2 if problem.params.entropy else 1)
-    buffer = running.new_empty(min(tile.rows, n), min(tile.cols, vocab))
+    buffer = running.new_empty(0 if reader.native else min(tile.rows, n), min(tile.cols, vocab))
     for v in range(0, vocab, tile.cols):
         columns = reader.columns(slice(v, v + tile.cols))
         bias = None if problem.bias is None else problem.bias[v : v + tile.cols]
         for r in range(0, n, tile.rows):
+            z = None  # the last tile goes before the next one comes
             index = rows[r : r + tile.rows]
             z = reader.raw_logits(reader.rows(index), columns, buffer[: index.numel(), : columns[0].shape[0]])
             z, _ = transformed(problem, z, bias, row_inverse_temperature(problem, index))
@@ -282,6 +285,7 @@ def add_exact_rows(problem, stats, rows, grads, out, extra=None):
         d_columns = [accumulator(x, span, stats.dtype, in_place=scale is None and n > 0) for x in d_columns_out]
         d_bias = accumulator(d_bias_out, span, stats.dtype, in_place=scale is None)
         for r in range(0, n, tile.rows):
+            z = dz = factors = operands = None  # the last tile goes before the next one comes
             index = rows[r : r + tile.rows]
             factors = reader.rows(index)
             operands = reader.gradient_operands(factors, columns)

@@ -1,0 +1,151 @@
+"""The memory that README promises, held by the branches that only CUDA takes, and how often they make the host wait.
+
+Beyond inputs and gradients: the workspace, 4 N D where both gradients are needed or rows are certified, 64 bytes a
+token, N V / 128.
+"""
+
+import dataclasses
+import functools
+import gc
+
+import pytest
+import torch
+from stand_in_cuda import StandInCuda
+
+from bench import profiles
+from fastgrpo import linear_logprobs
+from fastgrpo.backends.problem import HeadParams, HeadProblem
+
+from watchers import Live
+
+MIB = 2**20
+SLACK = 32 * 1024  # what does not grow: scalars, a column sum, lists of blocks
+CASES = [(backward, frozen, lora) for backward in ("exact", "certified") for frozen in (False, True)
+         for lora in (False, True)]  # fmt: skip
+
+
+@functools.cache
+def peaked(n, vocab, depth, dtype):
+    return profiles.problem(n, vocab, depth, "rl", dtype=dtype)
+
+
+def promised(n, vocab, depth, workspace, both, lora_columns=0):
+    """Bytes; lora_columns: of fp32 LoRA's B, whose 16-bit parts cost 6 bytes a value."""
+    return workspace + (4 * n * depth if both else 0) + 64 * n + n * vocab // 128 + 6 * lora_columns + SLACK
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Real memory: filling every buffer with NaN would be most of the time."""
+
+
+@pytest.mark.parametrize(("backward", "frozen", "lora"), CASES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_torch_backend(backward, frozen, lora, dtype):
+    """Its branches on CUDA, with real numbers: 16-bit GEMMs that return fp32, sums of rows, chunks."""
+    n, vocab, depth, rank, workspace = 512, 2048, 128, 8, MIB // 2
+    p = peaked(n, vocab, depth, dtype)
+    with StandInCuda() as cuda:
+        names = ("hidden", "weight", "targets", "old_logprobs", "upstream")
+        hidden, weight, targets, old, upstream = (cuda.put(p[k]) for k in names)
+        hidden.requires_grad_()
+        weight.requires_grad_(not frozen)
+        leaves = [hidden] + ([] if frozen else [weight])
+        adapter = None
+        if lora:
+            adapter = cuda.put(torch.randn(rank, depth) / 16), cuda.put(torch.randn(vocab, rank) / 16), 1.0
+            leaves += [x.requires_grad_() for x in adapter[:2]]
+        with Live() as live:
+            out = linear_logprobs(hidden, weight, targets, old_logprobs=old, lora=adapter, backend="torch",
+                                  backward=backward, workspace_mb=workspace / MIB)  # fmt: skip
+            grads = torch.autograd.grad(out.logprobs, leaves, upstream)
+        kept = sum(x.inner.untyped_storage().nbytes() for x in grads)
+        assert all(g.inner.isfinite().all() and g.inner.count_nonzero() for g in grads)
+    both = not frozen or lora or backward == "certified"
+    bound = promised(n, vocab, depth, workspace, both, lora_columns=rank * vocab if lora else 0)
+    assert live.peak - kept <= bound, (live.peak - kept) / bound
+
+
+@pytest.mark.parametrize(("frozen", "lora"), [(False, False), (True, False), (False, True), (True, True)])
+@pytest.mark.parametrize(("n", "depth"), [(16384, 1536), (16384, 4096), (65536, 4096), (300, 896), (1, 1536)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_triton_backend_at_real_size(n, depth, dtype, frozen, lora):
+    """What its launchers allocate, on the meta device; nothing is launched and nothing reads a value."""
+    report = pytest.importorskip("fastgrpo.kernels.report")
+    from fastgrpo.kernels import backward, forward
+
+    vocab, rank, workspace = 151936, 16, 128 * MIB
+
+    def empty(*shape, dtype=dtype):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    params = HeadParams(
+        temperature=1.0, softcap=None, logit_scale=1.0, compute_dtype=dtype, lora_dtype=torch.float32, entropy=False,
+        backend="triton", workspace=workspace,
+    )  # fmt: skip
+    problem = HeadProblem(
+        empty(1, n, depth), empty(vocab, depth), None, empty(n, dtype=torch.int64), None, params,
+        empty(1, n, rank, dtype=torch.float32) if lora else None,
+        empty(vocab, rank, dtype=torch.float32) if lora else None,
+    )  # fmt: skip
+    needs = (True, not frozen, False) + ((True, True) if lora else ())
+    row = empty(n, dtype=torch.float32)
+    low_bytes = 4 * n * rank if lora else 0  # the adapter's own sums, and its 16-bit parts beside hidden
+    bound = promised(n, vocab, depth, workspace, not frozen or lora, rank * vocab if lora else 0) + 6 * low_bytes
+    with report.recording((forward, backward), "sm_90"):
+        with Live() as live:
+            stats = forward.forward(problem)
+            grads = backward.backward(problem, stats, row, None, needs)
+        kept = sum(x.untyped_storage().nbytes() for x in grads if x is not None)
+        assert live.peak - kept <= bound, (live.peak - kept) / bound
+        with Live() as live:
+            held = forward.certified_forward(dataclasses.replace(problem, params=dataclasses.replace(
+                params, tolerance=0.005)), row)  # fmt: skip
+        block = 128 if dtype == torch.bfloat16 else 64  # fp32 flags finer blocks, README says
+        assert live.peak <= bound + n * vocab * (1 / block - 1 / 128), live.peak / bound
+        del held
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize(("backward", "waits"), [("exact", 0), ("auto", 0), ("certified", None)])
+def test_host_waits(backward, waits, frozen, monkeypatch):
+    """The Triton backend's exact path, which "auto" takes on CUDA, never waits; the certified one is bounded."""
+    report = pytest.importorskip("fastgrpo.kernels.report")
+    from fastgrpo import backends
+    from fastgrpo.kernels import backward as exact_backward
+    from fastgrpo.kernels import forward
+
+    monkeypatch.setattr(backends, "choose", lambda backend, hidden: "triton")
+    monkeypatch.setattr("fastgrpo.backends.triton_backend.on_device", lambda x: torch.autograd.set_grad_enabled(False))
+    monkeypatch.setattr(forward, "processor_count", lambda device: 132)
+    p = peaked(1024, 4096, 256, torch.bfloat16)
+    with StandInCuda() as cuda, report.recording((forward, exact_backward), "sm_90") as launches:
+        hidden, weight, targets, upstream = (cuda.put(p[k]) for k in ("hidden", "weight", "targets", "upstream"))
+        hidden.requires_grad_()
+        weight.requires_grad_(not frozen)
+        leaves = [hidden] + ([] if frozen else [weight])
+        cuda.waits.clear()
+        out = linear_logprobs(hidden, weight, targets, backward=backward)
+        torch.autograd.grad(out.logprobs, leaves, upstream)
+    names = [kernel.fn.__name__ for kernel, _ in launches]
+    assert names[:2] == ["forward_kernel", "combine_kernel"]
+    if waits is None:  # nothing was flagged, as nothing was launched: one list of counts, and what is left goes exact
+        assert 1 <= len(cuda.waits) <= 16, cuda.waits
+    else:
+        assert "dlogits_kernel" in names
+        assert cuda.waits == [], cuda.waits
+
+
+def test_the_counter_counts():
+    with Live() as live:
+        a = torch.zeros(1000, dtype=torch.float32)
+        b = a[10:].view(-1)
+        c = torch.ones(500, dtype=torch.float64)
+        del c
+        gc.collect()
+        d = torch.empty(250, dtype=torch.float32)
+    assert live.peak == 8000
+    assert b.numel() + d.numel() == 1240
+    with Live() as live:
+        a.add_(1)
+    assert live.peak == 0
