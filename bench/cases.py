@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, field, replace
 
 import torch
 
-from bench import profiles
+from bench import profiles, real
 from bench.shapes import SHAPES
 from fastgrpo import GRPOLossConfig, reference
 
@@ -50,6 +50,15 @@ class Case:
     def of(cls, name, n, **options):
         s = SHAPES[name]
         return cls(n, s.vocab, s.width, softcap=s.softcap, shape=name, **options)
+
+    @classmethod
+    def real(cls, profile, n, **options):
+        """Of a real model's own logits, see :mod:`bench.real`."""
+        return cls(n, *real.SIZES, profile=profile, shape=real.MODEL, **options)
+
+    def why_not(self):
+        """Why nothing can run this case here, or None."""
+        return real.why_not(self)
 
     @property
     def title(self):
@@ -129,7 +138,7 @@ def tensors(case, device, seed=0):
     )
     g = torch.Generator(device).manual_seed(seed + 1)
     data["ref"] = profiles.drifted(data["old_logprobs"], g, 0.1)
-    data["advantages"] = torch.randn(SEQUENCES, generator=g, device=device)
+    data.setdefault("advantages", torch.randn(SEQUENCES, generator=g, device=device))
     return data
 
 
