@@ -169,6 +169,7 @@ class Truth:
     loss: torch.Tensor  # 0-dim
     d_hidden: torch.Tensor  # (N, D)
     d_weight: torch.Tensor | None  # (V, D), None for a frozen head
+    denormals: float  # share of the (N, V) dlogits that the case's dtype can only hold as denormal numbers
 
 
 def truth(p, chunk=256):
@@ -190,6 +191,7 @@ def truth(p, chunk=256):
     g_logp, g_entropy = torch.autograd.grad(loss, (logp, entropy), allow_unused=True)
     d_hidden = torch.empty(n, p.case.D, dtype=torch.float64, device=targets.device)
     d_weight = torch.zeros_like(weight) if p.weight.requires_grad else None
+    denormals = 0
     for rows in chunks:
         z = reference.logits(hidden[rows].double(), weight, softcap=cap)
         slope = None if cap is None else 1 - (z / cap).square()
@@ -199,7 +201,15 @@ def truth(p, chunk=256):
         if g_entropy is not None:
             dz -= g_entropy[rows, None] * prob * (z + entropy[rows, None].detach())
         dz = dz if slope is None else dz * slope
+        denormals += count_denormals(dz, p.weight.dtype)
         d_hidden[rows] = dz @ weight
         if d_weight is not None:
             d_weight.addmm_(dz.T, hidden[rows].double())
-    return Truth(logp.detach(), entropy.detach(), loss.detach(), d_hidden, d_weight)
+    share = denormals / (n * len(weight))
+    return Truth(logp.detach(), entropy.detach(), loss.detach(), d_hidden, d_weight, share)
+
+
+def count_denormals(x, dtype):
+    """Values that are denormal numbers in a narrower dtype."""
+    limits, size = torch.finfo(dtype), x.abs()
+    return int(((size < limits.smallest_normal) & (size >= limits.smallest_normal * limits.eps)).sum())

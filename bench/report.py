@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from bench import charts
-from bench.suites import accuracy
+from bench.suites import accuracy, loss
 
 ROOT = Path(__file__).resolve().parents[1]
 START, END = "<!-- figures: written by python -m bench report -->", "<!-- end of figures -->"
@@ -57,6 +57,8 @@ def matrix(rows, value, first):
 
 def head_section(rows):
     base, notes = split([r for r in rows if r["group"] in ("base", "models")])
+    if note := loss.denormals_note(base):
+        notes.append(f"{note[0].upper()}{note[1:]}.")
     gemm = "; ".join(f"{r['gemm_seconds'] * 1e3:.0f} ms" for r in first_of_each(base))
 
     def value(r):

@@ -7,6 +7,7 @@ from bench import measure, stages
 from bench.cases import OBJECTIVES, SEQUENCES, Case, problem, tensors, truth
 from bench.real import TEMPERATURES, TOKENS
 
+DENORMALS = 1e-3  # share of the dlogits from which a note says so
 SKIPPING = 0.5  # share of the sequences with advantage 0 in the case that shows what skipping them saves
 
 
@@ -76,14 +77,15 @@ def run(options, show):
 def run_case(case, data, options, show):
     entries, reasons = options.runnable(case)
     common = {
-        "suite": "loss", **case.row(), "title": case.title, "sequences": SEQUENCES, "floor_flops": case.gemm_flops,
-        "floor_bytes": case.input_bytes, "memory_bound_mib": case.memory_bound_mib,
+        "suite": "loss", "kind": options.device, **case.row(), "title": case.title, "sequences": SEQUENCES,
+        "floor_flops": case.gemm_flops, "floor_bytes": case.input_bytes, "memory_bound_mib": case.memory_bound_mib,
     }  # fmt: skip
     rows = {name: {**common, "entry": name, "reason": reason} for name, reason in reasons.items()}
     good = {}
     if entries:
         p = problem(case, data)
         want = truth(p)
+        common["denormals"] = want.denormals
     for name, entry in entries.items():
         show.status(f"loss: {case.title}: {name}")
         found, reason = measure.attempt(measure.errors, entry, p, want)
@@ -148,7 +150,20 @@ def table(rows):
             ("bare logits GEMM", "", f"{floor['gemm_seconds'] * 1e3:.1f} ms", "", "", "1.00", "1.0", "", "", "")
         )
         cells.append((f"  {floor['floor_flops'] / 1e9:.0f} GFLOP, {rate:.0f} GFLOP/s",))
-    return columns, cells
+    note = denormals_note(rows)
+    return columns, cells + ([(f"  {note}",)] if note else [])
+
+
+def denormals_note(rows):
+    """A line on the cases whose dlogits slow a CPU's GEMMs, in every entry that hands them all over, or None."""
+    shares = {r["title"]: r["denormals"] for r in rows if r.get("kind") == "cpu" and "denormals" in r}
+    found = [f"{share:.1%} ({title})" for title, share in shares.items() if share >= DENORMALS]
+    if not found:
+        return None
+    return (
+        "denormal numbers among the dlogits, which make the GEMMs of entries that keep them up to 40 times slower on "
+        f"some CPUs: {'; '.join(found)}"
+    )
 
 
 SECONDS = ("logprobs_seconds", "forward_seconds", "backward_seconds", "both_seconds")
