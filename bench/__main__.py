@@ -26,7 +26,8 @@ def arguments(argv):
     parser.add_argument("--entries", nargs="+", metavar="NAME", default=list(entries.ENTRIES), help="default: all")
     parser.add_argument(
         "--case", type=parse_case, action="append", default=[], metavar="N,V,D[,KEY=VALUE...]",
-        help="for loss and accuracy, repeatable: profile, head, objective, dtype, softcap, zero_share",
+        help="for loss and accuracy, repeatable: profile (rl, flat, real, real-0.6), head, objective, dtype, softcap, "
+        "zero_share",
     )  # fmt: skip
     parser.add_argument("--repeats", type=int, help="default: the suite's own")
     parser.add_argument("--output", type=Path, default=RESULTS, help=f"default: {os.path.relpath(RESULTS)}")
@@ -78,7 +79,7 @@ def run_suites(chosen):
 
 
 def fine(row):
-    """Right, or not run for want of time."""
+    """Right, or not run for want of time or of the case's data."""
     return row["reason"].startswith("not run") if "reason" in row else row.get("correct", True)
 
 

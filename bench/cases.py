@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, field, replace
 
 import torch
 
-from bench import profiles
+from bench import profiles, real
 from bench.shapes import SHAPES
 from fastgrpo import GRPOLossConfig, reference
 
@@ -50,6 +50,15 @@ class Case:
     def of(cls, name, n, **options):
         s = SHAPES[name]
         return cls(n, s.vocab, s.width, softcap=s.softcap, shape=name, **options)
+
+    @classmethod
+    def real(cls, profile, n, **options):
+        """Of a real model's own logits, see :mod:`bench.real`."""
+        return cls(n, *real.SIZES, profile=profile, shape=real.MODEL, **options)
+
+    def why_not(self):
+        """Why nothing can run this case here, or None."""
+        return real.why_not(self)
 
     @property
     def title(self):
@@ -129,7 +138,7 @@ def tensors(case, device, seed=0):
     )
     g = torch.Generator(device).manual_seed(seed + 1)
     data["ref"] = profiles.drifted(data["old_logprobs"], g, 0.1)
-    data["advantages"] = torch.randn(SEQUENCES, generator=g, device=device)
+    data.setdefault("advantages", torch.randn(SEQUENCES, generator=g, device=device))
     return data
 
 
@@ -160,6 +169,7 @@ class Truth:
     loss: torch.Tensor  # 0-dim
     d_hidden: torch.Tensor  # (N, D)
     d_weight: torch.Tensor | None  # (V, D), None for a frozen head
+    denormals: float  # share of the (N, V) dlogits that the case's dtype can only hold as denormal numbers
 
 
 def truth(p, chunk=256):
@@ -181,6 +191,7 @@ def truth(p, chunk=256):
     g_logp, g_entropy = torch.autograd.grad(loss, (logp, entropy), allow_unused=True)
     d_hidden = torch.empty(n, p.case.D, dtype=torch.float64, device=targets.device)
     d_weight = torch.zeros_like(weight) if p.weight.requires_grad else None
+    denormals = 0
     for rows in chunks:
         z = reference.logits(hidden[rows].double(), weight, softcap=cap)
         slope = None if cap is None else 1 - (z / cap).square()
@@ -190,7 +201,15 @@ def truth(p, chunk=256):
         if g_entropy is not None:
             dz -= g_entropy[rows, None] * prob * (z + entropy[rows, None].detach())
         dz = dz if slope is None else dz * slope
+        denormals += count_denormals(dz, p.weight.dtype)
         d_hidden[rows] = dz @ weight
         if d_weight is not None:
             d_weight.addmm_(dz.T, hidden[rows].double())
-    return Truth(logp.detach(), entropy.detach(), loss.detach(), d_hidden, d_weight)
+    share = denormals / (n * len(weight))
+    return Truth(logp.detach(), entropy.detach(), loss.detach(), d_hidden, d_weight, share)
+
+
+def count_denormals(x, dtype):
+    """Values that are denormal numbers in a narrower dtype."""
+    limits, size = torch.finfo(dtype), x.abs()
+    return int(((size < limits.smallest_normal) & (size >= limits.smallest_normal * limits.eps)).sum())

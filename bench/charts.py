@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 
 COLOURS = (
     "tab:red", "tab:orange", "gold", "black", "grey", "tab:blue", "tab:green", "tab:olive", "tab:cyan", "tab:purple",
-    "tab:brown", "tab:pink", "navy",
+    "tab:brown", "tab:pink", "navy", "teal",
 )  # fmt: skip
 
 

@@ -7,8 +7,10 @@ the objective around them is the same O(N) torch code for all (fastgrpo's own, o
 import functools
 import importlib.metadata
 import importlib.util
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -200,6 +202,25 @@ def verl(p, entropy):
     return linear_cross_entropy(*p.flat, 1.0, "none", None)
 
 
+@functools.cache
+def unsloth_module():
+    """unsloth_zoo's file of fused losses, loaded by itself: the package wants unsloth and a GPU, and patches others."""
+    folder = importlib.util.find_spec("unsloth_zoo").submodule_search_locations[0]
+    name = "unsloth_zoo_fused_linear"
+    spec = importlib.util.spec_from_file_location(name, Path(folder) / "fused_losses" / "fused_linear.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # its custom operators look their annotations up there
+    spec.loader.exec_module(module)
+    return module
+
+
+def unsloth(p, entropy):
+    out = unsloth_module().fused_linear_logprobs(
+        p.hidden, p.weight, p.targets, logit_softcapping=p.case.softcap or 0.0, return_entropy=entropy
+    )
+    return out if entropy else (out, None)
+
+
 def ours_logprobs(backward):
     def run(p, entropy):
         out = linear_logprobs(
@@ -254,5 +275,6 @@ ENTRIES = {
             slow_on_cpu=True, passes=(3, 0, 0), trips=6,
         ),
         Entry("verl", "verl", verl, cuda_only=True, entropy=True, passes=(1, 3, 3), trips=2),
+        Entry("unsloth_zoo", "unsloth_zoo", unsloth, softcap=True, entropy=True, passes=(1, 3, 1), trips=6),
     )
 }  # fmt: skip

@@ -31,7 +31,7 @@ GATE = {"fp32": (2e-3, 1e-3), "bf16": (0.5, 0.3)}  # log-prob or loss (nats), gr
 def machine(device, command):
     """What every row says of where it was measured."""
     versions = {name: peers.version(name) for name in ("transformers", "triton", "trl", "liger_kernel")}
-    versions |= {name: peers.version(name) for name in ("cut_cross_entropy", "verl", "peft")}
+    versions |= {name: peers.version(name) for name in ("cut_cross_entropy", "verl", "unsloth_zoo", "peft")}
     name = torch.cuda.get_device_name() if device == "cuda" else f"{cpu_name()}, {torch.get_num_threads()} threads"
     return {
         "device": name, "kind": device, "torch": torch.__version__, "fastgrpo": fastgrpo.__version__,

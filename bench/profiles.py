@@ -1,9 +1,11 @@
-"""Synthetic problems with a chosen entropy profile: the published one of RL on language models, or flat logits."""
+"""Problems with a chosen entropy profile: the published one of RL on language models, flat logits, a real model's."""
 
 import torch
 
+from bench import real
 from fastgrpo import reference
 
+PROFILES = ("rl", "flat", *real.TEMPERATURES)
 CHUNK = 256  # rows whose logits are held at once
 FAVOURED_BELOW, BASE = 0.7, 2.0  # rows under 0.7 nats: a 2-nat distribution and one favourite on top of it
 
@@ -101,8 +103,11 @@ def problem(
     As in trained models the rows of the weight have a mean, and hidden states have a common direction: ``shared`` is
     its part of the logits' variance, so that frequent tokens are frequent everywhere. shared=0: every row has likely
     columns of its own, the worst case for columns kept per block. profile "rl" or "flat" (unit-variance logits).
-    The profile is that of the logits before ``softcap``, which flattens it a little.
+    The profile is that of the logits before ``softcap``, which flattens it a little. "real", "real-0.6": see
+    :mod:`bench.real`; the sizes must be its model's, and ``advantages`` (8,) come with them.
     """
+    if profile in real.TEMPERATURES:
+        return real_problem(n, profile, dtype, device, seed, drift)
     g = torch.Generator(device).manual_seed(seed)
 
     def normal(*shape):
@@ -120,4 +125,14 @@ def problem(
     return {
         "hidden": hidden.to(dtype), "weight": weight.to(dtype), "targets": targets,
         "old_logprobs": drifted(logp, g, drift), "upstream": normal(n) / n,
+    }  # fmt: skip
+
+
+def real_problem(n, profile, dtype, device, seed, drift):
+    """The same of a real model's answers, log-probs drifted alike."""
+    p, g = real.problem(profile, n, device, seed), torch.Generator(device).manual_seed(seed)
+    return {
+        "hidden": p["hidden"].to(dtype), "weight": p["weight"].to(dtype), "targets": p["targets"],
+        "old_logprobs": drifted(p["logprobs"], g, drift), "advantages": p["advantages"],
+        "upstream": torch.randn(n, generator=g, device=device) / n,
     }  # fmt: skip

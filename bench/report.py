@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from bench import charts
-from bench.suites import accuracy
+from bench.suites import accuracy, loss
 
 ROOT = Path(__file__).resolve().parents[1]
 START, END = "<!-- figures: written by python -m bench report -->", "<!-- end of figures -->"
@@ -36,6 +36,13 @@ def cell(row, value):
     return value(row) if row.get("correct", True) else "wrong"
 
 
+def split(rows):
+    """-> the rows of cases in which something ran; a line for each other case, with its reason."""
+    silent = [t for t in names(rows, "title") if all("reason" in r for r in rows if r["title"] == t)]
+    lines = [f"{t}: {next(r['reason'] for r in rows if r['title'] == t)}." for t in silent]
+    return [r for r in rows if r["title"] not in silent], lines
+
+
 def matrix(rows, value, first):
     """A line an entry, a column a case; an entry with the same reason everywhere says it once."""
     titles = names(rows, "title")
@@ -49,7 +56,9 @@ def matrix(rows, value, first):
 
 
 def head_section(rows):
-    base = [r for r in rows if r["group"] in ("base", "models")]
+    base, notes = split([r for r in rows if r["group"] in ("base", "models")])
+    if note := loss.denormals_note(base):
+        notes.append(f"{note[0].upper()}{note[1:]}.")
     gemm = "; ".join(f"{r['gemm_seconds'] * 1e3:.0f} ms" for r in first_of_each(base))
 
     def value(r):
@@ -58,7 +67,8 @@ def head_section(rows):
 
     return (
         "Forward and backward of the loss head in units of one bare `hidden @ weight.T` of the same run "
-        f"({gemm}), and peak memory beyond inputs and gradients:\n\n" + matrix(base, value, "loss head")
+        f"({gemm}), and peak memory beyond inputs and gradients:\n\n"
+        + "\n\n".join((matrix(base, value, "loss head"), *notes))
     )
 
 

@@ -1,11 +1,14 @@
 """Every hyper-parameter of the loss, checked once."""
 
+import functools
+import inspect
 import math
 import types
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from fastgrpo.checks import Above1, Below1, Checked, Finite, Fraction, From1, NonNegative, Positive
+from fastgrpo.inputs import kind
 from fastgrpo.objective import HyperParameters
 
 CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")  # loss types built on the clipped surrogate
@@ -141,4 +144,30 @@ class GRPOLossConfig(Checked):
             vespo_k_neg=float(self.vespo_k_neg),
             vespo_lambda_neg=max(float(self.vespo_lambda_neg), 1e-4),
             beta=float(self.beta),
+        )
+
+
+def settings_go_in_config(function):
+    """Decorator: a keyword that is a field of :class:`GRPOLossConfig` gets a TypeError that says where it belongs."""
+    known = inspect.signature(function).parameters
+
+    @functools.wraps(function)
+    def call(*arguments, **keywords):
+        if strange := {name: value for name, value in keywords.items() if name not in known}:
+            refuse_settings(function.__name__, "config" in known, strange)
+        return function(*arguments, **keywords)
+
+    return call
+
+
+def refuse_settings(function, takes_config, strange):
+    """Raises if one of the keywords is the config's, or another library's name of one; Python refuses any other."""
+    for name in strange.keys() & ELSEWHERE.keys():
+        raise TypeError(f"{function} has no argument {name}: {ELSEWHERE[name]}, a field of GRPOLossConfig")
+    names = [f.name for f in fields(GRPOLossConfig) if f.name in strange]
+    if names:
+        settings = ", ".join(f"{name}={kind(strange[name])}" for name in names)
+        raise TypeError(
+            f"{', '.join(names)} {'is a field' if len(names) == 1 else 'are fields'} of GRPOLossConfig: "
+            + (f"pass config=GRPOLossConfig({settings})" if takes_config else f"of grpo_loss, not of {function}")
         )

@@ -14,6 +14,8 @@ IGNORE = -100
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 BACKENDS = ("auto", "triton", "torch")
 BACKWARDS = ("auto", "exact", "certified")
+# Nats that rounding may lift a log-prob above 0: half a bf16 step of a log-sum-exp under 128, the worst of the dtypes.
+ROUNDING = 0.25
 
 
 def checks_values(device):
@@ -66,6 +68,8 @@ def check_head(hidden, weight, targets, bias):
     check_dtype("hidden", hidden)
     if hidden.ndim not in (2, 3):
         raise ValueError(f"hidden must be (N, D) or (B, T, D), got shape {tuple(hidden.shape)}")
+    if isinstance(weight, torch.nn.Module):
+        raise TypeError(f"weight must be a torch.Tensor, got the module {type(weight).__name__}: pass lm_head.weight")
     check_tensor("weight", weight, hidden.device)
     for name, value in (("hidden", hidden), ("weight", weight), ("bias", bias)):
         check_whole(name, value)
@@ -229,9 +233,39 @@ def zero_dim(value):
     return value.reshape(()) if isinstance(value, torch.Tensor) else value
 
 
+def check_logprobs(name, value):
+    """Log-probs of counted tokens, 0 elsewhere; NaN, unknown, passes. A GPU's are not looked at."""
+    if checks_values(value.device) and (wrong := value > ROUNDING).any():
+        raise ValueError(
+            f"{name} must be log-probs, at most 0 (+{ROUNDING} for rounding), got {value[wrong].max().item():.4g} "
+            f"at {int(wrong.sum())} counted position(s): probabilities, or log-probs times -1?"
+        )
+
+
+def check_advantages(value):
+    """Advantages of counted tokens, 0 elsewhere. A GPU's are not looked at."""
+    if checks_values(value.device) and not (fine := value.isfinite()).all():
+        raise ValueError(
+            f"advantages must be finite where tokens count, got {value[~fine][0].item()} at "
+            f"{int((~fine).sum())} position(s)"
+        )
+
+
 def check_num_items(num_items):
     if isinstance(num_items, torch.Tensor):
         if num_items.numel() != 1:
             raise ValueError(f"num_items must be a number or a 0-dim tensor, got shape {tuple(num_items.shape)}")
+        if checks_values(num_items.device) and not 0 <= num_items.item() < math.inf:
+            raise ValueError(f"num_items must be a number >= 0, got {num_items.item()}")
     elif not isinstance(num_items, Real) or isinstance(num_items, bool) or not 0 <= num_items < math.inf:
         raise ValueError(f"num_items must be a number >= 0, got {num_items!r}")
+
+
+def check_some_items(num_items, mask):
+    """A normaliser of 0 says that nothing counts on any rank: then nothing may count here. mask: (N,)."""
+    given = num_items if isinstance(num_items, torch.Tensor) else mask
+    if checks_values(mask.device) and checks_values(given.device) and float(num_items) == 0 and (mask != 0).any():
+        raise ValueError(
+            "num_items must be > 0 where tokens count (it is their number on all ranks), got 0 with "
+            f"{int((mask != 0).sum())} of them here"
+        )

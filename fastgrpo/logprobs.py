@@ -11,6 +11,7 @@ from fastgrpo import lora as low_rank
 from fastgrpo import support as kept
 from fastgrpo.backends import certified
 from fastgrpo.backends.problem import HeadParams, HeadProblem
+from fastgrpo.config import settings_go_in_config
 
 TOLERANCE = 0.005  # adds less than a quarter of what bf16 GEMMs add to the gradients' errors anyway
 AUTO_FP32_TOLERANCE = 0.0008  # keeps both gradients' errors under 1e-4
@@ -77,6 +78,7 @@ class LinearLogProbs(torch.autograd.Function):
         return *grads, d_a, d_b, None, None, None, None, None
 
 
+@settings_go_in_config
 def linear_logprobs(
     hidden,  # (N, D) or (B, T, D)
     weight,  # (V, D)

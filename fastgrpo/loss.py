@@ -7,10 +7,10 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from fastgrpo import backends, inputs
-from fastgrpo.config import GRPOLossConfig
+from fastgrpo.config import GRPOLossConfig, settings_go_in_config
 from fastgrpo.inputs import Segments
 from fastgrpo.logprobs import linear_logprobs
-from fastgrpo.weights import token_weights
+from fastgrpo.weights import GLOBALLY_NORMALISED, token_weights
 
 VESPO_FLOOR, VESPO_CEILING = -18.420680743952367, 20.0  # log(1e-8), 20: the clamps of VESPO's log weights
 
@@ -54,6 +54,7 @@ class Objective(torch.autograd.Function):
         return grad_loss * d_logprobs, None if d_entropy is None else grad_loss * d_entropy, None, None, None
 
 
+@settings_go_in_config
 def grpo_loss(
     hidden,  # (B, T, D); packed: (N, D) or (1, N, D)
     weight,  # (V, D)
@@ -113,7 +114,10 @@ def grpo_loss(
         ``sequences``. The call never communicates with other ranks.
 
     Raises:
-        ValueError, TypeError: a bad argument, named, with what was expected and what came, before anything runs.
+        ValueError, TypeError: a bad argument, named, with what was expected and what came, before anything runs. Values
+        are looked at on a CPU or with FASTGRPO_DEBUG=1 alone, at counted tokens: log-probs above 0.25 (up to there
+        it may be rounding: half a bf16 step of a log-sum-exp under 128), advantages that are not finite, ``num_items``
+        of 0 although tokens count.
     """
     config = GRPOLossConfig() if config is None else config
     if not isinstance(config, GRPOLossConfig):
@@ -131,6 +135,7 @@ def grpo_loss(
         hidden, targets, segments, config, advantages, mask, old_logprobs, ref_logprobs, sampling_logprobs,
         importance_weights, skip=not return_logprobs and not entropy_is_needed,
     )  # fmt: skip
+    check_values(batch, config, num_items)
     out = linear_logprobs(
         hidden, weight, torch.where(batch.measured.view(targets.shape), targets, inputs.IGNORE), bias,
         temperature=config.temperature if temperature is None else temperature,
@@ -191,6 +196,20 @@ def check_batch(
         raise ValueError(f"entropy_threshold must hold one number, got shape {tuple(entropy_threshold.shape)}")
     if entropy_threshold is not None and not isinstance(entropy_threshold, torch.Tensor):
         inputs.check_finite("entropy_threshold", entropy_threshold)
+
+
+def check_values(batch, config, num_items):
+    """Values of counted tokens that cannot be meant, where looking at them costs no wait."""
+    inputs.check_advantages(batch.advantages)
+    for name, value in (
+        ("old_logprobs", batch.old),
+        ("ref_logprobs", batch.ref),
+        ("sampling_logprobs", batch.sampling),
+    ):
+        if value is not None:
+            inputs.check_logprobs(name, value)
+    if num_items is not None and config.loss_type in GLOBALLY_NORMALISED:
+        inputs.check_some_items(num_items, batch.mask)
 
 
 def flatten(

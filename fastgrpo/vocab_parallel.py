@@ -15,6 +15,7 @@ from fastgrpo import backends, inputs
 from fastgrpo.backends import certified
 from fastgrpo.backends.problem import HeadProblem
 from fastgrpo.backends.torch_backend import combine
+from fastgrpo.config import settings_go_in_config
 from fastgrpo.inputs import IGNORE
 from fastgrpo.logprobs import (
     LogProbs,
@@ -130,6 +131,7 @@ def repair(problem, known, stats, certificate, bad, group):
         certificate.dropped[bad[certificate.order]] = torch.inf
 
 
+@settings_go_in_config
 def vocab_parallel_logprobs(
     hidden,  # (N, D) or (B, T, D), the same on every rank
     weight,  # (V_r, D), this rank's rows of the head

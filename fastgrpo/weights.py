@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+GLOBALLY_NORMALISED = ("dapo", "cispo", "vespo")  # by num_items
+
 
 def token_weights(config, mask, segments, num_items=None):
     """Weight of every token's loss, known before the logits are.
@@ -52,7 +54,7 @@ def share_of_batch(config, part, whole):
     """
     if config.loss_type == "bnpo":
         scale = max(part.tokens, 1) / max(whole.tokens, 1)
-    elif config.loss_type in ("dapo", "cispo", "vespo"):
+    elif config.loss_type in GLOBALLY_NORMALISED:
         scale = 1.0
     else:
         scale = part.sequences / max(whole.sequences, 1)

@@ -1,6 +1,7 @@
 """The benchmarks: their truth, their gate, their rows; no entry is lost, and no wrong figure is shown."""
 
 import json
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -12,8 +13,8 @@ pytest.importorskip("matplotlib")
 
 from bench import __main__ as command
 from bench import charts, measure, report, shapes
-from bench.cases import OBJECTIVES, Case, problem, tensors, truth
-from bench.entries import ENTRIES, Entry, full_logits
+from bench.cases import OBJECTIVES, Case, count_denormals, problem, tensors, truth
+from bench.entries import ENTRIES, Entry, full_logits, unsloth_module
 from bench.show import Show
 from bench.suites import Options, accuracy, fit, loss, parse_case, step
 from fastgrpo import reference
@@ -290,3 +291,51 @@ def test_report_shows_reasons_and_wrong_results(tmp_path):
     assert "old" not in text
     assert report.rebuilt(text, tmp_path) == text
     assert charts.where(rows) in text
+
+
+def test_denormals_are_counted_and_told():
+    x = torch.tensor([1.0, 0.0, 1e-38, -1e-39, 2e-45, 1e-46, 1e-300], dtype=torch.float64)
+    assert count_denormals(x, torch.float32) == 3
+    assert count_denormals(x, torch.bfloat16) == 2
+    case = Case(64, 1000, 32, profile="flat")
+    assert truth(problem(case, tensors(case, "cpu"))).denormals == 0
+    data = tensors(case, "cpu")
+    data["hidden"] = data["hidden"] * 20  # logits a hundred nats apart
+    p = problem(case, data)
+    z = (p.hidden.flatten(0, 1).double() @ p.weight.double().T).detach().requires_grad_()
+    logp = z.log_softmax(1).gather(1, p.targets.flatten()[:, None])[:, 0].view(8, 8)
+    reference.loss_of_logprobs(
+        logp, None, p.mask.bool(), p.advantages.double(), p.config, old_logprobs=p.old.double()
+    ).backward()
+    share = count_denormals(z.grad, torch.float32) / z.numel()
+    assert share > 0.001
+    assert truth(p).denormals == pytest.approx(share, rel=0.02)
+    rows = [{"kind": "cpu", "title": "a", "denormals": 0.02}, {"kind": "cpu", "title": "b", "denormals": 0.0}]
+    assert loss.denormals_note(rows).endswith("on some CPUs: 2.0% (a)")
+    assert loss.denormals_note(rows[1:]) is None
+    assert loss.denormals_note([{**rows[0], "kind": "cuda"}]) is None
+
+
+def test_unsloth_is_loaded_from_its_file_alone(tmp_path, monkeypatch):
+    """The package itself wants unsloth and a GPU; without it the entry says so."""
+    entry = ENTRIES["unsloth_zoo"]
+    monkeypatch.setattr("bench.entries.installed", lambda package: False)
+    assert entry.why_not(Case(64, 512, 32), "cpu") == "unsloth_zoo is not installed"
+    home = tmp_path / "unsloth_zoo" / "fused_losses"
+    home.mkdir(parents=True)
+    (home.parent / "__init__.py").write_text("raise ImportError('Please install Unsloth')")
+    (home / "fused_linear.py").write_text(
+        "def fused_linear_logprobs(hidden, weight, targets, *, logit_softcapping=0.0, return_entropy=False):\n"
+        "    logp = (hidden @ weight.T).log_softmax(-1)\n"
+        "    picked = logp.gather(-1, targets[..., None])[..., 0]\n"
+        "    return (picked, -(logp.exp() * logp).sum(-1)) if return_entropy else picked\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("bench.entries.unsloth_module", unsloth_module.__wrapped__)
+    monkeypatch.delitem(sys.modules, "unsloth_zoo_fused_linear", raising=False)
+    for objective in ("dapo", "dapo + entropy bonus"):
+        case = Case(64, 512, 32, objective=objective)
+        p = problem(case, tensors(case, "cpu"))
+        assert measure.errors(entry, p, truth(p))["correct"]
+    assert "unsloth_zoo" not in sys.modules
+    sys.modules.pop("unsloth_zoo_fused_linear", None)

@@ -1,5 +1,8 @@
 """Bad input: a ValueError or TypeError that names the argument, what was expected and what came."""
 
+import inspect
+import pickle
+
 import pytest
 import torch
 
@@ -14,6 +17,11 @@ OP_ERRORS = {
     "hidden int": ({"hidden": torch.ones(6, 8, dtype=torch.int64)}, ValueError, "hidden must be float32.*int64"),
     "hidden 1d": ({"hidden": torch.randn(8)}, ValueError, r"hidden must be \(N, D\).*\(8,\)"),
     "weight shape": ({"weight": torch.randn(20, 9)}, ValueError, r"weight must be \(V, D\) with D = 8.*\(20, 9\)"),
+    "weight module": (
+        {"weight": torch.nn.Linear(8, 20)}, TypeError, "weight must be a torch.Tensor, got the module Linear: pass "
+        "lm_head.weight$"),
+    "beta": ({"beta": 0.1}, TypeError, "^beta is a field of GRPOLossConfig: of grpo_loss, not of linear_logprobs$"),
+    "unknown": ({"vocabulary": 3}, TypeError, r"linear_logprobs\(\) got an unexpected keyword argument 'vocabulary'"),
     "weight empty": ({"weight": torch.randn(0, 8)}, ValueError, "weight must not be empty.*ZeRO-3"),
     "weight int": ({"weight": torch.ones(20, 8, dtype=torch.int8)}, ValueError, "weight must be float32"),
     "weight double": ({"weight": WEIGHT.double()}, ValueError, "weight and hidden must both be float64"),
@@ -36,7 +44,7 @@ OP_ERRORS = {
     "backend": ({"backend": "cuda"}, ValueError, "backend must be one of 'auto', 'triton', 'torch', got 'cuda'"),
     "backward": ({"backward": "fast"}, ValueError, "backward must be one of"),
     "workspace": ({"workspace_mb": 0}, ValueError, "workspace_mb must be > 0"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", OP_ERRORS)
@@ -46,7 +54,42 @@ def test_linear_logprobs(name):
         linear_logprobs(**{"hidden": HIDDEN, "weight": WEIGHT, "targets": TARGETS, **change})
 
 
+def at(value, *position):
+    """(4, 7) zeros but for one value; problems.batch() masks position (0, 0) and the whole sequence 1."""
+    values = torch.zeros(4, 7, dtype=torch.float64)
+    values[position] = value
+    return values
+
+
 LOSS_ERRORS = {
+    "weight module": (
+        {"weight": torch.nn.Linear(16, 53)}, TypeError, "weight must be a torch.Tensor, got the module Linear: pass "),
+    "beta": (
+        {"beta": 0.1}, TypeError, r"^beta is a field of GRPOLossConfig: pass config=GRPOLossConfig\(beta=0.1\)$"),
+    "two settings": (
+        {"loss_type": "grpo", "epsilon": 0.1}, TypeError,
+        r"^loss_type, epsilon are fields .*: pass config=GRPOLossConfig\(loss_type='grpo', epsilon=0.1\)$"),
+    "another's name": (
+        {"kl_coef": 0.1}, TypeError, "^grpo_loss has no argument kl_coef: say beta, a field of GRPOLossConfig$"),
+    "unknown": ({"colour": 1}, TypeError, r"grpo_loss\(\) got an unexpected keyword argument 'colour'"),
+    "old positive": (
+        {"old_logprobs": at(0.5, 2, 0)}, ValueError,
+        r"old_logprobs must be log-probs, at most 0 \(\+0.25 for rounding\), got 0.5 at 1 counted position"),
+    "old infinite": ({"old_logprobs": at(torch.inf, 2, 0)}, ValueError, "old_logprobs must be log-probs.*got inf at 1"),
+    "ref positive": (
+        {"config": GRPOLossConfig(beta=0.1), "ref_logprobs": torch.ones(4, 7)}, ValueError,
+        "ref_logprobs must be log-probs.*got 1 at .*probabilities, or log-probs times -1"),
+    "sampling positive": (
+        {"sampling_logprobs": torch.full((4, 7), 3.0)}, ValueError, "sampling_logprobs must be log-probs.*got 3 at"),
+    "advantages nan": (
+        {"advantages": torch.tensor([0.0, 1.0, torch.nan, 1.0]).double()}, ValueError,
+        "advantages must be finite where tokens count, got nan at"),
+    "advantages a token": (
+        {"advantages": at(-torch.inf, 2, 0)}, ValueError, "advantages must be finite where .* got -inf at 1"),
+    "num_items zero": ({"num_items": 0}, ValueError, "num_items must be > 0 where tokens count.*got 0 with"),
+    "num_items zero tensor": ({"num_items": torch.tensor(0.0)}, ValueError, "num_items must be > 0 where tokens count"),
+    "num_items negative tensor": ({"num_items": torch.tensor(-2)}, ValueError, "num_items must be .* >= 0, got -2"),
+    "num_items nan tensor": ({"num_items": at(torch.nan, 0, 0)[0, :1]}, ValueError, "num_items must be .*, got nan"),
     "config dict": ({"config": {}}, TypeError, "config must be a GRPOLossConfig, got dict"),
     "advantages shape": ({"advantages": torch.zeros(5)}, ValueError, r"advantages must be \(4,\) or shaped like"),
     "advantages int": ({"advantages": torch.zeros(4, dtype=torch.int64)}, ValueError, "advantages must be a floating"),
@@ -84,6 +127,50 @@ def test_grpo_loss(name):
         arguments["weight"] = arguments["weight"].float()
     with pytest.raises(kind, match=message):
         grpo_loss(**arguments)
+
+
+ROUNDED = {  # values that arithmetic may leave, and those of positions that do not count
+    "fp32 rounding": {"old_logprobs": at(1e-5, 2, 0)},
+    "a bf16 step": {"old_logprobs": torch.full((4, 7), 0.125, dtype=torch.bfloat16)},
+    "masked": {
+        "old_logprobs": at(7.0, 0, 0),
+        "sampling_logprobs": at(torch.inf, 1, 3),
+        "advantages": at(torch.nan, 1, 2),
+    },
+    "empty sequence": {"advantages": torch.tensor([1.0, torch.nan, 1.0, 1.0]).double()},
+    "unscored": {"sampling_logprobs": torch.full((4, 7), torch.nan)},
+    "unused reference": {"ref_logprobs": torch.ones(4, 7)},
+    "unused normaliser": {"num_items": 0, "config": GRPOLossConfig(loss_type="bnpo")},
+}
+
+
+@pytest.mark.parametrize("name", ROUNDED)
+def test_values_that_are_no_mistake(name):
+    arguments = problems.batch()
+    assert arguments["mask"][0, 0] == arguments["mask"][1].sum() == 0
+    assert arguments["mask"][2, 0] == 1
+    assert grpo_loss(**{**arguments, **ROUNDED[name]}).loss.isfinite()
+
+
+def test_values_are_not_looked_at_where_the_host_would_wait(monkeypatch):
+    arguments = {**problems.batch(), "old_logprobs": torch.ones(4, 7), "num_items": torch.tensor(0.0)}
+    with pytest.raises(ValueError, match="num_items must be > 0"):
+        grpo_loss(**{**arguments, "old_logprobs": None})
+    monkeypatch.setattr("fastgrpo.inputs.checks_values", lambda device: False)
+    assert grpo_loss(**arguments).loss.isfinite()
+    assert grpo_loss(**{**arguments, "advantages": torch.full((4,), torch.nan)}).loss.isnan()
+
+
+def test_the_signatures_show_the_parameters():
+    from fastgrpo.vocab_parallel import vocab_parallel_logprobs
+
+    for function in (grpo_loss, linear_logprobs, vocab_parallel_logprobs):
+        parameters = inspect.signature(function).parameters
+        assert list(parameters)[:3] == ["hidden", "weight", "targets"]
+        assert not {p.kind for p in parameters.values()} & {inspect.Parameter.VAR_KEYWORD}
+        assert pickle.loads(pickle.dumps(function)) is function
+    with pytest.raises(TypeError, match="epsilon is a field of GRPOLossConfig"):
+        vocab_parallel_logprobs(HIDDEN, WEIGHT, TARGETS, group=None, epsilon=0.2)
 
 
 @pytest.mark.parametrize("offsets", [[0, 3], [1, 6], [0, 4, 2, 6], [[0, 6]]], ids=str)

@@ -2,10 +2,13 @@
 
 import itertools
 
+import mpmath
 import pytest
 import torch
 
 from fastgrpo import linear_logprobs, reference
+from fastgrpo.backends.problem import FLOOR
+from fastgrpo.backends.torch_backend import combine, softplus
 
 import problems
 from watchers import Largest
@@ -144,6 +147,65 @@ def test_label_probability_near_one(backend, device):
         (truth,) = torch.autograd.grad(want[i].sum(), h64, retain_graph=True)
         error = (mine - truth).norm(dim=1) / truth.norm(dim=1)
         assert error.max() < 10 * tolerance, (i, error)
+
+
+def exact_of_gap(gap, dtype):
+    """log-prob, the others' mass and the entropy of a label ``-gap`` above two equal others, by mpmath."""
+    with mpmath.workdps(60):
+        others = mpmath.mpf(gap)
+        p, q = 1 / (1 + mpmath.exp(others)), 1 / (1 + mpmath.exp(-others))
+        logp = -mpmath.log1p(mpmath.exp(others))
+        entropy = -p * logp + q * (mpmath.log1p(mpmath.exp(-others)) + mpmath.log(2))
+        return torch.tensor([float(x) for x in (logp, q, entropy)], dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "far", "tolerance"), [(torch.float64, 700, 1e-14), (torch.float32, 80, 1e-6)], ids=str
+)
+def test_statistics_keep_every_digit(dtype, far, tolerance):
+    """Relative error of log-prob, 1 - p and entropy, whichever side of torch.nn.functional.softplus's threshold."""
+    two = torch.log(torch.tensor(2.0, dtype=dtype)).item()
+    labels = torch.cat((torch.linspace(-40, 40, 401), torch.linspace(-far, far, 101), torch.tensor([20.1, -20.1])))
+    labels = labels.to(dtype)
+    running = torch.tensor([0.0, 2.0, 0.0], dtype=dtype)[:, None].expand(3, len(labels))  # two logits of 0
+    stats = combine(running, labels)
+    gaps = (two - labels).tolist()  # as the dtype rounds it
+    want = torch.stack([exact_of_gap(gap, dtype) for gap in gaps], 1)
+    torch.testing.assert_close(stats[[0, 3, 4]], want, rtol=tolerance, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_statistics_of_infinite_gaps(dtype):
+    """A label of no or of all probability, no other column at all, and a NaN that stays one."""
+    running = torch.tensor([[0.0, 0, 0, FLOOR], [2, 2, 2, 0], [0, 0, 0, 0]], dtype=dtype)
+    labels = torch.tensor([-torch.inf, 1e9, torch.nan, 3.0], dtype=dtype)
+    logp, _, _, other_mass, entropy = combine(running, labels)
+    assert logp.tolist()[:2] == [-torch.inf, 0.0]
+    assert logp[3] == 0
+    assert other_mass.tolist()[:2] == [1.0, 0.0]
+    torch.testing.assert_close(entropy[:2], torch.tensor([2.0, 1.0], dtype=dtype).log())
+    assert entropy[3] == 0
+    assert logp[2].isnan()
+    assert entropy[2].isnan()
+    assert softplus(torch.tensor([torch.inf, -torch.inf, torch.nan, 0.0], dtype=dtype)).tolist()[:2] == [torch.inf, 0.0]
+
+
+def test_float64_is_exact_between_the_thresholds():
+    """Labels 15 to 35 nats above or below the others: from hidden states to log-probs and entropy, and numerically."""
+    gaps = torch.cat((torch.linspace(15, 35, 21), -torch.linspace(15, 35, 21))).double()
+    hidden, weight = gaps[:, None], torch.tensor([[1.0], [0.0], [0.0]], dtype=torch.float64)
+    targets = torch.zeros(len(gaps), dtype=torch.int64)
+    got = linear_logprobs(hidden, weight, targets, return_entropy=True)
+    two = mpmath.log(2)
+    want = torch.stack([exact_of_gap(two - mpmath.mpf(gap), torch.float64) for gap in gaps.tolist()], 1)
+    torch.testing.assert_close(got.logprobs, want[0], rtol=1e-14, atol=0)
+    torch.testing.assert_close(got.entropy, want[2], rtol=1e-14, atol=0)
+
+    def op(h):
+        out = linear_logprobs(h, weight, targets, return_entropy=True)
+        return out.logprobs, out.entropy
+
+    assert torch.autograd.gradcheck(op, [hidden.clone().requires_grad_()])
 
 
 def test_tiny_probability(backend, device):

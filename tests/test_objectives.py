@@ -113,12 +113,22 @@ def test_entropy_threshold_replaces_the_quantile():
     assert none.loss == 0
 
 
-@pytest.mark.parametrize("num_items", [0, 3, 12.5, torch.tensor(12.5), torch.tensor(0)])
+@pytest.mark.parametrize("num_items", [0.25, 3, 12.5, torch.tensor(12.5)])
 def test_num_items(num_items):
     arguments = {**problems.batch(), "num_items": num_items}
     result = grpo_loss(**arguments)
     whole = grpo_loss(**{**arguments, "num_items": 1})
     torch.testing.assert_close(result.loss, whole.loss / max(float(num_items), 1.0))
+
+
+@pytest.mark.parametrize("num_items", [0, torch.tensor(0)])
+def test_num_items_of_a_batch_without_tokens(num_items):
+    arguments = problems.batch()
+    leaf = problems.with_grad({**arguments, "mask": torch.zeros_like(arguments["mask"]), "num_items": num_items})
+    result = grpo_loss(**leaf)
+    result.loss.backward()
+    assert result.loss == 0
+    assert all(leaf[name].grad.eq(0).all() for name in GRADS)
 
 
 def test_masked_positions_hold_anything():
@@ -128,6 +138,8 @@ def test_masked_positions_hold_anything():
     off = arguments["mask"] == 0
     for name in ("old_logprobs", "ref_logprobs", "sampling_logprobs", "importance_weights"):
         dirty[name][off] = torch.nan
+    dirty["ref_logprobs"][0, 0] = dirty["old_logprobs"][0, 0] = 5.0  # a tool token
+    dirty["advantages"][1] = torch.nan  # of the empty sequence
     dirty["targets"][off] = 10**6
     with torch.no_grad():
         dirty["hidden"][off] = torch.nan

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bench import entries as peers
+from bench.profiles import PROFILES
 
 
 @dataclass
@@ -29,7 +30,8 @@ class Options:
 
     def runnable(self, case):
         """-> ({name: Entry}, {name: why not})"""
-        reasons = {n: self.late or peers.ENTRIES[n].why_not(case, self.device) for n in self.entries}
+        nothing = self.late or case.why_not()
+        reasons = {n: nothing or peers.ENTRIES[n].why_not(case, self.device) for n in self.entries}
         return {n: peers.ENTRIES[n] for n, r in reasons.items() if r is None}, {n: r for n, r in reasons.items() if r}
 
 
@@ -42,4 +44,6 @@ def parse_case(text):
         fields |= {k: float(fields[k]) for k in ("softcap", "zero_share") if k in fields}
     except ValueError:
         raise argparse.ArgumentTypeError(f"a case is N,V,D[,profile=flat,head=frozen,...], got {text!r}") from None
+    if fields.get("profile", "rl") not in PROFILES:
+        raise argparse.ArgumentTypeError(f"profile must be one of {', '.join(PROFILES)}, got {fields['profile']!r}")
     return fields

@@ -5,6 +5,7 @@ import torch
 from bench import charts as draw
 from bench import measure
 from bench.cases import Case, problem, tensors, truth
+from bench.real import TOKENS
 
 RATIO = (0.9, 1.1)  # a token outside it by rounding alone looks like a policy that moved
 
@@ -14,11 +15,13 @@ def cases(device):
         return [Case.of(m, 4096, dtype="bf16", group="accuracy") for m in ("Qwen2.5-1.5B", "Gemma-2-2B")] + [
             Case.of("Qwen2.5-1.5B", 4096, dtype="bf16", profile="flat", group="accuracy"),
             Case.of("Qwen2.5-1.5B", 2048, dtype="fp32", group="accuracy"),
+            Case.real("real", TOKENS, dtype="bf16", group="accuracy"),
         ]
     return [
         Case(1024, 32768, 256, dtype="bf16", group="accuracy"),
         Case(1024, 16384, 256, dtype="bf16", softcap=30.0, group="accuracy"),
         Case(1024, 32768, 256, dtype="fp32", group="accuracy"),
+        Case.real("real", 512, dtype="bf16", group="accuracy"),
     ]
 
 

@@ -6,7 +6,6 @@ Tiles of logits are made in fp32 (fp64 for fp64 input) and overwritten in place;
 import math
 
 import torch
-import torch.nn.functional as F
 
 from fastgrpo import lora
 from fastgrpo.backends.problem import ABSENT, NOTHING, new_gradients, plan_tiles, row_scale, take_rows
@@ -225,16 +224,21 @@ def take_label(z, local, label):
     z.scatter_(1, index, torch.where(inside, NOTHING, found)[:, None])
 
 
+def softplus(x):
+    """log(1 + e^x) to the dtype's relative accuracy, also far out and at +-inf; torch's own drops e^-x beyond 20."""
+    return x.clamp(min=0.0) + torch.log1p(torch.exp(-x.abs()))
+
+
 def combine(running, label):
     """(5, n) statistics from the running ones; ``gap`` is the others' log-sum-exp minus the label's logit."""
     peak, total, spread = running
     label = torch.where(label < ABSENT, -torch.inf, label)
     log_total = torch.log(total)
     gap = log_total + (peak - label)
-    logp, other_mass = -F.softplus(gap), torch.sigmoid(gap)
+    logp, other_mass = -softplus(gap), torch.sigmoid(gap)
     other_entropy = log_total + spread / total
     # Zero mass outside the label (V = 1): nothing to add, and log(0) is not to be met.
-    rest = torch.where(other_mass > 0, other_mass * (F.softplus(-gap) + other_entropy), other_mass)
+    rest = torch.where(other_mass > 0, other_mass * (softplus(-gap) + other_entropy), other_mass)
     entropy = torch.where(logp > -torch.inf, -torch.exp(logp) * logp, 0.0) + rest
     return torch.stack((logp, peak, torch.logaddexp(log_total, label - peak), other_mass, entropy))
 

@@ -22,9 +22,9 @@ from fastgrpo.config import CLIPPED, GRPOLossConfig
 from fastgrpo.logprobs import linear_logprobs
 from fastgrpo.lora import unpacked
 from fastgrpo.loss import GRPOLoss, grpo_loss
+from fastgrpo.weights import GLOBALLY_NORMALISED
 
 LIGER_NAME, TESTED = "LigerFusedLinearGRPOLoss", "0.8.5"
-GLOBALLY_NORMALISED = ("dapo", "cispo", "vespo")
 SHARED = (
     "loss_type", "beta", "epsilon_high", "delta", "importance_sampling_level", "use_bias_correction_kl", "temperature",
     "max_completion_length", "sapo_temperature_pos", "sapo_temperature_neg", "vespo_k_pos", "vespo_lambda_pos",
@@ -305,7 +305,7 @@ def renamed(names):
     try:
         yield
     except (ValueError, TypeError) as error:
-        message = re.sub(rf"\b({'|'.join(names)})\b", lambda match: names[match[0]], str(error))
+        message = re.sub(rf"(?<!\.)\b({'|'.join(names)})\b", lambda match: names[match[0]], str(error))
         raise (ValueError if isinstance(error, ValueError) else TypeError)(message) from error
 
 
