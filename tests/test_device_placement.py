@@ -319,14 +319,14 @@ def test_checkpointing_with_offload(work):
 
 
 class MadeUpCard:
-    """torch.cuda's memory: a card of 100 GiB, 1 MiB a token of the step, and a cap that steps beyond it meet."""
+    """torch.cuda's memory: so many GiB, 1 MiB a token of the step, and a cap that steps beyond it meet."""
 
-    def __init__(self, monkeypatch):
-        self.cap, self.peak = 1.0, 0
+    def __init__(self, monkeypatch, size):
+        self.cap, self.peak, self.size = 1.0, 0, int(size * 2**30)
         for name in ("set_per_process_memory_fraction", "empty_cache", "reset_peak_memory_stats"):
             monkeypatch.setattr(torch.cuda, name, getattr(self, name))
         monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: self.peak)
-        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=100 * 2**30))
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=self.size))
 
     def set_per_process_memory_fraction(self, fraction):
         assert 0 <= fraction <= 1
@@ -340,12 +340,12 @@ class MadeUpCard:
 
     def take(self, tokens):
         self.peak = max(self.peak, tokens * 2**20)
-        if tokens * 2**20 > self.cap * 100 * 2**30:
+        if tokens * 2**20 > self.cap * self.size:
             raise torch.OutOfMemoryError("CUDA out of memory.")
 
 
-@pytest.mark.parametrize("tuning", ["lora", "full"])
-def test_what_fits_is_measured_under_a_cap(work, monkeypatch, tuning):
+@pytest.mark.parametrize(("tuning", "size"), [("lora", 100), ("full", 100), ("lora", 15.6)])
+def test_what_fits_is_measured_under_a_cap(work, monkeypatch, tuning, size):
     """bench's branch for a GPU: a tiny model takes steps; the memory is made up."""
     pytest.importorskip("peft")
     from bench import entries
@@ -353,7 +353,7 @@ def test_what_fits_is_measured_under_a_cap(work, monkeypatch, tuning):
     from bench.show import Show
     from bench.suites import Options, fit
 
-    card, asked = MadeUpCard(monkeypatch), []
+    card, asked = MadeUpCard(monkeypatch, size), []
     monkeypatch.setitem(SHAPES, "tiny", Shape("tiny", "qwen2", 64, 32, 48, 1, 2, 1, 16, True))
     monkeypatch.setattr(fit, "PROMPT", 4)
     plan = fit.Plan("tiny", tuning)
@@ -379,10 +379,16 @@ def test_what_fits_is_measured_under_a_cap(work, monkeypatch, tuning):
     assert asked
     assert card.cap == 1.0  # as it was
     for row in rows:
-        most = min(row["card"] * 1024, fit.LIMIT[row["question"]])
+        if row["card"] > size / 0.9:  # what would be measured is this GPU, not that card
+            assert row["reason"] == "not run: this GPU has 16 GiB"
+            continue
+        most = min(1024 * min(row["card"], size), fit.LIMIT[row["question"]])
         assert row["measured"]
         assert 0.9 * most - 1024 <= row["tokens"] <= most + 1024 // 2, row
     assert len(rows) == len(fit.QUESTIONS) * len(fit.CARDS)
+    _, ((_, *cells),) = fit.table(rows[: len(fit.CARDS)])
+    assert [c == "-" for c in cells] == [c > size / 0.9 for c in fit.CARDS] + [False]
+    assert cells[-1] == "measured"
 
 
 def test_a_cpu_run_beside_a_gpu(monkeypatch):

@@ -229,6 +229,12 @@ def trains(trainee, entry, question, card, tokens):
         torch.cuda.set_per_process_memory_fraction(1.0)
 
 
+def too_small(card):
+    """Why a card cannot be tried on this GPU, or None; drivers keep up to a tenth of what is printed on one."""
+    have = torch.cuda.get_device_properties(0).total_memory / GIB
+    return None if have >= 0.9 * card else f"not run: this GPU has {have:.0f} GiB"
+
+
 def search(fits, guess, limit, step=0.04):
     """Largest size that fits, to within ``step``: brackets it around the guess, then halves the bracket's ratio."""
     low, high = 0, limit + 1  # low fits, high does not
@@ -258,8 +264,8 @@ def measured(plan, entries, show, options):
             rows.append(row(plan, question, name, reason=why))
             continue
         for card in CARDS:
-            if options.late:
-                rows.append(row(plan, question, name, card=card, reason=options.late))
+            if untried := options.late or too_small(card):
+                rows.append(row(plan, question, name, card=card, reason=untried))
                 continue
             fits = functools.partial(trains, trainee, entry, question, card)
             tokens, why = measure.attempt(search, fits, guess(card), LIMIT[question])
@@ -285,11 +291,13 @@ def table(rows):
     cells = []
     for name in dict.fromkeys(r["entry"] for r in rows):
         mine = [r for r in rows if r["entry"] == name]
-        if "card" not in mine[0]:
+        if all("tokens" not in r for r in mine):
             cells.append((name, mine[0]["reason"]))
             continue
         found = {r["card"]: shown(r) for r in mine}
-        cells.append((name, *(found[c] for c in CARDS), "measured" if mine[0].get("measured") else "computed"))
+        cells.append(
+            (name, *(found[c] for c in CARDS), "measured" if any(r.get("measured") for r in mine) else "computed")
+        )
     return ("entry", *(f"{c} GiB" for c in CARDS), ""), cells
 
 
