@@ -494,8 +494,7 @@ class Launcher:
             BLOCK_N=tile.rows,
             BLOCK_V=tile.cols,
             BLOCK_D=tile.depth,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
+            **tile.options,
         )
 
     def dhidden(self, k, first_row, last_row, first_v, last_v):
@@ -519,8 +518,7 @@ class Launcher:
             BLOCK_N=tile.rows,
             BLOCK_D=tile.cols,
             BLOCK_V=tile.depth,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
+            **tile.options,
         )
 
     def dweight(self, k, first_row, last_row, first_v, last_v):
@@ -544,8 +542,7 @@ class Launcher:
             BLOCK_V=tile.rows,
             BLOCK_D=tile.cols,
             BLOCK_N=tile.depth,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
+            **tile.options,
         )
 
     def dbias(self, d_bias, first_row, last_row, first_v, last_v):

@@ -387,8 +387,7 @@ def run_forward(problem, rows, count, hint=None, flags=None, dropped=None, label
         BLOCK_V=tile.cols,
         BLOCK_D=tile.depth,
         GROUP=tile.group,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
+        **tile.options,
     )
     combine_kernel[(triton.cdiv(n, tiles.COMBINE_BLOCK),)](
         partials_ptr=partials,
