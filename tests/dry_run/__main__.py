@@ -25,40 +25,44 @@ VERSIONS = ("3.4.0", "3.5.1", "3.6.0", "3.7.1")
 FOLDER = Path(__file__).parents[2] / "build" / "dry-run"
 
 
-def child(capability, every_objective):
+def judged(device, case):
+    """Run one case; -> its row."""
+    wrong = []
+    try:
+        with device.counting() as count:
+            case.run()
+    except Exception as error:
+        wrong.append(f"{type(error).__name__}: {error}")
+        traceback.print_exc()
+        count.launches = count.compiles = 0
+    else:
+        if case.launches is not None and count.launches > case.launches:
+            wrong.append(f"{count.launches} launches, documented {case.launches}")
+        if case.compiles is not None and count.compiles > case.compiles:
+            wrong.append(f"{count.compiles} compilations, expected {case.compiles}")
+    return {"case": case.name, "launches": count.launches, "compiles": count.compiles, "wrong": wrong}
+
+
+def child(capability, everything):
     """Run the matrix in this process; a JSON object a case on stdout."""
     import matrix
     import triton
 
     device = gpu.Gpu(capability)
-    for case in matrix.cases(every_objective):
-        wrong = []
-        try:
-            with device.counting() as count:
-                case.run()
-        except Exception as error:
-            wrong.append(f"{type(error).__name__}: {error}")
-            traceback.print_exc()
-            count.launches = count.compiles = 0
-        else:
-            if case.launches is not None and count.launches > case.launches:
-                wrong.append(f"{count.launches} launches, documented {case.launches}")
-            if case.compiles is not None and count.compiles > case.compiles:
-                wrong.append(f"{count.compiles} compilations, expected {case.compiles}")
-        print(json.dumps({"case": case.name, "launches": count.launches, "compiles": count.compiles, "wrong": wrong}),
-              flush=True)  # fmt: skip
+    for case in matrix.cases(everything):
+        print(json.dumps(judged(device, case)), flush=True)
     missing = [name for name, variants in device.compiled.items() if not variants]
     wrong = [f"never launched: {', '.join(missing)}"] if missing else []
     wrong += [f"{device.bad_launches} launches that no GPU takes"] if device.bad_launches else []
-    print(json.dumps({"case": f"all kernels, Triton {triton.__version__}", "compiles": 0, "launches": 0,
-                      "wrong": wrong}))  # fmt: skip
+    last = {"case": f"all kernels, Triton {triton.__version__}", "compiles": 0, "launches": 0, "wrong": wrong}
+    print(json.dumps(last))
 
 
-def run(version, capability, every_objective, verbose):
+def run(version, capability, everything, verbose):
     """-> rows of the child process for one Triton and one capability; a crash is a row too."""
     environment = gpu.environment(FOLDER, triton_folder(version), capability)
     command = [sys.executable, str(Path(__file__).parent), "--child", capability]
-    command += ["--every-objective"] if every_objective else []
+    command += ["--everything"] if everything else []
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     used = f"Triton {version}"
@@ -82,10 +86,10 @@ def main(argv=None):
     parser.add_argument("--capabilities", nargs="+", default=list(gpu.DEVICES), choices=list(gpu.DEVICES))
     parser.add_argument("--verbose", action="store_true", help="every case, and tracebacks")
     parser.add_argument("--child", choices=list(gpu.DEVICES), help=argparse.SUPPRESS)
-    parser.add_argument("--every-objective", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--everything", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.child:
-        child(options.child, options.every_objective)
+        child(options.child, options.everything)
         return 0
     gpu.build(FOLDER)
     for version in options.triton:

@@ -1,6 +1,9 @@
 """What is driven through Triton's JIT: every kernel and every option, through the public functions where they reach."""
 
 import itertools
+import json
+import tempfile
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -94,7 +97,20 @@ def objectives(every):
     return [({**kinds[i % len(kinds)], **kls[i % len(kls)]}, gates[i % 2]) for i in range(length)]
 
 
-def cases(every_objective):
+def first_contact(step):
+    """A step of the first command on a GPU, at its small sizes; a row that says of an error is one."""
+    from bench import first_contact
+
+    with tempfile.TemporaryDirectory() as folder:
+        book = first_contact.Book(Path(folder), "cpu")
+        status = first_contact.run_step(step, first_contact.Contact("cpu", first_contact.REHEARSAL), book)
+        rows = [json.loads(line) for line in (Path(folder) / "first-contact.jsonl").read_text().splitlines()]
+    errors = [row["error"] for row in rows if "error" in row]
+    if status or errors or not rows:
+        raise RuntimeError(f"{len(errors)} of {len(rows)} rows: {errors[:1]}")
+
+
+def cases(everything):
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
 
     def case(name, launches, function, *args, compiles=None, **kwargs):
@@ -142,7 +158,9 @@ def cases(every_objective):
     for width in (250, 272, 24):
         yield case(f"bfloat16 D {width}", FORWARD + EXACT, logprobs, bf16, d=width)
         yield case(f"bfloat16 D {width} again", FORWARD + EXACT, logprobs, bf16, d=width, n=512, compiles=0)
-    for config, gated in objectives(every_objective):
+    for step in ("kernels", "exact", "loss_step", "certified", "compile_tiles", "tiles_timed") * everything:
+        yield case(f"first contact: {step}", None, first_contact, step)
+    for config, gated in objectives(everything):
         name = " ".join(f"{k}={v}" for k, v in config.items()) + (" gated" if gated else "")
         yield case(name, FORWARD + OBJECTIVE + EXACT, loss, config, gated)
     for loss_type in CLIPPED[1:]:
