@@ -99,7 +99,8 @@ def grpo_loss(
             counted tokens of this call.
         entropy_threshold: for ``top_entropy_quantile`` across ranks; None: the quantile of the given tokens.
         bias, softcap, logit_scale, backend, backward, tolerance, workspace_mb, lora, support, row_tolerance:
-            see :func:`linear_logprobs`; the hint of the certified backward is ``old_logprobs``, else ``sampling_logprobs``.
+            see :func:`linear_logprobs`; the hint of the certified backward is ``old_logprobs``, else
+            ``sampling_logprobs``.
         temperature: overrides ``config.temperature``; a number or a float tensor shaped like ``targets``.
         return_logprobs: False: tokens that cannot have a gradient (advantage 0, no KL, no entropy term) skip the
             forward too; loss and gradients are the same, their ``logprobs`` and ``entropy`` are 0.

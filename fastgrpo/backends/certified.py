@@ -208,7 +208,9 @@ def backward(problem, stats, certificate, grad_logp, needs):
         x is not None and x.dtype != stats.dtype for x in d_columns
     ):  # dW needs an fp32 sum of every chunk: all kinds of rows go through the vocabulary together
         quarter = replace(half, params=replace(half.params, workspace=half.params.workspace // 2))
-        work = LeftOut(SparseRows(quarter, stats, plan.groups, grad_logp, out), TailRows(quarter, stats, plan, grad_logp))
+        work = LeftOut(
+            SparseRows(quarter, stats, plan.groups, grad_logp, out), TailRows(quarter, stats, plan, grad_logp)
+        )
         dense.add_exact_rows(half, stats, plan.whole, [grad_logp], out, extra=work)
     else:
         dense.add_exact_rows(problem, stats, plan.whole, [grad_logp], out)

@@ -1,7 +1,7 @@
 """Which rows and columns the certified backward visits: decisions only, made from counts and masses.
 
-dX and dW may keep different rows whole. A :class:`RowGroup` keeps the same columns for both; its ``tail`` rows are whole
-in dW alone, which then also gets the columns the group leaves out.
+dX and dW may keep different rows whole. A :class:`RowGroup` keeps the same columns for both; its ``tail`` rows are
+whole in dW alone, which then also gets the columns the group leaves out.
 """
 
 import math

@@ -6,13 +6,14 @@ entries and, row of hidden by row, what they lose where only the kept columns ar
 """
 
 import functools
+import itertools
 
 import torch
 
 from fastgrpo.backends import torch_backend as dense
 
 WITHIN = ((1.0, 0.95), (0.2, 0.5))  # (part of the row tolerance, share of the rows of dW that stay within it)
-COLUMNS_PER_AUDITED, AUDITED = 96, (256, 1024)  # one column in so many is audited; at least and at most
+COLUMNS_PER_AUDITED, AUDITED = 64, (256, 1024)  # one column in so many is audited; at least and at most
 STEPS = 32  # numbers of whole rows that are tried
 
 
@@ -106,7 +107,7 @@ class RowAudit:
         exact = self.whole_products(columns)
         left = [torch.zeros_like(x) for x in exact]
         norms = [torch.stack([x.norm(dim=1) for x in left], 1)]
-        for first, last in zip(steps, steps[1:]):
+        for first, last in itertools.pairwise(steps):
             operands, part = self.operands(self.rows[ranked[first:last]]), dz[first:last]
             self.add_products(exact, part, operands)
             self.add_products(left, part.mul_(left_out[first:last]), operands)
