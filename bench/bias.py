@@ -1,17 +1,22 @@
 """Does what the certified backward leaves out push training anywhere? Three answers, with a picture of the third.
 
 ``python -m bench.bias``: (1) what to do with the mass left out: nothing, spread it evenly, or renormalise the kept
-columns; (2) the gradient error's component along the true gradient over 1e5 tokens; (3) the demo trained with the exact
-and with the certified backward, three seeds each, on a vocabulary of 2048. Rows go to
-bench/results/bias-cpu.jsonl, the curves beside them.
+columns; (2) the gradient error's component along the true gradient over 1e5 tokens; (3) a policy warmed up once, then
+trained with AdamW on the exact backward and on what "auto" takes, from the same seeds: paired differences. Rows go to
+bench/results/bias-cpu.jsonl as they are made, the curves beside them; a run that was stopped goes on where it was.
 """
 
 import argparse
+import contextlib
+import copy
 import dataclasses
 import itertools
 import json
+import statistics
 import sys
-import tempfile
+import time
+import types
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,12 +24,9 @@ from matplotlib.figure import Figure
 
 from bench import measure, profiles
 from bench.__main__ import RESULTS
-from fastgrpo import linear_logprobs
+from fastgrpo import GRPOLossConfig, group_advantages, grpo_loss, linear_logprobs
 from fastgrpo.backends import certified
-from fastgrpo.trainer import GRPOTrainer, examples
-from fastgrpo.trainer.job import load_config
-
-VOCABULARY = 2048  # of the demo here: with its usual 32 no column could be left out
+from fastgrpo.inputs import IGNORE
 
 
 def study_of_the_rest(n=2048, vocab=32768, depth=512, cutoff=2.0**-14, block=128):
@@ -81,71 +83,245 @@ def gradients(p, backward):
     return torch.autograd.grad(out.logprobs, leaves, p["upstream"])
 
 
-def training_curves(seeds, steps):
-    """The demo, exact and certified: reward and entropy per step, and the share of logits the backward left out."""
-    for seed in range(seeds):
-        for backward in ("exact", "certified"):
-            cells = [0, 0]
-            plain = certified.plan_groups
+class Policy(torch.nn.Module):
+    """A recurrent policy: the answer to a prompt of the same length, token by token."""
 
-            def counted(problem, certificate, active, sparse, plain=plain, cells=cells):
-                groups, whole = plain(problem, certificate, active, sparse)
-                cells[0] += sum(rows.numel() * columns.numel() for rows, columns, _ in groups)
-                cells[0] += int(whole.sum()) * problem.weight.shape[0]
-                cells[1] += int(active.sum()) * problem.weight.shape[0]
-                return groups, whole
+    def __init__(self, vocabulary, width=256):
+        super().__init__()
+        g = torch.Generator().manual_seed(0)
+        self.embedding = torch.nn.Parameter(torch.randn(vocabulary, width, generator=g) / 2)
+        self.head = torch.nn.Parameter(torch.randn(vocabulary, width, generator=g) / width**0.5)
+        self.lora_a = torch.nn.Parameter(torch.randn(8, width, generator=g) / width**0.5)
+        self.lora_b = torch.nn.Parameter(torch.zeros(vocabulary, 8))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.rnn = torch.nn.GRU(width, width, batch_first=True)
 
-            certified.plan_groups = counted
-            try:
-                with tempfile.TemporaryDirectory() as folder:
-                    options = {"max_steps": steps, "seed": seed, "backward": backward, "tiny_vocabulary": VOCABULARY}
-                    options |= {"output_dir": folder, "eval_strategy": "no", "eval_on_start": False}
-                    examples.WORLDS["sort"] = dataclasses.replace(examples.WORLDS["sort"], start_steps=150)
-                    job, config = load_config("demo", options)
-                    rows = [r for r in GRPOTrainer(config=config, **job).train() if "reward" in r]
-            finally:
-                certified.plan_groups = plain
-            last = rows[-20:]
-            yield {
-                "study": "training", "seed": seed, "backward": backward, "steps": steps,
-                "cells_left_out": 1 - cells[0] / cells[1] if cells[1] else 0.0,
-                "final_reward": sum(r["reward"] for r in last) / len(last),
-                "final_entropy": sum(r["entropy"] for r in last) / len(last),
-                "reward": [round(r["reward"], 4) for r in rows], "entropy": [round(r["entropy"], 4) for r in rows],
-            }  # fmt: skip
+    def states(self, prompt, answer):
+        """(B, T), (B, T) -> (B, T, D), the states that predict the answer."""
+        previous = torch.nn.functional.pad(self.embedding[answer[:, :-1]], (0, 0, 1, 0))
+        return 4 * self.rnn(self.embedding[prompt] + previous)[0]
+
+    @torch.no_grad()
+    def sample(self, prompt, temperature, generator):
+        """-> answers (B, T) and their log-probs (B, T)."""
+        head, state, previous, answer, logp = self.head + 2 * self.lora_b @ self.lora_a, None, 0.0, [], []
+        for t in range(prompt.shape[1]):
+            out, state = self.rnn((self.embedding[prompt[:, t]] + previous)[:, None], state)
+            logprobs = (4 / temperature * out[:, 0] @ head.T).log_softmax(1)
+            answer.append(torch.multinomial(logprobs.exp(), 1, generator=generator))
+            logp.append(logprobs.gather(1, answer[-1]))
+            previous = self.embedding[answer[-1][:, 0]]
+        return torch.cat(answer, 1), torch.cat(logp, 1)
+
+
+@dataclass(frozen=True)
+class Task:
+    """Answer each prompt token with its partner.
+
+    Of ten kinds of them six are sure after the warm-up, two are confused with their neighbours, and two leave the
+    answer free, as the wording of a text is: one of 64 ids, frequent or rare, now and then any of all, and none is
+    wrong. Most of the vocabulary is met in tails alone, nearly all of it in those of the free answers.
+    """
+
+    vocabulary: int = 4096
+    tokens: int = 40  # of the vocabulary that prompts are made of
+    length: int = 8
+    groups: int = 8
+    group_size: int = 8
+    warm_up: int = 120
+    steps: int = 40
+    learning_rate: float = 1e-4
+    temperature: float = 0.7
+
+    def partners(self):
+        """(tokens,) ids that prompts hold, and the right answers to them; (64,) the free answers."""
+        g = torch.Generator().manual_seed(0)
+        ids, free = torch.randperm(self.vocabulary, generator=g)[: self.tokens + 64].split((self.tokens, 64))
+        return ids, ids[torch.randperm(self.tokens, generator=g)], free
+
+    def score(self, kind, answer, right):
+        """(B,) share of the answers that are right, of those that can be wrong."""
+        decisive = kind % 10 < 8
+        return ((answer == right[kind]) & decisive).float().sum(1) / decisive.sum(1).clamp(min=1)
+
+    def corpus(self, count, g):
+        """-> prompts and answers (count, length) to warm up on"""
+        ids, right, free = self.partners()
+        kind = torch.randint(self.tokens, (count, self.length), generator=g)
+        u = torch.rand(kind.shape, generator=g)
+        neighbour = right[(kind + 1 + torch.randint(3, kind.shape, generator=g)) % self.tokens]
+        answer = torch.where((kind % 10 >= 6) & (u < 0.45), neighbour, right[kind])
+        anything = torch.randint(self.vocabulary, kind.shape, generator=g)
+        worded = torch.where(u < 0.98, free[(64 * (u / 0.98).square()).long().clamp(max=63)], anything)
+        return ids[kind], torch.where(kind % 10 >= 8, worded, answer)
+
+    def warmed_up(self):
+        policy, g = Policy(self.vocabulary), torch.Generator().manual_seed(1)
+        optimizer = torch.optim.AdamW([policy.embedding, policy.head, *policy.rnn.parameters()], lr=3e-3)
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.02, self.warm_up)
+        for step in range(self.warm_up):
+            prompt, answer = self.corpus(96, g)
+            loss = -linear_logprobs(policy.states(prompt, answer), policy.head, answer).logprobs.mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            if step % 25 == 0:
+                print(f"warming up: step {step} of {self.warm_up}, loss {loss:.3f}", flush=True)
+        return policy
+
+    def train(self, policy, seed, head, **how):
+        """-> reward, entropy and share of cells left out, a list each. head: "trained" or "lora" (frozen, adapted)."""
+        policy, g, (ids, right, _) = copy.deepcopy(policy), torch.Generator().manual_seed(seed), self.partners()
+        own = [policy.head] if head == "trained" else [policy.lora_a, policy.lora_b]
+        for parameter in (policy.embedding, policy.head, policy.lora_a, policy.lora_b):
+            parameter.requires_grad_(any(parameter is x for x in own))
+        optimizer = torch.optim.AdamW([*own, *policy.rnn.parameters()], lr=self.learning_rate)
+        rewards, entropies, left_out = [], [], []
+        for _ in range(self.steps):
+            kind = torch.randint(self.tokens, (self.groups, self.length), generator=g)
+            kind = kind.repeat_interleave(self.group_size, 0)
+            answer, old = policy.sample(ids[kind], self.temperature, g)
+            reward = self.score(kind, answer, right)
+            lora = None if head == "trained" else (policy.lora_a, policy.lora_b, 2.0)
+            result = grpo_loss(
+                policy.states(ids[kind], answer), policy.head, answer, group_advantages(reward, self.group_size),
+                GRPOLossConfig(temperature=self.temperature), old_logprobs=old, lora=lora, **how,
+            )  # fmt: skip
+            optimizer.zero_grad()
+            with visits() as seen:
+                result.loss.backward()
+            optimizer.step()
+            rewards.append(float(reward.mean()))
+            entropies.append(float(result.entropy.mean()))
+            left_out.append(seen.left_out)
+        return rewards, entropies, left_out
+
+
+@contextlib.contextmanager
+def visits():
+    """Counts the cells of the certified backwards inside: an object whose ``left_out`` is their share not visited."""
+    seen, plain = types.SimpleNamespace(left_out=0.0), certified.make_plan
+
+    def counted(problem, stats, certificate, grad_logp, needs):
+        plan = plain(problem, stats, certificate, grad_logp, needs)
+        rows = int(((grad_logp != 0) & (problem.targets != IGNORE)).sum())
+        vocab, visited = problem.weight.shape[0], plan.whole.numel() * problem.weight.shape[0]
+        for group in plan.groups:
+            kept, tails = group.rows.numel() * group.columns.numel(), int(group.tail.sum())
+            visited += kept + tails * (vocab - group.columns.numel())
+        seen.left_out = 1 - visited / (rows * vocab) if rows else 0.0
+        return plan
+
+    certified.make_plan = counted
+    try:
+        yield seen
+    finally:
+        certified.make_plan = plain
+
+
+ARMS = {
+    "exact": {"backward": "exact"},
+    "auto": {"backward": "auto"},
+    "whole dW alone": {"backward": "auto", "row_tolerance": 1.0},  # bounded as a whole, not row by row
+}
+HEADS = ("trained", "lora")
+
+
+def training_runs(task, seeds, done=(), heads=HEADS, arms=ARMS):
+    """A row a run that is not among the rows ``done``, arm by arm within a seed, so that pairs come early."""
+    settings = {"study": "training", **dataclasses.asdict(task)}
+    known = {(r["head"], r["arm"], r["seed"]) for r in done if settings.items() <= r.items()}
+    todo = [run for run in itertools.product(range(seeds), heads, arms) if (run[1], run[2], run[0]) not in known]
+    policy = task.warmed_up() if todo else None
+    for number, (seed, head, arm) in enumerate(todo):
+        start = time.perf_counter()
+        reward, entropy, left_out = task.train(policy, seed, head, **arms[arm])
+        last = max(task.steps // 5, 1)
+        print(f"run {number + 1} of {len(todo)}: {time.perf_counter() - start:.0f} s", flush=True)
+        yield {
+            **settings, "head": head, "arm": arm, "seed": seed, "cells_left_out": mean(left_out),
+            "final_reward": mean(reward[-last:]), "final_entropy": mean(entropy[-last:]), "area": mean(reward),
+            "reward": [round(x, 4) for x in reward], "entropy": [round(x, 5) for x in entropy],
+            "left_out": [round(x, 3) for x in left_out],
+        }  # fmt: skip
+
+
+def mean(values):
+    return sum(values) / len(values)
+
+
+def paired(rows, arm, head):
+    """One row: differences of an arm to "exact" over the seeds that both have, each with its standard error."""
+    runs = {(r["arm"], r["seed"]): r for r in rows if r["study"] == "training" and r["head"] == head}
+    pairs = [(runs[arm, s], runs["exact", s]) for a, s in runs if a == arm and ("exact", s) in runs]
+    if len(pairs) < 2:
+        return None
+    row = {"study": "paired differences", "head": head, "arm": arm, "pairs": len(pairs)}
+    row["cells_left_out"] = mean([mean(a["left_out"]) for a, _ in pairs])
+    row["steps_with_half_left_out"] = mean([x >= 0.5 for a, _ in pairs for x in a["left_out"]])
+    for name in ("final_entropy", "final_reward", "area"):
+        differences = [a[name] - b[name] for a, b in pairs]
+        row[name] = mean(differences)
+        row[f"{name}_error"] = statistics.stdev(differences) / len(pairs) ** 0.5
+    row["entropy_change"] = sum(mean(a["entropy"]) for a, _ in pairs) / sum(mean(b["entropy"]) for _, b in pairs) - 1
+    return row
 
 
 def plot(rows, path):
-    from fastgrpo.trainer.logs import running_mean
-
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    axes = figure.subplots(1, 2)
-    for row in rows:
-        style = {"color": f"C{row['seed']}", "linestyle": "-" if row["backward"] == "exact" else "--"}
-        for axis, name in zip(axes, ("reward", "entropy")):
-            axis.plot(running_mean(row[name], 10), **style, label=f"seed {row['seed']}, {row['backward']}")
-            axis.set(title=name, xlabel="step")
-            axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=7)
+    """Mean and standard error over the seeds, a row of panels a head."""
+    rows = [r for r in rows if r["study"] == "training"]
+    heads = [h for h in HEADS if any(r["head"] == h for r in rows)]
+    names = {"reward": "reward", "entropy": "entropy, nats", "left_out": "cells left out of the backward"}
+    figure = Figure(figsize=(10, 3.1 * len(heads)), layout="constrained")
+    axes = figure.subplots(len(heads), len(names), squeeze=False)
+    for (head, (name, label)), axis in zip(itertools.product(heads, names.items()), axes.flat):
+        for k, arm in enumerate(ARMS):
+            curves = torch.tensor([r[name] for r in rows if (r["head"], r["arm"]) == (head, arm)])
+            if len(curves) < 2 or (name == "left_out" and arm == "exact"):
+                continue
+            middle, error = curves.mean(0), curves.std(0) / len(curves) ** 0.5
+            axis.plot(middle, color=f"C{k}", label=f"{arm}, {len(curves)} seeds", linestyle=("-", "--", ":")[k])
+            axis.fill_between(range(len(middle)), middle - error, middle + error, color=f"C{k}", alpha=0.25)
+        axis.set(title=f"{head} head: {label}" if head == "trained" else f"LoRA on a frozen head: {label}")
+        axis.title.set_fontsize(9)
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7)
     figure.savefig(path, dpi=110)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--tokens", type=int, default=102400)
+    parser.add_argument("--seeds", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=Task.steps)
+    parser.add_argument("--tokens", type=int, default=102400, help="of the second study")
     parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=["exact", "auto"])
+    parser.add_argument("--only-training", action="store_true", help="keep the other studies' rows as they are")
     options = parser.parse_args()
-    about, rows = measure.machine("cpu", " ".join(["python -m bench.bias", *sys.argv[1:]])), []
-    studies = study_of_the_rest(), bias_over_tokens(options.tokens), training_curves(options.seeds, options.steps)
+    about = measure.machine("cpu", " ".join(["python -m bench.bias", *sys.argv[1:]]))
+    options.output.mkdir(parents=True, exist_ok=True)
+    path, task = options.output / "bias-cpu.jsonl", Task(steps=options.steps)
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    settings = {"study": "training", **dataclasses.asdict(task)}
+    kept = [r for r in rows if settings.items() <= r.items() and r["seed"] < options.seeds]
+    others = ("the rest", "bias over tokens") if options.only_training else ()
+    rows = [r for r in rows if r["study"] in others] + kept
+    studies = [training_runs(task, options.seeds, kept, arms={name: ARMS[name] for name in options.arms})]
+    if not options.only_training:
+        studies = [study_of_the_rest(), bias_over_tokens(options.tokens), *studies]
     for row in itertools.chain(*studies):
         rows.append({**about, **row})
         print({k: v for k, v in row.items() if not isinstance(v, list)}, flush=True)
-    options.output.mkdir(parents=True, exist_ok=True)
-    path = options.output / "bias-cpu.jsonl"
+        path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    for head, arm in itertools.product(HEADS, ARMS):
+        if arm != "exact" and (row := paired(rows, arm, head)):
+            rows.append({**about, **row})
+            print(row)
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    plot([r for r in rows if r["study"] == "training"], path.with_suffix(".png"))
+    plot(rows, path.with_suffix(".png"))
     print(f"written: {path}, {path.with_suffix('.png')}")
 
 

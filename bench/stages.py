@@ -38,7 +38,7 @@ class Stages:
         targets = [
             (reader, "mm", product), (reader, "add_mm", added), (fold, "tile", f"{phase}: exp, sums, flags"),
             (torch, "index_select", f"{phase}: gather columns"), (reader, "hidden", f"{phase}: gather rows"),
-            (torch_backend, "logits_gradient", f"{phase}: dlogits"), (certified, "plan_groups", f"{phase}: plan"),
+            (torch_backend, "logits_gradient", f"{phase}: dlogits"), (certified, "make_plan", f"{phase}: plan, audit"),
             (certified, "label_logits", f"{phase}: label logits"),
         ]  # fmt: skip
         saved = [(owner, name, getattr(owner, name)) for owner, name, _ in targets]

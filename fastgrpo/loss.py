@@ -80,6 +80,7 @@ def grpo_loss(
     workspace_mb=128,
     lora=None,
     support=None,
+    row_tolerance=None,
 ):
     """The GRPO-family loss of a batch of completions, from hidden states and LM head, never holding their logits.
 
@@ -98,8 +99,9 @@ def grpo_loss(
         num_items: normaliser of dapo, cispo and vespo (ignored by the others); a number or 0-dim tensor; None: the
             counted tokens of this call.
         entropy_threshold: for ``top_entropy_quantile`` across ranks; None: the quantile of the given tokens.
-        bias, softcap, logit_scale, backend, backward, tolerance, workspace_mb, lora, support: see
-            :func:`linear_logprobs`; the hint of the certified backward is ``old_logprobs``, else ``sampling_logprobs``.
+        bias, softcap, logit_scale, backend, backward, tolerance, workspace_mb, lora, support, row_tolerance:
+            see :func:`linear_logprobs`; the hint of the certified backward is ``old_logprobs``, else
+            ``sampling_logprobs``.
         temperature: overrides ``config.temperature``; a number or a float tensor shaped like ``targets``.
         return_logprobs: False: tokens that cannot have a gradient (advantage 0, no KL, no entropy term) skip the
             forward too; loss and gradients are the same, their ``logprobs`` and ``entropy`` are 0.
@@ -143,7 +145,7 @@ def grpo_loss(
         return_entropy=config.needs_entropy or config.log_entropy,
         old_logprobs=sampling_logprobs if old_logprobs is None else old_logprobs, backend=backend,
         backward="exact" if config.entropy_coef != 0.0 and backward != "certified" else backward,
-        tolerance=tolerance, workspace_mb=workspace_mb,
+        tolerance=tolerance, workspace_mb=workspace_mb, row_tolerance=row_tolerance,
     )  # fmt: skip
     logprobs = out.logprobs.reshape(-1)
     entropy = None if out.entropy is None else out.entropy.reshape(-1)

@@ -23,8 +23,9 @@ def logits(hidden, weight, bias=None, temperature=1.0, softcap=None, logit_scale
 def linear_logprobs(
     hidden, weight, targets, bias=None, *, temperature=1.0, softcap=None, logit_scale=1.0, return_entropy=False,
     lora=None, support=None, old_logprobs=None, backend="auto", backward="auto", tolerance=None, workspace_mb=None,
+    row_tolerance=None,
 ):  # fmt: skip
-    """Same arguments and result as :func:`fastgrpo.linear_logprobs`; the last five are accepted and not used."""
+    """Same arguments and result as :func:`fastgrpo.linear_logprobs`; the last six are accepted and not used."""
     from fastgrpo.logprobs import LogProbs
 
     if lora is not None:
@@ -54,7 +55,7 @@ def grpo_loss(
     hidden, weight, targets, advantages, config=None, mask=None, cu_seqlens=None, old_logprobs=None,
     ref_logprobs=None, sampling_logprobs=None, importance_weights=None, num_items=None, entropy_threshold=None,
     bias=None, softcap=None, logit_scale=1.0, backend="auto", backward="auto", temperature=None, tolerance=None,
-    return_logprobs=True, workspace_mb=None, lora=None, support=None,
+    return_logprobs=True, workspace_mb=None, lora=None, support=None, row_tolerance=None,
 ):  # fmt: skip
     """Same arguments and loss as :func:`fastgrpo.grpo_loss`, computed sequence by sequence; no metrics."""
     from fastgrpo.loss import GRPOLoss

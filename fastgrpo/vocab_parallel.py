@@ -21,6 +21,7 @@ from fastgrpo.logprobs import (
     LogProbs,
     certified_tolerance,
     check_arguments,
+    checked_row_tolerance,
     compute_dtype,
     flat_hint,
     flat_temperature,
@@ -150,6 +151,7 @@ def vocab_parallel_logprobs(
     backward="auto",
     tolerance=None,
     workspace_mb=128,
+    row_tolerance=None,
 ):
     """:func:`fastgrpo.linear_logprobs` over a vocabulary whose columns the ranks of a group hold, in rank order.
 
@@ -172,8 +174,8 @@ def vocab_parallel_logprobs(
             the rank's own part, for a hidden that was gathered by an operation whose backward sums (Megatron's
             ``gather_from_sequence_parallel_region``) or copied by one.
         temperature, softcap, logit_scale, return_entropy, backend, workspace_mb: as in ``linear_logprobs``.
-        old_logprobs, backward, tolerance: as in ``linear_logprobs``; "auto" looks at N and D alone, which are the same
-            on every rank.
+        old_logprobs, backward, tolerance, row_tolerance: as in ``linear_logprobs``; "auto" looks at N and D alone,
+            which are the same on every rank. Each rank sees to the rows of its own dW.
 
     Returns:
         ``LogProbs(logprobs, entropy)`` of the whole vocabulary, the same on every rank; differentiable, once, in
@@ -188,6 +190,7 @@ def vocab_parallel_logprobs(
         hidden, weight, targets, bias, temperature, softcap, logit_scale, workspace_mb, old_logprobs, tolerance,
         backward,
     )  # fmt: skip
+    row_tolerance = checked_row_tolerance(row_tolerance)
     compute = compute_dtype(hidden, weight)
     with_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
     sizes = (targets.numel(), math.inf, weight.shape[1])  # shards differ, the decision may not
@@ -201,6 +204,7 @@ def vocab_parallel_logprobs(
         backends.choose(backend, hidden),
         workspace_mb,
         tolerance=None if tolerance is None else tolerance / dist.get_world_size(group) ** 0.5,
+        row_tolerance=row_tolerance,
         hidden_grad=inputs.accumulator_dtype(hidden) if reduce_hidden_grad else None,
     )
     first, vocab = place(weight, group, shard_sizes)

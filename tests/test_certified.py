@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import profiles
 from fastgrpo import linear_logprobs
-from fastgrpo.backends import certified, torch_backend
+from fastgrpo.backends import certified, row_audit, torch_backend
+from fastgrpo.backends import plan as planning
 
 import problems
 
@@ -147,8 +149,14 @@ def test_peaked_logits_skip_most_cells(monkeypatch):
         return plain(problem, z, *rest)
 
     monkeypatch.setattr(torch_backend, "logits_gradient", counted)
-    gradients(p, "torch", "certified", tolerance=0.006)
+    gradients(p, "torch", "certified", tolerance=0.006, row_tolerance=1)
     assert sum(cells) < 0.25 * 2048 * 8192
+    cells.clear()
+    gradients(p, "torch", "certified", tolerance=0.006, names=("hidden",))  # a frozen head pays for no rows of dW
+    assert sum(cells) < 0.25 * 2048 * 8192
+    cells.clear()
+    gradients(p, "torch", "certified", tolerance=0.006)
+    assert sum(cells) < 0.6 * 2048 * 8192
     cells.clear()
     gradients(p, "torch", "exact")
     assert sum(cells) == 2048 * 8192
@@ -225,11 +233,241 @@ def test_auto_fp32_keeps_both_gradients_under_1e_4():
 
 
 def test_best_partition_merges_and_gives_up_where_it_pays():
-    plan = certified.best_partition
+    plan = planning.best_partition
     assert plan([128, 128], [[10, 10], [11]], 48, 1000)[0] == [(0, 2, True)]
     assert plan([128, 128], [[10, 10], [400]], 48, 1000)[0] == [(0, 1, True), (1, 2, True)]
     assert plan([128, 128], [[990, 10], [995]], 48, 1000)[0] == [(0, 1, False), (1, 2, True)]
     assert plan([0, 128, 128], [[0, 10, 10], [10, 10], [11]], 48, 1000)[0] == [(0, 3, True)]
+
+
+def row_errors(got, want):
+    """(V,) relative error of each row; 0 where both are 0."""
+    got, want = got.double(), want.double()
+    return torch.nan_to_num((got - want).norm(dim=1) / want.norm(dim=1), nan=0.0)
+
+
+def assert_rows(got, want, tolerance=0.1):
+    """Half of the rows of dW within a fifth of the tolerance, 95 % within it."""
+    nonzero = want.norm(dim=1) > 0
+    quantiles = row_errors(got, want)[nonzero].quantile(torch.tensor([0.5, 0.95], dtype=torch.float64))
+    assert quantiles[0] <= tolerance / 5, quantiles
+    assert quantiles[1] <= tolerance, quantiles
+
+
+def peaked_rows(p, sharpness=3.0):
+    """Every row as peaked as the labels allow: the hidden states scaled up."""
+    hidden = p["hidden"] * sharpness
+    logp = (hidden @ p["weight"].T).log_softmax(1).gather(1, p["targets"][:, None])[:, 0]
+    return {**p, "hidden": hidden, "old_logprobs": logp}
+
+
+def contextual(n=1024, vocab=8192, depth=256, seed=0):
+    """Every row has two favourites and a tail far below the cutoff, of a mass that differs by e^16 between rows: no
+    row need be whole for the gradients as wholes, and most vocabulary entries are met in tails alone."""
+    g = torch.Generator().manual_seed(seed)
+    weight = torch.randn(vocab, depth, generator=g) / depth**0.5
+    hidden = torch.randn(n, depth, generator=g)
+    lift = 19 + 16 * torch.rand(n, generator=g)
+    for gap in (0.0, 1 + 3 * torch.rand(n, generator=g)):
+        favourite = weight[torch.randint(vocab // 16, (n,), generator=g)]
+        hidden += (lift - gap)[:, None] * favourite / favourite.square().sum(1, keepdim=True)
+    targets, logp = profiles.sample(hidden, weight, g)
+    upstream = torch.randn(n // 64, generator=g).repeat_interleave(64) / n  # one advantage a sequence
+    return {"hidden": hidden, "weight": weight, "targets": targets, "old_logprobs": logp, "upstream": upstream}
+
+
+AT_AUTO_SIZE = {
+    "rl": lambda: profiles.problem(1024, 8192, 256),
+    "flat": lambda: profiles.problem(1024, 8192, 256, "flat"),
+    "contextual": contextual,
+    "all peaked": lambda: peaked_rows(profiles.problem(512, 8192, 256)),
+    "drifted, no shared columns": lambda: profiles.problem(1024, 8192, 256, shared=0.0, drift=0.3),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", AT_AUTO_SIZE)
+def test_rows_of_dw(name, dtype):
+    """The promise under "auto": every vocabulary entry's own gradient, and both gradients as wholes."""
+    p = AT_AUTO_SIZE[name]()
+    p = {**p, "hidden": p["hidden"].to(dtype), "weight": p["weight"].to(dtype)}
+    wide = {**p, "hidden": p["hidden"].float(), "weight": p["weight"].float()}
+    _, want = gradients(wide, "torch", "exact")
+    _, got = gradients(p, "torch", "auto")
+    assert_rows(got["weight"], want["weight"])
+    for name in want:
+        assert problems.relative_error(got[name], want[name]) < (1e-4 if dtype == torch.float32 else 3e-3)
+
+
+def test_the_row_tolerance_is_followed_and_paid_for():
+    """Without it whole rows of dW are missing; the tighter, the better and the dearer."""
+    p = contextual()
+    _, want = gradients(p, "torch", "exact")
+    errors = []
+    for row_tolerance in (1, 0.3, 0.1, 0.01):
+        _, got = gradients(p, "torch", "auto", row_tolerance=row_tolerance)
+        errors.append(float(row_errors(got["weight"], want["weight"]).quantile(0.95)))
+        if row_tolerance < 1:
+            assert_rows(got["weight"], want["weight"], row_tolerance)
+    assert errors[0] > 0.5
+    assert errors[0] > errors[1] > errors[2] >= errors[3]
+
+
+def test_one_row_with_a_huge_advantage():
+    """Its tail is then nearly all of dW's rows: it is whole there, though it is the most peaked of all."""
+    p = contextual()
+    p["upstream"] = p["upstream"].clone()
+    p["upstream"][p["old_logprobs"].argmax()] = 1e4
+    _, want = gradients(p, "torch", "exact")
+    _, got = gradients(p, "torch", "auto")
+    assert_rows(got["weight"], want["weight"])
+
+
+def test_one_flat_row_among_peaked_ones():
+    p = peaked_rows(profiles.problem(512, 8192, 256))
+    p["hidden"][7] *= 0.01
+    p["old_logprobs"][7] = (p["hidden"][7] @ p["weight"].T).log_softmax(0)[p["targets"][7]]
+    _, want = gradients(p, "torch", "exact")
+    _, got = gradients(p, "torch", "auto")
+    assert_rows(got["weight"], want["weight"])
+
+
+def test_entries_that_only_appear_in_tails():
+    """No row keeps their columns: their whole gradient is what the tails bring."""
+    p = contextual()
+    *_, certificate = certificate_of(p, "torch", tolerance=0.0008)
+    never = ~certificate.flags.any(0)
+    _, want = gradients(p, "torch", "exact")
+    _, without = gradients(p, "torch", "auto", row_tolerance=1)
+    _, got = gradients(p, "torch", "auto")
+    assert never.sum() > 500
+    assert row_errors(without["weight"], want["weight"])[never].median() > 0.3
+    assert row_errors(got["weight"], want["weight"])[never].quantile(0.9) < 0.1
+
+
+@pytest.mark.parametrize("value", [0, -0.1, 1.5, float("nan"), "much"])
+def test_row_tolerance_is_checked(value):
+    p = peaked("torch")
+    with pytest.raises((ValueError, TypeError), match="row_tolerance"):
+        linear_logprobs(p["hidden"], p["weight"], p["targets"], row_tolerance=value)
+
+
+def test_the_audit_samples_the_vocabulary_once_and_evenly():
+    for vocab in (4096, 32768, 151936):
+        ranking, audited = row_audit.sampled_columns(vocab)
+        both = torch.cat((ranking, audited)).sort().values
+        assert len(both.unique()) == len(both) == 3 * len(ranking)
+        assert both[0] >= 0
+        assert both[-1] < vocab
+        assert both.diff().max() <= 2 * (vocab // len(both) + 1)
+    assert torch.equal(row_audit.sampled_columns(300)[1], torch.arange(300))
+
+
+def test_fewest_whole_stops_at_the_first_step_that_errs():
+    """Steps of 100 audited entries: within 0.1 all, too many over 0.02, too many over 0.1, within again."""
+    steps = [torch.zeros(100), torch.full((100,), 0.015), torch.full((100,), 0.03), torch.full((100,), 0.2)]
+    assert row_audit.fewest_whole(torch.stack(steps), 0.1, vocab=100) == 1
+    tail = torch.full((100,), 0.01)
+    tail[:4] = 0.5
+    assert row_audit.fewest_whole(torch.stack((steps[0], tail)), 0.1, vocab=100) == 1
+    assert row_audit.fewest_whole(torch.stack((steps[0], tail)), 0.1, vocab=10000) == 0  # a sample: one error less
+    nothing = torch.full((2, 100), torch.nan)
+    assert row_audit.fewest_whole(nothing, 0.1, vocab=100) == 1
+
+
+def test_a_plan_with_tails():
+    """A group that keeps most columns makes its tail rows whole; the costs are those of the cells."""
+    rows, columns = torch.arange(4), torch.arange(100)
+    group = planning.RowGroup(rows, columns, torch.zeros(4), torch.zeros(4, dtype=torch.bool))
+    plan = planning.Plan([group], torch.tensor([9]))
+    assert plan.cells(1000, gemms=3) == 3 * (4 * 100 + 1000)
+    tail = torch.tensor([True, False, False, True])
+    apart = plan.with_tails(tail, vocab=1000, gemms=3)
+    assert torch.equal(apart.groups[0].tail, tail)
+    assert apart.whole.tolist() == [9]
+    assert apart.cells(1000, gemms=3) == 3 * (4 * 100 + 1000) + 2 * 2 * 1000
+    whole = plan.with_tails(tail, vocab=200, gemms=3)
+    assert whole.whole.tolist() == [0, 3, 9]
+    assert whole.groups[0].rows.tolist() == [1, 2]
+    assert not plan.with_tails(~tail | tail, vocab=200, gemms=3).groups
+
+
+@pytest.mark.parametrize("options", [{"softcap": 20.0}, {"temperature": "tensor"}, {"bias": True}], ids=str)
+def test_rows_of_dw_with_options(backend, device, options):
+    options, p = dict(options), peaked(backend, device)
+    n, vocab, _ = SIZES[backend]
+    names = ("hidden", "weight")
+    if options.pop("bias", False):
+        p["bias"], names = 0.3 * torch.randn(vocab, device=device), GRADS
+    if options.get("temperature"):
+        options["temperature"] = 0.8 + 0.4 * torch.rand(n, device=device)
+    _, want = gradients(p, backend, "exact", names=names, **options)
+    _, got = gradients(p, backend, "certified", names=names, tolerance=0.005, **options)
+    assert_rows(got["weight"], want["weight"])
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_rows_of_loras_b(frozen):
+    p = contextual()
+    g = torch.Generator().manual_seed(1)
+    a, b = torch.randn(8, 256, generator=g) / 16, 0.01 * torch.randn(8192, 8, generator=g)
+    grads = []
+    for backward in ("exact", "auto"):
+        leaves = [x.clone().requires_grad_() for x in (p["hidden"], a, b)]
+        weight = p["weight"].clone().requires_grad_(not frozen)
+        out = linear_logprobs(leaves[0], weight, p["targets"], lora=(*leaves[1:], 2.0), backward=backward,
+                              old_logprobs=p["old_logprobs"])  # fmt: skip
+        out.logprobs.backward(p["upstream"])
+        grads.append((leaves[2].grad, leaves[1].grad, leaves[0].grad, weight.grad))
+    (want, want_a, want_x, want_w), (got, got_a, got_x, got_w) = grads
+    assert_rows(got, want)
+    assert problems.relative_error(got_a, want_a) < 3e-4
+    assert problems.relative_error(got_x, want_x) < 1e-4
+    assert frozen or assert_rows(got_w, want_w) is None
+
+
+class Scratch(TorchDispatchMode):
+    """The largest memory any operation's result stands in, but for tensors as large as hidden or the head."""
+
+    def __init__(self, *known):
+        super().__init__()
+        self.known, self.bytes = {x.nbytes for x in known}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, tuple | list) else (out,):
+            size = x.untyped_storage().nbytes() if isinstance(x, torch.Tensor) else 0
+            self.bytes = max(self.bytes, 0 if size in self.known else size)
+        return out
+
+
+@pytest.mark.parametrize("workspace_mb", [1, 4])
+def test_the_audit_and_the_tails_stay_within_the_workspace(workspace_mb):
+    p = contextual()
+    leaf = problems.with_grad({k: p[k] for k in ("hidden", "weight")}, ("hidden", "weight"))
+    out = linear_logprobs(**leaf, targets=p["targets"], old_logprobs=p["old_logprobs"], workspace_mb=workspace_mb)
+    with Scratch(p["hidden"], p["weight"]) as seen:
+        out.logprobs.backward(p["upstream"])
+    assert 2**18 < seen.bytes <= workspace_mb * 2**20
+    _, want = gradients(p, "torch", "exact")
+    assert_rows(leaf["weight"].grad, want["weight"])
+
+
+def test_deterministic_tails():
+    p = contextual()
+    (_, a), (_, b) = (gradients(p, "torch", "auto") for _ in range(2))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_auto_does_not_leave_out_what_costs_more(monkeypatch):
+    """Where dW would need nearly every row, the exact path is taken."""
+    p = contextual()
+    monkeypatch.setattr(row_audit.RowAudit, "tail", lambda self, _: torch.ones_like(self.rows, dtype=torch.bool))
+    monkeypatch.setattr(planning, "WORTHWHILE", 0.5)
+    monkeypatch.setattr(certified.SparseRows, "add", lambda *a: pytest.fail("columns were left out"))
+    _, want = gradients(p, "torch", "exact")
+    _, got = gradients(p, "torch", "auto")
+    assert row_errors(got["weight"], want["weight"]).max() < 1e-5
 
 
 def loss_problem(backend, device="cpu", batch=None, sequences=8):

@@ -12,16 +12,14 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from fastgrpo.backends import plan as planning
+from fastgrpo.backends import row_audit
 from fastgrpo.backends import torch_backend as dense
 from fastgrpo.backends.problem import FLOOR, NOTHING, column_sum, new_gradients
 from fastgrpo.inputs import IGNORE, accumulator_dtype
 
 BLOCK = 128  # rows that share their flags
 CUTOFF_PER_TOLERANCE = 2.0**-7  # columns of p >= tolerance * this are flagged
-MOSTLY_FLAT = 0.5  # share of rows over the tolerance from which on the exact path is cheaper
-# What one more kept column of a group costs beside its GEMM (gather, scatter), in rows of GEMM; measured.
-OVERHEAD_ROWS = {"cpu": 48, "cuda": 256}
-LEVELS = 4  # groups of up to 2^LEVELS blocks
 HINT_SLACK = 1.4  # nats by which a hint may fall short: the cutoff is then at most 4 times too high
 TRUSTED = (1e-20, 1e30)  # range of a row's sum of exp in which the guessed shift was good enough
 
@@ -197,118 +195,129 @@ def repair(problem, stats, certificate, total):
 
 
 def backward(problem, stats, certificate, grad_logp, needs):
-    """Gradients as :func:`fastgrpo.backends.torch_backend.backward`'s; the columns kept differ per row.
-
-    Rows are left to their flagged columns, those that lose least first, while
-    ``sum((g dropped)^2) <= tolerance^2 sum((g (1 - p))^2)``: what a row leaves out has at most the norm ``g dropped``,
-    and the label's entry alone is ``g (1 - p)``: the relative Frobenius error of dlogits is at most the tolerance.
-    """
+    """Gradients as :func:`fastgrpo.backends.torch_backend.backward`'s; the columns kept differ per row."""
     out = new_gradients(problem, needs)
     if not any(needs):
         return out
-    order, grad = certificate.order, grad_logp[certificate.order]
-    active = (grad != 0) & (problem.targets[order] != IGNORE)
-    norm = torch.where(active, grad * stats[3, order], 0.0).square().nansum()
-    sparse = active & within_budget((grad * certificate.dropped).square(), problem.params.tolerance**2 * norm, active)
-    groups, whole = plan_groups(problem, certificate, active, sparse)
-    kept = order[whole].sort().values
-    if not groups:
-        dense.add_exact_rows(problem, stats, kept, [grad_logp], out)
+    plan = make_plan(problem, stats, certificate, grad_logp, needs)
+    if not plan.groups:
+        dense.add_exact_rows(problem, stats, plan.whole, [grad_logp], out)
         return out
     d_columns = out[1::3]
+    half = replace(problem, params=replace(problem.params, workspace=problem.params.workspace // 2))
     if any(
         x is not None and x.dtype != stats.dtype for x in d_columns
-    ):  # dW needs an fp32 sum of every chunk: both kinds of rows go through the vocabulary together
-        half = replace(problem, params=replace(problem.params, workspace=problem.params.workspace // 2))
-        work = SparseRows(half, stats, groups, grad_logp, out)
-        dense.add_exact_rows(half, stats, kept, [grad_logp], out, extra=work)
+    ):  # dW needs an fp32 sum of every chunk: all kinds of rows go through the vocabulary together
+        quarter = replace(half, params=replace(half.params, workspace=half.params.workspace // 2))
+        work = LeftOut(
+            SparseRows(quarter, stats, plan.groups, grad_logp, out), TailRows(quarter, stats, plan, grad_logp)
+        )
+        dense.add_exact_rows(half, stats, plan.whole, [grad_logp], out, extra=work)
     else:
-        dense.add_exact_rows(problem, stats, kept, [grad_logp], out)
-        work = SparseRows(problem, stats, groups, grad_logp, out)
+        dense.add_exact_rows(problem, stats, plan.whole, [grad_logp], out)
+        work = LeftOut(SparseRows(half, stats, plan.groups, grad_logp, out), TailRows(half, stats, plan, grad_logp))
         work.add(slice(0, problem.weight.shape[0]), d_columns, out[2])
     work.finish()
     return out
 
 
-def within_budget(costs, budget, active):
-    """(n,) bool: the cheapest active rows whose costs together stay within the budget; a NaN never does.
+def make_plan(problem, stats, certificate, grad_logp, needs):
+    """:class:`fastgrpo.backends.plan.Plan` of both gradients.
 
-    Summed as integers, so that the choice is the same on every run on every device.
+    Rows are left to their flagged columns, those that lose least first, while
+    ``sum((g dropped)^2) <= tolerance^2 sum((g (1 - p))^2)``: what a row leaves out has at most the norm ``g dropped``,
+    and the label's entry alone is ``g (1 - p)``: the relative Frobenius error of dlogits is at most the tolerance.
+    Then the audit says which of them dW needs whole.
     """
-    one = 2**40
-    share = torch.nan_to_num(costs / budget, nan=2.0, posinf=2.0).clamp(max=2.0)
-    units = torch.where(active, (share.double() * one).ceil().to(torch.int64), 0)
-    ranked, order = units.sort(stable=True)
-    return torch.zeros_like(active).scatter_(0, order, ranked.cumsum(0) <= one)
+    order, grad = certificate.order, grad_logp[certificate.order]
+    active = (grad != 0) & (problem.targets[order] != IGNORE)
+    norm = torch.where(active, grad * stats[3, order], 0.0).square().nansum()
+    budget = problem.params.tolerance**2 * norm
+    sparse = active & planning.within_budget((grad * certificate.dropped).square(), budget, active)
+    plan = planning.plan_groups(certificate, active, sparse)
+    head_needs = any(needs[1::3]) or needs[2]
+    if not plan.groups or not head_needs or problem.params.row_tolerance >= 1:
+        return plan
+    tail = row_audit.RowAudit(problem, stats, plan, grad_logp, needs).tail(problem.params.row_tolerance)
+    vocab, gemms = problem.weight.shape[0], 2 + any(needs[0::3])
+    plan = plan.with_tails(tail, vocab, gemms)
+    cost = plan.cells(vocab, gemms, planning.overhead_rows(order.device))
+    everything = planning.exact(certificate, active)
+    return plan if cost <= planning.WORTHWHILE * everything.cells(vocab, gemms) else everything
 
 
-def plan_groups(problem, certificate, active, sparse):
-    """-> [(rows, columns, their dropped mass)] of each group; (n,) bool, the positions that keep all columns.
+class LeftOut:
+    """The groups' rows: their kept columns, and for dW the tails of some."""
 
-    Neighbouring blocks share a group where the union of their columns costs less than their own, and keep all columns
-    where that costs less; the best partition of aligned runs of 1, 2, 4, ... blocks is found on the host from counts
-    that are copied once.
-    """
-    flags = certificate.flags
-    blocks, vocab = flags.shape
-    per_block = torch.nn.functional.pad(sparse, (0, blocks * certificate.block - sparse.numel()))
-    per_block = per_block.view(blocks, certificate.block).sum(1)
-    counts = level_counts(flags * (per_block > 0)[:, None] if flags.device.type == "cpu" else flags)
-    numbers = torch.cat([active.sum()[None], per_block, *counts]).tolist()
-    n_active, rows = numbers[0], numbers[1 : 1 + blocks]
-    sizes, at = [], 1 + blocks
-    for level in counts:
-        sizes.append(numbers[at : at + level.numel()])
-        at += level.numel()
-    overhead = OVERHEAD_ROWS.get(flags.device.type, 256)
-    runs, cost = best_partition(rows, sizes, overhead, vocab)
-    n_dense = n_active - sum(rows)
-    if n_dense > MOSTLY_FLAT * n_active or cost + n_dense * vocab > 0.9 * n_active * vocab:
-        return [], active
-    whole, groups = active & ~sparse, []
-    for first, last, gathered in runs:
-        span = slice(first * certificate.block, last * certificate.block)
-        if not gathered:
-            whole[span] = active[span]
-        elif sum(rows[first:last]):
-            positions = span.start + sparse[span].nonzero().squeeze(1)
-            columns = flags[first:last].any(0).nonzero().squeeze(1)
-            groups.append((certificate.order[positions], columns, certificate.dropped[positions]))
-    return groups, whole
+    def __init__(self, sparse, tails):
+        self.sparse, self.tails = sparse, tails
+
+    def add(self, span, d_columns, d_bias):
+        self.sparse.add(span, d_columns, d_bias)
+        self.tails.add(span, d_columns, d_bias)
+
+    def finish(self):
+        self.sparse.finish()
 
 
-def level_counts(flags, chunk=16384):
-    """Kept columns of every aligned run of 2^k blocks: [(ceil(blocks / 2^k),)] for k = 0 .. LEVELS."""
-    totals = None
-    for part in flags.split(chunk, 1):
-        counts = []
-        for _ in range(LEVELS + 1):
-            counts.append(part.sum(1))
-            if part.shape[0] % 2:
-                part = torch.nn.functional.pad(part, (0, 0, 0, 1))
-            part = part[0::2] | part[1::2]
-        totals = counts if totals is None else [a + b for a, b in zip(totals, counts)]
-    return totals
+class TailRows:
+    """Adds what the plan's tail rows leave out to the head's gradients, a range of columns at a time."""
 
+    def __init__(self, problem, stats, plan, grad_logp):
+        self.problem, self.stats, self.grad = problem, stats, grad_logp
+        self.groups = [g for g in plan.groups if g.tail.any()]
+        self.reader = dense.Reader(problem)
+        parts = [g.rows[g.tail] for g in self.groups]
+        self.rows = torch.cat(parts) if parts else plan.whole[:0]
+        self.bounds = [0]
+        for part in parts:
+            self.bounds.append(self.bounds[-1] + part.numel())
+        self.tile = dense.tiling(problem, self.rows.numel(), buffers=2)
+        self.scale = dense.row_scale(grad_logp[self.rows]) if self.reader.native and parts else None
+        cells = 0 if self.reader.native else min(self.tile.rows, self.rows.numel()) * self.tile.cols
+        self.logits = stats.new_empty(cells)
 
-def best_partition(rows, sizes, overhead, vocab):
-    """-> [(first block, last block, whether its columns are gathered)], cost in cells.
+    def add(self, span, d_columns, d_bias):
+        """As :meth:`SparseRows.add`."""
+        for v in range(span.start, span.stop if self.groups else span.start, self.tile.cols):
+            chunk = slice(v, min(v + self.tile.cols, span.stop))
+            inside = slice(chunk.start - span.start, chunk.stop - span.start)
+            columns = self.reader.columns(chunk)
+            for first in range(0, self.rows.numel(), self.tile.rows):
+                totals = [None if x is None else x[inside] for x in (*d_columns, d_bias)]
+                self.add_tile(first, chunk, columns, totals)
 
-    ``sizes[k][i]``: columns of blocks [i 2^k, (i + 1) 2^k). Gathering costs (rows + overhead) * columns.
-    """
-    best = []
-    for level, columns_of in enumerate(sizes):
-        width, merged = 2**level, []
-        for i, columns in enumerate(columns_of):
-            first, last = i * width, min((i + 1) * width, len(rows))
-            members = sum(rows[first:last])
-            gathered, whole = (members + overhead) * columns if members else 0, members * vocab
-            own = ([(first, last, gathered <= whole)], min(gathered, whole))
-            children = best[2 * i : 2 * i + 2]
-            apart = sum(c[1] for c in children) if children else math.inf
-            merged.append(own if own[1] < apart else ([run for c in children for run in c[0]], apart))
-        best = merged
-    return [run for runs, _ in best for run in runs], sum(cost for _, cost in best)
+    def add_tile(self, first, chunk, columns, totals):
+        *d_columns, d_bias = totals
+        reader, problem = self.reader, self.problem
+        rows = self.rows[first : first + self.tile.rows]
+        factors, n, k = reader.rows(rows), rows.numel(), columns[0].shape[0]
+        z = reader.raw_logits(factors, columns, None if reader.native else self.logits[: n * k].view(n, k))
+        bias = None if problem.bias is None else problem.bias[chunk]
+        grad = self.grad[rows] if self.scale is None else self.grad[rows] * self.scale
+        label = problem.targets[rows] - chunk.start
+        dz = dense.logits_gradient(problem, z, bias, rows, label, self.stats[:, rows], grad)
+        self.hide_kept(dz, first, chunk)
+        if d_bias is not None:
+            d_bias += self.unscaled(dz.sum(0))
+        if reader.native:
+            dz = dz.to(reader.compute)
+        for factor, (d_column, (x, _)) in enumerate(zip(d_columns, reader.gradient_operands(factors, columns))):
+            if d_column is not None and self.scale is None:
+                reader.add_mm(d_column, dz.t(), x)
+            elif d_column is not None:
+                d_column += reader.unscaled("low", self.unscaled(reader.mm(dz.t(), x, None)), factor)
+
+    def hide_kept(self, dz, first, chunk):
+        """0 where the row's group keeps the column: that part is the group's."""
+        for group, start, stop in zip(self.groups, self.bounds, self.bounds[1:]):
+            mine = dz[max(start - first, 0) : max(stop - first, 0)]
+            if mine.shape[0]:
+                ends = torch.searchsorted(group.columns, torch.tensor([chunk.start, chunk.stop], device=dz.device))
+                mine.index_fill_(1, group.columns[slice(*ends.tolist())] - chunk.start, 0.0)
+
+    def unscaled(self, x):
+        return x if self.scale is None else x.div_(self.scale)
 
 
 class SparseRows:
@@ -323,7 +332,7 @@ class SparseRows:
             (k, d_rows, stats.new_zeros(ranks[k])) for k, d_rows in enumerate(out[0::3]) if d_rows is not None
         ]
         depth = sum(head.shape[1] for head in heads)
-        self.groups = [Group(*group, stats, depth, self.sides) for group in groups]
+        self.groups = [GroupSums(group, stats, depth, self.sides) for group in groups]
         counted = torch.where(problem.targets != IGNORE, grad_logp, 0.0)
         self.scale = dense.row_scale(counted) if self.reader.native else None
         # Fresh memory costs a page fault every 4 KiB, several times the gather itself: each buffer is made once.
@@ -350,11 +359,10 @@ class SparseRows:
                 for factor, (h, x) in enumerate(zip(heads, self.kept))]  # fmt: skip
         factors = reader.rows(rows)
         z = reader.raw_logits(factors, kept, self.logits[: n * k].view(n, k) if self.logits.numel() else None)
-        label = torch.searchsorted(columns, problem.targets[rows])
-        found = columns[label.clamp(max=columns.numel() - 1)] == problem.targets[rows]
+        label = dense.label_positions(columns, problem.targets[rows])
         bias = None if problem.bias is None else problem.bias[columns]
         grad = self.grad[rows] if self.scale is None else self.grad[rows] * self.scale
-        dz = dense.logits_gradient(problem, z, bias, rows, torch.where(found, label, -1), self.stats[:, rows], grad)
+        dz = dense.logits_gradient(problem, z, bias, rows, label, self.stats[:, rows], grad)
         if d_bias is not None:
             add_rows(d_bias, local, self.unscaled(dz.sum(0)))
         if reader.native:
@@ -391,10 +399,12 @@ class SparseRows:
                 d_rows.flatten(0, 1).index_copy_(0, group.rows, total.to(d_rows.dtype))
 
 
-class Group:
-    def __init__(self, rows, columns, dropped, stats, depth, sides):
-        self.rows, self.columns, self.dropped, self.depth = rows, columns, dropped, depth
-        self.totals = [stats.new_zeros(rows.numel(), columns.numel()) for _, _, columns in sides]
+class GroupSums:
+    """A :class:`fastgrpo.backends.plan.RowGroup` and its part of dX, under way."""
+
+    def __init__(self, group, stats, depth, sides):
+        self.rows, self.columns, self.dropped, self.depth = group.rows, group.columns, group.dropped, depth
+        self.totals = [stats.new_zeros(group.rows.numel(), columns.numel()) for _, _, columns in sides]
         self.kept_sums = [torch.zeros_like(columns) for _, _, columns in sides]
 
     def pieces(self, span, workspace):

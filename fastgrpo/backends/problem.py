@@ -24,6 +24,7 @@ class HeadParams:
     scaling: float = 1.0  # of LoRA
     lora_dtype: torch.dtype | None = None  # what LoRA's A and B are cast to; adapters may be wider than the head
     tolerance: float | None = None  # of the certified backward; None: exact
+    row_tolerance: float = 1.0  # of the rows of dW in it; 1: not asked for
     hidden_grad: torch.dtype | None = None  # dtype of dX; None: that of hidden
 
 

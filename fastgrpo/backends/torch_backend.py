@@ -367,6 +367,13 @@ def logits_gradient(problem, z, bias, index, local, stats, grad_logp, grad_entro
     return z if slope is None else z.mul_(slope)
 
 
+def label_positions(columns, targets):
+    """(n,) where in the rising ``columns`` each label stands, or -1."""
+    at = torch.searchsorted(columns, targets)
+    found = columns[at.clamp(max=columns.numel() - 1)] == targets
+    return torch.where(found, at, -1)
+
+
 def counted_rows(targets):
     """(n,) the rows that are not ignored; the host waits for their number."""
     return (targets.reshape(-1) != IGNORE).nonzero().squeeze(1)
