@@ -204,11 +204,11 @@ def backward(problem, stats, certificate, grad_logp, needs):
         dense.add_exact_rows(problem, stats, plan.whole, [grad_logp], out)
         return out
     d_columns = out[1::3]
-    half = replace(problem, params=replace(problem.params, workspace=problem.params.workspace // 2))
+    half = problem.within(problem.params.workspace // 2)
     if any(
         x is not None and x.dtype != stats.dtype for x in d_columns
     ):  # dW needs an fp32 sum of every chunk: all kinds of rows go through the vocabulary together
-        quarter = replace(half, params=replace(half.params, workspace=half.params.workspace // 2))
+        quarter = half.within(half.params.workspace // 2)
         work = LeftOut(
             SparseRows(quarter, stats, plan.groups, grad_logp, out), TailRows(quarter, stats, plan, grad_logp)
         )

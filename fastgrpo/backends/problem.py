@@ -1,7 +1,7 @@
 """What both backends work on, and how they cut it into pieces that fit the workspace."""
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -51,6 +51,15 @@ class HeadProblem:
         from fastgrpo import lora
 
         return None if self.low is None else lora.operands(self)
+
+    def within(self, workspace):
+        """The same problem in another workspace (bytes), LoRA's operands not made again."""
+        from fastgrpo import lora
+
+        other = replace(self, params=replace(self.params, workspace=workspace))
+        if lora.has_native(self.hidden):  # elsewhere nothing reads them
+            other.__dict__["lora_operands"] = self.lora_operands
+        return other
 
     @property
     def sizes(self):
