@@ -443,12 +443,12 @@ class Scratch(TorchDispatchMode):
 
 @pytest.mark.parametrize("workspace_mb", [1, 4])
 def test_the_audit_and_the_tails_stay_within_the_workspace(workspace_mb):
-    p = contextual()
+    p = contextual(960)  # whose hidden is no power of two in size, as buffers are
     leaf = problems.with_grad({k: p[k] for k in ("hidden", "weight")}, ("hidden", "weight"))
     out = linear_logprobs(**leaf, targets=p["targets"], old_logprobs=p["old_logprobs"], workspace_mb=workspace_mb)
     with Scratch(p["hidden"], p["weight"]) as seen:
         out.logprobs.backward(p["upstream"])
-    assert 2**18 < seen.bytes <= workspace_mb * 2**20
+    assert 2**16 < seen.bytes <= workspace_mb * 2**20
     _, want = gradients(p, "torch", "exact")
     assert_rows(leaf["weight"].grad, want["weight"])
 

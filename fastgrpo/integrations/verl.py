@@ -40,6 +40,7 @@ def linear_cross_entropy(
     workspace_mb=128,
     shard_sizes=None,
     reduce_hidden_grad=True,
+    row_tolerance=None,
 ):
     """Log-probs of the labels and entropy of the whole distribution, in nats, as verl's function of this name.
 
@@ -57,7 +58,8 @@ def linear_cross_entropy(
             sample.
         reduction: of the log-probs, not of the entropy: "none", "sum", or "mean" over the positions not ignored.
         process_group: the tensor-parallel group the vocabulary is cut over, or None.
-        bias, softcap, logit_scale, old_logprobs, backend, backward, tolerance, workspace_mb: as in ``linear_logprobs``.
+        bias, softcap, logit_scale, old_logprobs, backend, backward, tolerance, workspace_mb, row_tolerance: as in
+            ``linear_logprobs``.
         shard_sizes: V_r of every rank, in rank order; None: the ranks ask each other.
         reduce_hidden_grad: in a group, whether the gradient of hidden is summed over the ranks. verl leaves it to its
             caller: Megatron's gathering of a sequence-parallel hidden sums it in its own backward, and would sum twice.
@@ -75,7 +77,7 @@ def linear_cross_entropy(
     options = {
         "bias": bias, "temperature": like_labels(temperature, labels), "softcap": softcap, "logit_scale": logit_scale,
         "return_entropy": True, "old_logprobs": old_logprobs, "backend": backend, "backward": backward,
-        "tolerance": tolerance, "workspace_mb": workspace_mb,
+        "tolerance": tolerance, "workspace_mb": workspace_mb, "row_tolerance": row_tolerance,
     }  # fmt: skip
     if process_group is not None:
         check_group(process_group)
