@@ -42,7 +42,7 @@ class Sizes(NamedTuple):
 
 
 REAL = Sizes(8192, 16512, 151936, (896, 1536, 4096), 8192, 5)
-REHEARSAL = Sizes(96, 130, 640, (64,), 64, 1)
+REHEARSAL = Sizes(32, 34, 192, (32,), 64, 1)
 
 
 class Contact:
