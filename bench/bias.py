@@ -273,7 +273,7 @@ def plot(rows, path):
     """Mean and standard error over the seeds, a row of panels a head."""
     rows = [r for r in rows if r["study"] == "training"]
     heads = [h for h in HEADS if any(r["head"] == h for r in rows)]
-    names = {"reward": "reward", "entropy": "entropy, nats", "left_out": "cells left out of the backward"}
+    names = {"reward": "reward", "entropy": "entropy, nats", "left_out": "cells left out"}
     figure = Figure(figsize=(10, 3.1 * len(heads)), layout="constrained")
     axes = figure.subplots(len(heads), len(names), squeeze=False)
     for (head, (name, label)), axis in zip(itertools.product(heads, names.items()), axes.flat):
