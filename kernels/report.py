@@ -26,6 +26,7 @@ GEMMS = ("forward_kernel", "dlogits_kernel", "dhidden_kernel", "dweight_kernel")
 TENSOR_CORE = re.compile(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b|\bv_mfma_")  # in PTX, in AMD's assembly
 N, V, RANK = 4096, 152064, 16
 DEPTHS = (896, 1536, 2048, 3584, 4096, 5120)  # widths of models
+FLOAT16 = ("sm_80", "sm_90")
 OTHER_TRITON = "3.6.0"  # what torch 2.10 and 2.11 ship, beside the environment's own
 
 
@@ -40,19 +41,19 @@ def triton_folder(version):
     return folder
 
 
-def problems(depth):
+def problems(depth, architecture):
     """-> label, HeadProblem on the meta device, needed gradients."""
     import torch
 
     from fastgrpo.backends.problem import HeadParams, HeadProblem
 
-    def make(dtype, full, entropy=False, rows=N, lora=False):
+    def make(dtype, full, entropy=False, lora=False, rows=N, workspace=2**27):
         def empty(*shape, dtype=dtype):
             return torch.empty(shape, dtype=dtype, device="meta")
 
         params = HeadParams(
             temperature=None if full else 0.7, softcap=30.0 if full else None, logit_scale=0.5 if full else 1.0,
-            compute_dtype=dtype, lora_dtype=dtype, entropy=full or entropy, backend="triton", workspace=2**27,
+            compute_dtype=dtype, lora_dtype=dtype, entropy=full or entropy, backend="triton", workspace=workspace,
         )  # fmt: skip
         return HeadProblem(
             empty(1, rows, depth), empty(V, depth), empty(V) if full else None, empty(rows, dtype=torch.int64),
@@ -61,7 +62,8 @@ def problems(depth):
             empty(V, RANK) if full or lora else None,
         )  # fmt: skip
 
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+    half = (torch.float16,) if architecture in FLOAT16 else ()  # elsewhere bfloat16 stands for it
+    for dtype in (torch.bfloat16, *half, torch.float32):
         name = str(dtype).removeprefix("torch.")
         yield f"{name}", make(dtype, full=False), (True, True, False)
         yield f"{name} all options", make(dtype, full=True), (True,) * 5
@@ -69,7 +71,7 @@ def problems(depth):
         if dtype == torch.bfloat16:
             yield f"{name} entropy", make(dtype, full=False, entropy=True), (False, False, False)
             yield f"{name} frozen head", make(dtype, full=False), (True, False, False)
-            yield f"{name} 1M rows", make(dtype, full=False, rows=2**20), (False, True, False)
+            yield f"{name} row chunks", make(dtype, full=False, rows=8 * N, workspace=2**25), (False, True, False)
 
 
 class Recorder:
@@ -109,7 +111,7 @@ def recorded_launches(architecture, depths=DEPTHS):
     from fastgrpo.kernels import support as support_kernels
 
     with recording((forward, backward, objective, support_kernels), architecture) as launches:
-        for label, problem, needs in (p for depth in depths for p in problems(depth)):
+        for label, problem, needs in (p for depth in depths for p in problems(depth, architecture)):
             del launches[:]
             forward.forward(problem)
             forward.partial_forward(problem)
@@ -264,7 +266,8 @@ def main(argv=None):
         return 0
     for version in options.triton:
         triton_folder(version)  # installed before any is run
-    jobs = [(a, v) for v in dict.fromkeys(options.triton) for a in options.architectures]
+    jobs = [(a, v) for v in dict.fromkeys(options.triton) for a in options.architectures
+            if v != OTHER_TRITON or not a.startswith("gfx")]  # fmt: skip
     rows, failures = [], []
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         for (name, version), (found, error) in zip(jobs, pool.map(lambda job: child(*job), jobs)):
