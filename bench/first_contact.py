@@ -288,33 +288,25 @@ class Launch(NamedTuple):
 def launches(contact, depth, hint=True):
     """{kernel: its largest launch} of a forward, a certified forward and an exact backward."""
     from fastgrpo import linear_logprobs
-    from fastgrpo.kernels import backward, forward
+    from fastgrpo.kernels import backward, forward, report
 
     hidden, weight, targets = contact.head(contact.sizes.tokens, depth)
     hidden.requires_grad_()
     weight.requires_grad_()
-    found, undo = {}, []
-    for module in (forward, backward):
-        for name in [n for n in vars(module) if n.endswith("_kernel")]:
-            kernel = getattr(module, name)
-            undo.append((module, name, kernel))
-            setattr(module, name, Recorder(kernel, name.removesuffix("_kernel"), found))
-    try:
+    found = {}
+    with report.replaced((forward, backward), lambda kernel: Recorder(kernel, found)):
         logp = linear_logprobs(hidden, weight, targets, backend="triton", backward="exact").logprobs
         logp.sum().backward()
         old = logp.detach() if hint else None
         linear_logprobs(hidden, weight, targets, old_logprobs=old, backend="triton", backward="certified")
-    finally:
-        for module, name, kernel in undo:
-            setattr(module, name, kernel)
     return found
 
 
 class Recorder:
     """Launches a kernel and keeps how, to do it again: the launch with the largest grid of each kind."""
 
-    def __init__(self, kernel, name, found):
-        self.kernel, self.name, self.found, self.grids = kernel, name, found, {}
+    def __init__(self, kernel, found):
+        self.kernel, self.name, self.found, self.grids = kernel, kernel.fn.__name__.removesuffix("_kernel"), found, {}
 
     def __getitem__(self, grid):
         def launch(**arguments):

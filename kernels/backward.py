@@ -15,7 +15,16 @@ import triton.language as tl
 from fastgrpo.backends.problem import new_gradients, plan_tiles, row_scale
 from fastgrpo.inputs import IGNORE, compact_rows
 from fastgrpo.kernels import tiles
-from fastgrpo.kernels.common import TO_TRITON, Strides, cap, cap_slope, hidden_rows, known_label, raw_logits
+from fastgrpo.kernels.common import (
+    TO_TRITON,
+    Strides,
+    cap,
+    cap_slope,
+    known_label,
+    raw_logits,
+    row_offsets,
+    row_strides,
+)
 from fastgrpo.kernels.forward import has_extras, logit_arguments
 
 
@@ -30,7 +39,9 @@ def gather_kernel(
     first_held,  # the row of rows_ptr that out's first one holds
     D,
     T,
-    strides,  # Strides
+    stride_source_b,
+    stride_source_t,
+    stride_source_d,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -41,8 +52,8 @@ def gather_kernel(
     mask_n = offs_n < tl.minimum(tl.load(count_ptr), last_row)
     mask = mask_n[:, None] & (offs_d < D)[None, :]
     rows = tl.load(rows_ptr + offs_n, mask=mask_n, other=0)
-    pointers = hidden_rows(source_ptr, rows, T, strides)[:, None]
-    x = tl.load(pointers + offs_d[None, :] * tl.cast(strides.hidden_d, tl.int64), mask=mask)
+    pointers = source_ptr + row_offsets(rows, T, stride_source_b, stride_source_t)[:, None]
+    x = tl.load(pointers + offs_d[None, :] * tl.cast(stride_source_d, tl.int64), mask=mask)
     tl.store(out_ptr + (offs_n - first_held).to(tl.int64)[:, None] * D + offs_d[None, :], x, mask=mask)
 
 
@@ -399,12 +410,13 @@ def backward(problem, stats, grad_logp, grad_entropy, needs):
     factors = make_factors(problem, scale, out)
     chunks = Chunks(problem, factors)
     launch = Launcher(problem, stats, grads, *compact_rows(active), scale, chunks)
+    launch.gather_all(0, chunks.n, a_chunk=False)
     in_hand = None
     for first_row, last_row, *columns in chunks:
         rows = first_row, last_row
-        for k in range(len(factors)):
-            launch.gather(k, *rows, fresh=rows != in_hand)
-        in_hand = rows
+        if rows != in_hand:
+            launch.gather_all(*rows, a_chunk=True)
+            in_hand = rows
         launch.dlogits(*rows, *columns)
         for k, factor in enumerate(factors):
             if factor.d_rows is not None:
@@ -430,19 +442,19 @@ class Launcher:
         self.rows, self.count, self.scale, self.chunks = rows, count, scale, chunks
         self.strides, self.logits, self.low_rank = logit_arguments(problem)
         self.compute = TO_TRITON[str(problem.params.compute_dtype)]
-        self.all_gathered = [False] * len(chunks.factors)
 
     def tile(self, kernel):
         return tiles.for_tensor(kernel, self.problem.params.compute_dtype, self.problem.hidden.device)
 
-    def gather(self, k, first_row, last_row, fresh):
-        """Factor k's rows into their buffer: all of them the first time where it holds all, else a fresh chunk's."""
-        out = self.chunks.gathered[k]
-        if out is None or self.all_gathered[k] or not fresh:
-            return
-        if out.shape[0] == self.chunks.n:
-            self.all_gathered[k], first_row, last_row = True, 0, self.chunks.n
-        factor, tile = self.chunks.factors[k], copy_tile(self.chunks.factors[k].depth)
+    def gather_all(self, first_row, last_row, a_chunk):
+        """Some rows of each factor that a GEMM reads rows of, into buffers of a chunk or into those of all rows."""
+        for k in range(len(self.chunks.factors)):
+            if self.chunks.is_read(k) and self.chunks.copies_a_chunk(k) == a_chunk:
+                self.gather(k, first_row, last_row)
+
+    def gather(self, k, first_row, last_row):
+        factor, out = self.chunks.factors[k], self.chunks.gathered[k]
+        tile, (stride_b, stride_t, stride_d) = copy_tile(factor.depth), row_strides(factor.rows)
         gather_kernel[(triton.cdiv(last_row - first_row, tile.rows) * triton.cdiv(factor.depth, tile.cols),)](
             source_ptr=factor.rows,
             rows_ptr=self.rows,
@@ -453,7 +465,9 @@ class Launcher:
             first_held=self.chunks.first_held(first_row, out),
             D=factor.depth,
             T=factor.rows.shape[1],
-            strides=Strides.of(factor.rows, factor.columns),
+            stride_source_b=stride_b,
+            stride_source_t=stride_t,
+            stride_source_d=stride_d,
             BLOCK_N=tile.rows,
             BLOCK_D=tile.cols,
             num_warps=tile.warps,

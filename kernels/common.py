@@ -20,12 +20,10 @@ class Strides(NamedTuple):
     weight_v: int
     weight_d: int
 
-    @classmethod
-    def of(cls, rows, columns):
-        """Of a (B, T, D) and a (V, D) tensor. A single sequence's stride is of no use and would only be one more
-        number to compile for."""
-        batch, *inner = rows.stride()
-        return cls(batch if rows.shape[0] > 1 else 0, *inner, *columns.stride())
+
+def row_strides(x):
+    """Of a (B, T, D) tensor, 0 between sequences where there is one: that number would only be compiled for."""
+    return x.stride(0) if x.shape[0] > 1 else 0, x.stride(1), x.stride(2)
 
 
 class LowRank(NamedTuple):
@@ -46,12 +44,6 @@ class Logits(NamedTuple):
     inv_temperature: float
     softcap: float
     logit_scale: float
-
-
-@triton.jit
-def hidden_rows(hidden_ptr, rows, T, strides):
-    """Pointers to the first value of each row of a (B, T, D) tensor."""
-    return hidden_ptr + row_offsets(rows, T, strides.hidden_b, strides.hidden_t)
 
 
 @triton.jit

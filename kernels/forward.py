@@ -20,10 +20,11 @@ from fastgrpo.kernels.common import (
     LowRank,
     Strides,
     cap,
-    hidden_rows,
     known_label,
     low_values,
     raw_logits,
+    row_offsets,
+    row_strides,
     softplus,
     up_values,
 )  # fmt: skip
@@ -112,7 +113,7 @@ def forward_kernel(
     mask_n = offs_n < count
     rows = tl.load(rows_ptr + offs_n, mask=mask_n, other=0)
     label = known_label(targets_ptr, rows, mask_n, V)
-    h_ptrs = hidden_rows(hidden_ptr, rows, T, strides)
+    h_ptrs = hidden_ptr + row_offsets(rows, T, strides.hidden_b, strides.hidden_t)
     inv_temperature = logits.inv_temperature
     if temperature_ptr is not None:
         inv_temperature = (1.0 / tl.load(temperature_ptr + rows, mask=mask_n, other=1.0))[:, None]
@@ -196,7 +197,7 @@ def combine_kernel(
         return
     mask_n = offs_n < count
     rows = tl.load(rows_ptr + offs_n, mask=mask_n, other=0)
-    label = tl.load(targets_ptr + rows, mask=mask_n, other=0)
+    label = known_label(targets_ptr, rows, mask_n, V)
     step = tl.cast(runs, tl.int64) * N
     peak = tl.full((BLOCK,), FLOOR, tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
@@ -223,7 +224,7 @@ def combine_kernel(
         peak = new_peak
 
     label_z = tl.where(label_z < ABSENT, -float("inf"), label_z)
-    label_z = tl.where((label >= 0) & (label < V), label_z, float("nan"))
+    label_z = tl.where(label >= 0, label_z, float("nan"))
     n = tl.cast(N, tl.int64)
     if merged_ptr is not None:
         out = merged_ptr + rows
@@ -264,7 +265,7 @@ def logit_arguments(problem):
     """The argument tuples every projection kernel takes."""
     params = problem.params
     inverse = 1.0 if params.temperature is None else 1.0 / params.temperature
-    strides = Strides.of(problem.hidden, problem.weight)
+    strides = Strides(*row_strides(problem.hidden), *problem.weight.stride())
     return strides, Logits(inverse, params.softcap, params.logit_scale), low_rank_arguments(problem.lora_operands)
 
 
@@ -282,7 +283,7 @@ def vocabulary_runs(blocks, columns, block_v, device):
     processors = processor_count(device)
     tiles_v = triton.cdiv(columns, block_v)
     wanted, needed = (triton.cdiv(waves * processors, max(blocks, 1)) for waves in (8, 2))
-    runs = max(min(max(min(wanted, 16), needed), tiles_v), 1)
+    runs = min(max(min(wanted, 16), needed), tiles_v)
     return triton.cdiv(tiles_v, triton.cdiv(tiles_v, runs)), triton.cdiv(tiles_v, runs) * block_v
 
 

@@ -41,7 +41,7 @@ def triton_folder(version):
     return folder
 
 
-def problems(depth, architecture):
+def problems(depth, architecture, chunked):
     """-> label, HeadProblem on the meta device, needed gradients."""
     import torch
 
@@ -71,7 +71,8 @@ def problems(depth, architecture):
         if dtype == torch.bfloat16:
             yield f"{name} entropy", make(dtype, full=False, entropy=True), (False, False, False)
             yield f"{name} frozen head", make(dtype, full=False), (True, False, False)
-            yield f"{name} row chunks", make(dtype, full=False, rows=8 * N, workspace=2**25), (False, True, False)
+            if chunked:  # hundreds of launches
+                yield f"{name} row chunks", make(dtype, full=False, rows=8 * N, workspace=2**25), (False, True, False)
 
 
 class Recorder:
@@ -84,21 +85,35 @@ class Recorder:
         return lambda **arguments: self.launches.append((self.kernel, arguments))
 
 
+def kernels_of(modules):
+    """-> [(module, name, kernel)]"""
+    return [(m, name, kernel) for m in modules for name, kernel in vars(m).items() if name.endswith("_kernel")]
+
+
+@contextlib.contextmanager
+def replaced(modules, make):
+    """Inside, ``make(kernel)`` stands in the place of every kernel of the modules."""
+    found = kernels_of(modules)
+    for module, name, kernel in found:
+        setattr(module, name, make(kernel))
+    try:
+        yield
+    finally:
+        for module, name, kernel in found:
+            setattr(module, name, kernel)
+
+
 @contextlib.contextmanager
 def recording(modules, architecture):
     from fastgrpo.kernels import tiles
 
-    launches, undo = [], [(tiles, "for_tensor", tiles.for_tensor)]
+    launches, plain = [], tiles.for_tensor
     tiles.for_tensor = lambda kernel, dtype, device: tiles.lookup(kernel, dtype.itemsize, architecture)
-    for module in modules:
-        for name in [n for n in vars(module) if n.endswith("_kernel")]:
-            undo.append((module, name, getattr(module, name)))
-            setattr(module, name, Recorder(getattr(module, name), launches))
     try:
-        yield launches
+        with replaced(modules, lambda kernel: Recorder(kernel, launches)):
+            yield launches
     finally:
-        for owner, name, value in undo:
-            setattr(owner, name, value)
+        tiles.for_tensor = plain
 
 
 def recorded_launches(architecture, depths=DEPTHS):
@@ -111,7 +126,7 @@ def recorded_launches(architecture, depths=DEPTHS):
     from fastgrpo.kernels import support as support_kernels
 
     with recording((forward, backward, objective, support_kernels), architecture) as launches:
-        for label, problem, needs in (p for depth in depths for p in problems(depth, architecture)):
+        for label, problem, needs in (p for depth in depths for p in problems(depth, architecture, depth == depths[0])):
             del launches[:]
             forward.forward(problem)
             forward.partial_forward(problem)
@@ -221,14 +236,17 @@ def complaints(row):
     return found
 
 
+def environment(version):
+    """Of a process that compiles with this Triton, outside the interpreter."""
+    inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    path = filter(None, (triton_folder(version), inherited.get("PYTHONPATH")))
+    return {**inherited, "PYTHONPATH": os.pathsep.join(map(str, path))}
+
+
 def child(architecture, version):
-    """Compile in a process of its own, outside the interpreter; -> rows, error text or None."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    folder = triton_folder(version)
-    if folder is not None:
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(folder), environment.get("PYTHONPATH"))))
+    """Compile in a process of its own; -> rows, error text or None."""
     command = [sys.executable, "-m", "fastgrpo.kernels.report", "--child", architecture]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(version))
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     error = None if done.returncode == 0 else f"exit status {done.returncode}: {done.stderr.strip()[-2000:]}"
     if any(row["triton"] != version for row in rows):

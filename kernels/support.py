@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from fastgrpo.inputs import IGNORE
-from fastgrpo.kernels.common import TO_TRITON, row_offsets
+from fastgrpo.kernels.common import TO_TRITON, row_offsets, row_strides
 
 ENTRIES, DEPTH, WARPS = 16, 128, 8  # pairs and values a program reads at once
 
@@ -101,6 +101,7 @@ def kept_logits(problem, support):
     compute, lora = problem.params.compute_dtype, problem.params.lora_dtype
     casts = [(compute, compute), (torch.float32, lora)]
     for (rows, columns), (to_rows, to_columns) in zip(problem.factors if entries else (), casts):
+        stride_b, stride_t, stride_d = row_strides(rows)
         kept_logits_kernel[(triton.cdiv(entries, ENTRIES),)](
             rows_ptr=rows,
             columns_ptr=columns,
@@ -111,9 +112,9 @@ def kept_logits(problem, support):
             entries=entries,
             D=columns.shape[1],
             T=rows.shape[1],
-            stride_rows_b=rows.stride(0),
-            stride_rows_t=rows.stride(1),
-            stride_rows_d=rows.stride(2),
+            stride_rows_b=stride_b,
+            stride_rows_t=stride_t,
+            stride_rows_d=stride_d,
             stride_columns_v=columns.stride(0),
             stride_columns_d=columns.stride(1),
             IGNORED=IGNORE,
@@ -139,6 +140,7 @@ def kept_sums(problem, source, coefficients, index, offsets, cast, dtype):
     out = torch.empty(offsets.numel() - 1, depth, dtype=dtype, device=source.device)
     block = block_depth(depth)
     programs = out.shape[0] * triton.cdiv(depth, block)
+    stride_b, stride_t, stride_d = row_strides(source)
     if programs:
         kept_sums_kernel[(programs,)](
             source_ptr=source,
@@ -148,9 +150,9 @@ def kept_sums(problem, source, coefficients, index, offsets, cast, dtype):
             out_ptr=out,
             D=depth,
             T=length,
-            stride_source_b=source.stride(0),
-            stride_source_t=source.stride(1),
-            stride_source_d=source.stride(2),
+            stride_source_b=stride_b,
+            stride_source_t=stride_t,
+            stride_source_d=stride_d,
             CAST=TO_TRITON[str(cast)],
             BLOCK_E=ENTRIES,
             BLOCK_D=block,

@@ -52,6 +52,7 @@ def test_a_child_that_dies_is_a_failure(dry_run, monkeypatch, capsys):
     )
     monkeypatch.setattr(dry_run.subprocess, "run", lambda *a, **k: done)
     monkeypatch.setattr(dry_run, "triton_folder", lambda version: None)
+    monkeypatch.setattr(dry_run.gpu.report, "triton_folder", lambda version: None)
     rows = dry_run.run("3.6.0", "9.0", False, False)
     assert "exit status -6 after 1 cases: abort" in rows[-1]["wrong"][0]
     monkeypatch.setattr(dry_run.gpu, "build", lambda folder: None)

@@ -299,14 +299,14 @@ class TailRows:
         dz = dense.logits_gradient(problem, z, bias, rows, label, self.stats[:, rows], grad)
         self.hide_kept(dz, first, chunk)
         if d_bias is not None:
-            d_bias += self.unscaled(dz.sum(0))
+            d_bias += dense.unscaled(dz.sum(0), self.scale)
         if reader.native:
             dz = dz.to(reader.compute)
         for factor, (d_column, (x, _)) in enumerate(zip(d_columns, reader.gradient_operands(factors, columns))):
             if d_column is not None and self.scale is None:
                 reader.add_mm(d_column, dz.t(), x)
             elif d_column is not None:
-                d_column += reader.unscaled("low", self.unscaled(reader.mm(dz.t(), x, None)), factor)
+                d_column += reader.unscaled("low", dense.unscaled(reader.mm(dz.t(), x, None), self.scale), factor)
 
     def hide_kept(self, dz, first, chunk):
         """0 where the row's group keeps the column: that part is the group's."""
@@ -315,9 +315,6 @@ class TailRows:
             if mine.shape[0]:
                 ends = torch.searchsorted(group.columns, torch.tensor([chunk.start, chunk.stop], device=dz.device))
                 mine.index_fill_(1, group.columns[slice(*ends.tolist())] - chunk.start, 0.0)
-
-    def unscaled(self, x):
-        return x if self.scale is None else x.div_(self.scale)
 
 
 class SparseRows:
@@ -364,7 +361,7 @@ class SparseRows:
         grad = self.grad[rows] if self.scale is None else self.grad[rows] * self.scale
         dz = dense.logits_gradient(problem, z, bias, rows, label, self.stats[:, rows], grad)
         if d_bias is not None:
-            add_rows(d_bias, local, self.unscaled(dz.sum(0)))
+            add_rows(d_bias, local, dense.unscaled(dz.sum(0), self.scale))
         if reader.native:
             dz = dz.to(reader.compute)
         operands = reader.gradient_operands(factors, kept)
@@ -373,11 +370,8 @@ class SparseRows:
             reader.add_mm(total, dz, operands[side][1])
         for side, (d_column, product) in enumerate(zip(d_columns, self.products)):
             if d_column is not None:
-                gradient = self.unscaled(reader.mm(dz.t(), operands[side][0], product[:k]))
+                gradient = dense.unscaled(reader.mm(dz.t(), operands[side][0], product[:k]), self.scale)
                 add_rows(d_column, local, reader.unscaled("low", gradient, side))
-
-    def unscaled(self, x):
-        return x if self.scale is None else x.div_(self.scale)
 
     def left_out_of(self, group):
         """(n,) sum of each row's dlogits over the columns left out."""
@@ -395,7 +389,7 @@ class SparseRows:
                 # Through a softcap, whose slope differs by column, the sum of what was left out is not known.
                 if left_out and self.problem.params.softcap is None:
                     total.addr_(self.left_out_of(group), (all_columns - kept_sum) / left_out)
-                total = self.reader.unscaled("up", self.unscaled(total), side)
+                total = self.reader.unscaled("up", dense.unscaled(total, self.scale), side)
                 d_rows.flatten(0, 1).index_copy_(0, group.rows, total.to(d_rows.dtype))
 
 

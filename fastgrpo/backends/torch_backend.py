@@ -86,8 +86,7 @@ class Reader:
 
     def unscaled(self, side, x, factor):
         """In place: a factor's gradient without the power of two of the operand it was made with. side: "low", "up"."""
-        scale = getattr(self.lora, f"{side}_scale") if factor else None
-        return x if scale is None or x is None else x.div_(scale)
+        return unscaled(x, getattr(self.lora, f"{side}_scale") if factor else None)
 
     def mm(self, a, b, out):  # (n, k), (k, m) -> (n, m) in the accumulator's dtype
         if self.native:
@@ -99,6 +98,11 @@ class Reader:
             total += lora.mm16(a, b)
         else:
             total.addmm_(a, b)
+
+
+def unscaled(x, scale):
+    """x / scale in place, a copy would be as large as the gradient in fp32; either may be None."""
+    return x if x is None or scale is None else x.div_(scale)
 
 
 def transformed(problem, z, bias, inv_temperature, with_slope=False):
@@ -309,8 +313,7 @@ def add_exact_rows(problem, stats, rows, grads, out, extra=None):
                     reader.add_mm(d_column, dz.t(), x)
         if scale is not None:
             for x in (*d_columns, d_bias):
-                if x is not None:
-                    x.div_(scale)  # in place: a copy would be as large as the gradient in fp32
+                unscaled(x, scale)
             d_columns = [reader.unscaled("low", x, k) for k, x in enumerate(d_columns)]
         if extra is not None:
             extra.add(span, d_columns, d_bias)
@@ -319,7 +322,7 @@ def add_exact_rows(problem, stats, rows, grads, out, extra=None):
                 destination[span] = value
     for k, (d_rows, total) in enumerate(zip(d_rows_out, totals)):
         if total is not None and scale is not None:
-            reader.unscaled("up", total.div_(scale), k)
+            reader.unscaled("up", unscaled(total, scale), k)
         if total is None or total.data_ptr() == d_rows.data_ptr():
             continue
         for index, value in zip(rows.split(tile.rows), total.split(tile.rows)):

@@ -60,7 +60,7 @@ def child(capability, everything):
 
 def run(version, capability, everything, verbose):
     """-> rows of the child process for one Triton and one capability; a crash is a row too."""
-    environment = gpu.environment(FOLDER, triton_folder(version), capability)
+    environment = gpu.environment(FOLDER, version, capability)
     command = [sys.executable, str(Path(__file__).parent), "--child", capability]
     command += ["--everything"] if everything else []
     done = subprocess.run(command, env=environment, capture_output=True, text=True)

@@ -9,20 +9,22 @@ from pathlib import Path
 
 import torch
 
+from fastgrpo.kernels import report
+
 HERE = Path(__file__).parent
 # shared memory a block and processors, of A100, RTX 3090, RTX 4090, H200, RTX 5090
 DEVICES = {"8.0": (166912, 108), "8.6": (101376, 82), "8.9": (101376, 128), "9.0": (232448, 132), "12.0": (101376, 170)}
 
 
-def environment(folder, triton_folder, capability):
+def environment(folder, version, capability):
     """What a process must be started with to find the libcuda built in ``folder`` and the Triton asked for."""
     shared, processors = DEVICES[capability]
-    inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    inherited = report.environment(version)
     return {
         **inherited,
         "LD_LIBRARY_PATH": os.pathsep.join(filter(None, (str(folder), inherited.get("LD_LIBRARY_PATH")))),
         "TRITON_LIBCUDA_PATH": str(folder),
-        "PYTHONPATH": os.pathsep.join(filter(None, (triton_folder and str(triton_folder), str(HERE.parents[1])))),
+        "PYTHONPATH": os.pathsep.join(filter(None, (inherited["PYTHONPATH"], str(HERE.parents[1])))),
         "DRY_RUN_SHARED": str(shared),
         "DRY_RUN_PROCESSORS": str(processors),
         "OMP_NUM_THREADS": "1",
@@ -66,7 +68,7 @@ class Gpu:
         for name in ("launches", "bad_launches"):
             getattr(self.library, f"dry_run_{name}").restype = ctypes.c_long
         modules = (forward, backward, objective, support)
-        self.kernels = {name: kernel for m in modules for name, kernel in vars(m).items() if name.endswith("_kernel")}
+        self.kernels = {name: kernel for _, name, kernel in report.kernels_of(modules)}
         self.patch(f"sm_{major}{minor}", DEVICES[capability][1])
 
     def patch(self, architecture, processors):
