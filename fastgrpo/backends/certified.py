@@ -251,14 +251,15 @@ def make_plan(problem, stats, certificate, grad_logp, needs):
     order, grad = certificate.order, grad_logp[certificate.order]
     active = (grad != 0) & (problem.targets[order] != IGNORE)
     sparse = within_tolerance(problem, stats[3, order], grad, certificate.dropped, active)
-    plan = planning.plan_groups(certificate, active, sparse)
     head_needs = any(needs[1::3]) or needs[2]
+    overhead = planning.overhead_rows(order.device, head_needs)
+    plan = planning.plan_groups(certificate, active, sparse, overhead)
     if not plan.groups or not head_needs or problem.params.row_tolerance >= 1:
         return plan
     tail = row_audit.RowAudit(problem, stats, plan, grad_logp, needs).tail(problem.params.row_tolerance)
     vocab, gemms = problem.weight.shape[0], 2 + any(needs[0::3])
     plan = plan.with_tails(tail, vocab, gemms)
-    cost = plan.cells(vocab, gemms, planning.overhead_rows(order.device))
+    cost = plan.cells(vocab, gemms, overhead)
     everything = planning.exact(certificate, active)
     return plan if cost <= planning.WORTHWHILE * everything.cells(vocab, gemms) else everything
 

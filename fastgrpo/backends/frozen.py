@@ -15,6 +15,7 @@ from fastgrpo.backends import plan as planning
 from fastgrpo.backends.problem import new_gradients
 from fastgrpo.inputs import IGNORE, accumulator_dtype
 
+ONE_SPAN = 96  # what adding a few entries alone costs whatever their number, in entries
 SHARE = 0.7  # of the error budget that the forward spends, before it knows the rows' gradients
 
 
@@ -130,7 +131,7 @@ class FrozenFold(certified.Fold):
     def __init__(self, problem, label, hint, sums):
         super().__init__(problem, label, hint)
         self.sums, self.vocab = sums, problem.weight.shape[0]
-        self.overhead = planning.overhead_rows(label.device)
+        self.overhead = planning.overhead_rows(label.device, trained=False)
 
     def rescale(self, first, decay):
         self.sums.rescale(first, decay)
@@ -169,7 +170,8 @@ class FrozenFold(certified.Fold):
         """[(first block, last block, whether the flagged entries alone are added)], the cheapest."""
         counts = planning.level_counts(kept, chunk=kept.shape[1])
         rows = [certified.BLOCK] * len(kept)
-        return planning.best_partition(rows, [x.tolist() for x in counts], self.overhead, kept.shape[1])[0]
+        sizes = [(x + ONE_SPAN).tolist() for x in counts]
+        return planning.best_partition(rows, sizes, self.overhead, kept.shape[1])[0]
 
     @staticmethod
     def cut_out(z, kept):
