@@ -20,12 +20,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 
 from bench import measure, profiles
 from bench.__main__ import RESULTS
 from fastgrpo import GRPOLossConfig, group_advantages, grpo_loss, linear_logprobs
-from fastgrpo.backends import certified
+from fastgrpo.backends import certified, frozen
 from fastgrpo.inputs import IGNORE
 
 
@@ -92,23 +93,27 @@ class Policy(torch.nn.Module):
         self.embedding = torch.nn.Parameter(torch.randn(vocabulary, width, generator=g) / 2)
         self.head = torch.nn.Parameter(torch.randn(vocabulary, width, generator=g) / width**0.5)
         self.lora_a = torch.nn.Parameter(torch.randn(8, width, generator=g) / width**0.5)
-        self.lora_b = torch.nn.Parameter(torch.zeros(vocabulary, 8))
+        self.lora_b = torch.nn.Parameter(torch.zeros(width, 8))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             self.rnn = torch.nn.GRU(width, width, batch_first=True)
 
     def states(self, prompt, answer):
         """(B, T), (B, T) -> (B, T, D), the states that predict the answer."""
-        previous = torch.nn.functional.pad(self.embedding[answer[:, :-1]], (0, 0, 1, 0))
-        return 4 * self.rnn(self.embedding[prompt] + previous)[0]
+        previous = F.pad(F.embedding(answer[:, :-1], self.embedding), (0, 0, 1, 0))
+        return self.adapted(self.rnn(F.embedding(prompt, self.embedding) + previous)[0])
+
+    def adapted(self, out):
+        """The last layer below the head, with LoRA: 4 (1 + 2 B A) out."""
+        return 4 * (out + 2 * out @ self.lora_a.T @ self.lora_b.T)
 
     @torch.no_grad()
     def sample(self, prompt, temperature, generator):
         """-> answers (B, T) and their log-probs (B, T)."""
-        head, state, previous, answer, logp = self.head + 2 * self.lora_b @ self.lora_a, None, 0.0, [], []
+        state, previous, answer, logp = None, 0.0, [], []
         for t in range(prompt.shape[1]):
             out, state = self.rnn((self.embedding[prompt[:, t]] + previous)[:, None], state)
-            logprobs = (4 / temperature * out[:, 0] @ head.T).log_softmax(1)
+            logprobs = (self.adapted(out[:, 0]) @ self.head.T / temperature).log_softmax(1)
             answer.append(torch.multinomial(logprobs.exp(), 1, generator=generator))
             logp.append(logprobs.gather(1, answer[-1]))
             previous = self.embedding[answer[-1][:, 0]]
@@ -133,6 +138,7 @@ class Task:
     steps: int = 40
     learning_rate: float = 1e-4
     temperature: float = 0.7
+    free: int = 2  # kinds of ten whose answer is free
 
     def partners(self):
         """(tokens,) ids that prompts hold, and the right answers to them; (64,) the free answers."""
@@ -142,7 +148,7 @@ class Task:
 
     def score(self, kind, answer, right):
         """(B,) share of the answers that are right, of those that can be wrong."""
-        decisive = kind % 10 < 8
+        decisive = kind % 10 < 10 - self.free
         return ((answer == right[kind]) & decisive).float().sum(1) / decisive.sum(1).clamp(min=1)
 
     def corpus(self, count, g):
@@ -154,7 +160,7 @@ class Task:
         answer = torch.where((kind % 10 >= 6) & (u < 0.45), neighbour, right[kind])
         anything = torch.randint(self.vocabulary, kind.shape, generator=g)
         worded = torch.where(u < 0.98, free[(64 * (u / 0.98).square()).long().clamp(max=63)], anything)
-        return ids[kind], torch.where(kind % 10 >= 8, worded, answer)
+        return ids[kind], torch.where(kind % 10 >= 10 - self.free, worded, answer)
 
     def warmed_up(self):
         policy, g = Policy(self.vocabulary), torch.Generator().manual_seed(1)
@@ -172,25 +178,24 @@ class Task:
         return policy
 
     def train(self, policy, seed, head, **how):
-        """-> reward, entropy and share of cells left out, a list each. head: "trained" or "lora" (frozen, adapted)."""
+        """-> reward, entropy, share of cells left out, a list each. head: "trained" or "lora" (frozen, LoRA below)."""
         policy, g, (ids, right, _) = copy.deepcopy(policy), torch.Generator().manual_seed(seed), self.partners()
-        own = [policy.head] if head == "trained" else [policy.lora_a, policy.lora_b]
-        for parameter in (policy.embedding, policy.head, policy.lora_a, policy.lora_b):
-            parameter.requires_grad_(any(parameter is x for x in own))
-        optimizer = torch.optim.AdamW([*own, *policy.rnn.parameters()], lr=self.learning_rate)
+        trained = [policy.head, *policy.rnn.parameters()] if head == "trained" else [policy.lora_a, policy.lora_b]
+        for parameter in policy.parameters():
+            parameter.requires_grad_(any(parameter is x for x in trained))
+        optimizer = torch.optim.AdamW(trained, lr=self.learning_rate)
         rewards, entropies, left_out = [], [], []
         for _ in range(self.steps):
             kind = torch.randint(self.tokens, (self.groups, self.length), generator=g)
             kind = kind.repeat_interleave(self.group_size, 0)
             answer, old = policy.sample(ids[kind], self.temperature, g)
             reward = self.score(kind, answer, right)
-            lora = None if head == "trained" else (policy.lora_a, policy.lora_b, 2.0)
-            result = grpo_loss(
-                policy.states(ids[kind], answer), policy.head, answer, group_advantages(reward, self.group_size),
-                GRPOLossConfig(temperature=self.temperature), old_logprobs=old, lora=lora, **how,
-            )  # fmt: skip
             optimizer.zero_grad()
             with visits() as seen:
+                result = grpo_loss(
+                    policy.states(ids[kind], answer), policy.head, answer, group_advantages(reward, self.group_size),
+                    GRPOLossConfig(temperature=self.temperature), old_logprobs=old, **how,
+                )  # fmt: skip
                 result.loss.backward()
             optimizer.step()
             rewards.append(float(reward.mean()))
@@ -201,11 +206,11 @@ class Task:
 
 @contextlib.contextmanager
 def visits():
-    """Counts the cells of the certified backwards inside: an object whose ``left_out`` is their share not visited."""
-    seen, plain = types.SimpleNamespace(left_out=0.0), certified.make_plan
+    """Counts the cells whose gradient is made inside: an object whose ``left_out`` is the share of the others."""
+    seen, plan_of, sum_of = types.SimpleNamespace(left_out=0.0, summed=0.0), certified.make_plan, frozen.Sums.add
 
-    def counted(problem, stats, certificate, grad_logp, needs):
-        plan = plain(problem, stats, certificate, grad_logp, needs)
+    def planned(problem, stats, certificate, grad_logp, needs):
+        plan = plan_of(problem, stats, certificate, grad_logp, needs)
         rows = int(((grad_logp != 0) & (problem.targets != IGNORE)).sum())
         vocab, visited = problem.weight.shape[0], plan.whole.numel() * problem.weight.shape[0]
         for group in plan.groups:
@@ -214,11 +219,16 @@ def visits():
         seen.left_out = 1 - visited / (rows * vocab) if rows else 0.0
         return plan
 
-    certified.make_plan = counted
+    def summed(self, first, weights, columns):
+        seen.summed += self.here(first, len(weights)) * weights.shape[1]
+        seen.left_out = 1 - seen.summed / (len(self.rows) * len(self.problem.weight)) if len(self.rows) else 0.0
+        sum_of(self, first, weights, columns)
+
+    certified.make_plan, frozen.Sums.add = planned, summed
     try:
         yield seen
     finally:
-        certified.make_plan = plain
+        certified.make_plan, frozen.Sums.add = plan_of, sum_of
 
 
 ARMS = {
