@@ -6,7 +6,7 @@ import time
 import torch
 
 from bench import entries, measure
-from fastgrpo.backends import certified, torch_backend
+from fastgrpo.backends import certified, dense
 
 
 class Stages:
@@ -27,7 +27,7 @@ class Stages:
 
     @contextlib.contextmanager
     def active(self, phase):
-        reader, fold = torch_backend.Reader, certified.Fold
+        reader, fold = dense.Reader, certified.Fold
 
         def product(_, a, b, out):
             return f"{phase}: " + ("dW" if not a.is_contiguous() else "logits GEMM")
@@ -38,7 +38,7 @@ class Stages:
         targets = [
             (reader, "mm", product), (reader, "add_mm", added), (fold, "tile", f"{phase}: exp, sums, flags"),
             (torch, "index_select", f"{phase}: gather columns"), (reader, "hidden", f"{phase}: gather rows"),
-            (torch_backend, "logits_gradient", f"{phase}: dlogits"), (certified, "make_plan", f"{phase}: plan, audit"),
+            (dense, "logits_gradient", f"{phase}: dlogits"), (certified, "make_plan", f"{phase}: plan, audit"),
             (certified, "label_logits", f"{phase}: label logits"),
         ]  # fmt: skip
         saved = [(owner, name, getattr(owner, name)) for owner, name, _ in targets]

@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 
 from fastgrpo import inputs
-from fastgrpo.backends import torch_backend
-from fastgrpo.backends.problem import HeadProblem, column_sum, take_rows
+from fastgrpo.backends import dense
+from fastgrpo.backends.problem import HeadProblem, column_sum
 from fastgrpo.head import HeadOptions
 
 NAMES = ("log_sum_sq_probs", "mean_logits", "is_top1")
@@ -106,7 +106,7 @@ def mean_logits(problem):
     dtype = inputs.accumulator_dtype(problem.hidden)
     column = column_sum(problem.weight, dtype) / problem.weight.shape[0]
     rows = torch.arange(problem.targets.numel(), device=column.device).split(4096)
-    mean = torch.cat([take_rows(problem.hidden, part).to(dtype) @ column for part in rows])
+    mean = torch.cat([inputs.take_rows(problem.hidden, part).to(dtype) @ column for part in rows])
     mean = mean if problem.bias is None else mean + problem.bias.mean(dtype=dtype)
     return mean * (problem.params.logit_scale / problem.params.temperature)
 
@@ -125,9 +125,9 @@ def scan(problem, rows, with_squares, with_mean):
         (n,) each: the first column of the largest logit (-1 where a logit is NaN), log sum p^2 and the sum of the
         logits (0 where not asked for).
     """
-    reader = torch_backend.Reader(problem)
+    reader = dense.Reader(problem)
     n, vocab = rows.numel(), problem.sizes[1]
-    tile = torch_backend.tiling(problem, n, buffers=1)
+    tile = dense.tiling(problem, n, buffers=1)
     buffer = torch.zeros(min(tile.rows, n), min(tile.cols, vocab), dtype=reader.accumulate, device=rows.device)
     peak = buffer.new_full((n,), -torch.inf)
     first, sums = torch.zeros_like(rows), buffer.new_zeros(3, n)  # sum of exp, of exp^2, of logits
@@ -137,7 +137,7 @@ def scan(problem, rows, with_squares, with_mean):
         for r in range(0, n, tile.rows):
             index, part = rows[r : r + tile.rows], slice(r, r + tile.rows)
             z = reader.raw_logits(reader.rows(index), columns, buffer[: index.numel(), : columns[0].shape[0]])
-            z, _ = torch_backend.transformed(problem, z, bias, torch_backend.row_inverse_temperature(problem, index))
+            z, _ = dense.transformed(problem, z, bias, dense.row_inverse_temperature(problem, index))
             if with_mean:
                 sums[2, part] += z.sum(1)
             fold(z, v, peak[part], first[part], sums[:2, part] if with_squares else None)

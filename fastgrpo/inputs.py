@@ -269,3 +269,11 @@ def check_some_items(num_items, mask):
             "num_items must be > 0 where tokens count (it is their number on all ranks), got 0 with "
             f"{int((mask != 0).sum())} of them here"
         )
+
+
+def take_rows(x, index):
+    """(B, T, D) of any strides, (n,) -> (n, D): rows of the flattened tensor, which is never copied whole."""
+    batch, length, depth = x.shape
+    if batch <= 1 or length == 0 or x.stride(0) == length * x.stride(1):
+        return x.view(batch * length, depth).index_select(0, index)
+    return x[index // length, index % length]

@@ -6,11 +6,10 @@ from typing import NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
-from fastgrpo import backends, inputs
+from fastgrpo import backends, inputs, strategies
 from fastgrpo import lora as low_rank
-from fastgrpo import support as kept
-from fastgrpo.backends import certified, frozen
-from fastgrpo.backends.problem import HeadProblem
+from fastgrpo import support as sampling_support
+from fastgrpo.backends.problem import Gradients, HeadProblem, RowStats
 from fastgrpo.config import settings_go_in_config
 from fastgrpo.head import HeadOptions, compute_dtype
 
@@ -24,61 +23,37 @@ class LogProbs(NamedTuple):
 
 class LinearLogProbs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, lora_a, lora_b, targets, temperature, hint, moving, support, params):
+    def forward(ctx, hidden, weight, bias, lora_a, lora_b, targets, temperature, params, strategy, given):
         ctx.set_materialize_grads(False)
+        ctx.params, ctx.strategy, low = params, strategy, None
         backend = backends.load(params.backend)
-        ctx.params, ctx.block, ctx.supported, certificate = params, None, support is not None, ()
         with torch.autocast(hidden.device.type, enabled=False):
-            low = None
             if lora_a is not None:
                 low = low_rank.project(hidden, lora_a, params, backend.counted_rows(targets))
             problem = HeadProblem(hidden, weight, bias, targets, temperature, params, low, lora_b)
-            if support is not None:
-                stats, *certificate = kept.forward(problem, support, backend)
-                certificate += support
-            elif params.frozen:
-                stats, certificate = backend.frozen_forward(problem, hint, moving)
-            elif params.tolerance is None:
-                stats = backend.forward(problem)
-            else:
-                stats, certificate = backend.certified_forward(problem, hint)
-                ctx.block, certificate = certificate.block, certificate.tensors
-        ctx.save_for_backward(lora_a, stats, hidden, weight, bias, targets, temperature, low, lora_b, *certificate)
-        return stats[0].clone(), stats[4].clone() if params.entropy else None
+            stats, kept = strategy.forward(problem, backend, given)
+        ctx.save_for_backward(lora_a, stats, hidden, weight, bias, targets, temperature, low, lora_b, *kept)
+        rows = RowStats(*stats)
+        return rows.logp.clone(), rows.entropy.clone() if params.entropy else None
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_logp, grad_entropy):
-        lora_a, stats, hidden, weight, bias, targets, temperature, low, lora_b, *certificate = ctx.saved_tensors
-        params, (*needs, needs_a, needs_b) = ctx.params, ctx.needs_input_grad[:5]
         if grad_logp is None and grad_entropy is None:
-            return (None,) * 11
-        backend = backends.load(params.backend)
-        if low is not None:
-            needs += [needs[0] or needs_a, needs_b]
-        grad_logp = torch.zeros_like(stats[0]) if grad_logp is None else grad_logp
+            return (None,) * 10
+        lora_a, stats, hidden, weight, bias, targets, temperature, low, lora_b, *kept = ctx.saved_tensors
+        *needs, needs_a, needs_b = ctx.needs_input_grad[:5]
+        needs = Gradients(*needs, low=low is not None and (needs[0] or needs_a), up=needs_b)
+        backend = backends.load(ctx.params.backend)
+        grad_logp = torch.zeros_like(RowStats(*stats).logp) if grad_logp is None else grad_logp
         with torch.autocast(stats.device.type, enabled=False):
-            problem = HeadProblem(hidden, weight, bias, targets, temperature, params, low, lora_b)
-            if ctx.supported:
-                raw, *support = certificate
-                support = kept.Support(*support)
-                grads = kept.backward(problem, support, backend, stats, raw, grad_logp, grad_entropy, needs)
-            elif grad_entropy is not None:  # neither certificate nor slopes speak of the entropy
-                grads = backend.backward(problem, stats, grad_logp, grad_entropy, needs)
-            elif params.frozen:
-                grads = frozen.backward(problem, stats, frozen.Slopes(*certificate), grad_logp, needs)
-            elif ctx.block is not None:
-                certificate = certified.Certificate(*certificate, ctx.block)
-                grads = certified.backward(problem, stats, certificate, grad_logp, needs)
-            else:
-                grads = backend.backward(problem, stats, grad_logp, None, needs)
-            d_a = d_b = None
-            if low is not None:
-                *grads, d_low, d_b = grads
-                if d_low is not None:
-                    counted = backend.counted_rows(targets)
-                    d_a = low_rank.gradients(hidden, lora_a, params, d_low, grads[0], needs_a, counted)
-        return *grads, d_a, d_b, None, None, None, None, None, None
+            problem = HeadProblem(hidden, weight, bias, targets, temperature, ctx.params, low, lora_b)
+            grads = ctx.strategy.backward(problem, backend, stats, kept, grad_logp, grad_entropy, needs)
+            d_a = None
+            if grads.low is not None:
+                counted = backend.counted_rows(targets)
+                d_a = low_rank.gradients(hidden, lora_a, ctx.params, grads.low, grads.hidden, needs_a, counted)
+        return grads.hidden, grads.weight, grads.bias, d_a, grads.up, *[None] * 5
 
 
 @settings_go_in_config
@@ -173,19 +148,20 @@ def head_logprobs(hidden, weight, targets, options):
     bias, support = options.bias, options.support
     if support is not None:
         options = replace(options, backward="exact")
-        support = kept.checked(support, targets, weight.shape[0])
+        support = sampling_support.checked(support, targets, weight.shape[0])
     lora = low_rank.checked(options.lora, hidden, weight)
-    adapted = lora.A is not None
+    head = weight, bias, lora.A, lora.B
     params = options.params(
         hidden,
         weight,
-        (hidden, weight, bias, lora.A, lora.B),
+        (hidden, *head),
         scaling=lora.scaling,
-        lora_dtype=compute_dtype(hidden, weight, lora.A, lora.B) if adapted else None,
+        lora_dtype=None if lora.A is None else compute_dtype(hidden, weight, lora.A, lora.B),
     )
     entropy_grad = options.return_entropy if options.entropy_grad is None else options.entropy_grad
-    if not entropy_grad and support is None and not adapted and frozen.applies(hidden, weight, bias, params):
-        params = replace(params, frozen=True)
+    strategy = strategies.choose(hidden, head, params, support is not None, entropy_grad)
+    hint = None if params.tolerance is None else options.flat_hint(hidden)
+    moving = None if options.moving is None else options.moving.reshape(-1)
     logprobs, entropy = LinearLogProbs.apply(
         hidden if hidden.ndim == 3 else hidden[None],
         weight,
@@ -194,9 +170,8 @@ def head_logprobs(hidden, weight, targets, options):
         lora.B,
         targets.reshape(-1).contiguous(),
         options.flat_temperature(hidden, targets),
-        None if params.tolerance is None else options.flat_hint(hidden),
-        None if options.moving is None else options.moving.reshape(-1),
-        support,
         params,
+        strategy,
+        strategies.Given(hint, moving, support),
     )
     return LogProbs(logprobs.view(targets.shape), None if entropy is None else entropy.view(targets.shape))

@@ -10,7 +10,6 @@ from typing import NamedTuple
 import torch
 
 from fastgrpo import inputs
-from fastgrpo.backends.problem import take_rows
 
 PARTS = 3  # 16-bit tensors whose sum holds the 24 bits of an fp32 one
 EXPONENTS = (-40.0, 40.0)  # of the powers of two that bring a tensor to the middle of fp16's range
@@ -70,7 +69,7 @@ def project(hidden, a, params, rows=None):
             return x.to(params.compute_dtype).to(accumulate) @ wide
 
     for index in chunks(hidden, rows, params.workspace):
-        low.flatten(0, 1).index_copy_(0, index, product(take_rows(hidden, index)) * params.scaling)
+        low.flatten(0, 1).index_copy_(0, index, product(inputs.take_rows(hidden, index)) * params.scaling)
     return low
 
 
@@ -84,7 +83,7 @@ def gradients(hidden, a, params, d_low, d_hidden, needs_a, rows=None):
         if d_hidden is not None:
             d_hidden.flatten(0, 1).index_add_(0, index, (part @ wide).to(d_hidden.dtype))
         if needs_a:  # a row without a gradient may hold anything, NaN included
-            x = take_rows(hidden, index).to(params.compute_dtype).to(accumulate)
+            x = inputs.take_rows(hidden, index).to(params.compute_dtype).to(accumulate)
             d_a.addmm_(part.t(), x.masked_fill_((part == 0).all(1, keepdim=True), 0.0))
     return None if d_a is None else d_a.to(a.dtype)
 

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 
 from fastgrpo import inputs
-from fastgrpo.backends import torch_backend as dense
-from fastgrpo.backends.problem import FLOOR, NOTHING
+from fastgrpo.backends import dense
+from fastgrpo.backends.problem import FLOOR, NOTHING, Gradients
 
 
 class Support(NamedTuple):
@@ -98,7 +98,7 @@ def tile(problem, support):
 
 
 def backward(problem, support, backend, stats, raw, grad_logp, grad_entropy, needs):
-    """Gradients as :func:`fastgrpo.backends.torch_backend.backward`'s."""
+    """Gradients as :func:`fastgrpo.backends.dense.backward`'s."""
     rows, by_id, vocab = support.rows, support.by_id, problem.weight.shape[0]
     grads = [grad_logp] if grad_entropy is None else [grad_logp, grad_entropy]
     active = (problem.targets != inputs.IGNORE) & torch.stack([g != 0 for g in grads]).any(0)
@@ -108,14 +108,14 @@ def backward(problem, support, backend, stats, raw, grad_logp, grad_entropy, nee
     )[:, 0]
     dz = torch.where(active[rows], dz, 0.0)  # exactly 0: such an entry is not read at all
     columns = torch.searchsorted(support.ids[by_id], torch.arange(vocab + 1, device=rows.device))
-    out = [None] * len(needs)
+    of_rows, of_head, d_bias = [None, None], [None, None], None
     casts = (problem.params.compute_dtype,) * 2, (dz.dtype, problem.params.lora_dtype)
     for k, ((x, w), (cast_x, cast_w)) in enumerate(zip(problem.factors, casts)):
-        if needs[3 * k]:
+        if needs.of_rows[k]:
             d_x = backend.kept_sums(problem, w[None], dz, support.ids, support.offsets, cast_w, x.dtype)
-            out[3 * k] = d_x.view(x.shape)
-        if needs[3 * k + 1]:
-            out[3 * k + 1] = backend.kept_sums(problem, x, dz[by_id], rows[by_id], columns, cast_x, w.dtype)
-    if needs[2]:
-        out[2] = sums(support._replace(offsets=columns), dz[by_id]).to(problem.bias.dtype)
-    return out
+            of_rows[k] = d_x.view(x.shape)
+        if needs.of_head[k]:
+            of_head[k] = backend.kept_sums(problem, x, dz[by_id], rows[by_id], columns, cast_x, w.dtype)
+    if needs.bias:
+        d_bias = sums(support._replace(offsets=columns), dz[by_id]).to(problem.bias.dtype)
+    return Gradients(of_rows[0], of_head[0], d_bias, of_rows[1], of_head[1])

@@ -11,10 +11,10 @@ import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
-from fastgrpo import backends, inputs
+from fastgrpo import backends, inputs, strategies
 from fastgrpo.backends import certified
-from fastgrpo.backends.problem import HeadProblem
-from fastgrpo.backends.torch_backend import combine
+from fastgrpo.backends.dense import combine
+from fastgrpo.backends.problem import Gradients, HeadProblem, RowStats
 from fastgrpo.config import settings_go_in_config
 from fastgrpo.head import HeadOptions
 from fastgrpo.inputs import IGNORE
@@ -36,16 +36,17 @@ class VocabParallelLogProbs(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, columns, known, temperature, hint, params, share):
         ctx.set_materialize_grads(False)
         problem = HeadProblem(hidden, weight, bias, columns, temperature, params)
-        ctx.params, ctx.share, ctx.block, certificate = params, share, None, ()
+        ctx.params, ctx.share, certificate = params, share, ()
         with torch.autocast(hidden.device.type, enabled=False):
             if params.tolerance is None:
                 partials = backends.load(params.backend).partial_forward(problem)
                 stats = combined(merge(partials, columns, share.group), columns, known)
             else:
                 stats, certificate = certified_forward(problem, known, hint, share.group)
-                ctx.block, certificate = certificate.block, certificate.tensors
+                certificate = certificate.tensors
         ctx.save_for_backward(hidden, weight, bias, columns, temperature, stats, *certificate)
-        return stats[0].clone(), stats[4].clone() if params.entropy else None
+        rows = RowStats(*stats)
+        return rows.logp.clone(), rows.entropy.clone() if params.entropy else None
 
     @staticmethod
     @once_differentiable
@@ -53,20 +54,18 @@ class VocabParallelLogProbs(torch.autograd.Function):
         *tensors, stats = ctx.saved_tensors[:6]
         if grad_logp is None and grad_entropy is None:
             return (None,) * 9
-        grad_logp = torch.zeros_like(stats[0]) if grad_logp is None else grad_logp
-        needs = ctx.needs_input_grad[:3]
+        grad_logp = torch.zeros_like(RowStats(*stats).logp) if grad_logp is None else grad_logp
+        needs = Gradients(*ctx.needs_input_grad[:3])
         with torch.autocast(stats.device.type, enabled=False):
             problem = HeadProblem(*tensors, ctx.params)
-            if ctx.block is not None and grad_entropy is None:
-                certificate = certified.Certificate(*ctx.saved_tensors[6:], ctx.block)
-                grads = certified.backward(problem, stats, certificate, grad_logp, needs)
-            else:
-                grads = backends.load(ctx.params.backend).backward(problem, stats, grad_logp, grad_entropy, needs)
-        d_hidden, d_weight, d_bias = grads
+            strategy = strategies.Exact if ctx.params.tolerance is None else strategies.Certified
+            backend, certificate = backends.load(ctx.params.backend), ctx.saved_tensors[6:]
+            grads = strategy.backward(problem, backend, stats, certificate, grad_logp, grad_entropy, needs)
+        d_hidden = grads.hidden
         if d_hidden is not None and ctx.share.reduce_hidden_grad:
             dist.all_reduce(d_hidden, group=ctx.share.group)
             d_hidden = d_hidden.to(problem.hidden.dtype)
-        return d_hidden, d_weight, d_bias, None, None, None, None, None, None
+        return d_hidden, grads.weight, grads.bias, None, None, None, None, None, None
 
 
 def merge(partials, columns, group):
@@ -107,7 +106,9 @@ def certified_forward(problem, known, hint, group):
     stats = combined(merged, columns, known)
     rows = certificate.order
     share = certificate.dropped * torch.exp(partials[0, rows] - merged[0, rows]) / merged[1, rows]
-    dropped = certified.distrust(share * stats[3, rows], stats[0, rows], None if hint is None else hint[rows])
+    known_rows = RowStats(*stats[:, rows])
+    dropped = share * known_rows.other_mass
+    dropped = certified.distrust(dropped, known_rows.logp, None if hint is None else hint[rows])
     certificate = replace(certificate, dropped=dropped)
     if backend.GUESSES_PEAKS:
         repair(problem, known, stats, certificate, certified.untrusted(merged[1]) & (columns != IGNORE), group)

@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import profiles
 from fastgrpo import linear_logprobs
-from fastgrpo.backends import certified, row_audit, torch_backend
+from fastgrpo.backends import certified, dense, row_audit
 from fastgrpo.backends import plan as planning
 
 import problems
@@ -142,13 +142,13 @@ def test_peaked_logits_skip_most_cells(monkeypatch):
     """What makes it fast: the cells that are recomputed, against all of them."""
     p = profiles.problem(2048, 8192, 64)
     cells = []
-    plain = torch_backend.logits_gradient
+    plain = dense.logits_gradient
 
     def counted(problem, z, *rest):
         cells.append(z.numel())
         return plain(problem, z, *rest)
 
-    monkeypatch.setattr(torch_backend, "logits_gradient", counted)
+    monkeypatch.setattr(dense, "logits_gradient", counted)
     gradients(p, "torch", "certified", tolerance=0.006, row_tolerance=1)
     assert sum(cells) < 0.25 * 2048 * 8192
     cells.clear()

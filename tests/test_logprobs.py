@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from fastgrpo import linear_logprobs, reference
+from fastgrpo.backends.dense import combine, softplus
 from fastgrpo.backends.problem import FLOOR
-from fastgrpo.backends.torch_backend import combine, softplus
 
 import problems
 from watchers import Largest

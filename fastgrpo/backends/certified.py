@@ -12,10 +12,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from fastgrpo.backends import dense, row_audit
 from fastgrpo.backends import plan as planning
-from fastgrpo.backends import row_audit
-from fastgrpo.backends import torch_backend as dense
-from fastgrpo.backends.problem import FLOOR, column_sum, new_gradients
+from fastgrpo.backends.problem import FLOOR, RowStats, column_sum, new_gradients
 from fastgrpo.inputs import IGNORE, accumulator_dtype
 
 BLOCK = 128  # rows that share their flags
@@ -41,7 +40,7 @@ def cutoff(tolerance):
 
 
 def forward(problem, hint=None):
-    """Statistics as :func:`fastgrpo.backends.torch_backend.forward`, and the certificate.
+    """Statistics as :func:`fastgrpo.backends.dense.forward`, and the certificate.
 
     Args:
         hint: (N,) log-probs <= 0 close to the current ones, or None. It orders the rows and places the cutoff; values
@@ -153,7 +152,8 @@ class Fold:
 
     def certificate(self, stats):
         """(n,) probability that each row leaves out; inf where that is not to be trusted. stats: (5, n)"""
-        return distrust(self.dropped / self.total * stats[3], stats[0], self.hint)
+        rows = RowStats(*stats)
+        return distrust(self.dropped / self.total * rows.other_mass, rows.logp, self.hint)
 
     def raise_shift(self, z, part, first):
         """Without a hint the running log-sum-exp serves: raise the shift to it, rescale the sums."""
@@ -217,7 +217,7 @@ def repair(problem, stats, rows, dropped, total):
 
 
 def backward(problem, stats, certificate, grad_logp, needs):
-    """Gradients as :func:`fastgrpo.backends.torch_backend.backward`'s; the columns kept differ per row."""
+    """Gradients as :func:`fastgrpo.backends.dense.backward`'s; the columns kept differ per row."""
     out = new_gradients(problem, needs)
     if not any(needs):
         return out
@@ -225,7 +225,7 @@ def backward(problem, stats, certificate, grad_logp, needs):
     if not plan.groups:
         dense.add_exact_rows(problem, stats, plan.whole, [grad_logp], out)
         return out
-    d_columns = out[1::3]
+    d_columns = out.of_head
     half = problem.within(problem.params.workspace // 2)
     if any(
         x is not None and x.dtype != stats.dtype for x in d_columns
@@ -238,7 +238,7 @@ def backward(problem, stats, certificate, grad_logp, needs):
     else:
         dense.add_exact_rows(problem, stats, plan.whole, [grad_logp], out)
         work = LeftOut(SparseRows(half, stats, plan.groups, grad_logp, out), TailRows(half, stats, plan, grad_logp))
-        work.add(slice(0, problem.weight.shape[0]), d_columns, out[2])
+        work.add(slice(0, problem.weight.shape[0]), d_columns, out.bias)
     work.finish()
     return out
 
@@ -250,14 +250,14 @@ def make_plan(problem, stats, certificate, grad_logp, needs):
     """
     order, grad = certificate.order, grad_logp[certificate.order]
     active = (grad != 0) & (problem.targets[order] != IGNORE)
-    sparse = within_tolerance(problem, stats[3, order], grad, certificate.dropped, active)
-    head_needs = any(needs[1::3]) or needs[2]
+    sparse = within_tolerance(problem, RowStats(*stats).other_mass[order], grad, certificate.dropped, active)
+    head_needs = any(needs.of_head) or bool(needs.bias)
     overhead = planning.overhead_rows(order.device, head_needs)
     plan = planning.plan_groups(certificate, active, sparse, overhead)
     if not plan.groups or not head_needs or problem.params.row_tolerance >= 1:
         return plan
     tail = row_audit.RowAudit(problem, stats, plan, grad_logp, needs).tail(problem.params.row_tolerance)
-    vocab, gemms = problem.weight.shape[0], 2 + any(needs[0::3])
+    vocab, gemms = problem.weight.shape[0], 2 + any(needs.of_rows)
     plan = plan.with_tails(tail, vocab, gemms)
     cost = plan.cells(vocab, gemms, overhead)
     everything = planning.exact(certificate, active)
@@ -356,7 +356,7 @@ class SparseRows:
         heads, ranks = self.reader.heads, [columns.shape[1] for _, columns in problem.factors]
         # of each factor whose rows have a gradient: the gradient, and the sum of all its columns
         self.sides = [
-            (k, d_rows, stats.new_zeros(ranks[k])) for k, d_rows in enumerate(out[0::3]) if d_rows is not None
+            (k, d_rows, stats.new_zeros(ranks[k])) for k, d_rows in enumerate(out.of_rows) if d_rows is not None
         ]
         depth = sum(head.shape[1] for head in heads)
         self.groups = [GroupSums(group, stats, depth, self.sides) for group in groups]
@@ -368,7 +368,7 @@ class SparseRows:
         self.kept = [torch.empty(columns, head.shape[1], dtype=head.dtype, device=stats.device) for head in heads]
         self.logits = stats.new_empty(0 if self.reader.native else cells)
         self.products = [stats.new_empty(0 if self.reader.native or d is None else columns, rank)
-                         for d, rank in zip(out[1::3], ranks)]  # fmt: skip
+                         for d, rank in zip(out.of_head, ranks)]  # fmt: skip
 
     def add(self, span, d_columns, d_bias):
         """d_columns: of each factor (C, D), rows ``span`` of its gradient, d_bias (C,): added to, or None."""

@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import torch
 
-from fastgrpo.backends import certified, torch_backend
+from fastgrpo.backends import certified, dense
 from fastgrpo.backends import plan as planning
-from fastgrpo.backends.problem import new_gradients
+from fastgrpo.backends.problem import RowStats, new_gradients
 from fastgrpo.inputs import IGNORE, accumulator_dtype
 
 ONE_SPAN = 96  # what adding a few entries alone costs whatever their number, in entries
@@ -27,21 +27,22 @@ class Slopes(NamedTuple):
     dropped: torch.Tensor | None  # (n,) probability that a row's value leaves out; None: nothing
 
 
-def applies(hidden, weight, bias, params):
-    """Whether hidden alone wants a gradient and the backend makes it in the forward."""
-    others = [x for x in (weight, bias) if x is not None]
-    alone = torch.is_grad_enabled() and hidden.requires_grad and not any(x.requires_grad for x in others)
+def applies(hidden, head, params):
+    """Whether hidden alone wants a gradient and the backend makes it in the forward. head: (weight, bias, A, B)."""
+    weight, bias, lora_a, _ = head
+    trained = any(x is not None and x.requires_grad for x in (weight, bias))
+    alone = torch.is_grad_enabled() and hidden.requires_grad and not trained and lora_a is None
     return alone and params.backend == "torch"
 
 
 def forward(problem, hint=None, moving=None):
-    """-> statistics as :func:`fastgrpo.backends.torch_backend.forward`'s, :class:`Slopes`.
+    """-> statistics as :func:`fastgrpo.backends.dense.forward`'s, :class:`Slopes`.
 
     Args:
         hint: (N,) as :func:`fastgrpo.backends.certified.forward`'s. moving: (N,) bool, rows whose log-prob may have a
             gradient; None: all. A row that is not and has one all the same costs more time, nothing else.
     """
-    leaves_out = problem.params.tolerance is not None and not torch_backend.Reader(problem).native
+    leaves_out = problem.params.tolerance is not None and not dense.Reader(problem).native
     rows = certified.sorted_rows(problem, hint if leaves_out else None)
     count = rows.numel()
     if moving is not None:
@@ -53,16 +54,16 @@ def forward(problem, hint=None, moving=None):
 
 
 def exact_forward(problem, rows, sums, stats, hint):
-    running, label = torch_backend.new_running(problem, rows)
+    running, label = dense.new_running(problem, rows)
     buffers = 2 + sums.capped
-    for z, slope, index, r, v, columns in torch_backend.logit_tiles(problem, rows, buffers, with_slope=sums.capped):
+    for z, slope, index, r, v, columns in dense.logit_tiles(problem, rows, buffers, with_slope=sums.capped):
         part = slice(r, r + index.numel())
         local = problem.targets[index] - v
-        z, decay = torch_backend.fold_tile(z, local, running[:, part], label[part], problem.params.entropy)
+        z, decay = dense.fold_tile(z, local, running[:, part], label[part], problem.params.entropy)
         sums.rescale(r, decay)
         sums.add(r, z if slope is None else z.mul_(slope), columns[0])
         z = slope = None  # the last tile goes before the next one comes
-    stats[:, rows] = torch_backend.combine(running, label)
+    stats[:, rows] = dense.combine(running, label)
     sums.finish(running[1], stats)
 
 
@@ -71,7 +72,7 @@ def certified_forward(problem, rows, sums, stats, hint):
     label, hint = certified.label_logits(problem, rows), None if hint is None else hint[rows]
     fold = FrozenFold(problem, label, hint, sums)
     certified.fold_tiles(problem, rows, fold, buffers=2 + sums.capped)
-    stats[:, rows] = torch_backend.combine((fold.shift, fold.total, fold.spread), label)
+    stats[:, rows] = dense.combine((fold.shift, fold.total, fold.spread), label)
     dropped = fold.certificate(stats[:, rows])
     sums.finish(fold.total, stats)
     certified.repair(problem, stats, rows, dropped, fold.total)
@@ -82,7 +83,7 @@ class Sums:
     """Of each row the sum of vocabulary entries' rows of W times shifted exponentials; then d logp / d hidden."""
 
     def __init__(self, problem, rows):
-        self.problem, self.rows, self.reader = problem, rows, torch_backend.Reader(problem)
+        self.problem, self.rows, self.reader = problem, rows, dense.Reader(problem)
         self.capped = problem.params.softcap is not None
         self.values = torch.zeros(
             rows.numel(), problem.weight.shape[1], dtype=self.reader.accumulate, device=rows.device
@@ -109,15 +110,15 @@ class Sums:
 
     def finish(self, total, stats):
         """total: (n,) the sum of all of a row's exponentials; stats: (5, N)."""
-        problem, other_mass = self.problem, stats[3, self.rows]
-        inverse = torch_backend.row_inverse_temperature(problem, self.rows)
+        problem, other_mass = self.problem, RowStats(*stats).other_mass[self.rows]
+        inverse = dense.row_inverse_temperature(problem, self.rows)
         inverse = inverse[:, 0] if isinstance(inverse, torch.Tensor) else 1.0 if inverse is None else inverse
         factor = other_mass * inverse * problem.params.logit_scale
         at_label = factor * certified.label_terms(problem, self.rows)[1] if self.capped else factor
         at_others = torch.where(other_mass > 0, factor / total[: len(self.rows)], factor)  # V = 1: there are none
         targets = problem.targets[self.rows]
         ids = torch.where((targets >= 0) & (targets < problem.weight.shape[0]), targets, 0)
-        at_once = torch_backend.entries_at_once(problem)
+        at_once = dense.entries_at_once(problem)
         for part in (slice(i, i + at_once) for i in range(0, len(ids), at_once)):
             values = self.values[part]
             label = self.reader.cast(problem.weight[ids[part]]).to(values.dtype).mul_(at_label[part, None])
@@ -219,19 +220,21 @@ def merged(spans):
 
 
 def backward(problem, stats, slopes, grad_logp, needs):
-    """[dX, ...] as :func:`fastgrpo.backends.torch_backend.backward`'s."""
+    """Gradients as :func:`fastgrpo.backends.dense.backward`'s."""
     out = new_gradients(problem, needs)
-    d_hidden, grad = out[0].flatten(0, 1), grad_logp[slopes.rows]
+    d_hidden, grad = out.hidden.flatten(0, 1), grad_logp[slopes.rows]
     scaled = grad != 0
     if slopes.dropped is not None:
-        scaled = certified.within_tolerance(problem, stats[3, slopes.rows], grad, slopes.dropped, scaled)
+        scaled = certified.within_tolerance(
+            problem, RowStats(*stats).other_mass[slopes.rows], grad, slopes.dropped, scaled
+        )
     whole = (grad_logp != 0) & (problem.targets != IGNORE)
     whole[slopes.rows] &= ~scaled
     factor = torch.where(scaled, grad, 0.0)[:, None]
     parts = (slopes.rows, slopes.values, factor, scaled)
-    for index, values, g, used in zip(*(x.split(torch_backend.entries_at_once(problem)) for x in parts)):
+    for index, values, g, used in zip(*(x.split(dense.entries_at_once(problem)) for x in parts)):
         d_hidden.index_copy_(0, index, torch.where(used[:, None], values * g, 0.0).to(d_hidden.dtype))
     whole = whole.nonzero().squeeze(1)
     if whole.numel():
-        torch_backend.add_exact_rows(problem, stats, whole, [grad_logp], out)
+        dense.add_exact_rows(problem, stats, whole, [grad_logp], out)
     return out

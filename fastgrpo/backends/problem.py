@@ -2,12 +2,45 @@
 
 import functools
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
+
+from fastgrpo import lora
 
 FLOOR = -1e29  # below every real logit; finite, so that an empty sum of exp(z - FLOOR) meets no inf - inf
 NOTHING = -1e30  # a column that must not count: exp(NOTHING - FLOOR) is 0, and so is 0 * NOTHING
 ABSENT = -1e20  # a logit below it stands for -inf
+
+
+class RowStats(NamedTuple):
+    """What the forward knows of each row: ``RowStats(*stats)`` names the rows of the (5, N) tensor that it makes."""
+
+    logp: torch.Tensor
+    peak: torch.Tensor  # one of the logits, the largest or near it
+    offset: torch.Tensor  # log-sum-exp minus that peak: apart, so that logits of any size keep their accuracy
+    other_mass: torch.Tensor  # 1 - p of the label
+    entropy: torch.Tensor
+
+
+class Gradients(NamedTuple):
+    """Of each tensor of a problem its gradient or None; or whether it is needed."""
+
+    hidden: object
+    weight: object
+    bias: object = None
+    low: object = None
+    up: object = None
+
+    @property
+    def of_rows(self):
+        """Of the factors' rows: hidden and, with LoRA, low."""
+        return self.hidden, self.low
+
+    @property
+    def of_head(self):
+        """Of the factors' columns: weight and, with LoRA, up."""
+        return self.weight, self.up
 
 
 @dataclass(frozen=True)
@@ -26,7 +59,6 @@ class HeadParams:
     tolerance: float | None = None  # of the certified backward; None: exact
     row_tolerance: float = 1.0  # of the rows of dW in it; 1: not asked for
     hidden_grad: torch.dtype | None = None  # dtype of dX; None: that of hidden
-    frozen: bool = False  # hidden alone has a gradient, which the forward makes
 
 
 @dataclass(frozen=True)
@@ -49,14 +81,10 @@ class HeadProblem:
     @functools.cached_property
     def lora_operands(self):
         """:class:`fastgrpo.lora.Operands`, made once, or None."""
-        from fastgrpo import lora
-
         return None if self.low is None else lora.operands(self)
 
     def within(self, workspace):
         """The same problem in another workspace (bytes), LoRA's operands not made again."""
-        from fastgrpo import lora
-
         other = replace(self, params=replace(self.params, workspace=workspace))
         if lora.has_native(self.hidden):  # elsewhere nothing reads them
             other.__dict__["lora_operands"] = self.lora_operands
@@ -68,9 +96,8 @@ class HeadProblem:
         return self.targets.numel(), *self.weight.shape
 
     def new_stats(self, dtype):
-        """(5, N), 0 at ignored rows: log-prob, a peak of the logits, log-sum-exp minus that peak (apart, so that
-        logits of any size keep their accuracy), 1 - p of the label, entropy."""
-        return torch.zeros(5, self.targets.numel(), dtype=dtype, device=self.hidden.device)
+        """(5, N) of :class:`RowStats`, 0 at ignored rows."""
+        return torch.zeros(len(RowStats._fields), self.targets.numel(), dtype=dtype, device=self.hidden.device)
 
     def new_partials(self, dtype):
         """(4, N): peak, sum of exp(z - peak) and of exp(z - peak) * (peak - z) over the columns that are not the label
@@ -82,23 +109,14 @@ class HeadProblem:
 
 
 def new_gradients(problem, needs):
-    """[dX, dW, db, dlow, dup]: zeros, but dW and dup, of which a backward writes every row.
-
-    The last two are there with LoRA: ``out[0::3]`` are the factors' rows, ``out[1::3]`` their columns.
-    """
+    """:class:`Gradients`: zeros, but dW and dup, of which a backward writes every row. needs: the same, of bools."""
     makers = (torch.zeros_like, torch.empty_like, torch.zeros_like, torch.zeros_like, torch.empty_like)
     tensors = (problem.hidden, problem.weight, problem.bias, problem.low, problem.up)
     dtypes = (problem.params.hidden_grad, None, None, None, None)
-    return [make(x, dtype=dtype, memory_format=torch.contiguous_format) if need else None
-            for make, x, dtype, need in zip(makers, tensors, dtypes, needs)]  # fmt: skip
-
-
-def take_rows(x, index):
-    """(B, T, D) of any strides, (n,) -> (n, D): rows of the flattened tensor, which is never copied whole."""
-    batch, length, depth = x.shape
-    if batch <= 1 or length == 0 or x.stride(0) == length * x.stride(1):
-        return x.view(batch * length, depth).index_select(0, index)
-    return x[index // length, index % length]
+    options = {"memory_format": torch.contiguous_format}
+    return Gradients(
+        *(make(x, dtype=d, **options) if need else None for make, x, d, need in zip(makers, tensors, dtypes, needs))
+    )
 
 
 def column_sum(x, dtype):

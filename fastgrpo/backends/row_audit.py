@@ -10,7 +10,7 @@ import itertools
 
 import torch
 
-from fastgrpo.backends import torch_backend as dense
+from fastgrpo.backends import dense
 
 WITHIN = ((1.0, 0.95), (0.2, 0.5))  # (part of the row tolerance, share of the rows of dW that stay within it)
 COLUMNS_PER_AUDITED, AUDITED = 64, (256, 1024)  # one column in so many is audited; at least and at most
@@ -69,8 +69,8 @@ class RowAudit:
         self.rows = torch.cat([g.rows for g in plan.groups])
         sizes = torch.tensor([g.rows.numel() for g in plan.groups], device=self.rows.device)
         self.group = torch.arange(len(plan.groups), device=self.rows.device).repeat_interleave(sizes)
-        self.factors = [k for k, need in enumerate(needs[1::3]) if need]  # those whose columns have a gradient
-        self.with_bias = bool(needs[2])
+        self.factors = [k for k, need in enumerate(needs.of_head) if need]  # those whose columns have a gradient
+        self.with_bias = bool(needs.bias)
 
     def tail(self, tolerance):
         """(n,) bool: of the groups' rows, those that dW needs whole for the row tolerance."""
