@@ -7,6 +7,7 @@ import importlib.metadata
 import inspect
 import re
 import sys
+import warnings
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -176,7 +177,8 @@ class FusedLinearGRPOLoss(torch.nn.Module):
             _input: the states that predict ``selected_token_ids``.
             lin_weight, bias: the LM head; with ``grad_in_forward`` it need not be whole any more in the backward.
             attention_mask: 0/1, completion mask times tool mask; None: all ids but -100. Elsewhere anything may stand.
-            ref_per_token_logps: of the reference; else ``ref_input``, ``ref_weight`` and ``ref_bias`` give them.
+            ref_per_token_logps: of the reference; else ``ref_input``, ``ref_weight`` and ``ref_bias`` give them. Both:
+                these are used, with a warning, as in Liger.
             old_per_token_logps: of the policy that sampled; None: the current ones, detached (ratio 1).
             vllm_is_ratio: correction of the train/inference mismatch.
             num_items_in_batch: counted tokens of all ranks and accumulation steps, dapo's, cispo's and vespo's
@@ -192,6 +194,10 @@ class FusedLinearGRPOLoss(torch.nn.Module):
         config = self.config
         with renamed(NAMES):
             counted = check_ids(selected_token_ids, attention_mask)
+        if self.use_ref_model and ref_per_token_logps is not None and ref_input is not None:
+            # begins as Liger's, so that a filter of that one holds here too
+            text = "Both ref_per_token_logps and ref_input are provided: the KL is against ref_per_token_logps"
+            warnings.warn(text, stacklevel=1)
         reference = None
         if config.beta > 0 and self.has_reference(ref_per_token_logps, ref_input, ref_weight):
             reference = ref_per_token_logps

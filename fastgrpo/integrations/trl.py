@@ -16,7 +16,7 @@ from fastgrpo import inputs
 from fastgrpo.checks import need
 from fastgrpo.diagnostics import NAMES, token_diagnostics
 from fastgrpo.inputs import IGNORE
-from fastgrpo.integrations.transformers import fuse_lm_head
+from fastgrpo.integrations.transformers import check_fused, fuse_lm_head
 from fastgrpo.logprobs import LogProbs, linear_logprobs
 
 trl = need("trl", "trl")
@@ -213,6 +213,7 @@ class Scorer:
     """What TRL's pass calls in place of the model: the keywords and fields of its fused head, through ours."""
 
     def __init__(self, model, near_logps, **options):
+        check_fused(model)
         self.model, self.near_logps, self.options, self.rows = model, near_logps, options, 0  # near_logps: (B, K), None
 
     def __call__(self, *, labels, fused_lm_head, **model_inputs):  # labels: (b, S), the next b rows of the batch

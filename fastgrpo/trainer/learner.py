@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from fastgrpo import grpo_loss, linear_logprobs
 from fastgrpo.inputs import IGNORE
+from fastgrpo.integrations.transformers import check_fused
 from fastgrpo.weights import Totals, share_of_batch
 
 AUTO_BUDGET = 8192  # tokens of a micro-batch that "auto" starts from
@@ -126,6 +127,7 @@ class Learner:
         self.options = {"backend": backend, "backward": backward}
         self.ddp = isinstance(model, DistributedDataParallel)
         self.inner = model.module if self.ddp else model  # passes through it wait for no other rank
+        check_fused(self.inner)
 
     def plan(self, episodes):
         """Micro-batches, as many on every rank (at least one): the missing ones hold a token that does not count."""
@@ -166,6 +168,7 @@ class Learner:
     def score(self, episodes, model=None, entropy=False):
         """Log-probs (or entropies) of every answer's tokens, without a gradient: a list of (length,) CPU tensors."""
         model = self.inner if model is None else model
+        check_fused(model)
         temperature, backend = self.config.temperature, self.options["backend"]
 
         def work(plan):
