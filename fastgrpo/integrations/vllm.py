@@ -9,9 +9,12 @@ from typing import Literal
 from unittest.mock import patch
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import extract_model_from_parallel, gather_object
 
 from fastgrpo.checks import Checked, installed, need
 from fastgrpo.integrations.transformers import causal_lm
+from fastgrpo.trainer.completions import completion, end_tokens
 
 MISMATCH_MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
 
@@ -64,8 +67,6 @@ class VLLMOptions(Checked):
 def named_weights(model):
     """(name, tensor) of each weight of the bare model, one at a time: shards gathered (every rank must iterate), 4-bit
     weights dequantised, LoRA's update added to a copy: the model itself is never merged, so it cannot drift."""
-    from accelerate.utils import extract_model_from_parallel
-
     model = extract_model_from_parallel(model)
     modules, is_peft = dict(model.named_modules()), hasattr(model, "peft_config")
     for name, tensor in model.named_parameters():
@@ -108,9 +109,6 @@ class VLLMSampler:
         self.config, self.tokenizer, self.engine = config, tokenizer, None
 
     def start(self, model):
-        from accelerate import Accelerator
-        from accelerate.utils import extract_model_from_parallel
-
         model, trl = extract_model_from_parallel(model), need("trl.generation.vllm_generation", "vllm")
         check_ends(model)
         engine = type("Engine", (trl.VLLMGeneration,), {"_iter_named_params": lambda self: named_weights(self.model)})
@@ -127,10 +125,6 @@ class VLLMSampler:
 
     def generate(self, model, prompts, sampling, greedy=False):
         """-> for each prompt (a list of ids) its ``sampling.num_generations`` completions; ``greedy``: one."""
-        from accelerate.utils import gather_object
-
-        from fastgrpo.trainer.generate import completion, end_tokens
-
         if self.engine is None:
             self.sync(model)
         n, ends = 1 if greedy else sampling.num_generations, end_tokens(model, self.tokenizer)

@@ -11,6 +11,7 @@ from transformers import GenerationConfig, LogitsProcessor, RepetitionPenaltyLog
 from fastgrpo.checks import Checked, Count, CountOr0, Fraction, Positive, Share
 from fastgrpo.integrations.transformers import causal_lm
 from fastgrpo.integrations.vllm import VLLMSampler
+from fastgrpo.trainer.completions import completion, end_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,15 +25,6 @@ class Sampling(Checked):
     top_k: CountOr0 = 0
     min_p: Fraction | None = None
     repetition_penalty: Positive = 1.0
-
-
-@dataclass
-class Completion:
-    """One answer."""
-
-    ids: list[int]  # up to and with the end token
-    logprobs: list[float]  # nats: the sampler's own at ``temperature``, over the whole vocabulary
-    finished: bool  # by an end token, not by length
 
 
 class Recorder(LogitsProcessor):
@@ -73,18 +65,6 @@ def generating(model):
         for module, mode in modes:
             module.training = mode
         bare.generation_config = defaults
-
-
-def end_tokens(model, tokenizer):
-    """Every id that ends an answer: the generation config's (one or a list) and the tokenizer's."""
-    ids = extract_model_from_parallel(model).generation_config.eos_token_id
-    return sorted({*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id} - {None})
-
-
-def completion(ids, logprobs, ends):
-    """An answer cut behind its first end token."""
-    stop = next((i + 1 for i, token in enumerate(ids) if token in ends), None)
-    return Completion(ids[:stop], logprobs[:stop], stop is not None)
 
 
 class TransformersSampler:
