@@ -1,10 +1,24 @@
 """The thin trainer: ``GRPOTrainer(model, reward_funcs, train_dataset, config).train()``; needs fastgrpo[train]."""
 
 import importlib
+import logging
+from contextlib import contextmanager
 
 from fastgrpo.checks import need
 
 HOMES = {"GRPOConfig": "config", "GRPOTrainer": "loop"}
+
+
+@contextmanager
+def quiet_bitsandbytes():
+    """Inside, bitsandbytes may be imported (PEFT does) without its warning of kernels that this CPU does without."""
+    logger = logging.getLogger("bitsandbytes")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def __getattr__(name):
@@ -12,7 +26,8 @@ def __getattr__(name):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     for package in ("yaml", "accelerate", "matplotlib", "rich"):
         need(package)
-    return getattr(importlib.import_module(f"fastgrpo.trainer.{HOMES[name]}"), name)
+    with quiet_bitsandbytes():
+        return getattr(importlib.import_module(f"fastgrpo.trainer.{HOMES[name]}"), name)
 
 
 __all__ = ["GRPOConfig", "GRPOTrainer"]
