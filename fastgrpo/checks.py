@@ -28,7 +28,7 @@ class UserError(ValueError):
 
 
 class Checked:
-    """Base of frozen dataclasses: names are checked, every field against its annotation, then the ``combinations``."""
+    """Base of frozen dataclasses: names are checked, every field against its annotation, then their combinations."""
 
     also = ()  # names that may be meant besides the fields'
     advice = types.MappingProxyType({})  # {a name, or "name=value", from elsewhere: what to say instead}
@@ -47,13 +47,10 @@ class Checked:
         for name, hint in annotations(type(self)).items():
             value = getattr(self, name)
             check_field(name, value, hint, self.advice.get(f"{name}={value}", ""))
-        for holds, message in self.combinations():
-            if not holds:
-                raise ValueError(message)
+        self.check_combinations()
 
-    def combinations(self):
-        """(holds, what is wrong otherwise) of settings that depend on each other or on this machine."""
-        return ()
+    def check_combinations(self):
+        """Raises ValueError where settings that depend on each other, or on this machine, do not go together."""
 
 
 @functools.cache
@@ -98,9 +95,13 @@ def expected(value, hint):
     return {bool: "True or False", types.NoneType: "None"}.get(hint, hint.__name__)
 
 
-def installed(wanted, package, install):
-    """A row of ``combinations``: the package is there if it is wanted."""
-    return not wanted or find_spec(package) is not None, f"this config needs {package}: pip install {install}"
+def require(condition, message):
+    if not condition:
+        raise ValueError(message)
+
+
+def require_installed(package, install):
+    require(find_spec(package) is not None, f"this config needs {package}: pip install {install}")
 
 
 def need(package, extra="train"):

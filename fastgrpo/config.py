@@ -7,7 +7,7 @@ import types
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from fastgrpo.checks import Above1, Below1, Checked, Finite, Fraction, From1, NonNegative, Positive
+from fastgrpo.checks import Above1, Below1, Checked, Finite, Fraction, From1, NonNegative, Positive, require
 from fastgrpo.inputs import kind
 from fastgrpo.objective import HyperParameters
 
@@ -16,7 +16,6 @@ LOSS_TYPES = (*CLIPPED, "cispo", "sapo", "vespo")
 IMPORTANCE_SAMPLING_LEVELS = ("token", "sequence", "sequence_token")
 KL_ESTIMATORS = ("k1", "k2", "k3")
 DIVERGENCE_MASKS = ("tv", "kl")
-
 
 ELSEWHERE = {  # names of other libraries, and what is meant
     "kl_coef": "say beta",
@@ -96,19 +95,24 @@ class GRPOLossConfig(Checked):
     divergence_ratio_cap: Positive = 20.0
     log_entropy: bool = True
 
-    def combinations(self):
-        yield from super().combinations()
+    def check_combinations(self):
+        super().check_combinations()
         loss, mask, length = self.loss_type, self.divergence_mask, self.max_completion_length
         for name in ("delta", "dual_clip"):
             value = getattr(self, name)
-            yield value is None or self.surrogate == "clip", (
+            require(
+                value is None or self.surrogate == "clip",
                 f"{name} bounds the clipped surrogate's ratio and means nothing with loss_type={loss!r}, "
-                f"divergence_mask={mask!r}: expected None, got {value}"
-            )  # fmt: skip
-        yield mask is None or loss not in ("sapo", "vespo"), (
-            f"divergence_mask replaces a ratio clip, which loss_type={loss!r} has not: expected None, got {mask!r}"
-        )  # fmt: skip
-        yield length is None or length == int(length), f"max_completion_length must be a whole number, got {length}"
+                f"divergence_mask={mask!r}: expected None, got {value}",
+            )
+        require(
+            mask is None or loss not in ("sapo", "vespo"),
+            f"divergence_mask replaces a ratio clip, which loss_type={loss!r} has not: expected None, got {mask!r}",
+        )
+        require(
+            length is None or length == int(length),
+            f"max_completion_length must be a whole number, got {length}",
+        )
 
     @property
     def surrogate(self):

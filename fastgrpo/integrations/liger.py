@@ -15,11 +15,11 @@ from itertools import zip_longest
 
 import torch
 import torch.distributed as dist
-from torch.autograd.function import once_differentiable
 
 from fastgrpo import inputs
 from fastgrpo.checks import Below1, Count, Finite, NonNegative, Positive, check_field, need
 from fastgrpo.config import CLIPPED, GRPOLossConfig
+from fastgrpo.integrations.known_gradients import call, with_gradients
 from fastgrpo.logprobs import linear_logprobs
 from fastgrpo.lora import unpacked
 from fastgrpo.loss import GRPOLoss, grpo_loss
@@ -27,16 +27,32 @@ from fastgrpo.weights import GLOBALLY_NORMALISED
 
 LIGER_NAME, TESTED = "LigerFusedLinearGRPOLoss", "0.8.5"
 SHARED = (
-    "loss_type", "beta", "epsilon_high", "delta", "importance_sampling_level", "use_bias_correction_kl", "temperature",
-    "max_completion_length", "sapo_temperature_pos", "sapo_temperature_neg", "vespo_k_pos", "vespo_lambda_pos",
-    "vespo_k_neg", "vespo_lambda_neg",
-)  # fmt: skip
+    "loss_type",
+    "beta",
+    "epsilon_high",
+    "delta",
+    "importance_sampling_level",
+    "use_bias_correction_kl",
+    "temperature",
+    "max_completion_length",
+    "sapo_temperature_pos",
+    "sapo_temperature_neg",
+    "vespo_k_pos",
+    "vespo_lambda_pos",
+    "vespo_k_neg",
+    "vespo_lambda_neg",
+)
 NAMES = {  # ours, as messages have them: Liger's
-    "hidden": "_input", "weight": "lin_weight", "targets": "selected_token_ids", "mask": "attention_mask",
-    "old_logprobs": "old_per_token_logps", "ref_logprobs": "ref_per_token_logps",
-    "sampling_logprobs": "sampling_per_token_logps", "importance_weights": "vllm_is_ratio",
+    "hidden": "_input",
+    "weight": "lin_weight",
+    "targets": "selected_token_ids",
+    "mask": "attention_mask",
+    "old_logprobs": "old_per_token_logps",
+    "ref_logprobs": "ref_per_token_logps",
+    "sampling_logprobs": "sampling_per_token_logps",
+    "importance_weights": "vllm_is_ratio",
     "num_items": "num_items_in_batch",
-}  # fmt: skip
+}
 REFERENCE_NAMES = {**NAMES, "hidden": "ref_input", "weight": "ref_weight", "bias": "ref_bias"}
 
 
@@ -207,13 +223,25 @@ class FusedLinearGRPOLoss(torch.nn.Module):
         a, b, scaling = unpacked(lora)
         with renamed(NAMES):
             loss = partial(
-                loss_of_head, scaling=scaling, support=support, targets=selected_token_ids, advantages=advantages,
+                loss_of_head,
+                scaling=scaling,
+                support=support,
+                targets=selected_token_ids,
+                advantages=advantages,
                 config=config if reference is not None else replace(config, beta=0.0),
-                mask=attention_mask, cu_seqlens=cu_seqlens, old_logprobs=old_per_token_logps, ref_logprobs=reference,
-                sampling_logprobs=sampling_per_token_logps, importance_weights=vllm_is_ratio,
-                num_items=normaliser(config, counted, num_items_in_batch), entropy_threshold=entropy_threshold,
-                backward=self.backward, tolerance=self.tolerance, return_logprobs=config.log_entropy, **self.head,
-            )  # fmt: skip
+                mask=attention_mask,
+                cu_seqlens=cu_seqlens,
+                old_logprobs=old_per_token_logps,
+                ref_logprobs=reference,
+                sampling_logprobs=sampling_per_token_logps,
+                importance_weights=vllm_is_ratio,
+                num_items=normaliser(config, counted, num_items_in_batch),
+                entropy_threshold=entropy_threshold,
+                backward=self.backward,
+                tolerance=self.tolerance,
+                return_logprobs=config.log_entropy,
+                **self.head,
+            )
             result = (with_gradients if self.grad_in_forward else call)(loss, _input, lin_weight, bias, a, b)
         self.last = GRPOLoss(result.loss.detach(), *result[1:])
         return result.loss, liger_metrics(config, result.metrics)
@@ -238,40 +266,8 @@ class FusedLinearGRPOLoss(torch.nn.Module):
             return linear_logprobs(ref_input, ref_weight, ids, ref_bias, **self.head).logprobs
 
 
-class KnownGradients(torch.autograd.Function):
-    """A loss whose gradients are already taken; a second backward through the same graph is autograd's error."""
-
-    @staticmethod
-    def forward(ctx, hidden, weight, bias, a, b, loss, *gradients):
-        ctx.save_for_backward(*gradients)
-        return loss.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_loss):
-        # in place: the head's gradient is the largest tensor there is
-        gradients = [None if g is None else g.mul_(grad_loss) for g in ctx.saved_tensors]
-        return *gradients, None, *(None for _ in gradients)
-
-
 def loss_of_head(hidden, weight, bias, a, b, *, scaling, **arguments):
     return grpo_loss(hidden, weight, bias=bias, lora=None if a is None else (a, b, scaling), **arguments)
-
-
-def call(loss, *head):
-    return loss(*head)
-
-
-def with_gradients(loss, *head):
-    """``call`` with the gradients taken at once; what comes after may shard or change the head."""
-    needed = [torch.is_grad_enabled() and isinstance(x, torch.Tensor) and x.requires_grad for x in head]
-    leaves = [x.detach().requires_grad_() if need else x for x, need in zip(head, needed)]
-    result = call(loss, *leaves)
-    if not any(needed):
-        return result
-    gradients = iter(torch.autograd.grad(result.loss, [x for x, need in zip(leaves, needed) if need]))
-    gradients = [next(gradients) if need else None for need in needed]
-    return result._replace(loss=KnownGradients.apply(*head, result.loss.detach(), *gradients))
 
 
 def check_ids(ids, mask):

@@ -153,12 +153,12 @@ class FusedCausalLM(FusedForward):
             self, args = self.of(args[0]), args[1:]
         if fastgrpo is None or fastgrpo is False:
             return self.plain(*args, **kwargs)
-        out = (labelled if fastgrpo is True else fused)(self, fastgrpo, *args, **kwargs)
+        out = (run_labelled if fastgrpo is True else run_function)(self, fastgrpo, *args, **kwargs)
         return out if fastgrpo_output else out.result
 
 
 @torch.compiler.disable(recursive=False)
-def fused(forward, function, *args, **kwargs):
+def run_function(forward, function, *args, **kwargs):
     model = forward.module
     if kwargs.get("labels") is not None:
         raise ValueError("labels must be None where fastgrpo is a function, which has targets of its own")
@@ -174,7 +174,7 @@ def fused(forward, function, *args, **kwargs):
 
 
 @torch.compiler.disable(recursive=False)
-def labelled(forward, _, *args, labels=None, **kwargs):
+def run_labelled(forward, _, *args, labels=None, **kwargs):
     kind = type(forward.module)
     if not isinstance(labels, torch.Tensor):
         raise ValueError(f"labels must be a tensor (B, T) with fastgrpo=True, got {labels!r}")
@@ -182,7 +182,7 @@ def labelled(forward, _, *args, labels=None, **kwargs):
     keep = kwargs.get("logits_to_keep", 0)
     if not isinstance(keep, int) or (keep and "logits_to_keep" not in inspect.signature(kind.forward).parameters):
         raise ValueError(f"logits_to_keep must be a number that {kind.__name__} accepts, got {keep!r}")
-    out = fused(forward, partial(label_scores, targets=targets[:, -keep:]), *args, **kwargs)
+    out = run_function(forward, partial(label_scores, targets=targets[:, -keep:]), *args, **kwargs)
     return out._replace(result=LogProbs(*(x[:, :-1] for x in out.result)))
 
 

@@ -25,17 +25,16 @@ UNTESTED = "FASTGRPO_TRL_UNTESTED"  # environment variable: 1 lets another versi
 OUTPUTS = ("entropy", *NAMES)
 SIGNATURES = {  # what is rebound, overridden or called, and the parameters it must have
     "trainer.utils._ChunkedLogProbFunction.forward": (
-        "ctx", "hidden", "weight", "bias", "targets", "temperature", "chunk_size", "final_logit_softcapping",
-        "logit_scale", "outputs",
+        "ctx hidden weight bias targets temperature chunk_size final_logit_softcapping logit_scale outputs"
     ),
-    "trainer.utils.add_fused_lm_head": ("model", "temperature", "cast_lm_head_to_fp32", "outputs"),
-    "trainer.grpo_trainer.GRPOTrainer._compute_loss": ("self", "model", "inputs"),
+    "trainer.utils.add_fused_lm_head": "model temperature cast_lm_head_to_fp32 outputs",
+    "trainer.grpo_trainer.GRPOTrainer._compute_loss": "self model inputs",
     "trainer.grpo_trainer.GRPOTrainer._get_per_token_logps_and_entropies": (
-        "self", "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size", "compute_entropy",
-        "compute_aux_loss", "pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask", "spatial_shapes",
-        "num_tiles", "image_sizes", "token_type_ids", "mm_token_type_ids", "image_position_ids",
+        "self model input_ids attention_mask logits_to_keep batch_size compute_entropy compute_aux_loss pixel_values "
+        "image_grid_thw num_images pixel_attention_mask spatial_shapes num_tiles image_sizes token_type_ids "
+        "mm_token_type_ids image_position_ids"
     ),
-}  # fmt: skip
+}
 OP = "trainer.utils._ChunkedLogProbFunction.forward"
 
 
@@ -54,12 +53,12 @@ def check_version(*names):
 def difference(name):
     """How a function of TRL differs from the one that was tested, in words, or None."""
     try:
-        found = tuple(inspect.signature(find(name)).parameters)
+        found = " ".join(inspect.signature(find(name)).parameters)
     except (ImportError, AttributeError):
         return f"trl.{name} is missing"
     if found == SIGNATURES[name]:
         return None
-    return f"trl.{name} takes ({', '.join(found)}), expected ({', '.join(SIGNATURES[name])})"
+    return f"trl.{name} takes ({', '.join(found.split())}), expected ({', '.join(SIGNATURES[name].split())})"
 
 
 def find(name):
@@ -99,9 +98,15 @@ class Op:
         logits = {"temperature": temperature, "softcap": final_logit_softcapping, "logit_scale": logit_scale}
         out = linear_logprobs(hidden, weight, targets, bias, return_entropy="entropy" in outputs, **logits)
         diagnostics = token_diagnostics(
-            hidden, weight, targets, bias, **logits, outputs=[name for name in NAMES if name in outputs],
-            logprobs=out.logprobs, entropy=out.entropy,
-        )  # fmt: skip
+            hidden,
+            weight,
+            targets,
+            bias,
+            **logits,
+            outputs=[name for name in NAMES if name in outputs],
+            logprobs=out.logprobs,
+            entropy=out.entropy,
+        )
         return *out, *diagnostics
 
 
@@ -175,19 +180,36 @@ class FastGRPOTrainer(trl.GRPOTrainer):
             self.near_logps = None
 
     def _get_per_token_logps_and_entropies(
-        self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, compute_entropy=False,
-        compute_aux_loss=False, **multimodal,
-    ):  # fmt: skip
+        self,
+        model,
+        input_ids,
+        attention_mask,
+        logits_to_keep,
+        batch_size=None,
+        compute_entropy=False,
+        compute_aux_loss=False,
+        **multimodal,
+    ):
         exact = self._entropy_bonus_enabled and self.backward_mode != "certified"  # an entropy gradient is exact anyway
         scorer = Scorer(
-            model, self.near_logps, temperature=self.temperature, return_entropy=compute_entropy,
-            whole_fp32=self.args.cast_lm_head_to_fp32, backward="exact" if exact else self.backward_mode,
+            model,
+            self.near_logps,
+            temperature=self.temperature,
+            return_entropy=compute_entropy,
+            whole_fp32=self.args.cast_lm_head_to_fp32,
+            backward="exact" if exact else self.backward_mode,
             **self.op_options,
-        )  # fmt: skip
+        )
         return super()._get_per_token_logps_and_entropies(
-            scorer, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, compute_aux_loss,
+            scorer,
+            input_ids,
+            attention_mask,
+            logits_to_keep,
+            batch_size,
+            compute_entropy,
+            compute_aux_loss,
             **multimodal,
-        )  # fmt: skip
+        )
 
 
 @contextlib.contextmanager
@@ -224,9 +246,11 @@ class Scorer:
         out, outputs = self.model(**model_inputs, fastgrpo=score, fastgrpo_output=True)
         entropy = None if out.entropy is None else out.entropy[:, :-1]
         return find("trainer.utils.FusedCausalLMOutput")(
-            log_probs=out.logprobs[:, :-1], entropy=entropy, label_mask=labels[:, 1:] != IGNORE,
+            log_probs=out.logprobs[:, :-1],
+            entropy=entropy,
+            label_mask=labels[:, 1:] != IGNORE,
             aux_loss=getattr(outputs, "aux_loss", None),
-        )  # fmt: skip
+        )
 
 
 def head_logprobs(hidden, weight, *, targets, near_logps, whole_fp32, bias, **options):

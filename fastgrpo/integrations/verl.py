@@ -72,13 +72,21 @@ def linear_cross_entropy(
     Raises:
         ValueError, TypeError: a bad argument, named, before anything runs.
     """
-    hidden = paired(hidden, labels)
+    hidden = pair_with_labels(hidden, labels)
     inputs.check_choice("reduction", reduction.lower() if isinstance(reduction, str) else reduction, REDUCTIONS)
     options = {
-        "bias": bias, "temperature": like_labels(temperature, labels), "softcap": softcap, "logit_scale": logit_scale,
-        "return_entropy": True, "old_logprobs": old_logprobs, "backend": backend, "backward": backward,
-        "tolerance": tolerance, "workspace_mb": workspace_mb, "row_tolerance": row_tolerance,
-    }  # fmt: skip
+        "bias": bias,
+        "temperature": like_labels(temperature, labels),
+        "softcap": softcap,
+        "logit_scale": logit_scale,
+        "return_entropy": True,
+        "old_logprobs": old_logprobs,
+        "backend": backend,
+        "backward": backward,
+        "tolerance": tolerance,
+        "workspace_mb": workspace_mb,
+        "row_tolerance": row_tolerance,
+    }
     if process_group is not None:
         check_group(process_group)
     elif shard_sizes is not None:
@@ -88,10 +96,10 @@ def linear_cross_entropy(
     else:
         group = {"group": process_group, "shard_sizes": shard_sizes, "reduce_hidden_grad": reduce_hidden_grad}
         out = vocab_parallel_logprobs(hidden, weight, labels, **options, **group)
-    return LogProbs(reduced(out.logprobs, labels, reduction.lower()), out.entropy)
+    return LogProbs(reduce(out.logprobs, labels, reduction.lower()), out.entropy)
 
 
-def paired(hidden, labels):
+def pair_with_labels(hidden, labels):
     """hidden with the labels' leading shape; a pair of shapes that has two orders is not guessed at."""
     inputs.check_tensor("hidden", hidden)
     inputs.check_tensor("labels", labels, hidden.device, floating=False)
@@ -121,14 +129,14 @@ def like_labels(temperature, labels):
     )
 
 
-def reduced(logprobs, labels, reduction):
+def reduce(logprobs, labels, reduction):
     if reduction == "none":
         return logprobs
     total = logprobs.sum()
     return total if reduction == "sum" else total / (labels != IGNORE).sum().clamp(min=1)
 
 
-def fused(hidden, weight, labels, temperature=1.0, reduction="none", dist_process_group=None):
+def call_as_verl(hidden, weight, labels, temperature=1.0, reduction="none", dist_process_group=None):
     """What takes the place of verl's: shards are equal, as Megatron cuts them, and summing dX is left to the caller."""
     sizes = None if dist_process_group is None else [weight.shape[0]] * dist.get_world_size(dist_process_group)
     return linear_cross_entropy(
@@ -157,9 +165,9 @@ def apply():
     if found != ARGUMENTS:
         raise ImportError(f"verl's linear_cross_entropy must take {ARGUMENTS} (as in verl 0.9.1), found {found}")
     theirs = kernel.linear_cross_entropy
-    if theirs is not fused:
-        rebind(theirs, fused)
-        undo.callback(rebind, fused, theirs)
+    if theirs is not call_as_verl:
+        rebind(theirs, call_as_verl)
+        undo.callback(rebind, call_as_verl, theirs)
     return undo
 
 

@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import extract_model_from_parallel, gather_object
 
-from fastgrpo.checks import Checked, installed, need
+from fastgrpo.checks import Checked, need, require, require_installed
 from fastgrpo.integrations.transformers import causal_lm
 from fastgrpo.trainer.completions import completion, end_tokens
 
@@ -44,12 +44,15 @@ class VLLMOptions(Checked):
     vllm_importance_sampling_clip_max: float | None = 3.0
     vllm_importance_sampling_clip_min: float | None = None
 
-    def combinations(self):
-        yield from super().combinations()
+    def check_combinations(self):
+        super().check_combinations()
         low, high = self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max
-        ordered = low is None or high is None or low < high
-        yield ordered, f"vllm_importance_sampling_clip_min must be below clip_max {high}, got {low}"
-        yield installed(self.use_vllm, "vllm", "'fastgrpo[vllm]'")
+        require(
+            low is None or high is None or low < high,
+            f"vllm_importance_sampling_clip_min must be below clip_max {high}, got {low}",
+        )
+        if self.use_vllm:
+            require_installed("vllm", "'fastgrpo[vllm]'")
 
     def mismatch_weights(self, old, sampled):
         """Importance weights of one answer, (length,) each: log-probs of the learner's policy and of the sampler."""

@@ -7,7 +7,7 @@ from typing import Literal
 import yaml
 
 from fastgrpo.advantages import SCALES
-from fastgrpo.checks import Count, CountOr0, Finite, GroupSize, NonNegative, Share, installed
+from fastgrpo.checks import Count, CountOr0, Finite, GroupSize, NonNegative, Share, require, require_installed
 from fastgrpo.config import ELSEWHERE, GRPOLossConfig
 from fastgrpo.inputs import BACKENDS, BACKWARDS
 from fastgrpo.integrations.vllm import VLLMOptions
@@ -90,21 +90,36 @@ class GRPOConfig(Sampling, GRPOLossConfig, ModelOptions, VLLMOptions):
     save_steps: Count = 500
     save_total_limit: Count | None = None
 
-    def combinations(self):
-        yield from super().combinations()
-        rollout, group, mode = self.rollout, self.num_generations, self.vllm_importance_sampling_mode
+    def check_combinations(self):
+        super().check_combinations()
+        group, rollout = self.num_generations, self.rollout
+        require(
+            rollout % group == 0,
+            f"num_generations must divide a rank's rollout of {rollout} answers, got {group}",
+        )
         steps, accumulate = self.steps_per_generation, self.gradient_accumulation_steps
-        yield rollout % group == 0, f"num_generations must divide a rank's rollout of {rollout} answers, got {group}"
-        uneven = f"steps_per_generation must be a multiple of gradient_accumulation_steps {accumulate}, got {steps}"
-        yield (steps or accumulate) % accumulate == 0, uneven
-        yield self.max_steps > 0 or self.max_steps == -1, f"max_steps must be > 0 or -1 (epochs), got {self.max_steps}"
-        corrected = self.use_vllm and self.vllm_importance_sampling_correction and mode.startswith("sequence")
-        twice = f"vllm_importance_sampling_mode must be 'token_...' with loss_type='vespo', got {mode!r}"
-        yield not corrected or self.loss_type != "vespo", twice
-        yield not self.sync_ref_model or self.beta > 0, "sync_ref_model needs a reference: beta > 0, got 0"
-        own = "sync_ref_model needs a reference of its own, but that of use_peft is the model without its adapter"
-        yield not (self.sync_ref_model and self.use_peft), own
-        yield from (installed(True, tracker, tracker) for tracker in self.trackers)
+        require(
+            steps is None or steps % accumulate == 0,
+            f"steps_per_generation must be a multiple of gradient_accumulation_steps {accumulate}, got {steps}",
+        )
+        require(
+            self.max_steps > 0 or self.max_steps == -1,
+            f"max_steps must be > 0 or -1 (epochs), got {self.max_steps}",
+        )
+        if self.use_vllm and self.vllm_importance_sampling_correction and self.loss_type == "vespo":
+            mode = self.vllm_importance_sampling_mode
+            require(
+                mode.startswith("token"),
+                f"vllm_importance_sampling_mode must be 'token_...' with loss_type='vespo', got {mode!r}",
+            )
+        if self.sync_ref_model:
+            require(self.beta > 0, "sync_ref_model needs a reference: beta > 0, got 0")
+            require(
+                not self.use_peft,
+                "sync_ref_model needs a reference of its own, but that of use_peft is the model without its adapter",
+            )
+        for tracker in self.trackers:
+            require_installed(tracker, tracker)
 
     @property
     def trackers(self):

@@ -96,9 +96,13 @@ class TransformersSampler:
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
         names = () if greedy else ("temperature", "top_p", "top_k", "min_p")
         config = GenerationConfig(
-            max_new_tokens=sampling.max_completion_length, do_sample=not greedy, eos_token_id=ends, pad_token_id=pad,
-            use_cache=True, **{name: getattr(sampling, name) for name in names},
-        )  # fmt: skip
+            max_new_tokens=sampling.max_completion_length,
+            do_sample=not greedy,
+            eos_token_id=ends,
+            pad_token_id=pad,
+            use_cache=True,
+            **{name: getattr(sampling, name) for name in names},
+        )
         recorder = Recorder(sampling.temperature)
         # the recorder sees the model's own logits: before the penalty and the truncation
         processors = [recorder, RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty)]

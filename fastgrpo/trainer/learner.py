@@ -84,21 +84,29 @@ def collate(episodes, packed, device):
         joined = torch.cat(rows)[None] if packed else pad_sequence(rows, batch_first=True, padding_value=fill)
         return joined.to(device, non_blocking=True)
 
-    def aligned(name):
+    def align(name):
         values = [getattr(e, name) for e in episodes]
         if any(v is None for v in values):
             return None
-        return join([torch.cat((v.new_zeros(len(e.prompt_ids) - 1), v, v.new_zeros(1)))
-                     for e, v in zip(episodes, values)])  # fmt: skip
+        return join(
+            [torch.cat((v.new_zeros(len(e.prompt_ids) - 1), v, v.new_zeros(1))) for e, v in zip(episodes, values)]
+        )
 
     inputs = {"input_ids": join([e.prompt_ids + e.completion_ids for e in episodes])}
-    targets = [[IGNORE] * (len(e.prompt_ids) - 1) + (e.completion_ids if e.counts else [IGNORE] * len(e.completion_ids))
-               + [IGNORE] for e in episodes]  # fmt: skip
+    targets = [
+        [IGNORE] * (len(e.prompt_ids) - 1)
+        + (e.completion_ids if e.counts else [IGNORE] * len(e.completion_ids))
+        + [IGNORE]
+        for e in episodes
+    ]
     known = {
-        "targets": join(targets, IGNORE), "old_logprobs": aligned("old"), "ref_logprobs": aligned("ref"),
-        "sampling_logprobs": aligned("sampler"), "importance_weights": aligned("importance"),
+        "targets": join(targets, IGNORE),
+        "old_logprobs": align("old"),
+        "ref_logprobs": align("ref"),
+        "sampling_logprobs": align("sampler"),
+        "importance_weights": align("importance"),
         "advantages": torch.tensor([[e.advantage] for e in episodes], device=device),
-    }  # fmt: skip
+    }
     if packed:
         inputs["position_ids"] = join([torch.arange(e.length) for e in episodes])
         lengths = torch.tensor([0] + [e.length for e in episodes], device=device)
@@ -118,9 +126,17 @@ class Learner:
     """
 
     def __init__(
-        self, model, accelerator, config, budget="auto", packed=False, skip=True, offload=False, backend="auto",
+        self,
+        model,
+        accelerator,
+        config,
+        budget="auto",
+        packed=False,
+        skip=True,
+        offload=False,
+        backend="auto",
         backward="auto",
-    ):  # fmt: skip
+    ):
         self.model, self.accelerator, self.config, self.packed = model, accelerator, config, packed
         self.skip, self.offload, self.auto, self.limit = skip, offload, budget == "auto", math.inf
         self.budget, self.largest, self.cut = AUTO_BUDGET if self.auto else budget, 0, False
@@ -134,7 +150,7 @@ class Learner:
         batches = micro_batches(episodes, self.budget, self.packed)
         self.cut, self.largest = len(batches) > 1, max((tokens(b, self.packed) for b in batches), default=1)
         most = max(gather_object([len(batches), 1]))
-        return batches + [silent()] * (most - len(batches))
+        return batches + [uncounted_batch()] * (most - len(batches))
 
     def within_memory(self, work, episodes):
         """``work(plan)``, again with half the token budget when memory runs out: it starts over, so nothing is lost.
@@ -155,8 +171,9 @@ class Learner:
             if not any(failed for failed, _ in outcomes):
                 return result
             if (True, 1) in outcomes:
-                raise torch.OutOfMemoryError("out of memory with micro-batches of one answer: shorten them, or see "
-                                             "README's ways to save memory")  # fmt: skip
+                raise torch.OutOfMemoryError(
+                    "out of memory with micro-batches of one answer: shorten them, or see README's ways to save memory"
+                )
             if full:
                 tried = self.budget if 2 * self.largest > self.budget else self.largest  # it may far exceed the batch
                 self.limit = self.budget = max(tried // 2, 1)
@@ -176,8 +193,9 @@ class Learner:
             for batch in plan:
                 inputs, known = collate([replace(e, counts=True) for e in batch], self.packed, self.accelerator.device)
                 targets = known["targets"]
-                score = partial(linear_logprobs, targets=targets, temperature=temperature, return_entropy=entropy,
-                                backend=backend)  # fmt: skip
+                score = partial(
+                    linear_logprobs, targets=targets, temperature=temperature, return_entropy=entropy, backend=backend
+                )
                 with self.accelerator.autocast():
                     out = model(**inputs, fastgrpo=score)
                 flat = (out.entropy if entropy else out.logprobs)[targets != IGNORE].cpu()
@@ -223,15 +241,21 @@ class Learner:
 
         total = self.within_memory(work, active)
         if self.ddp:  # only now do ranks wait for each other: a token that adds nothing, and DDP reduces all gradients
-            self.backward(self.model, silent(), Totals(1, 0, 0), whole, num_items, threshold)
+            self.backward(self.model, uncounted_batch(), Totals(1, 0, 0), whole, num_items, threshold)
         return total
 
     def backward(self, model, batch, part, whole, num_items, threshold):
         scale, coefficient = share_of_batch(self.config, part, whole)
         inputs, known = collate(batch, self.packed, self.accelerator.device)
-        loss = partial(grpo_loss, **known, config=replace(self.config, entropy_coef=coefficient), num_items=num_items,
-                       entropy_threshold=threshold, **self.options)  # fmt: skip
-        with offloaded(self.accelerator.device) if self.offload else nullcontext():
+        loss = partial(
+            grpo_loss,
+            **known,
+            config=replace(self.config, entropy_coef=coefficient),
+            num_items=num_items,
+            entropy_threshold=threshold,
+            **self.options,
+        )
+        with offload_activations(self.accelerator.device) if self.offload else nullcontext():
             result = model(**inputs, fastgrpo=loss)
         # ranks' gradients are averaged: times their number
         self.accelerator.backward(result.loss * scale * self.accelerator.num_processes)
@@ -270,7 +294,7 @@ def ran_out(error):
     return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in NO_MEMORY)
 
 
-def silent():
+def uncounted_batch():
     """A micro-batch that does not count."""
     return [Episode([0], [0], counts=False, ref=torch.zeros(1))]
 
@@ -286,7 +310,7 @@ def accumulate(total, result):
             total[name] = total[name] + value
 
 
-def offloaded(device):
+def offload_activations(device):
     """``save_on_cpu`` for activations: weights, which stay on the device anyway, are not copied."""
     hooks = torch.autograd.graph.save_on_cpu(pin_memory=device.type == "cuda")
     pack, unpack = hooks.pack_hook, hooks.unpack_hook

@@ -53,11 +53,11 @@ def final_answer(text):
     if "####" in text:
         text = text.rpartition("####")[2].strip().partition("\n")[0]
     if "\\boxed{" in text:
-        text = boxed(text)
+        text = find_boxed(text)
     return text.strip()
 
 
-def boxed(text):
+def find_boxed(text):
     """The content of the last \\boxed{...}, braces balanced."""
     content, depth = text.rpartition("\\boxed{")[2], 1
     for i, character in enumerate(content):
@@ -201,9 +201,13 @@ def reward_model(path, batch_size=8, max_length=None, device=None, **model_optio
         special = all(isinstance(c, str) for c in completions)  # a chat template writes its own
         for i in range(0, len(texts), batch_size):
             batch = tokenizer(
-                texts[i : i + batch_size], padding=True, truncation=max_length is not None, max_length=max_length,
-                add_special_tokens=special, return_tensors="pt",
-            )  # fmt: skip
+                texts[i : i + batch_size],
+                padding=True,
+                truncation=max_length is not None,
+                max_length=max_length,
+                add_special_tokens=special,
+                return_tensors="pt",
+            )
             rewards += model(**batch.to(model.device)).logits[:, 0].float().tolist()
         return rewards
 
@@ -221,10 +225,10 @@ def resolve(reward):
     if hasattr(reward, "forward"):
         raise ValueError(f"reward must be a function or {MODEL}, got a {type(reward).__name__}")
     if callable(reward):
-        return waited_for(reward) if inspect.iscoroutinefunction(reward) else reward
+        return wait_for(reward) if inspect.iscoroutinefunction(reward) else reward
     arguments = dict(reward) if isinstance(reward, dict) else {"name": reward}
     name = arguments.pop("name", None)
-    function = SHIPPED[name] if str(name) in SHIPPED else imported(name)
+    function = SHIPPED[name] if str(name) in SHIPPED else import_function(name)
     accepted = inspect.signature(function).parameters
     for argument in arguments:
         named = argument in accepted and accepted[argument].kind is not inspect.Parameter.VAR_KEYWORD
@@ -239,7 +243,7 @@ def resolve(reward):
     return resolve(bound)
 
 
-def waited_for(function):
+def wait_for(function):
     """An async reward function as an ordinary one; in a thread of its own, since a notebook has a loop already."""
 
     @functools.wraps(function)
@@ -250,7 +254,7 @@ def waited_for(function):
     return wait
 
 
-def named_rewards(functions, *datasets):
+def name_rewards(functions, *datasets):
     """{name: function}; one function, a name or a list of them, which find their columns in those of each dataset."""
     functions = functions if isinstance(functions, list | tuple) else [functions]
     resolved = [resolve(f) for f in functions]
@@ -278,13 +282,13 @@ def check_call(name, function, columns):
         raise ValueError(f"reward {name} must accept what it does not use, as **kwargs; it also gets {sorted(refused)}")
 
 
-def called(name, function, columns, count):
+def call_reward(name, function, columns, count):
     """The rewards a function gives ``count`` answers. Its own exception comes with its name, and its traceback."""
     try:
         values = function(**columns)
     except Exception as error:
         raise RuntimeError(f"reward function {name} failed: {type(error).__name__}: {error}") from error
-    return checked(name, values, count)
+    return check_rewards(name, values, count)
 
 
 def warn_unscored(rewards, quiet=False):
@@ -292,11 +296,14 @@ def warn_unscored(rewards, quiet=False):
     unscored = rewards.isnan().all(1)
     if unscored.any() and not quiet:
         share = "all" if unscored.all() else "some"
-        warnings.warn(f"{share} answers got no reward: every reward function returned None or NaN for them. They are "
-                      "left out of the mean reward, and nothing is learnt from them", stacklevel=2)  # fmt: skip
+        warnings.warn(
+            f"{share} answers got no reward: every reward function returned None or NaN for them. They are "
+            "left out of the mean reward, and nothing is learnt from them",
+            stacklevel=2,
+        )
 
 
-def checked(name, values, count):
+def check_rewards(name, values, count):
     """What a reward function returned, as floats; NaN: it cannot score."""
     try:
         values = [math.nan if value is None else float(value) for value in values]
@@ -309,7 +316,7 @@ def checked(name, values, count):
     return values
 
 
-def imported(name):
+def import_function(name):
     """The function behind "package.module:function" or "path/file.py:function"."""
     module, _, attribute = str(name).rpartition(":")
     if not module or not attribute:
