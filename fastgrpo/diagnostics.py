@@ -8,7 +8,7 @@ import torch
 from fastgrpo import inputs
 from fastgrpo.backends import torch_backend
 from fastgrpo.backends.problem import HeadProblem, column_sum, take_rows
-from fastgrpo.logprobs import compute_dtype, head_params
+from fastgrpo.head import HeadOptions
 
 NAMES = ("log_sum_sq_probs", "mean_logits", "is_top1")
 MARGIN = 1e-3  # nats: wider than the error of any log-prob or entropy that is_top1 is decided from
@@ -54,21 +54,24 @@ def token_diagnostics(
     Raises:
         ValueError, TypeError: a bad argument, named, with what was expected and what came, before anything runs.
     """
-    inputs.check_head(hidden, weight, targets, bias)
-    for name, value in (("temperature", temperature), ("workspace_mb", workspace_mb)):
-        inputs.check_scalar(name, value)
-    inputs.check_scalar("logit_scale", logit_scale, positive=False)
-    if softcap is not None:
-        inputs.check_scalar("softcap", softcap)
+    options = HeadOptions(
+        bias=bias,
+        temperature=temperature,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        backend="torch",
+        backward="exact",
+        workspace_mb=workspace_mb,
+    )
+    targets = options.check(hidden, weight, targets)
+    inputs.check_scalar("temperature", temperature)
     if unknown := set(outputs) - set(NAMES):
         raise ValueError(f"outputs must be among {', '.join(NAMES)}, got {', '.join(sorted(unknown))}")
-    targets = targets.to(torch.int64)
     inputs.check_targets(targets, weight.shape[0])
     for name, value in (("logprobs", logprobs), ("entropy", entropy)):
         if value is not None:
             inputs.check_per_token(name, value, targets)
-    compute = compute_dtype(hidden, weight)
-    params = head_params(temperature, softcap, logit_scale, compute, False, "torch", workspace_mb)
+    params = options.params(hidden, weight, ())
     view = hidden if hidden.ndim == 3 else hidden[None]
     problem = HeadProblem(view, weight, bias, targets.reshape(-1).contiguous(), None, params)
     with torch.autocast(hidden.device.type, enabled=False):

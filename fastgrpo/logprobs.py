@@ -1,6 +1,6 @@
 """linear_logprobs: from hidden states and LM head to log-probs and entropy, without logits."""
 
-import functools
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -9,14 +9,10 @@ from torch.autograd.function import once_differentiable
 from fastgrpo import backends, inputs
 from fastgrpo import lora as low_rank
 from fastgrpo import support as kept
-from fastgrpo.backends import certified
-from fastgrpo.backends.problem import HeadParams, HeadProblem
+from fastgrpo.backends import certified, frozen
+from fastgrpo.backends.problem import HeadProblem
 from fastgrpo.config import settings_go_in_config
-
-TOLERANCE = 0.005  # adds less than a quarter of what bf16 GEMMs add to the gradients' errors anyway
-AUTO_FP32_TOLERANCE = 0.0008  # keeps both gradients' errors under 1e-4
-ROW_TOLERANCE = 0.1
-CERTIFIED_FROM = (256, 4096, 256)  # tokens, vocabulary and width from which "auto" certifies
+from fastgrpo.head import HeadOptions, compute_dtype
 
 
 class LogProbs(NamedTuple):
@@ -28,7 +24,7 @@ class LogProbs(NamedTuple):
 
 class LinearLogProbs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, lora_a, lora_b, targets, temperature, hint, support, params):
+    def forward(ctx, hidden, weight, bias, lora_a, lora_b, targets, temperature, hint, moving, support, params):
         ctx.set_materialize_grads(False)
         backend = backends.load(params.backend)
         ctx.params, ctx.block, ctx.supported, certificate = params, None, support is not None, ()
@@ -40,6 +36,8 @@ class LinearLogProbs(torch.autograd.Function):
             if support is not None:
                 stats, *certificate = kept.forward(problem, support, backend)
                 certificate += support
+            elif params.frozen:
+                stats, certificate = backend.frozen_forward(problem, hint, moving)
             elif params.tolerance is None:
                 stats = backend.forward(problem)
             else:
@@ -54,7 +52,7 @@ class LinearLogProbs(torch.autograd.Function):
         lora_a, stats, hidden, weight, bias, targets, temperature, low, lora_b, *certificate = ctx.saved_tensors
         params, (*needs, needs_a, needs_b) = ctx.params, ctx.needs_input_grad[:5]
         if grad_logp is None and grad_entropy is None:
-            return (None,) * 10
+            return (None,) * 11
         backend = backends.load(params.backend)
         if low is not None:
             needs += [needs[0] or needs_a, needs_b]
@@ -65,18 +63,22 @@ class LinearLogProbs(torch.autograd.Function):
                 raw, *support = certificate
                 support = kept.Support(*support)
                 grads = kept.backward(problem, support, backend, stats, raw, grad_logp, grad_entropy, needs)
-            elif ctx.block is not None and grad_entropy is None:
+            elif grad_entropy is not None:  # neither certificate nor slopes speak of the entropy
+                grads = backend.backward(problem, stats, grad_logp, grad_entropy, needs)
+            elif params.frozen:
+                grads = frozen.backward(problem, stats, frozen.Slopes(*certificate), grad_logp, needs)
+            elif ctx.block is not None:
                 certificate = certified.Certificate(*certificate, ctx.block)
                 grads = certified.backward(problem, stats, certificate, grad_logp, needs)
-            else:  # the certificate does not speak of the entropy
-                grads = backend.backward(problem, stats, grad_logp, grad_entropy, needs)
+            else:
+                grads = backend.backward(problem, stats, grad_logp, None, needs)
             d_a = d_b = None
             if low is not None:
                 *grads, d_low, d_b = grads
                 if d_low is not None:
                     counted = backend.counted_rows(targets)
                     d_a = low_rank.gradients(hidden, lora_a, params, d_low, grads[0], needs_a, counted)
-        return *grads, d_a, d_b, None, None, None, None, None
+        return *grads, d_a, d_b, None, None, None, None, None, None
 
 
 @settings_go_in_config
@@ -146,117 +148,55 @@ def linear_logprobs(
         ValueError, TypeError: a bad argument, named, with what was expected and what came, before anything runs.
         A target outside [0, V) raises on a CPU or with FASTGRPO_DEBUG=1, and gives NaN at its position otherwise.
     """
-    targets = check_arguments(
-        hidden, weight, targets, bias, temperature, softcap, logit_scale, workspace_mb, old_logprobs, tolerance,
-        backward,
-    )  # fmt: skip
-    row_tolerance = checked_row_tolerance(row_tolerance)
-    inputs.check_targets(targets, weight.shape[0])
-    if support is not None:
-        if backward == "certified":
-            raise ValueError(
-                "backward must be 'auto' or 'exact' with support (nothing kept is left out), got 'certified'"
-            )
-        support, backward = kept.checked(support, targets, weight.shape[0]), "exact"
-    lora_a, lora_b, scaling = low_rank.checked(lora, hidden, weight)
-    compute = compute_dtype(hidden, weight)
-    differentiable = [x for x in (hidden, weight, bias, lora_a, lora_b) if x is not None]
-    with_grad = torch.is_grad_enabled() and any(x.requires_grad for x in differentiable)
-    params = head_params(
-        temperature,
-        softcap,
-        logit_scale,
-        compute,
-        return_entropy,
-        backends.choose(backend, hidden),
-        workspace_mb,
-        row_tolerance=row_tolerance,
-        scaling=scaling,
-        lora_dtype=None if lora is None else compute_dtype(hidden, weight, lora_a, lora_b),
-        tolerance=certified_tolerance(
-            backward, tolerance, compute, (targets.numel(), *weight.shape), with_grad, hidden.device
-        ),
-    )
-    logprobs, entropy = LinearLogProbs.apply(
-        hidden if hidden.ndim == 3 else hidden[None], weight, None if bias is None else bias.contiguous(), lora_a,
-        lora_b, targets.reshape(-1).contiguous(), flat_temperature(temperature, targets, hidden),
-        None if params.tolerance is None else flat_hint(old_logprobs, hidden), support, params,
-    )  # fmt: skip
-    return LogProbs(logprobs.view(targets.shape), None if entropy is None else entropy.view(targets.shape))
-
-
-def check_arguments(
-    hidden, weight, targets, bias, temperature, softcap, logit_scale, workspace_mb, old_logprobs, tolerance, backward
-):
-    """-> targets as int64; raises before anything runs."""
-    inputs.check_head(hidden, weight, targets, bias)
-    targets = targets.to(torch.int64)  # before any comparison: -100 wraps in uint8
-    inputs.check_temperature(temperature, targets)
-    if softcap is not None:
-        inputs.check_scalar("softcap", softcap)
-    inputs.check_scalar("logit_scale", logit_scale, positive=False)
-    inputs.check_scalar("workspace_mb", workspace_mb)
-    if old_logprobs is not None:
-        inputs.check_per_token("old_logprobs", old_logprobs, targets)
-    if tolerance is not None:
-        inputs.check_scalar("tolerance", tolerance)
-    inputs.check_choice("backward", backward, inputs.BACKWARDS)
-    return targets
-
-
-def checked_row_tolerance(value):
-    if value is None:
-        return ROW_TOLERANCE
-    inputs.check_scalar("row_tolerance", value)
-    if value > 1:
-        raise ValueError(f"row_tolerance must be in (0, 1], got {value!r}")
-    return float(value)
-
-
-def head_params(temperature, softcap, logit_scale, compute, entropy, backend, workspace_mb, **others):
-    """:class:`HeadParams` of checked arguments."""
-    return HeadParams(
-        temperature=None if isinstance(temperature, torch.Tensor) else float(temperature),
-        softcap=None if softcap is None else float(softcap),
-        logit_scale=float(logit_scale),
-        compute_dtype=compute,
-        entropy=bool(entropy),
+    options = HeadOptions(
+        bias=bias,
+        temperature=temperature,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        lora=lora,
+        support=support,
         backend=backend,
-        workspace=int(workspace_mb * 2**20),
-        **others,
+        backward=backward,
+        tolerance=tolerance,
+        workspace_mb=workspace_mb,
+        row_tolerance=row_tolerance,
+        old_logprobs=old_logprobs,
+        return_entropy=return_entropy,
     )
+    return head_logprobs(hidden, weight, targets, options)
 
 
-def flat_temperature(temperature, targets, hidden):
-    """(N,) in the accumulator's dtype, or None for a number, which goes into the parameters."""
-    if not isinstance(temperature, torch.Tensor):
-        return None
-    temperature = temperature.detach().to(inputs.accumulator_dtype(hidden))
-    return temperature.expand(targets.shape).reshape(-1).contiguous()
-
-
-def flat_hint(old_logprobs, hidden):
-    """(N,) log-probs <= 0 in the accumulator's dtype, fit to sort by, or None."""
-    if old_logprobs is None:
-        return None
-    hint = torch.nan_to_num(old_logprobs.detach(), nan=0.0, neginf=-1e4).clamp(max=0.0)
-    return hint.reshape(-1).to(inputs.accumulator_dtype(hidden)).contiguous()
-
-
-def compute_dtype(hidden, *others):
-    """What tiles are cast to: autocast's dtype inside autocast, else the widest."""
-    device = hidden.device.type
-    if hidden.dtype != torch.float64 and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return functools.reduce(torch.promote_types, (x.dtype for x in others), hidden.dtype)
-
-
-def certified_tolerance(backward, tolerance, compute, sizes, with_grad, device):
-    """The tolerance of the certified backward, or None where the exact one is taken."""
-    worthwhile = compute != torch.float64 and all(a >= b for a, b in zip(sizes, CERTIFIED_FROM))
-    worthwhile &= device.type != "cuda"  # there it is still many small launches of torch's, and the host waits
-    if not with_grad or backward == "exact" or (backward == "auto" and not worthwhile):
-        return None
-    if tolerance is not None:
-        return float(tolerance)
-    return AUTO_FP32_TOLERANCE if backward == "auto" and compute == torch.float32 else TOLERANCE
+def head_logprobs(hidden, weight, targets, options):
+    """:func:`linear_logprobs` with its options in one object, :class:`fastgrpo.head.HeadOptions`."""
+    targets = options.check(hidden, weight, targets)
+    inputs.check_targets(targets, weight.shape[0])
+    bias, support = options.bias, options.support
+    if support is not None:
+        options = replace(options, backward="exact")
+        support = kept.checked(support, targets, weight.shape[0])
+    lora = low_rank.checked(options.lora, hidden, weight)
+    adapted = lora.A is not None
+    params = options.params(
+        hidden,
+        weight,
+        (hidden, weight, bias, lora.A, lora.B),
+        scaling=lora.scaling,
+        lora_dtype=compute_dtype(hidden, weight, lora.A, lora.B) if adapted else None,
+    )
+    entropy_grad = options.return_entropy if options.entropy_grad is None else options.entropy_grad
+    if not entropy_grad and support is None and not adapted and frozen.applies(hidden, weight, bias, params):
+        params = replace(params, frozen=True)
+    logprobs, entropy = LinearLogProbs.apply(
+        hidden if hidden.ndim == 3 else hidden[None],
+        weight,
+        None if bias is None else bias.contiguous(),
+        lora.A,
+        lora.B,
+        targets.reshape(-1).contiguous(),
+        options.flat_temperature(hidden, targets),
+        None if params.tolerance is None else options.flat_hint(hidden),
+        None if options.moving is None else options.moving.reshape(-1),
+        support,
+        params,
+    )
+    return LogProbs(logprobs.view(targets.shape), None if entropy is None else entropy.view(targets.shape))

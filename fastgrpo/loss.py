@@ -8,8 +8,9 @@ from torch.autograd.function import once_differentiable
 
 from fastgrpo import backends, inputs
 from fastgrpo.config import GRPOLossConfig, settings_go_in_config
+from fastgrpo.head import HeadOptions
 from fastgrpo.inputs import Segments
-from fastgrpo.logprobs import linear_logprobs
+from fastgrpo.logprobs import head_logprobs
 from fastgrpo.weights import GLOBALLY_NORMALISED, token_weights
 
 VESPO_FLOOR, VESPO_CEILING = -18.420680743952367, 20.0  # log(1e-8), 20: the clamps of VESPO's log weights
@@ -30,6 +31,7 @@ class Batch:
 
     mask: torch.Tensor  # 1 where a token counts
     measured: torch.Tensor  # bool: where its log-prob is computed too
+    moving: torch.Tensor  # bool: where it may have a gradient
     advantages: torch.Tensor
     old: torch.Tensor | None
     ref: torch.Tensor | None
@@ -138,15 +140,25 @@ def grpo_loss(
         importance_weights, skip=not return_logprobs and not entropy_is_needed,
     )  # fmt: skip
     check_values(batch, config, num_items)
-    out = linear_logprobs(
-        hidden, weight, torch.where(batch.measured.view(targets.shape), targets, inputs.IGNORE), bias,
+    options = HeadOptions(
+        bias=bias,
         temperature=config.temperature if temperature is None else temperature,
-        softcap=softcap, logit_scale=logit_scale, lora=lora, support=support,
-        return_entropy=config.needs_entropy or config.log_entropy,
-        old_logprobs=sampling_logprobs if old_logprobs is None else old_logprobs, backend=backend,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        lora=lora,
+        support=support,
+        backend=backend,
         backward="exact" if config.entropy_coef != 0.0 and backward != "certified" else backward,
-        tolerance=tolerance, workspace_mb=workspace_mb, row_tolerance=row_tolerance,
-    )  # fmt: skip
+        tolerance=tolerance,
+        workspace_mb=workspace_mb,
+        row_tolerance=row_tolerance,
+        old_logprobs=sampling_logprobs if old_logprobs is None else old_logprobs,
+        return_entropy=config.needs_entropy or config.log_entropy,
+        entropy_grad=config.entropy_coef != 0.0,
+        moving=batch.moving,
+    )
+    measured = torch.where(batch.measured.view(targets.shape), targets, inputs.IGNORE)
+    out = head_logprobs(hidden, weight, measured, options)
     logprobs = out.logprobs.reshape(-1)
     entropy = None if out.entropy is None else out.entropy.reshape(-1)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
@@ -238,13 +250,15 @@ def flatten(
         log_importance = logs if once else segments.sum(tokens(logs))
     elif importance_weights is not None:
         importance = broadcast(importance_weights)
-    advantages, measured = broadcast(advantages), counted
-    if skip and config.beta == 0 and config.entropy_coef == 0.0:
-        measured = counted & may_have_gradient(config, advantages, segments)
+    advantages, moving = broadcast(advantages), counted
+    if config.beta == 0 and config.entropy_coef == 0.0:
+        moving = counted & may_have_gradient(config, advantages, segments)
+    measured = moving if skip else counted
     old = tokens(old_logprobs)
     return Batch(
         mask=counted.to(dtype),
         measured=measured,
+        moving=moving,
         advantages=advantages,
         old=None if old is None else torch.where(measured, old, 0.0),
         ref=tokens(ref_logprobs) if config.beta > 0 else None,

@@ -16,17 +16,9 @@ from fastgrpo.backends import certified
 from fastgrpo.backends.problem import HeadProblem
 from fastgrpo.backends.torch_backend import combine
 from fastgrpo.config import settings_go_in_config
+from fastgrpo.head import HeadOptions
 from fastgrpo.inputs import IGNORE
-from fastgrpo.logprobs import (
-    LogProbs,
-    certified_tolerance,
-    check_arguments,
-    checked_row_tolerance,
-    compute_dtype,
-    flat_hint,
-    flat_temperature,
-    head_params,
-)
+from fastgrpo.logprobs import LogProbs
 
 ELSEWHERE = -1  # column of a label that another rank holds
 
@@ -186,35 +178,33 @@ def vocab_parallel_logprobs(
         or differs in what requires a gradient, leaves the others waiting, as with any collective.
     """
     check_group(group)
-    targets = check_arguments(
-        hidden, weight, targets, bias, temperature, softcap, logit_scale, workspace_mb, old_logprobs, tolerance,
-        backward,
-    )  # fmt: skip
-    row_tolerance = checked_row_tolerance(row_tolerance)
-    compute = compute_dtype(hidden, weight)
-    with_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
-    sizes = (targets.numel(), math.inf, weight.shape[1])  # shards differ, the decision may not
-    tolerance = certified_tolerance(backward, tolerance, compute, sizes, with_grad, hidden.device)
-    params = head_params(
-        temperature,
-        softcap,
-        logit_scale,
-        compute,
-        return_entropy,
-        backends.choose(backend, hidden),
-        workspace_mb,
-        tolerance=None if tolerance is None else tolerance / dist.get_world_size(group) ** 0.5,
+    options = HeadOptions(
+        bias=bias,
+        temperature=temperature,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        backend=backend,
+        backward=backward,
+        tolerance=tolerance,
+        workspace_mb=workspace_mb,
         row_tolerance=row_tolerance,
-        hidden_grad=inputs.accumulator_dtype(hidden) if reduce_hidden_grad else None,
+        old_logprobs=old_logprobs,
+        return_entropy=return_entropy,
     )
+    targets = options.check(hidden, weight, targets)
+    sizes = (targets.numel(), math.inf, weight.shape[1])  # shards differ, the decision may not
+    hidden_grad = inputs.accumulator_dtype(hidden) if reduce_hidden_grad else None
+    params = options.params(hidden, weight, (hidden, weight, bias), sizes, hidden_grad=hidden_grad)
+    if params.tolerance is not None:
+        params = replace(params, tolerance=params.tolerance / dist.get_world_size(group) ** 0.5)
     first, vocab = place(weight, group, shard_sizes)
     inputs.check_targets(targets, vocab)
     flat = targets.reshape(-1)
     logprobs, entropy = VocabParallelLogProbs.apply(
         hidden if hidden.ndim == 3 else hidden[None], weight, None if bias is None else bias.contiguous(),
         own_columns(flat, first, weight.shape[0]), (flat >= 0) & (flat < vocab),
-        flat_temperature(temperature, targets, hidden),
-        None if params.tolerance is None else flat_hint(old_logprobs, hidden), params,
+        options.flat_temperature(hidden, targets),
+        None if params.tolerance is None else options.flat_hint(hidden), params,
         Share(group, bool(reduce_hidden_grad)),
     )  # fmt: skip
     return LogProbs(logprobs.view(targets.shape), None if entropy is None else entropy.view(targets.shape))

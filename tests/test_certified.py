@@ -203,7 +203,7 @@ def test_padded_batch_and_fp64(device):
 
 
 def test_auto_certifies_where_it_pays():
-    from fastgrpo.logprobs import certified_tolerance
+    from fastgrpo.head import certified_tolerance
 
     def tolerance(
         backward="auto", value=None, compute=torch.float32, sizes=(2048, 32768, 1024), with_grad=True, device="cpu"

@@ -13,6 +13,7 @@ from fastgrpo import GRPOLossConfig, backends, grpo_loss, linear_logprobs, lora
 from fastgrpo import loss as loss_module
 from fastgrpo.config import LOSS_TYPES
 from fastgrpo.diagnostics import token_diagnostics
+from fastgrpo.logprobs import head_logprobs
 
 B, T, D, V = 4, 6, 32, 50
 g = torch.Generator().manual_seed(3)
@@ -127,11 +128,11 @@ def test_the_loss_does_not_wait_beside_the_op(cuda, loss_type, packed, monkeypat
 
     def op(*args, **kwargs):  # the torch backend waits for the number of counted rows; this is about the rest
         count = len(cuda.waits)
-        out = linear_logprobs(*args, **kwargs)
+        out = head_logprobs(*args, **kwargs)
         del cuda.waits[count:]
         return out
 
-    monkeypatch.setattr(loss_module, "linear_logprobs", op)
+    monkeypatch.setattr(loss_module, "head_logprobs", op)
     for settings in SETTINGS:
         config = GRPOLossConfig(loss_type=loss_type, max_completion_length=9, **settings)
         numbers = [{}, {"num_items": torch.tensor(7)}, {"num_items": torch.tensor([7.0])}]

@@ -80,3 +80,21 @@ class Live(TorchDispatchMode):
         self.live -= size
         self.known.discard(key)
         self.before.discard(key)
+
+
+class Gemms(TorchDispatchMode):
+    """Multiplications of all matrix products, and how many denormal numbers these read."""
+
+    def __init__(self):
+        super().__init__()
+        self.products, self.denormals = 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name in ("mm", "addmm", "addmm_"):
+            a, b = args[-2:]
+            self.products += a.shape[0] * a.shape[1] * b.shape[1]
+            for x in (a, b):
+                size = x.abs()
+                self.denormals += int(((size > 0) & (size < torch.finfo(x.dtype).smallest_normal)).sum())
+        return func(*args, **(kwargs or {}))

@@ -15,7 +15,7 @@ import torch
 from fastgrpo.backends import plan as planning
 from fastgrpo.backends import row_audit
 from fastgrpo.backends import torch_backend as dense
-from fastgrpo.backends.problem import FLOOR, NOTHING, column_sum, new_gradients
+from fastgrpo.backends.problem import FLOOR, column_sum, new_gradients
 from fastgrpo.inputs import IGNORE, accumulator_dtype
 
 BLOCK = 128  # rows that share their flags
@@ -52,8 +52,9 @@ def forward(problem, hint=None):
     label = label_logits(problem, rows)
     fold = fold_vocabulary(problem, rows, label, hint)
     stats[:, rows] = dense.combine((fold.shift, fold.total, fold.spread), label)
-    dropped = distrust(fold.dropped / fold.total * stats[3, rows], stats[0, rows], None if hint is None else hint[rows])
-    return repair(problem, stats, Certificate(rows, fold.flags, dropped, BLOCK), fold.total)
+    dropped = fold.certificate(stats[:, rows])
+    repair(problem, stats, rows, dropped, fold.total)
+    return stats, Certificate(rows, fold.flags, dropped, BLOCK)
 
 
 def partial_forward(problem, label, hint=None):
@@ -80,77 +81,79 @@ def sorted_rows(problem, hint):
 
 
 def fold_vocabulary(problem, rows, label, hint):
-    """-> the :class:`Fold` of all columns; label: (n,) of these rows."""
-    reader = dense.Reader(problem)
-    n, (_, vocab, _) = rows.numel(), problem.sizes
-    flags = torch.zeros(-(-n // BLOCK), vocab, dtype=torch.bool, device=label.device)
-    fold = Fold(problem, label, None if hint is None else hint[rows], flags)
-    if n == 0:
-        return fold
-    keep_labels(flags, problem.targets[rows])
-    tile = dense.tiling(problem, n, buffers=2)
-    height = -(-tile.rows // BLOCK) * BLOCK
-    buffer = label.new_empty(min(height, flags.shape[0] * BLOCK), min(tile.cols, vocab))
-    for v in range(0, vocab, tile.cols):
-        columns = reader.columns(slice(v, v + tile.cols))
-        bias = None if problem.bias is None else problem.bias[v : v + tile.cols]
-        for r in range(0, n, height):
-            index = rows[r : r + height]
-            whole = buffer[: -(-index.numel() // BLOCK) * BLOCK, : columns[0].shape[0]]
-            z = whole[: index.numel()]
-            product = reader.raw_logits(reader.rows(index), columns, z)
-            if product is not z:
-                z.copy_(product)
-            del product
-            dense.transformed(problem, z, bias, dense.row_inverse_temperature(problem, index))
-            whole[index.numel() :] = NOTHING
-            fold.tile(whole, problem.targets[index] - v, r, v)
+    """-> the :class:`FlagFold` of all columns; label: (n,) of these rows."""
+    fold = FlagFold(problem, label, None if hint is None else hint[rows], problem.targets[rows])
+    fold_tiles(problem, rows, fold, buffers=2)
     return fold
+
+
+def fold_tiles(problem, rows, fold, buffers):
+    capped = fold.with_slope and problem.params.softcap is not None
+    for z, slope, index, r, v, columns in dense.logit_tiles(problem, rows, buffers, capped, multiple=BLOCK):
+        fold.tile(z, slope, problem.targets[index] - v, r, v, columns)
+        z = slope = None  # the last tile goes before the next one comes
 
 
 def label_logits(problem, rows):
     """(n,) transformed logit of each row's label; NaN for an id outside the vocabulary."""
-    reader = dense.Reader(problem)
-    targets = problem.targets[rows]
+    return label_terms(problem, rows)[0]
+
+
+def label_terms(problem, rows):
+    """(2, n): :func:`label_logits`, and softcap's slope there, 1 without one."""
+    reader, targets = dense.Reader(problem), problem.targets[rows]
     inside = (targets >= 0) & (targets < problem.weight.shape[0])
     safe = torch.where(inside, targets, 0)
-    out = torch.empty(rows.numel(), dtype=reader.accumulate, device=rows.device)
+    out = torch.ones(2, rows.numel(), dtype=reader.accumulate, device=rows.device)
     for part in torch.arange(rows.numel(), device=rows.device).split(min(dense.entries_at_once(problem), 1024)):
         z = reader.paired_logits(reader.rows(rows[part]), reader.columns(safe[part]))[:, None]
         bias = None if problem.bias is None else problem.bias[safe[part], None]
-        out[part] = dense.transformed(problem, z, bias, dense.row_inverse_temperature(problem, rows[part]))[0][:, 0]
-    return torch.where(inside, out, torch.nan)
+        z, slope = dense.transformed(problem, z, bias, dense.row_inverse_temperature(problem, rows[part]), True)
+        out[0, part] = z[:, 0]
+        if slope is not None:
+            out[1, part] = slope[:, 0]
+    out[0] = torch.where(inside, out[0], torch.nan)
+    return out
 
 
 class Fold:
-    """Folds tiles of logits, shifted by each row's threshold, into running sums, flags and dropped mass."""
+    """Folds tiles of logits, shifted by each row's threshold, into running sums and the mass left out."""
 
-    def __init__(self, problem, label, hint, flags):
+    with_slope = True  # whether leave_out wants softcap's
+
+    def __init__(self, problem, label, hint):
+        self.problem, self.label, self.hint = problem, label, hint
         self.log_cutoff = math.log(cutoff(problem.params.tolerance))
-        self.entropy, self.flags, self.label = problem.params.entropy, flags, label
         guess = label if hint is None else label - hint
-        self.guided = hint is not None
         self.shift = torch.nan_to_num(guess, nan=0.0, posinf=0.0, neginf=FLOOR) + self.log_cutoff
         self.total, self.spread, self.dropped = torch.zeros(3, label.numel(), dtype=label.dtype, device=label.device)
 
-    def tile(self, z, local, r, v):
+    def tile(self, z, slope, local, r, v, columns):
         """z: (blocks * BLOCK, C) logits, rows beyond the last one NOTHING; overwritten."""
-        n, blocks = local.numel(), z.shape[0] // BLOCK
+        n = local.numel()
         part = slice(r, r + n)
         dense.take_label(z[:n], local, torch.empty_like(self.label[part]))
-        if not self.guided:
+        if self.hint is None:
             self.raise_shift(z[:n], part, first=v == 0)
         z[:n] -= self.shift[part, None]
-        grouped = z.view(blocks, BLOCK, -1)
-        kept = self.flags[r // BLOCK : r // BLOCK + blocks, v : v + z.shape[1]]
-        kept |= grouped.amax(1) >= 0
-        if self.entropy:
+        kept = z.view(-1, BLOCK, z.shape[1]).amax(1) >= 0
+        if self.problem.params.entropy:
             weighted = dense.exp_(z[:n].clamp_(min=dense.FAR).clone())
             self.spread[part] -= (z[:n] * weighted).sum(1)
         dense.exp_(z)
         self.total[part] += z[:n].sum(1)
-        grouped.mul_(~kept[:, None, :])
-        self.dropped[part] += z[:n].sum(1)
+        self.leave_out(z, slope, kept, r, v, columns)
+
+    def leave_out(self, z, slope, kept, r, v, columns):
+        """kept: (blocks, C) bool, where a block has an exponential of the cutoff or more."""
+        raise NotImplementedError
+
+    def rescale(self, first, decay):
+        """What is summed of the rows from ``first`` on is to be multiplied."""
+
+    def certificate(self, stats):
+        """(n,) probability that each row leaves out; inf where that is not to be trusted. stats: (5, n)"""
+        return distrust(self.dropped / self.total * stats[3], stats[0], self.hint)
 
     def raise_shift(self, z, part, first):
         """Without a hint the running log-sum-exp serves: raise the shift to it, rescale the sums."""
@@ -164,7 +167,28 @@ class Fold:
         self.spread[part] = (self.spread[part] + step * self.total[part]) * decay
         self.total[part] *= decay
         self.dropped[part] *= decay
+        self.rescale(part.start, decay)
         self.shift[part] = shift
+
+
+class FlagFold(Fold):
+    """Keeps the flags and leaves out what is not flagged."""
+
+    with_slope = False
+
+    def __init__(self, problem, label, hint, targets):
+        super().__init__(problem, label, hint)
+        blocks, vocab = -(-label.numel() // BLOCK), problem.weight.shape[0]
+        self.flags = torch.zeros(blocks, vocab, dtype=torch.bool, device=label.device)
+        if blocks:
+            keep_labels(self.flags, targets)
+
+    def leave_out(self, z, slope, kept, r, v, columns):
+        flags = self.flags[r // BLOCK : r // BLOCK + len(kept), v : v + z.shape[1]]
+        flags |= kept
+        z.view(len(kept), BLOCK, -1).mul_(~flags[:, None, :])
+        sums = z.sum(1)
+        self.dropped[r : r + len(z)] += sums[: len(self.dropped) - r]
 
 
 def keep_labels(flags, targets):
@@ -175,23 +199,21 @@ def keep_labels(flags, targets):
 
 def distrust(dropped, logp, hint):
     """A hint far below the log-prob it stands for has put the cutoff too high: such a row keeps all columns."""
-    return dropped if hint is None else torch.where(logp - hint > HINT_SLACK, torch.inf, dropped)
+    return dropped if hint is None else torch.where((logp - hint > HINT_SLACK) & (dropped > 0), torch.inf, dropped)
 
 
 def untrusted(total):
     return ~((total > TRUSTED[0]) & (total < TRUSTED[1]))
 
 
-def repair(problem, stats, certificate, total):
+def repair(problem, stats, rows, dropped, total):
     """Rows whose shift was so far off that their sums left the trusted range go through the plain forward."""
     bad = untrusted(total)
     if bad.any():
-        rows = certificate.order[bad]
         targets = torch.full_like(problem.targets, IGNORE)
-        targets[rows] = problem.targets[rows]
-        stats[:, rows] = dense.forward(replace(problem, targets=targets))[:, rows]
-        certificate.dropped[bad] = torch.inf
-    return stats, certificate
+        targets[rows[bad]] = problem.targets[rows[bad]]
+        stats[:, rows[bad]] = dense.forward(replace(problem, targets=targets))[:, rows[bad]]
+        dropped[: len(bad)][bad] = torch.inf
 
 
 def backward(problem, stats, certificate, grad_logp, needs):
@@ -224,26 +246,34 @@ def backward(problem, stats, certificate, grad_logp, needs):
 def make_plan(problem, stats, certificate, grad_logp, needs):
     """:class:`fastgrpo.backends.plan.Plan` of both gradients.
 
-    Rows are left to their flagged columns, those that lose least first, while
-    ``sum((g dropped)^2) <= tolerance^2 sum((g (1 - p))^2)``: what a row leaves out has at most the norm ``g dropped``,
-    and the label's entry alone is ``g (1 - p)``: the relative Frobenius error of dlogits is at most the tolerance.
-    Then the audit says which of them dW needs whole.
+    Rows are left to their flagged columns within the tolerance; then the audit says which of them dW needs whole.
     """
     order, grad = certificate.order, grad_logp[certificate.order]
     active = (grad != 0) & (problem.targets[order] != IGNORE)
-    norm = torch.where(active, grad * stats[3, order], 0.0).square().nansum()
-    budget = problem.params.tolerance**2 * norm
-    sparse = active & planning.within_budget((grad * certificate.dropped).square(), budget, active)
-    plan = planning.plan_groups(certificate, active, sparse)
+    sparse = within_tolerance(problem, stats[3, order], grad, certificate.dropped, active)
     head_needs = any(needs[1::3]) or needs[2]
+    overhead = planning.overhead_rows(order.device, head_needs)
+    plan = planning.plan_groups(certificate, active, sparse, overhead)
     if not plan.groups or not head_needs or problem.params.row_tolerance >= 1:
         return plan
     tail = row_audit.RowAudit(problem, stats, plan, grad_logp, needs).tail(problem.params.row_tolerance)
     vocab, gemms = problem.weight.shape[0], 2 + any(needs[0::3])
     plan = plan.with_tails(tail, vocab, gemms)
-    cost = plan.cells(vocab, gemms, planning.overhead_rows(order.device))
+    cost = plan.cells(vocab, gemms, overhead)
     everything = planning.exact(certificate, active)
     return plan if cost <= planning.WORTHWHILE * everything.cells(vocab, gemms) else everything
+
+
+def within_tolerance(problem, other_mass, grad, dropped, active):
+    """(n,) bool: the active rows that may leave out ``dropped``, those that lose least first.
+
+    While ``sum((g dropped)^2) <= tolerance^2 sum((g (1 - p))^2)``: what a row leaves out has at most the norm ``g
+    dropped``, and the label's entry alone is ``g (1 - p)``: the relative Frobenius error of dlogits is at most the
+    tolerance.
+    """
+    norm = torch.where(active, grad * other_mass, 0.0).square().nansum()
+    budget = problem.params.tolerance**2 * norm
+    return active & planning.within_budget((grad * dropped).square(), budget, active)
 
 
 class LeftOut:

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 
 MOSTLY_FLAT = 0.5  # share of rows over the tolerance from which on the exact path is cheaper
 WORTHWHILE = 0.9  # part of the exact path's GEMMs up to which leaving columns out pays
-# What one more kept column of a group costs beside its GEMM (gather, scatter), in rows of GEMM; measured.
-OVERHEAD_ROWS = {"cpu": 48, "cuda": 256}
+# What one more kept column of a group costs beside its GEMMs, in rows of them: read for dX alone; read and written for
+# dW too. Measured.
+OVERHEAD_ROWS = {"cpu": (48, 256), "cuda": (256, 256)}
 LEVELS = 4  # groups of up to 2^LEVELS blocks
 
 
@@ -72,11 +73,11 @@ def within_budget(costs, budget, active):
     return torch.zeros_like(active).scatter_(0, order, ranked.cumsum(0) <= one)
 
 
-def overhead_rows(device):
-    return OVERHEAD_ROWS.get(device.type, 256)
+def overhead_rows(device, trained):
+    return OVERHEAD_ROWS.get(device.type, OVERHEAD_ROWS["cuda"])[trained]
 
 
-def plan_groups(certificate, active, sparse):
+def plan_groups(certificate, active, sparse, overhead):
     """:class:`Plan` of the certificate's rows: ``sparse`` ones in groups where that pays, the other active ones whole.
 
     Neighbouring blocks share a group where the union of their columns costs less than their own, and keep all columns
@@ -84,7 +85,7 @@ def plan_groups(certificate, active, sparse):
     that are copied once.
 
     Args:
-        active, sparse: (n,) bool, of the rows in the certificate's order.
+        active, sparse: (n,) bool, of the rows in the certificate's order. overhead: see :func:`overhead_rows`.
     """
     flags, order = certificate.flags, certificate.order
     blocks, vocab = flags.shape
@@ -97,7 +98,7 @@ def plan_groups(certificate, active, sparse):
     for level in counts:
         sizes.append(numbers[at : at + level.numel()])
         at += level.numel()
-    runs, cost = best_partition(rows, sizes, overhead_rows(flags.device), vocab)
+    runs, cost = best_partition(rows, sizes, overhead, vocab)
     n_dense = n_active - sum(rows)
     if n_dense > MOSTLY_FLAT * n_active or cost + n_dense * vocab > WORTHWHILE * n_active * vocab:
         return exact(certificate, active)

@@ -26,6 +26,7 @@ class HeadParams:
     tolerance: float | None = None  # of the certified backward; None: exact
     row_tolerance: float = 1.0  # of the rows of dW in it; 1: not asked for
     hidden_grad: torch.dtype | None = None  # dtype of dX; None: that of hidden
+    frozen: bool = False  # hidden alone has a gradient, which the forward makes
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ Tiles of logits are made in fp32 (fp64 for fp64 input) and overwritten in place;
 import math
 
 import torch
+import torch.nn.functional as F
 
 from fastgrpo import lora
 from fastgrpo.backends.problem import ABSENT, NOTHING, new_gradients, plan_tiles, row_scale, take_rows
@@ -131,11 +132,12 @@ def row_inverse_temperature(problem, rows):
     return None if problem.params.temperature == 1.0 else 1.0 / problem.params.temperature
 
 
-def tiling(problem, rows, buffers):
+def tiling(problem, rows, buffers, held=0):
+    """buffers: tiles alive at once. held: bytes of the workspace that are taken."""
     vocab, depth = problem.weight.shape[0], sum(columns.shape[1] for _, columns in problem.factors)
     size = 8 if problem.hidden.dtype == torch.float64 else 4
     max_rows, max_cols = (CPU_ROWS, CPU_COLS) if problem.hidden.device.type == "cpu" else (16384, 16384)
-    budget, per_row, cell = problem.params.workspace, size * depth, size * buffers
+    budget, per_row, cell = problem.params.workspace - held, size * depth, size * buffers
     if problem.params.compute_dtype.itemsize == 2 and lora.has_native(problem.hidden):
         cell, per_row = cell + 2, per_row + 2 * depth  # the tile and its rows once more, in 16 bits
     return plan_tiles(min(rows, max_rows), min(vocab, max_cols), budget, cell, per_row, 2 * size * depth)
@@ -157,27 +159,72 @@ def partial_forward(problem):
     return partials
 
 
-def fold_vocabulary(problem):
-    """-> counted rows (n,); (3, n) peak, sum of exp, sum of exp * (peak - z), all without the label; (n,) its logit."""
-    reader = Reader(problem)
-    rows = counted_rows(problem.targets)
-    n, (_, vocab, _) = rows.numel(), problem.sizes
-    running = problem.new_partials(reader.accumulate)[:3, rows]
-    label = running.new_full((n,), torch.nan)  # stays NaN where no column is the label
+def new_running(problem, rows):
+    """(3, n) running statistics of no column, (n,) labels' logits, NaN where no column is the label."""
+    running = problem.new_partials(accumulator_dtype(problem.hidden))[:3, rows]
+    return running, running.new_full((rows.numel(),), torch.nan)
+
+
+class RowSource:
+    """Rows of hidden (and of LoRA's low) as operands, gathered once where a quarter of the workspace holds them."""
+
+    def __init__(self, reader, rows):
+        depth = sum(columns.shape[1] for _, columns in reader.problem.factors)
+        size = rows.numel() * depth * reader.operand.itemsize
+        self.reader, self.rows, self.held, self.gathered = reader, rows, 0, None
+        if size <= reader.problem.params.workspace // 4:
+            self.held, self.gathered = size, reader.rows(rows)
+
+    def __getitem__(self, part):
+        if self.gathered is None:
+            return self.reader.rows(self.rows[part])
+        return [x[part] for x in self.gathered]
+
+
+def logit_tiles(problem, rows, buffers, with_slope=False, multiple=1):
+    """Transformed logits of some rows, tile by tile, all rows of one range of columns after the other.
+
+    Yields ``z, slope, index, r, v, columns``: z (n, C), overwritten by the next tile, with ``multiple`` more than one
+    padded to a multiple of it by rows of NOTHING; slope as :func:`transformed`'s; index (n,) the rows of the tile, of
+    which the first is ``rows[r]``; v the first column; columns the factors' as operands. ``buffers``: how many tiles
+    are alive at once.
+    """
+    reader, vocab, n = Reader(problem), problem.weight.shape[0], rows.numel()
     if n == 0:
-        return rows, running, label
-    tile = tiling(problem, n, buffers=2 if problem.params.entropy else 1)
-    buffer = running.new_empty(0 if reader.native else min(tile.rows, n), min(tile.cols, vocab))
+        return
+    source = RowSource(reader, rows)
+    tile = tiling(problem, n, buffers, source.held)
+    height = -(-min(tile.rows, n) // multiple) * multiple
+    own_memory = reader.native and multiple == 1
+    buffer = torch.empty(
+        0 if own_memory else height, min(tile.cols, vocab), dtype=reader.accumulate, device=rows.device
+    )
     for v in range(0, vocab, tile.cols):
         columns = reader.columns(slice(v, v + tile.cols))
         bias = None if problem.bias is None else problem.bias[v : v + tile.cols]
-        for r in range(0, n, tile.rows):
-            z = None  # the last tile goes before the next one comes
-            index = rows[r : r + tile.rows]
-            z = reader.raw_logits(reader.rows(index), columns, buffer[: index.numel(), : columns[0].shape[0]])
-            z, _ = transformed(problem, z, bias, row_inverse_temperature(problem, index))
-            part = slice(r, r + tile.rows)
-            fold_tile(z, problem.targets[index] - v, running[:, part], label[part], problem.params.entropy)
+        for r in range(0, n, height):
+            index = rows[r : r + height]
+            whole = buffer[: -(-index.numel() // multiple) * multiple, : columns[0].shape[0]]
+            factors = source[r : r + height]
+            z = reader.raw_logits(factors, columns, None if own_memory else whole[: index.numel()])
+            z, slope = transformed(problem, z, bias, row_inverse_temperature(problem, index), with_slope)
+            if multiple > 1:
+                if z.data_ptr() != whole.data_ptr():
+                    whole[: index.numel()] = z
+                whole[index.numel() :] = NOTHING
+                z = whole
+            yield z, slope, index, r, v, columns
+            z = slope = None  # the last tile goes before the next one comes
+
+
+def fold_vocabulary(problem):
+    """-> counted rows (n,); (3, n) peak, sum of exp, sum of exp * (peak - z), all without the label; (n,) its logit."""
+    rows = counted_rows(problem.targets)
+    running, label = new_running(problem, rows)
+    for z, _, index, r, v, _ in logit_tiles(problem, rows, buffers=2 if problem.params.entropy else 1):
+        part = slice(r, r + index.numel())
+        fold_tile(z, problem.targets[index] - v, running[:, part], label[part], problem.params.entropy)
+        z = None  # the last tile goes before the next one comes
     return rows, running, label
 
 
@@ -187,6 +234,12 @@ def certified_forward(problem, hint):
     return certified.forward(problem, hint)
 
 
+def frozen_forward(problem, hint, moving):
+    from fastgrpo.backends import frozen
+
+    return frozen.forward(problem, hint, moving)
+
+
 def certified_partial_forward(problem, label, hint):
     from fastgrpo.backends import certified
 
@@ -194,14 +247,32 @@ def certified_partial_forward(problem, label, hint):
 
 
 def exp_(z):
-    """e^z in place. On a CPU by exp2, kept from underflow: torch.exp is 4 times slower, or 30 where it underflows."""
+    """e^z in place, 0 where that is less than :func:`negligible`.
+
+    On a CPU by exp2, kept from underflow: torch.exp is 4 times slower, or 30 where it underflows.
+    """
     if z.device.type != "cpu":
         return z.exp_()
-    return z.mul_(LOG2_E).clamp_(min=math.log2(torch.finfo(z.dtype).tiny)).exp2_()
+    return F.threshold_(z.mul_(LOG2_E), math.log2(negligible(z.dtype)), -math.inf).exp2_()
+
+
+def negligible(dtype):
+    """What cannot matter beside anything else, and times a hidden state or a weight is not yet a denormal number: on
+    Intel CPUs a GEMM over denormals is 40 times slower."""
+    return 2.0**20 * torch.finfo(dtype).tiny
+
+
+def without_denormals(dz):
+    """0 in place of what is :func:`negligible`, in place; a GPU's GEMMs do not mind."""
+    return torch.ops.aten.hardshrink.out(dz, negligible(dz.dtype), out=dz) if dz.device.type == "cpu" else dz
 
 
 def fold_tile(z, local, running, label, entropy):
-    """Fold one tile of logits into the running statistics, the label's own logit kept apart. Overwrites z."""
+    """Fold one tile of logits into the running statistics, the label's own logit kept apart. Overwrites z.
+
+    Returns:
+        (n, C) exp(z - peak), 0 at the label; (n,) the factor that what was summed before with the old peak wants.
+    """
     take_label(z, local, label)
     peak, total, spread = running
     new_peak = torch.maximum(peak, z.amax(1))
@@ -217,6 +288,7 @@ def fold_tile(z, local, running, label, entropy):
         exp_(z)
     total.mul_(decay).add_(z.sum(1))
     peak.copy_(new_peak)
+    return z, decay
 
 
 def take_label(z, local, label):
@@ -277,7 +349,8 @@ def add_exact_rows(problem, stats, rows, grads, out, extra=None):
             if x is not None:
                 x.zero_()
         return
-    tile = tiling(problem, n, buffers=2 if problem.params.softcap or len(grads) > 1 else 1)
+    source = RowSource(reader, rows)
+    tile = tiling(problem, n, 2 if problem.params.softcap or len(grads) > 1 else 1, source.held)
     frozen = d_bias_out is None and all(x is None for x in d_columns_out)
     if frozen and n > tile.rows:  # finish dX a chunk of rows at a time
         for part in rows.split(tile.rows):
@@ -295,7 +368,7 @@ def add_exact_rows(problem, stats, rows, grads, out, extra=None):
         for r in range(0, n, tile.rows):
             z = dz = factors = operands = None  # the last tile goes before the next one comes
             index = rows[r : r + tile.rows]
-            factors = reader.rows(index)
+            factors = source[r : r + tile.rows]
             operands = reader.gradient_operands(factors, columns)
             z = reader.raw_logits(factors, columns, buffer[: index.numel(), : columns[0].shape[0]])
             row_grads = [g[index] if scale is None else g[index] * scale for g in grads]
@@ -367,7 +440,7 @@ def logits_gradient(problem, z, bias, index, local, stats, grad_logp, grad_entro
     inside = (local >= 0) & (local < z.shape[1])
     column = local.clamp(0, z.shape[1] - 1)[:, None]
     z.scatter_(1, column, torch.where(inside[:, None], at_label[:, None] * chain, z.gather(1, column)))
-    return z if slope is None else z.mul_(slope)
+    return without_denormals(z if slope is None else z.mul_(slope))
 
 
 def label_positions(columns, targets):

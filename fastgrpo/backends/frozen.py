@@ -1,0 +1,237 @@
+"""The gradient of a frozen head: made in the forward, where the logits are, and only scaled in the backward.
+
+With the label kept apart, ``d logp / d hidden = chain (1 - p_y) (s_y W_y - E[s_v W_v])``: E over the other entries, s
+softcap's slope. E is summed beside the running softmax, so that forward and backward take two GEMMs. With a tolerance
+a block of rows adds, of each tile, either every vocabulary entry or those of p >= cutoff alone; what a row leaves out
+is summed as its certificate, and rows that leave out too much are done again by the backward.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from fastgrpo.backends import certified, torch_backend
+from fastgrpo.backends import plan as planning
+from fastgrpo.backends.problem import new_gradients
+from fastgrpo.inputs import IGNORE, accumulator_dtype
+
+ONE_SPAN = 96  # what adding a few entries alone costs whatever their number, in entries
+SHARE = 0.7  # of the error budget that the forward spends, before it knows the rows' gradients
+
+
+class Slopes(NamedTuple):
+    """d logp / d hidden of the rows that may have a gradient."""
+
+    rows: torch.Tensor  # (n,) int64, rows of the flattened hidden
+    values: torch.Tensor  # (n, D) in the accumulator's dtype
+    dropped: torch.Tensor | None  # (n,) probability that a row's value leaves out; None: nothing
+
+
+def applies(hidden, weight, bias, params):
+    """Whether hidden alone wants a gradient and the backend makes it in the forward."""
+    others = [x for x in (weight, bias) if x is not None]
+    alone = torch.is_grad_enabled() and hidden.requires_grad and not any(x.requires_grad for x in others)
+    return alone and params.backend == "torch"
+
+
+def forward(problem, hint=None, moving=None):
+    """-> statistics as :func:`fastgrpo.backends.torch_backend.forward`'s, :class:`Slopes`.
+
+    Args:
+        hint: (N,) as :func:`fastgrpo.backends.certified.forward`'s. moving: (N,) bool, rows whose log-prob may have a
+            gradient; None: all. A row that is not and has one all the same costs more time, nothing else.
+    """
+    leaves_out = problem.params.tolerance is not None and not torch_backend.Reader(problem).native
+    rows = certified.sorted_rows(problem, hint if leaves_out else None)
+    count = rows.numel()
+    if moving is not None:
+        rows = rows[(~moving[rows]).to(torch.int8).argsort(stable=True)]
+        count = int(moving[rows].sum())
+    stats, sums = problem.new_stats(accumulator_dtype(problem.hidden)), Sums(problem, rows[:count])
+    dropped = (certified_forward if leaves_out else exact_forward)(problem, rows, sums, stats, hint)
+    return stats, Slopes(rows[:count], sums.values, dropped)
+
+
+def exact_forward(problem, rows, sums, stats, hint):
+    running, label = torch_backend.new_running(problem, rows)
+    buffers = 2 + sums.capped
+    for z, slope, index, r, v, columns in torch_backend.logit_tiles(problem, rows, buffers, with_slope=sums.capped):
+        part = slice(r, r + index.numel())
+        local = problem.targets[index] - v
+        z, decay = torch_backend.fold_tile(z, local, running[:, part], label[part], problem.params.entropy)
+        sums.rescale(r, decay)
+        sums.add(r, z if slope is None else z.mul_(slope), columns[0])
+        z = slope = None  # the last tile goes before the next one comes
+    stats[:, rows] = torch_backend.combine(running, label)
+    sums.finish(running[1], stats)
+
+
+def certified_forward(problem, rows, sums, stats, hint):
+    """-> (n,) probability left out of each of the rows in ``sums``."""
+    label, hint = certified.label_logits(problem, rows), None if hint is None else hint[rows]
+    fold = FrozenFold(problem, label, hint, sums)
+    certified.fold_tiles(problem, rows, fold, buffers=2 + sums.capped)
+    stats[:, rows] = torch_backend.combine((fold.shift, fold.total, fold.spread), label)
+    dropped = fold.certificate(stats[:, rows])
+    sums.finish(fold.total, stats)
+    certified.repair(problem, stats, rows, dropped, fold.total)
+    return dropped[: len(sums.rows)]
+
+
+class Sums:
+    """Of each row the sum of vocabulary entries' rows of W times shifted exponentials; then d logp / d hidden."""
+
+    def __init__(self, problem, rows):
+        self.problem, self.rows, self.reader = problem, rows, torch_backend.Reader(problem)
+        self.capped = problem.params.softcap is not None
+        self.values = torch.zeros(
+            rows.numel(), problem.weight.shape[1], dtype=self.reader.accumulate, device=rows.device
+        )
+
+    def here(self, first, count):
+        """How many of ``count`` rows from ``first`` on are summed."""
+        return min(max(len(self.rows) - first, 0), count)
+
+    def rescale(self, first, decay):
+        n = self.here(first, len(decay))
+        self.values[first : first + n] *= decay[:n, None]
+
+    def add(self, first, weights, columns):
+        """weights: (m, k) of the rows from ``first`` on; columns: (k, D)."""
+        n = self.here(first, len(weights))
+        if n and weights.shape[1]:
+            self.reader.add_mm(self.values[first : first + n], weights[:n].to(self.reader.operand), columns)
+
+    def spread(self, first, mass, mean):
+        """mass: (m,) times the row mean (D,), for the rows from ``first`` on."""
+        n = self.here(first, len(mass))
+        self.values[first : first + n].addr_(mass[:n], mean)
+
+    def finish(self, total, stats):
+        """total: (n,) the sum of all of a row's exponentials; stats: (5, N)."""
+        problem, other_mass = self.problem, stats[3, self.rows]
+        inverse = torch_backend.row_inverse_temperature(problem, self.rows)
+        inverse = inverse[:, 0] if isinstance(inverse, torch.Tensor) else 1.0 if inverse is None else inverse
+        factor = other_mass * inverse * problem.params.logit_scale
+        at_label = factor * certified.label_terms(problem, self.rows)[1] if self.capped else factor
+        at_others = torch.where(other_mass > 0, factor / total[: len(self.rows)], factor)  # V = 1: there are none
+        targets = problem.targets[self.rows]
+        ids = torch.where((targets >= 0) & (targets < problem.weight.shape[0]), targets, 0)
+        at_once = torch_backend.entries_at_once(problem)
+        for part in (slice(i, i + at_once) for i in range(0, len(ids), at_once)):
+            values = self.values[part]
+            label = self.reader.cast(problem.weight[ids[part]]).to(values.dtype).mul_(at_label[part, None])
+            values.mul_(-at_others[part, None]).add_(label)
+
+
+class FrozenFold(certified.Fold):
+    """Adds what matters of each tile to the sums: all of it, or a block's flagged entries, whichever costs less within
+    the error budget, of which every tile has the part that its entries are of the vocabulary."""
+
+    def __init__(self, problem, label, hint, sums):
+        super().__init__(problem, label, hint)
+        self.sums, self.vocab = sums, problem.weight.shape[0]
+        self.overhead = planning.overhead_rows(label.device, trained=False)
+
+    def rescale(self, first, decay):
+        self.sums.rescale(first, decay)
+
+    def leave_out(self, z, slope, kept, r, v, columns):
+        count = -(-self.sums.here(r, len(z)) // certified.BLOCK)  # blocks with a row that is summed
+        if not count:
+            return
+        whole, sparse = [], []
+        for first, last, gathered in self.partition(kept[:count]):
+            span = slice(first * certified.BLOCK, last * certified.BLOCK)
+            (sparse if gathered else whole).append(span)
+        pieces = [
+            self.cut_out(z[span], kept[span.start // certified.BLOCK : span.stop // certified.BLOCK]) for span in sparse
+        ]
+        tails = [z[span].sum(1) for span in sparse]
+        affordable = self.affordable(sparse, tails, r, len(z), v + z.shape[1])
+        mean_all = columns[0].sum(0) if slope is None and any(affordable) else None
+        for span, (ids, piece), tail, fits in zip(sparse, pieces, tails, affordable):
+            if not fits:
+                z[span].index_copy_(1, ids, piece)
+                whole.append(span)
+                continue
+            first, own = r + span.start, columns[0][ids]
+            if slope is not None:
+                piece[: len(slope[span])] *= slope[span].index_select(1, ids)
+            self.sums.add(first, piece, own)
+            if mean_all is not None and len(own) < z.shape[1]:
+                self.sums.spread(first, tail, (mean_all - own.sum(0)) / (z.shape[1] - len(own)))
+            self.dropped[first : r + span.stop] += tail[: len(self.dropped) - first]
+        for span in merged(whole):
+            part = z[span] if slope is None else z[span][: len(slope[span])].mul_(slope[span])
+            self.sums.add(r + span.start, part, columns[0])
+
+    def partition(self, kept):
+        """[(first block, last block, whether the flagged entries alone are added)], the cheapest."""
+        counts = planning.level_counts(kept, chunk=kept.shape[1])
+        rows = [certified.BLOCK] * len(kept)
+        sizes = [(x + ONE_SPAN).tolist() for x in counts]
+        return planning.best_partition(rows, sizes, self.overhead, kept.shape[1])[0]
+
+    @staticmethod
+    def cut_out(z, kept):
+        """-> ids (k,) of the entries that one of the blocks flags, their exponentials (m, k); these are 0 in z then."""
+        ids = kept.any(0).nonzero().squeeze(1)
+        piece = z.index_select(1, ids)
+        z.index_fill_(1, ids, 0.0)
+        return ids, piece
+
+    def affordable(self, spans, tails, r, rows, seen):
+        """[bool]: those that leave out least, as many as the error budget of the ``seen`` first entries allows."""
+        limit = SHARE * self.problem.params.tolerance / certified.cutoff(self.problem.params.tolerance)
+        here = slice(r, r + rows)
+        budget = (limit * seen / self.vocab) ** 2 * self.other_mass(here).square().sum() - self.dropped[
+            here
+        ].square().sum()
+        costs = []
+        for span, tail in zip(spans, tails):
+            before = self.dropped[r + span.start : r + span.stop]
+            tail = tail[: len(before)]
+            costs.append((tail * (tail + 2 * before)).sum())
+        budget, *costs = torch.stack([budget, *costs]).tolist()
+        fits = [False] * len(costs)
+        for k in sorted(range(len(costs)), key=costs.__getitem__):
+            budget -= costs[k]
+            fits[k] = budget >= 0
+        return fits
+
+    def other_mass(self, span):
+        """(n,) 1 - p of the label as far as it is known, an underestimate without a hint."""
+        if self.hint is not None:
+            return -torch.expm1(self.hint[span])
+        return torch.nan_to_num(torch.sigmoid(self.shift[span] + self.total[span].log() - self.label[span]))
+
+
+def merged(spans):
+    """Neighbouring slices as one."""
+    found = []
+    for span in sorted(spans, key=lambda span: span.start):
+        if found and found[-1].stop == span.start:
+            found[-1] = slice(found[-1].start, span.stop)
+        else:
+            found.append(span)
+    return found
+
+
+def backward(problem, stats, slopes, grad_logp, needs):
+    """[dX, ...] as :func:`fastgrpo.backends.torch_backend.backward`'s."""
+    out = new_gradients(problem, needs)
+    d_hidden, grad = out[0].flatten(0, 1), grad_logp[slopes.rows]
+    scaled = grad != 0
+    if slopes.dropped is not None:
+        scaled = certified.within_tolerance(problem, stats[3, slopes.rows], grad, slopes.dropped, scaled)
+    whole = (grad_logp != 0) & (problem.targets != IGNORE)
+    whole[slopes.rows] &= ~scaled
+    factor = torch.where(scaled, grad, 0.0)[:, None]
+    parts = (slopes.rows, slopes.values, factor, scaled)
+    for index, values, g, used in zip(*(x.split(torch_backend.entries_at_once(problem)) for x in parts)):
+        d_hidden.index_copy_(0, index, torch.where(used[:, None], values * g, 0.0).to(d_hidden.dtype))
+    whole = whole.nonzero().squeeze(1)
+    if whole.numel():
+        torch_backend.add_exact_rows(problem, stats, whole, [grad_logp], out)
+    return out
