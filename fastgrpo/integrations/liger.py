@@ -12,13 +12,15 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import zip_longest
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from fastgrpo import inputs
 from fastgrpo.checks import Below1, Count, Finite, NonNegative, Positive, check_field, need
-from fastgrpo.config import CLIPPED, GRPOLossConfig
+from fastgrpo.config import CLIPPED, GRPOLossConfig, Level, LossType
+from fastgrpo.inputs import Backend, Backward
 from fastgrpo.integrations.known_gradients import call, with_gradients
 from fastgrpo.logprobs import linear_logprobs
 from fastgrpo.lora import unpacked
@@ -90,35 +92,35 @@ class FusedLinearGRPOLoss(torch.nn.Module):
 
     def __init__(
         self,
-        beta=0.04,
-        compiled=True,
-        use_ref_model=True,
-        chunk_size=1,
-        epsilon_low=0.2,
-        epsilon_high=0.2,
-        loss_type="dapo",
-        max_completion_length=None,
-        importance_sampling_level="token",
-        sapo_temperature_pos=1.0,
-        sapo_temperature_neg=1.05,
-        temperature=1.0,
-        delta=None,
-        use_bias_correction_kl=False,
-        vespo_k_pos=2.0,
-        vespo_lambda_pos=3.0,
-        vespo_k_neg=3.0,
-        vespo_lambda_neg=2.0,
+        beta: float = 0.04,
+        compiled: bool = True,
+        use_ref_model: bool = True,
+        chunk_size: int = 1,
+        epsilon_low: float = 0.2,
+        epsilon_high: float = 0.2,
+        loss_type: LossType = "dapo",
+        max_completion_length: float | None = None,
+        importance_sampling_level: Level = "token",
+        sapo_temperature_pos: float = 1.0,
+        sapo_temperature_neg: float = 1.05,
+        temperature: float = 1.0,
+        delta: float | None = None,
+        use_bias_correction_kl: bool = False,
+        vespo_k_pos: float = 2.0,
+        vespo_lambda_pos: float = 3.0,
+        vespo_k_neg: float = 3.0,
+        vespo_lambda_neg: float = 2.0,
         *,
-        softcap=None,
-        logit_scale=1.0,
-        backend="auto",
-        backward="auto",
-        tolerance=None,
-        workspace_mb=128,
-        grad_in_forward=True,
-        log_entropy=False,
-        **objective,
-    ):
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
+        backend: Backend = "auto",
+        backward: Backward = "auto",
+        tolerance: float | None = None,
+        workspace_mb: float = 128,
+        grad_in_forward: bool = True,
+        log_entropy: bool = False,
+        **objective: Any,
+    ) -> None:
         super().__init__()
         self.beta, self.use_ref_model = beta, use_ref_model
         self.compiled, self.chunk_size = compiled, chunk_size
@@ -132,7 +134,7 @@ class FusedLinearGRPOLoss(torch.nn.Module):
         self.backend, self.backward, self.tolerance, self.workspace_mb = backend, backward, tolerance, workspace_mb
         self.grad_in_forward = grad_in_forward
         self.objective = {"log_entropy": log_entropy, **objective}
-        self.last = None
+        self.last: GRPOLoss | None = None
         self.check()
 
     def check(self):
@@ -148,7 +150,7 @@ class FusedLinearGRPOLoss(torch.nn.Module):
         _ = self.config
 
     @property
-    def config(self):
+    def config(self) -> GRPOLossConfig:
         """The :class:`fastgrpo.GRPOLossConfig` these attributes say."""
         clips = self.loss_type in CLIPPED
         check_field("epsilon_low", self.epsilon_low, Below1 if clips else Finite)
@@ -167,26 +169,26 @@ class FusedLinearGRPOLoss(torch.nn.Module):
 
     def forward(
         self,
-        _input,  # (B, T, D); packed: (1, N, D)
-        lin_weight,  # (V, D)
-        selected_token_ids,  # (B, T); packed: (1, N)
-        attention_mask,  # like selected_token_ids
-        advantages,  # (B,) or like selected_token_ids
-        bias=None,  # (V,)
-        ref_per_token_logps=None,  # like selected_token_ids
-        old_per_token_logps=None,  # like selected_token_ids
-        ref_input=None,  # (B, T, D')
-        ref_weight=None,  # (V, D')
-        ref_bias=None,  # (V,)
-        vllm_is_ratio=None,  # (B,), (B, 1) or like selected_token_ids
-        num_items_in_batch=None,
+        _input: torch.Tensor,  # (B, T, D); packed: (1, N, D)
+        lin_weight: torch.Tensor,  # (V, D)
+        selected_token_ids: torch.Tensor,  # (B, T); packed: (1, N)
+        attention_mask: torch.Tensor | None,  # like selected_token_ids
+        advantages: torch.Tensor,  # (B,) or like selected_token_ids
+        bias: torch.Tensor | None = None,  # (V,)
+        ref_per_token_logps: torch.Tensor | None = None,  # like selected_token_ids
+        old_per_token_logps: torch.Tensor | None = None,  # like selected_token_ids
+        ref_input: torch.Tensor | None = None,  # (B, T, D')
+        ref_weight: torch.Tensor | None = None,  # (V, D')
+        ref_bias: torch.Tensor | None = None,  # (V,)
+        vllm_is_ratio: torch.Tensor | None = None,  # (B,), (B, 1) or like selected_token_ids
+        num_items_in_batch: float | torch.Tensor | None = None,
         *,
-        sampling_per_token_logps=None,  # like selected_token_ids
-        entropy_threshold=None,
-        cu_seqlens=None,  # (B + 1,)
-        lora=None,  # A (r, D), B (V, r), scaling
-        support=None,  # token_ids (K,), offsets (N + 1,)
-    ):
+        sampling_per_token_logps: torch.Tensor | None = None,  # like selected_token_ids
+        entropy_threshold: float | torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,  # (B + 1,)
+        lora: tuple[torch.Tensor, torch.Tensor, float] | None = None,  # A (r, D), B (V, r), scaling
+        support: tuple[torch.Tensor, torch.Tensor] | None = None,  # token_ids (K,), offsets (N + 1,)
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         """The loss of a batch of completions and the metrics that trainers log.
 
         Args:
@@ -311,7 +313,7 @@ def renamed(names):
         raise (ValueError if isinstance(error, ValueError) else TypeError)(message) from error
 
 
-def apply():
+def apply() -> ExitStack:
     """Put :class:`FusedLinearGRPOLoss` in the place of ``LigerFusedLinearGRPOLoss``.
 
     In ``liger_kernel.chunked_loss``, where later imports find it, and in every module that has already imported it

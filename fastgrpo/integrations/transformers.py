@@ -8,13 +8,15 @@ import inspect
 from contextlib import contextmanager
 from functools import partial
 from types import MethodType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 from fastgrpo.inputs import IGNORE
 from fastgrpo.integrations.heads import logit_options
 from fastgrpo.logprobs import LogProbs, linear_logprobs
+
+Model = TypeVar("Model", bound=torch.nn.Module)
 
 
 class FusedOutput(NamedTuple):
@@ -24,7 +26,7 @@ class FusedOutput(NamedTuple):
     outputs: Any  # the model's own output without its logits: aux_loss, router_logits, hidden_states ...
 
 
-def fuse_lm_head(model):
+def fuse_lm_head(model: Model) -> Model:
     """Teach a causal language model the keyword ``fastgrpo=``; without it nothing changes, so generate is untouched.
 
     ``model(input_ids, ..., fastgrpo=function)`` runs the model, whose LM head calls
@@ -65,19 +67,19 @@ def fuse_lm_head(model):
     return model
 
 
-def is_fused(model):
+def is_fused(model: torch.nn.Module) -> bool:
     """Whether a model, or one inside its wrappers, knows the keyword ``fastgrpo=``."""
     return isinstance(find_fused(causal_lm(model).forward), FusedCausalLM)
 
 
-def check_fused(model):
+def check_fused(model: torch.nn.Module) -> None:
     """Raises ValueError for a model that would ignore the keyword ``fastgrpo=``."""
     if not is_fused(model):
         kind = type(causal_lm(model)).__name__
         raise ValueError(f"model must be one that fuse_lm_head has fused, got a plain {kind}")
 
 
-def causal_lm(model):
+def causal_lm(model: Any) -> Any:
     """The transformers model under the wrappers of torch.compile, DDP and PEFT."""
     for name in ("_orig_mod", "module", "_orig_mod"):
         model = getattr(model, name, model)
@@ -183,7 +185,8 @@ def run_labelled(forward, _, *args, labels=None, **kwargs):
     if not isinstance(keep, int) or (keep and "logits_to_keep" not in inspect.signature(kind.forward).parameters):
         raise ValueError(f"logits_to_keep must be a number that {kind.__name__} accepts, got {keep!r}")
     out = run_function(forward, partial(label_scores, targets=targets[:, -keep:]), *args, **kwargs)
-    return out._replace(result=LogProbs(*(x[:, :-1] for x in out.result)))
+    logprobs, entropy = out.result
+    return out._replace(result=LogProbs(logprobs[:, :-1], entropy[:, :-1]))
 
 
 def label_scores(hidden, weight, *, targets, **options):
@@ -220,7 +223,7 @@ class FusedHead(FusedForward):
     def __call__(self, hidden, *args, **kwargs):
         if self.module._fastgrpo is None:
             return self.plain(hidden, *args, **kwargs)
-        return score(self.module, hidden)
+        return score(self.module, hidden)  # pyright: ignore[reportCallIssue] - of torch.compiler.disable
 
 
 @torch.compiler.disable

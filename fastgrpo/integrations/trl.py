@@ -7,7 +7,9 @@ import contextlib
 import importlib
 import inspect
 import os
+from collections.abc import Iterator
 from functools import partial, reduce
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +17,7 @@ import torch.nn.functional as F
 from fastgrpo import inputs
 from fastgrpo.checks import need
 from fastgrpo.diagnostics import NAMES, token_diagnostics
-from fastgrpo.inputs import IGNORE
+from fastgrpo.inputs import IGNORE, Backend, Backward
 from fastgrpo.integrations.transformers import check_fused, fuse_lm_head
 from fastgrpo.logprobs import LogProbs, linear_logprobs
 
@@ -61,9 +63,10 @@ def difference(name):
     return f"trl.{name} takes ({', '.join(found.split())}), expected ({', '.join(SIGNATURES[name].split())})"
 
 
-def find(name):
+def find(name: str) -> Any:
     folder, module, *attributes = name.split(".")
-    return reduce(getattr, attributes, importlib.import_module(f"trl.{folder}.{module}"))
+    home: Any = importlib.import_module(f"trl.{folder}.{module}")
+    return reduce(getattr, attributes, home)
 
 
 @contextlib.contextmanager
@@ -118,7 +121,7 @@ def zero3():
 
 
 @contextlib.contextmanager
-def patched():
+def patched() -> Iterator[None]:
     """``with patched(): trainer.train()``: every trainer of TRL that scores tokens (SFT, DPO, KTO, RLOO, GRPO ...) does
     so with :func:`fastgrpo.linear_logprobs`, its optional outputs included, until the block ends.
 
@@ -155,7 +158,15 @@ class FastGRPOTrainer(trl.GRPOTrainer):
         ValueError: a bad option of ours, before anything runs; ``cast_lm_head_to_fp32`` with LoRA on ``lm_head``.
     """
 
-    def __init__(self, *args, backend="auto", backward="auto", tolerance=None, workspace_mb=128, **kwargs):
+    def __init__(
+        self,
+        *args: Any,
+        backend: Backend = "auto",
+        backward: Backward = "auto",
+        tolerance: float | None = None,
+        workspace_mb: float = 128,
+        **kwargs: Any,
+    ):
         check_version(*(name for name in SIGNATURES if name != OP))
         inputs.check_choice("backend", backend, inputs.BACKENDS)
         inputs.check_choice("backward", backward, inputs.BACKWARDS)
@@ -262,4 +273,5 @@ def head_logprobs(hidden, weight, *, targets, near_logps, whole_fp32, bias, **op
     outside = torch.autocast(hidden.device.type, enabled=False) if whole_fp32 else contextlib.nullcontext()
     with outside:
         out = linear_logprobs(hidden, weight, targets, bias, old_logprobs=near_logps, **options)
-    return LogProbs(*(None if x is None else x.clone() for x in out))  # FSDP2 hooks what leaves a module: no views
+    entropy = None if out.entropy is None else out.entropy.clone()
+    return LogProbs(out.logprobs.clone(), entropy)  # FSDP2 hooks what leaves a module: no views

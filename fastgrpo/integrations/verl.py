@@ -6,6 +6,7 @@
 import importlib
 import inspect
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
 
 import torch
@@ -13,35 +14,35 @@ import torch.distributed as dist
 
 from fastgrpo import inputs
 from fastgrpo.checks import need
-from fastgrpo.inputs import IGNORE
+from fastgrpo.inputs import IGNORE, Backend, Backward
 from fastgrpo.logprobs import LogProbs, linear_logprobs
 from fastgrpo.vocab_parallel import check_group, vocab_parallel_logprobs
 
-KERNEL = "verl.utils.kernel.linear_cross_entropy"
+KERNEL, NAME = "verl.utils.kernel.linear_cross_entropy", "linear_cross_entropy"
 ARGUMENTS = ["hidden", "weight", "labels", "temperature", "reduction", "dist_process_group"]  # of verl 0.9.1
 REDUCTIONS = ("none", "sum", "mean")
 
 
 def linear_cross_entropy(
-    hidden,  # (N, D), (B, T, D) or Megatron's (T, 1, D)
-    weight,  # (V, D), or the rank's rows (V_r, D)
-    labels,  # (N,), (B, T) or (1, T)
-    temperature=1.0,
-    reduction="none",
-    process_group=None,
+    hidden: torch.Tensor,  # (N, D), (B, T, D) or Megatron's (T, 1, D)
+    weight: torch.Tensor,  # (V, D), or the rank's rows (V_r, D)
+    labels: torch.Tensor,  # (N,), (B, T) or (1, T)
+    temperature: float | torch.Tensor = 1.0,
+    reduction: str = "none",
+    process_group: dist.ProcessGroup | None = None,
     *,
-    bias=None,  # (V,) or (V_r,)
-    softcap=None,
-    logit_scale=1.0,
-    old_logprobs=None,
-    backend="auto",
-    backward="auto",
-    tolerance=None,
-    workspace_mb=128,
-    shard_sizes=None,
-    reduce_hidden_grad=True,
-    row_tolerance=None,
-):
+    bias: torch.Tensor | None = None,  # (V,) or (V_r,)
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    old_logprobs: torch.Tensor | None = None,
+    backend: Backend = "auto",
+    backward: Backward = "auto",
+    tolerance: float | None = None,
+    workspace_mb: float = 128,
+    shard_sizes: Sequence[int] | None = None,
+    reduce_hidden_grad: bool = True,
+    row_tolerance: float | None = None,
+) -> LogProbs:
     """Log-probs of the labels and entropy of the whole distribution, in nats, as verl's function of this name.
 
     Without a process group, or with one of a single rank, this is :func:`fastgrpo.linear_logprobs`; with one it is
@@ -144,7 +145,7 @@ def call_as_verl(hidden, weight, labels, temperature=1.0, reduction="none", dist
     )
 
 
-def apply():
+def apply() -> ExitStack:
     """Put the op in the place of ``verl.utils.kernel.linear_cross_entropy``, wherever verl has imported it already.
 
     In every process of a run: ``VERL_USE_EXTERNAL_MODULES=fastgrpo.integrations.verl_patch`` in the environment, or
@@ -174,5 +175,5 @@ def apply():
 def rebind(old, new):
     """Every name ``linear_cross_entropy`` of a loaded verl module that is the old one becomes the new one."""
     for name, module in list(sys.modules.items()):
-        if name.startswith("verl.") and vars(module).get("linear_cross_entropy") is old:
-            module.linear_cross_entropy = new
+        if name.startswith("verl.") and vars(module).get(NAME) is old:
+            setattr(module, NAME, new)

@@ -4,8 +4,9 @@ vLLM runs on a GPU alone: here it is tested against its interface, with stand-in
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 from unittest.mock import patch
 
 import torch
@@ -14,9 +15,9 @@ from accelerate.utils import extract_model_from_parallel, gather_object
 
 from fastgrpo.checks import Checked, need, require, require_installed
 from fastgrpo.integrations.transformers import causal_lm
-from fastgrpo.trainer.completions import completion, end_tokens
+from fastgrpo.trainer.completions import Completion, completion, end_tokens
 
-MISMATCH_MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
+MismatchMode = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,11 +41,11 @@ class VLLMOptions(Checked):
     vllm_max_model_length: int | None = None
     vllm_tensor_parallel_size: int = 1
     vllm_importance_sampling_correction: bool = True
-    vllm_importance_sampling_mode: Literal[MISMATCH_MODES] = "sequence_mask"
+    vllm_importance_sampling_mode: MismatchMode = "sequence_mask"
     vllm_importance_sampling_clip_max: float | None = 3.0
     vllm_importance_sampling_clip_min: float | None = None
 
-    def check_combinations(self):
+    def check_combinations(self) -> None:
         super().check_combinations()
         low, high = self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max
         require(
@@ -54,7 +55,7 @@ class VLLMOptions(Checked):
         if self.use_vllm:
             require_installed("vllm", "'fastgrpo[vllm]'")
 
-    def mismatch_weights(self, old, sampled):
+    def mismatch_weights(self, old: torch.Tensor, sampled: torch.Tensor) -> torch.Tensor:
         """Importance weights of one answer, (length,) each: log-probs of the learner's policy and of the sampler."""
         mode = self.vllm_importance_sampling_mode
         low, high = self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max
@@ -67,11 +68,12 @@ class VLLMOptions(Checked):
 
 
 @torch.no_grad()
-def named_weights(model):
+def named_weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, tensor) of each weight of the bare model, one at a time: shards gathered (every rank must iterate), 4-bit
     weights dequantised, LoRA's update added to a copy: the model itself is never merged, so it cannot drift."""
     model = extract_model_from_parallel(model)
     modules, is_peft = dict(model.named_modules()), hasattr(model, "peft_config")
+    tensor: Any  # a parameter, a DTensor, a copy
     for name, tensor in model.named_parameters():
         owner, _, leaf = name.rpartition(".")
         if is_peft and (model.prefix in name or "original_module" in name):
@@ -109,7 +111,8 @@ class VLLMSampler:
 
     def __init__(self, config, tokenizer):
         need("vllm", "vllm")
-        self.config, self.tokenizer, self.engine = config, tokenizer, None
+        self.config, self.tokenizer = config, tokenizer
+        self.engine: Any = None
 
     def start(self, model):
         model, trl = extract_model_from_parallel(model), need("trl.generation.vllm_generation", "vllm")
@@ -121,14 +124,14 @@ class VLLMSampler:
         with patch.object(trl, "is_bitsandbytes_available", lambda: False):  # or a 4-bit vLLM, which takes no update
             return engine(model, Accelerator(), self.tokenizer, **options)
 
-    def sync(self, model):
+    def sync(self, model: torch.nn.Module) -> None:
         """Push the weights; every rank calls it."""
         self.engine = self.engine or self.start(model)
         self.engine.sync_weights()
 
-    def generate(self, model, prompts, sampling, greedy=False):
+    def generate(self, model, prompts: list[list[int]], sampling, greedy: bool = False) -> list[list[Completion]]:
         """-> for each prompt (a list of ids) its ``sampling.num_generations`` completions; ``greedy``: one."""
-        if self.engine is None:
+        if not self.engine:
             self.sync(model)
         n, ends = 1 if greedy else sampling.num_generations, end_tokens(model, self.tokenizer)
         for name in ("top_p", "top_k", "min_p", "repetition_penalty", "max_completion_length"):

@@ -2,15 +2,21 @@
 
 import importlib
 import logging
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from fastgrpo.checks import need
+
+if TYPE_CHECKING:
+    from fastgrpo.trainer.config import GRPOConfig
+    from fastgrpo.trainer.loop import GRPOTrainer
 
 HOMES = {"GRPOConfig": "config", "GRPOTrainer": "loop"}
 
 
 @contextmanager
-def quiet_bitsandbytes():
+def quiet_bitsandbytes() -> Iterator[None]:
     """Inside, bitsandbytes may be imported (PEFT does) without its warning of kernels that this CPU does without."""
     logger = logging.getLogger("bitsandbytes")
     level = logger.level
@@ -21,7 +27,7 @@ def quiet_bitsandbytes():
         logger.setLevel(level)
 
 
-def __getattr__(name):
+def __getattr__(name: str):
     if name not in HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     for package in ("yaml", "accelerate", "matplotlib", "rich"):

@@ -22,7 +22,7 @@ class Command(argparse.ArgumentParser):
             return f"{super().format_help()}\nThe settings cannot be listed: {error}\n"
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="fastgrpo", description="GRPO without the logits.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Command)

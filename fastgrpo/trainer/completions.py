@@ -1,6 +1,8 @@
 """What every sampler gives: an answer, cut behind the token that ends it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from accelerate.utils import extract_model_from_parallel
 
@@ -14,13 +16,13 @@ class Completion:
     finished: bool  # by an end token, not by length
 
 
-def end_tokens(model, tokenizer):
+def end_tokens(model: Any, tokenizer: Any) -> list[int]:
     """Every id that ends an answer: the generation config's (one or a list) and the tokenizer's."""
     ids = extract_model_from_parallel(model).generation_config.eos_token_id
     return sorted({*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id} - {None})
 
 
-def completion(ids, logprobs, ends):
+def completion(ids: list[int], logprobs: list[float], ends: Sequence[int]) -> Completion:
     """An answer cut behind its first end token."""
     stop = next((i + 1 for i, token in enumerate(ids) if token in ends), None)
     return Completion(ids[:stop], logprobs[:stop], stop is not None)

@@ -1,21 +1,33 @@
 """The trainer's config: TRL's names and defaults, every mistake found before a model is loaded."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 
-from fastgrpo.advantages import SCALES
-from fastgrpo.checks import Count, CountOr0, Finite, GroupSize, NonNegative, Share, require, require_installed
+from fastgrpo.advantages import Scale
+from fastgrpo.checks import (
+    Checked,
+    Count,
+    CountOr0,
+    Finite,
+    GroupSize,
+    NonNegative,
+    Share,
+    annotations,
+    require,
+    require_installed,
+)
 from fastgrpo.config import ELSEWHERE, GRPOLossConfig
-from fastgrpo.inputs import BACKENDS, BACKWARDS
+from fastgrpo.inputs import Backend, Backward
 from fastgrpo.integrations.vllm import VLLMOptions
 from fastgrpo.trainer.generate import Sampling
 from fastgrpo.trainer.model import ModelOptions
 
 JOB = ("model", "reward_funcs", "train_dataset", "eval_dataset")  # of a YAML file: GRPOTrainer's other arguments
 Tracker = Literal["none", "tensorboard", "wandb", "trackio"]
+Part = TypeVar("Part", bound=Checked)
 Strategy = Literal["no", "steps", False]  # False: YAML's no
 
 
@@ -69,11 +81,11 @@ class GRPOConfig(Sampling, GRPOLossConfig, ModelOptions, VLLMOptions):
     packing: Literal["auto", True, False] = "auto"
     skip_zero_advantages: bool = True
     recompute_old_logprobs: bool | None = None
-    backend: Literal[BACKENDS] = "auto"
-    backward: Literal[BACKWARDS] = "auto"
+    backend: Backend = "auto"
+    backward: Backward = "auto"
     max_generation_tokens: Count = 65536
     reward_weights: list[Finite] | None = None
-    scale_rewards: Literal[(*SCALES, True, False)] = "group"
+    scale_rewards: Literal[Scale, True, False] = "group"
     mask_truncated_completions: bool = False
     sync_ref_model: bool = False
     ref_model_mixup_alpha: Share = 0.6
@@ -90,7 +102,7 @@ class GRPOConfig(Sampling, GRPOLossConfig, ModelOptions, VLLMOptions):
     save_steps: Count = 500
     save_total_limit: Count | None = None
 
-    def check_combinations(self):
+    def check_combinations(self) -> None:
         super().check_combinations()
         group, rollout = self.num_generations, self.rollout
         require(
@@ -122,19 +134,26 @@ class GRPOConfig(Sampling, GRPOLossConfig, ModelOptions, VLLMOptions):
             require_installed(tracker, tracker)
 
     @property
-    def trackers(self):
+    def trackers(self) -> list[str]:
         return [n for n in ([self.report_to] if isinstance(self.report_to, str) else self.report_to) if n != "none"]
 
     @property
-    def rollout(self):
+    def scale(self) -> Scale:
+        """What advantages are divided by; TRL has True and False too."""
+        if isinstance(self.scale_rewards, bool):
+            return "group" if self.scale_rewards else "none"
+        return self.scale_rewards
+
+    @property
+    def rollout(self) -> int:
         """Answers of a rollout on one rank."""
         return self.per_device_train_batch_size * (self.steps_per_generation or self.gradient_accumulation_steps)
 
     @property
-    def steps_per_rollout(self):
+    def steps_per_rollout(self) -> int:
         """Optimiser steps of one epoch over a rollout."""
         return self.rollout // (self.per_device_train_batch_size * self.gradient_accumulation_steps)
 
-    def part(self, cls, **changes):
+    def part(self, cls: type[Part], **changes: Any) -> Part:
         """The settings of one of the classes it is made of."""
-        return cls(**{**{f.name: getattr(self, f.name) for f in fields(cls)}, **changes})
+        return cls(**{**{name: getattr(self, name) for name in annotations(cls)}, **changes})

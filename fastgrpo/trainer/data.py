@@ -2,6 +2,7 @@
 
 import heapq
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -9,7 +10,7 @@ from fastgrpo.trainer import examples
 from fastgrpo.trainer.rewards import call_reward
 
 
-def load_rows(source, name="train_dataset"):
+def load_rows(source: Any, name: str = "train_dataset") -> Any:
     """Rows ``{"prompt": text or chat, column: value ...}`` of a list, a .jsonl or .json file or a ``datasets`` object.
 
     Raises:
@@ -50,7 +51,7 @@ def draw(size, position, count, seed, shuffle=True):
     return rows
 
 
-def encode(tokenizer, prompt, template=None):
+def encode(tokenizer: Any, prompt: str | list, template: dict | None = None) -> list[int]:
     """Token ids of a prompt, text or chat."""
     if isinstance(prompt, str):
         return tokenizer(prompt)["input_ids"]

@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -184,7 +185,7 @@ def load_rows(spec, seed=0):
     return rows if tiny else [{**r, "prompt": [{"role": "user", "content": r["prompt"]}]} for r in rows]
 
 
-def tiny_tokenizer(world, vocabulary=None):
+def tiny_tokenizer(world: World, vocabulary: int | None = None) -> Any:
     """Of the model's own class: a token a character, or words learnt from a world's texts; padded to ``vocabulary``."""
     from transformers import Qwen2Tokenizer
 
@@ -192,14 +193,8 @@ def tiny_tokenizer(world, vocabulary=None):
     # one special token: any other would be skipped where an answer is decoded, and "0<bos>2" taken for "02"
     words = ["<pad>", "<bos>", "<eos>", *sorted(set("".join(texts)))]
     words += [f"<unused{i}>" for i in range((vocabulary or 0) - len(words))]
-    tokenizer = Qwen2Tokenizer(
-        vocab={word: i for i, word in enumerate(words)},
-        merges=[],
-        pad_token="<eos>",
-        eos_token="<eos>",
-        bos_token=None,
-        unk_token=None,
-    )
+    special: dict[str, Any] = {"pad_token": "<eos>", "eos_token": "<eos>", "bos_token": None, "unk_token": None}
+    tokenizer: Any = Qwen2Tokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[], **special)
     return tokenizer.train_new_from_iterator(texts, 512) if world.words else tokenizer
 
 
@@ -224,7 +219,8 @@ def tiny_model(spec, seed=0, vocabulary=None, device="cpu"):
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    model = Qwen2ForCausalLM(config).to(device)
+    model: Any = Qwen2ForCausalLM(config)
+    model.to(device)
     teach(model, tokenizer, world, seed)
     return model, tokenizer
 

@@ -11,7 +11,7 @@ from transformers import GenerationConfig, LogitsProcessor, RepetitionPenaltyLog
 from fastgrpo.checks import Checked, Count, CountOr0, Fraction, Positive, Share
 from fastgrpo.integrations.transformers import causal_lm
 from fastgrpo.integrations.vllm import VLLMSampler
-from fastgrpo.trainer.completions import completion, end_tokens
+from fastgrpo.trainer.completions import Completion, completion, end_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,10 +73,12 @@ class TransformersSampler:
     def __init__(self, tokenizer, max_batch_tokens=65536):
         self.tokenizer, self.max_batch_tokens = tokenizer, max_batch_tokens
 
-    def sync(self, model):
+    def sync(self, model) -> None:
         """Nothing to do: it samples from the model itself."""
 
-    def generate(self, model, prompts, sampling, greedy=False):
+    def generate(
+        self, model, prompts: list[list[int]], sampling: Sampling, greedy: bool = False
+    ) -> list[list[Completion]]:
         """-> for each prompt (a list of ids) its ``sampling.num_generations`` completions; ``greedy``: one."""
         n = 1 if greedy else sampling.num_generations
         order = sorted(range(len(prompts) * n), key=lambda row: -len(prompts[row // n]))  # longest first

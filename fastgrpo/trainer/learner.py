@@ -4,15 +4,17 @@ import math
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import pad_sequence
 
-from fastgrpo import grpo_loss, linear_logprobs
-from fastgrpo.inputs import IGNORE
+from fastgrpo import GRPOLossConfig, grpo_loss, linear_logprobs
+from fastgrpo.inputs import IGNORE, Backend, Backward
 from fastgrpo.integrations.transformers import check_fused
 from fastgrpo.weights import Totals, share_of_batch
 
@@ -38,20 +40,20 @@ class Episode:
     importance: torch.Tensor | None = None
 
     @property
-    def length(self):
+    def length(self) -> int:
         return len(self.prompt_ids) + len(self.completion_ids)
 
     @property
-    def tokens(self):
+    def tokens(self) -> int:
         return len(self.completion_ids) if self.counts else 0
 
 
-def needs_learning(episode, config):
+def needs_learning(episode: Episode, config: GRPOLossConfig) -> bool:
     """Whether a gradient can come from an episode: no advantage, no KL, no bonus is no gradient, exactly."""
     return episode.tokens > 0 and (episode.advantage != 0 or config.beta > 0 or config.entropy_coef != 0)
 
 
-def micro_batches(episodes, budget, packed):
+def micro_batches(episodes: list[Episode], budget: int, packed: bool) -> list[list[Episode]]:
     """Episodes, longest first, in lists of at most ``budget`` tokens: packed first-fit, or padded to their longest."""
     batches, room = [], []
     for episode in sorted(episodes, key=lambda e: -e.length):
@@ -72,7 +74,7 @@ def tokens(batch, packed):
     return sum(e.length for e in batch) if packed else batch[0].length * len(batch)
 
 
-def collate(episodes, packed, device):
+def collate(episodes: list[Episode], packed: bool, device: torch.device) -> tuple[dict[str, Any], dict[str, Any]]:
     """-> inputs of the model, and keyword arguments of ``grpo_loss``: position t predicts the token at t + 1.
 
     Padded (B, T): padding is on the right, where a causal model needs no mask. Packed (1, N): ``position_ids`` start
@@ -127,22 +129,23 @@ class Learner:
 
     def __init__(
         self,
-        model,
-        accelerator,
-        config,
-        budget="auto",
-        packed=False,
-        skip=True,
-        offload=False,
-        backend="auto",
-        backward="auto",
-    ):
+        model: torch.nn.Module,
+        accelerator: Accelerator,
+        config: GRPOLossConfig,
+        budget: int | Literal["auto"] = "auto",
+        packed: bool = False,
+        skip: bool = True,
+        offload: bool = False,
+        backend: Backend = "auto",
+        backward: Backward = "auto",
+    ) -> None:
         self.model, self.accelerator, self.config, self.packed = model, accelerator, config, packed
         self.skip, self.offload, self.auto, self.limit = skip, offload, budget == "auto", math.inf
-        self.budget, self.largest, self.cut = AUTO_BUDGET if self.auto else budget, 0, False
-        self.options = {"backend": backend, "backward": backward}
+        self.budget: int = AUTO_BUDGET if budget == "auto" else budget
+        self.largest, self.cut = 0, False
+        self.options: dict[str, Any] = {"backend": backend, "backward": backward}
         self.ddp = isinstance(model, DistributedDataParallel)
-        self.inner = model.module if self.ddp else model  # passes through it wait for no other rank
+        self.inner: Any = model.module if self.ddp else model  # passes through it wait for no other rank
         check_fused(self.inner)
 
     def plan(self, episodes):
@@ -182,10 +185,12 @@ class Learner:
                     torch.cuda.empty_cache()
 
     @torch.no_grad()
-    def score(self, episodes, model=None, entropy=False):
+    def score(
+        self, episodes: list[Episode], model: torch.nn.Module | None = None, entropy: bool = False
+    ) -> list[torch.Tensor]:
         """Log-probs (or entropies) of every answer's tokens, without a gradient: a list of (length,) CPU tensors."""
-        model = self.inner if model is None else model
-        check_fused(model)
+        scorer: Any = self.inner if model is None else model
+        check_fused(scorer)
         temperature, backend = self.config.temperature, self.options["backend"]
 
         def work(plan):
@@ -197,20 +202,20 @@ class Learner:
                     linear_logprobs, targets=targets, temperature=temperature, return_entropy=entropy, backend=backend
                 )
                 with self.accelerator.autocast():
-                    out = model(**inputs, fastgrpo=score)
+                    out = scorer(**inputs, fastgrpo=score)
                 flat = (out.entropy if entropy else out.logprobs)[targets != IGNORE].cpu()
                 pieces = flat.split([len(e.completion_ids) for e in batch])
                 values.update((id(e), piece.clone()) for e, piece in zip(batch, pieces))
             return [values[id(e)] for e in episodes]
 
-        mode = model.training
-        model.eval()
+        mode = scorer.training
+        scorer.eval()
         try:
             return self.within_memory(work, episodes)
         finally:
-            model.train(mode)
+            scorer.train(mode)
 
-    def gradients(self, episodes, num_items=None):
+    def gradients(self, episodes: list[Episode], num_items: float | None = None) -> dict[str, torch.Tensor]:
         """Adds the batch's gradient to the parameters.
 
         Args:
@@ -275,7 +280,7 @@ class Learner:
         threshold = float(threshold) * (1 - 1e-5)  # the token at the quantile keeps its place in another micro-batch
         return threshold, {id(e): int((h >= threshold).sum()) for e, h in zip(counted, entropies)}
 
-    def grow(self):
+    def grow(self) -> None:
         """After a step that fitted, and was cut by the budget: "auto" doubles it while the step's peak stays under 40 %
         of a GPU's memory."""
         if self.auto and self.on_gpu and self.cut and 2 * self.budget < self.limit:
@@ -285,7 +290,7 @@ class Learner:
                 self.budget *= 2
 
     @property
-    def on_gpu(self):
+    def on_gpu(self) -> bool:
         return self.accelerator.device.type == "cuda"  # is_available is also true where the config says use_cpu
 
 

@@ -6,6 +6,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -21,7 +22,7 @@ from fastgrpo.trainer.data import decode, draw, encode, load_rows, longest_promp
 from fastgrpo.trainer.generate import Sampling, make_sampler
 from fastgrpo.trainer.learner import Episode, Learner, needs_learning
 from fastgrpo.trainer.logs import RunLog, plot_curves
-from fastgrpo.trainer.rewards import name_rewards, warn_unscored
+from fastgrpo.trainer.rewards import Rewards, name_rewards, warn_unscored
 
 
 class GRPOTrainer:
@@ -43,16 +44,16 @@ class GRPOTrainer:
 
     def __init__(
         self,
-        model,
-        reward_funcs,
-        train_dataset,
-        config=None,
-        eval_dataset=None,
-        processing_class=None,
-        peft_config=None,
+        model: str | torch.nn.Module,
+        reward_funcs: Rewards,
+        train_dataset: Any,
+        config: GRPOConfig | None = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        peft_config: Any = None,
         *,
-        args=None,
-    ):
+        args: Any = None,
+    ) -> None:
         self.config = config = GRPOConfig() if config is None else config
         if args is not None or not isinstance(config, GRPOConfig):
             raise TypeError(
@@ -62,7 +63,7 @@ class GRPOTrainer:
         if peft_config is not None or hasattr(model, "peft_config"):
             self.config = config = replace(config, use_peft=True)
         self.rows = load_rows(train_dataset)
-        self.eval_rows = None if eval_dataset is None else load_rows(eval_dataset, "eval_dataset")
+        self.eval_rows: Any = None if eval_dataset is None else load_rows(eval_dataset, "eval_dataset")
         if self.eval_rows is None and (config.eval_strategy == "steps" or config.eval_on_start):
             raise ValueError("eval_strategy and eval_on_start need an eval_dataset, got None")
         datasets = [rows for rows in (self.rows, self.eval_rows) if rows is not None]
@@ -86,7 +87,7 @@ class GRPOTrainer:
     def setup(self, model, peft_config):
         """Model, frozen reference, optimiser, schedule, sampler and learner, on this rank's device."""
         config, accelerator = self.config, self.accelerator
-        self.reference = copy.deepcopy(model) if config.beta > 0 and not config.use_peft else None
+        self.reference: Any = copy.deepcopy(model) if config.beta > 0 and not config.use_peft else None
         model = models.make_trainable(model, config, peft_config).train()
         self.model, self.optimizer = accelerator.prepare(model, models.make_optimizer(model, config))
         if self.reference is not None:
@@ -115,7 +116,7 @@ class GRPOTrainer:
         differs, asked = config.use_vllm or (rounded and self.uses > 1), config.recompute_old_logprobs
         self.rescore = differs if asked is None else asked
 
-    def train(self):
+    def train(self) -> list[dict[str, Any]]:
         """Trains to the last step; leaves log.jsonl, curves.png, model/ and checkpoints in ``output_dir``.
 
         Returns:
@@ -166,8 +167,7 @@ class GRPOTrainer:
         episodes = self.answer(mine, config.num_generations)
         rewards = torch.tensor(gather_object([e.rewards for e in episodes])) * self.weights
         warn_unscored(rewards, quiet=not self.accelerator.is_main_process)
-        scale = {True: "group", False: "none"}.get(config.scale_rewards, config.scale_rewards)
-        advantages = group_advantages(rewards, config.num_generations, scale).tolist()
+        advantages = group_advantages(rewards, config.num_generations, config.scale).tolist()
         for episode, advantage in zip(episodes, advantages[rank * len(episodes) :]):
             episode.advantage = advantage
         self.add_logprobs([e for e in episodes if needs_learning(e, config) or not config.skip_zero_advantages])
@@ -229,7 +229,7 @@ class GRPOTrainer:
         accelerator = self.accelerator
         tokens = sum(gather_object([sum(e.tokens for e in self.rollout)]))
         numbers = self.learner.gradients(episodes, num_items=tokens / self.config.steps_per_rollout)
-        norm = accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
+        norm: Any = accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
         numbers["grad_norm"] = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         row = self.summary(episodes, numbers)
         if not math.isfinite(row["loss"] + row["grad_norm"]):
@@ -247,7 +247,8 @@ class GRPOTrainer:
 
     def summary(self, episodes, numbers):
         """The numbers of a step over all ranks."""
-        ranks = self.accelerator.gather(torch.stack([v.float() for v in numbers.values()])[None]).T.tolist()
+        gathered: Any = self.accelerator.gather(torch.stack([v.float() for v in numbers.values()])[None])
+        ranks = gathered.T.tolist()
         combine = {"ratio_min": min, "ratio_max": max, "grad_norm": max}
         n = {name: combine.get(name, sum)(values) for name, values in zip(numbers, ranks)}
         columns, measured = self.columns(episodes), max(n["measured_tokens"], 1)

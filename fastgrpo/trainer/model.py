@@ -18,10 +18,11 @@ from fastgrpo.checks import Below1, Checked, Count, NonNegative, Positive, requi
 from fastgrpo.integrations.transformers import causal_lm, fuse_lm_head
 from fastgrpo.trainer import examples
 
-OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit")
+Optimizer = Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"]
 DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
-WARM_UP = ("constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "inverse_sqrt")
-SCHEDULES = ("constant", *WARM_UP)
+Schedule = Literal[
+    "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "inverse_sqrt"
+]
 EXTRAS = {"peft": "peft", "bitsandbytes": "quant", "liger_kernel": "liger", "flash_attn": "flash"}  # package: ours
 
 
@@ -62,18 +63,18 @@ class ModelOptions(Checked):
     use_dora: bool = False
     load_in_4bit: bool = False
     load_in_8bit: bool = False
-    optim: Literal[OPTIMIZERS] = "adamw_torch_fused"
+    optim: Optimizer = "adamw_torch_fused"
     learning_rate: NonNegative = 1e-6
     weight_decay: NonNegative = 0.0
     adam_beta1: Below1 = 0.9
     adam_beta2: Below1 = 0.999
     adam_epsilon: Positive = 1e-8
     max_grad_norm: Positive = 1.0
-    lr_scheduler_type: Literal[SCHEDULES] = "linear"
+    lr_scheduler_type: Schedule = "linear"
     lr_scheduler_kwargs: dict | None = None
     warmup_steps: NonNegative = 0
 
-    def check_combinations(self):
+    def check_combinations(self) -> None:
         super().check_combinations()
         quantised, attention = self.load_in_4bit or self.load_in_8bit, self.attn_implementation or ""
         require(self.dtype in DTYPES, f"dtype must be one of {', '.join(map(repr, DTYPES))}, got {self.dtype!r}")
@@ -97,11 +98,11 @@ class ModelOptions(Checked):
                 require_installed(package, f"'fastgrpo[{extra}]'")
 
     @property
-    def on_gpu(self):
+    def on_gpu(self) -> bool:
         return torch.cuda.is_available() and not self.use_cpu
 
     @property
-    def mixed_precision(self):
+    def mixed_precision(self) -> str:
         """accelerate's name of the autocast: where not said, bf16 on a GPU that has it."""
         possible = self.on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
         return "bf16" if self.bf16 or (self.bf16 is None and possible) else "no"
@@ -127,7 +128,7 @@ def load_model(source, config, device):
             bnb_4bit_compute_dtype=compute,
         )
         options["device_map"] = {"": device}
-    failed = None
+    failed: Exception | None = None
     for attention in attentions(config, device):
         try:
             model = AutoModelForCausalLM.from_pretrained(source, attn_implementation=attention, **options)
@@ -139,6 +140,7 @@ def load_model(source, config, device):
         if failed is not None:
             print(f"attention: {attention}, because {failed}")
         return model
+    assert failed is not None
     raise failed
 
 

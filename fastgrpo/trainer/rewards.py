@@ -15,11 +15,19 @@ import math
 import re
 import warnings
 from collections import Counter
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from fastgrpo.checks import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+RewardFunction = Callable[..., list[float | None]]  # async ones too
+Rewards = RewardFunction | str | dict[str, Any] | Sequence[RewardFunction | str | dict[str, Any]]
 
 NUMBER = re.compile(
     r"""(?<![\w.]) (?P<sign>[-+]?) (?:[$€£]\s?)? (?P<inner>[-+]?)   # no sign behind a digit: "10-5" is two numbers
@@ -35,7 +43,7 @@ LATEX = [
 ]
 
 
-def text_of(completion):
+def text_of(completion: str | list[dict[str, Any]]) -> str:
     """The text of a completion: itself, or its last message's."""
     return completion if isinstance(completion, str) else completion[-1]["content"] or ""
 
@@ -92,13 +100,13 @@ def same_number(a, b, tolerance):
     return any(abs(x - y) <= tolerance * max(1.0, abs(y)) for x, y in pairs)
 
 
-def exact_answer(completions, answer, **_):
+def exact_answer(completions: Sequence, answer: Sequence, **_) -> list[float | None]:
     """1.0 where the final answer is the column ``answer``, spaces aside."""
     pairs = [(final_answer(text_of(c)).split(), a) for c, a in zip(completions, answer)]
     return [None if a is None else float(words == final_answer(str(a)).split()) for words, a in pairs]
 
 
-def numeric_answer(completions, answer, tolerance=1e-6, **_):
+def numeric_answer(completions: Sequence, answer: Sequence, tolerance: float = 1e-6, **_) -> list[float | None]:
     """1.0 where the last number of the final answer is that of the column ``answer``. None: the column has none."""
     rewards = []
     for completion, expected in zip(completions, answer):
@@ -109,7 +117,7 @@ def numeric_answer(completions, answer, tolerance=1e-6, **_):
     return rewards
 
 
-def think_format(completions, answer_tags=True, **_):
+def think_format(completions: Sequence, answer_tags: bool = True, **_) -> list[float]:
     """1.0 for ``<think>...</think><answer>...</answer>``, each tag once and nothing around; without ``answer_tags`` for
     ``<think>...</think>`` and anything behind, as TRL's ``think_format_reward``."""
     return [float(has_answer_tags(t) if answer_tags else thinks_first(t)) for t in map(text_of, completions)]
@@ -124,7 +132,9 @@ def has_answer_tags(text):
     return once and re.fullmatch(r"\s*<think>.*</think>\s*<answer>.*</answer>\s*", text, re.DOTALL) is not None
 
 
-def length_penalty(completion_ids, max_length, cache=None, **_):
+def length_penalty(
+    completion_ids: Sequence[Sequence[int]], max_length: int, cache: int | None = None, **_
+) -> list[float]:
     """DAPO's soft overlong punishment (arXiv:2503.14476, eq. 13): 0 up to ``max_length - cache`` tokens, then falling
     to -1 at ``max_length``, -1 beyond. ``cache``: a fifth of ``max_length``, as in the paper."""
     cache = max_length // 5 if cache is None else cache
@@ -132,7 +142,9 @@ def length_penalty(completion_ids, max_length, cache=None, **_):
     return [0.0 if x <= 0 else -min(1.0, x / cache) if cache else -1.0 for x in over]
 
 
-def countdown(completions, numbers, target, partial_credit=0.0, **_):
+def countdown(
+    completions: Sequence, numbers: Sequence[Sequence[int]], target: Sequence, partial_credit: float = 0.0, **_
+) -> list[float]:
     """1.0 for an expression in + - * / and parentheses that gives ``target`` and uses each of ``numbers`` at most once;
     ``partial_credit`` for one that keeps to the numbers and misses the target."""
     rewards = []
@@ -160,7 +172,7 @@ def evaluate(text):
     used = []
 
     def value(node):
-        if isinstance(node, ast.Constant):
+        if isinstance(node, ast.Constant) and isinstance(node.value, int):
             used.append(node.value)
             return Fraction(node.value)
         if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
@@ -175,7 +187,13 @@ def evaluate(text):
         return None, []
 
 
-def reward_model(path, batch_size=8, max_length=None, device=None, **model_options):
+def reward_model(
+    path: str,
+    batch_size: int = 8,
+    max_length: int | None = None,
+    device: "str | torch.device | None" = None,
+    **model_options: Any,
+) -> RewardFunction:
     """A reward function from a sequence classifier with one output (``AutoModelForSequenceClassification``)."""
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -219,7 +237,7 @@ REQUIRED = {"length_penalty": "max_length", "reward_model": "path"}  # arguments
 SHIPPED = {f.__name__: f for f in (exact_answer, numeric_answer, think_format, length_penalty, countdown, reward_model)}
 
 
-def resolve(reward):
+def resolve(reward: Any) -> Any:
     """A reward function from what a config may hold: the function itself, async or not; the name of a shipped one,
     "package.module:function" or "path/file.py:function"; or ``{"name": one of these, **arguments}``."""
     if hasattr(reward, "forward"):
@@ -238,7 +256,7 @@ def resolve(reward):
         raise ValueError(f"reward {name!r} needs {REQUIRED[name]!r}")
     if function is reward_model or not arguments:
         return function(**arguments) if arguments else resolve(function)
-    bound = partial(function, **arguments)
+    bound: Any = partial(function, **arguments)
     bound.__name__ = function.__name__
     return resolve(bound)
 
@@ -254,10 +272,10 @@ def wait_for(function):
     return wait
 
 
-def name_rewards(functions, *datasets):
+def name_rewards(functions: Rewards, *datasets) -> dict[str, RewardFunction]:
     """{name: function}; one function, a name or a list of them, which find their columns in those of each dataset."""
-    functions = functions if isinstance(functions, list | tuple) else [functions]
-    resolved = [resolve(f) for f in functions]
+    given: Any = functions if isinstance(functions, list | tuple) else [functions]
+    resolved = [resolve(f) for f in given]
     if not resolved:
         raise ValueError("reward_funcs must hold at least one function, got none")
     names = [getattr(f, "__name__", type(f).__name__) for f in resolved]
@@ -324,7 +342,7 @@ def import_function(name):
         raise ValueError(f"reward must be one of {', '.join(SHIPPED)}, {forms}, got {name!r}")
     try:
         if module.endswith(".py"):
-            spec = importlib.util.spec_from_file_location("fastgrpo_user_rewards", module)
+            spec: Any = importlib.util.spec_from_file_location("fastgrpo_user_rewards", module)
             loaded = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(loaded)
         else:
