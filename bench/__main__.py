@@ -25,10 +25,14 @@ def arguments(argv):
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--entries", nargs="+", metavar="NAME", default=list(entries.ENTRIES), help="default: all")
     parser.add_argument(
-        "--case", type=parse_case, action="append", default=[], metavar="N,V,D[,KEY=VALUE...]",
+        "--case",
+        type=parse_case,
+        action="append",
+        default=[],
+        metavar="N,V,D[,KEY=VALUE...]",
         help="for loss and accuracy, repeatable: profile (rl, flat, real, real-0.6), head, objective, dtype, softcap, "
         "zero_share",
-    )  # fmt: skip
+    )
     parser.add_argument("--repeats", type=int, help="default: the suite's own")
     parser.add_argument("--output", type=Path, default=RESULTS, help=f"default: {os.path.relpath(RESULTS)}")
     parser.add_argument("--tag", default="", help="added to the names of the files")

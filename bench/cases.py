@@ -185,9 +185,14 @@ def truth(p, chunk=256):
     logp.requires_grad_()
     entropy.requires_grad_()
     loss = reference.loss_of_logprobs(
-        logp.view(p.targets.shape), entropy.view(p.targets.shape), p.mask.bool(), p.advantages.double(), p.config,
-        old_logprobs=p.old.double(), ref_logprobs=p.ref.double(),
-    )  # fmt: skip
+        logp.view(p.targets.shape),
+        entropy.view(p.targets.shape),
+        p.mask.bool(),
+        p.advantages.double(),
+        p.config,
+        old_logprobs=p.old.double(),
+        ref_logprobs=p.ref.double(),
+    )
     g_logp, g_entropy = torch.autograd.grad(loss, (logp, entropy), allow_unused=True)
     d_hidden = torch.empty(n, p.case.D, dtype=torch.float64, device=targets.device)
     d_weight = torch.zeros_like(weight) if p.weight.requires_grad else None

@@ -5,9 +5,21 @@ import itertools
 from matplotlib.figure import Figure
 
 COLOURS = (
-    "tab:red", "tab:orange", "gold", "black", "grey", "tab:blue", "tab:green", "tab:olive", "tab:cyan", "tab:purple",
-    "tab:brown", "tab:pink", "navy", "teal",
-)  # fmt: skip
+    "tab:red",
+    "tab:orange",
+    "gold",
+    "black",
+    "grey",
+    "tab:blue",
+    "tab:green",
+    "tab:olive",
+    "tab:cyan",
+    "tab:purple",
+    "tab:brown",
+    "tab:pink",
+    "navy",
+    "teal",
+)
 
 
 def colour(entry):
@@ -44,8 +56,10 @@ def stacked_bars(rows, path, label):
             colours = [colour(r["entry"]) for r in mine]
             axis.barh([r["entry"] for r in mine], widths, left=left, color=colours, alpha=shade)
             left = [a + b for a, b in zip(left, widths)]
-        spread = [[(r["both_seconds"] - r["both_low"]) / r["gemm_seconds"] for r in mine],
-                  [(r["both_high"] - r["both_seconds"]) / r["gemm_seconds"] for r in mine]]  # fmt: skip
+        spread = [
+            [(r["both_seconds"] - r["both_low"]) / r["gemm_seconds"] for r in mine],
+            [(r["both_high"] - r["both_seconds"]) / r["gemm_seconds"] for r in mine],
+        ]
         axis.errorbar(left, range(len(mine)), xerr=spread, fmt="none", ecolor="black", elinewidth=1, capsize=2)
         axis.axvline(1.0, color="black", linestyle=":", linewidth=1)
         axis.invert_yaxis()

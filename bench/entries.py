@@ -95,9 +95,14 @@ def objective(p, logprobs, entropy):
     )
     with torch.no_grad():
         value, d_logprobs, d_entropy, _ = loss_module.evaluate(
-            p.config, batch, logprobs.detach(), None if entropy is None else entropy.detach(), None, None,
+            p.config,
+            batch,
+            logprobs.detach(),
+            None if entropy is None else entropy.detach(),
+            None,
+            None,
             backends.load("torch"),
-        )  # fmt: skip
+        )
     return loss_module.Objective.apply(logprobs, entropy, value, d_logprobs, d_entropy)
 
 
@@ -122,9 +127,16 @@ def trl(p, entropy):
 
     hidden, weight, targets = p.flat
     out = ChunkedLogProbFunction.apply(
-        hidden, weight, None, targets, 1.0, min(32768, len(weight)), p.case.softcap, 1.0,
+        hidden,
+        weight,
+        None,
+        targets,
+        1.0,
+        min(32768, len(weight)),
+        p.case.softcap,
+        1.0,
         ("entropy",) if entropy else (),
-    )  # fmt: skip
+    )
     return out[0], out[1]
 
 
@@ -141,25 +153,36 @@ def liger_lacks(case):
 def liger_options(config):
     """GRPOLossConfig -> the arguments both of Liger's losses share."""
     return {
-        "beta": config.beta, "loss_type": config.loss_type, "temperature": config.temperature, "delta": config.delta,
+        "beta": config.beta,
+        "loss_type": config.loss_type,
+        "temperature": config.temperature,
+        "delta": config.delta,
         "max_completion_length": config.max_completion_length,
         "importance_sampling_level": config.importance_sampling_level,
         "use_bias_correction_kl": config.use_bias_correction_kl,
-        "sapo_temperature_pos": config.sapo_temperature_pos, "sapo_temperature_neg": config.sapo_temperature_neg,
-    }  # fmt: skip
+        "sapo_temperature_pos": config.sapo_temperature_pos,
+        "sapo_temperature_neg": config.sapo_temperature_neg,
+    }
 
 
 def liger_fused(p):
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 
     head = LigerFusedLinearGRPOLoss(
-        epsilon_low=p.config.epsilon, epsilon_high=p.config.upper_epsilon, use_ref_model=p.config.beta != 0,
+        epsilon_low=p.config.epsilon,
+        epsilon_high=p.config.upper_epsilon,
+        use_ref_model=p.config.beta != 0,
         **liger_options(p.config),
-    )  # fmt: skip
+    )
     loss, _ = head(
-        p.hidden, p.weight, p.targets, p.mask, p.advantages, old_per_token_logps=p.old,
+        p.hidden,
+        p.weight,
+        p.targets,
+        p.mask,
+        p.advantages,
+        old_per_token_logps=p.old,
         ref_per_token_logps=p.ref if p.config.beta else None,
-    )  # fmt: skip
+    )
     return loss
 
 
@@ -168,9 +191,17 @@ def liger_triton(p):
 
     logits = F.linear(F.pad(p.hidden, (0, 0, 0, 1)), p.weight)  # it drops the last position, as TRL's models give it
     loss, _ = triton_grpo_loss(
-        logits, p.old, p.ref if p.config.beta else None, p.targets, p.advantages, p.mask, eps_low=p.config.epsilon,
-        eps_high=p.config.upper_epsilon, reduce=True, **liger_options(p.config),
-    )  # fmt: skip
+        logits,
+        p.old,
+        p.ref if p.config.beta else None,
+        p.targets,
+        p.advantages,
+        p.mask,
+        eps_low=p.config.epsilon,
+        eps_high=p.config.upper_epsilon,
+        reduce=True,
+        **liger_options(p.config),
+    )
     return loss
 
 
@@ -224,9 +255,14 @@ def unsloth(p, entropy):
 def ours_logprobs(backward):
     def run(p, entropy):
         out = linear_logprobs(
-            p.hidden, p.weight, p.targets, softcap=p.case.softcap, return_entropy=entropy,
-            old_logprobs=p.old, backward=backward,
-        )  # fmt: skip
+            p.hidden,
+            p.weight,
+            p.targets,
+            softcap=p.case.softcap,
+            return_entropy=entropy,
+            old_logprobs=p.old,
+            backward=backward,
+        )
         return out.logprobs, out.entropy
 
     return run
@@ -235,18 +271,31 @@ def ours_logprobs(backward):
 def ours_loss(backward):
     def run(p):
         return grpo_loss(
-            p.hidden, p.weight, p.targets, p.advantages, p.config, mask=p.mask, old_logprobs=p.old,
-            ref_logprobs=p.ref, softcap=p.case.softcap, backward=backward,
-        ).loss  # fmt: skip
+            p.hidden,
+            p.weight,
+            p.targets,
+            p.advantages,
+            p.config,
+            mask=p.mask,
+            old_logprobs=p.old,
+            ref_logprobs=p.ref,
+            softcap=p.case.softcap,
+            backward=backward,
+        ).loss
 
     return run
 
 
 def ours(backward, passes):
     return Entry(
-        f"fastgrpo {backward}", "fastgrpo", ours_logprobs(backward), ours_loss(backward), softcap=True, entropy=True,
+        f"fastgrpo {backward}",
+        "fastgrpo",
+        ours_logprobs(backward),
+        ours_loss(backward),
+        softcap=True,
+        entropy=True,
         passes=passes,
-    )  # fmt: skip
+    )
 
 
 ENTRIES = {
@@ -262,19 +311,27 @@ ENTRIES = {
         Entry("TRL op", "trl", trl, softcap=True, entropy=True, passes=(1, 3, 2), trips=6),
         Entry("Liger fused GRPO", "liger_kernel", None, liger_fused, any_objective=False, passes=(4, 0, 0), trips=8),
         Entry(
-            "Liger Triton GRPO on logits", "liger_kernel", None, liger_triton, cuda_only=True, any_objective=False,
+            "Liger Triton GRPO on logits",
+            "liger_kernel",
+            None,
+            liger_triton,
+            cuda_only=True,
+            any_objective=False,
             trips=5,
         ),
         Entry("Liger scaled CE", "liger_kernel", liger_scaled, entropy=True, passes=(1, 3, 3), trips=6),
         Entry("CCE", "cut_cross_entropy", cce, cuda_only=True, softcap=True, passes=(1, 1.5, 1.25)),
+        Entry("torch linear_cross_entropy", "torch", torch_fused, needs_function="linear_cross_entropy", trips=8),
         Entry(
-            "torch linear_cross_entropy", "torch", torch_fused, needs_function="linear_cross_entropy", trips=8
-        ),
-        Entry(
-            "torch linear_cross_entropy, chunked", "torch", torch_chunked, needs_function="linear_cross_entropy",
-            slow_on_cpu=True, passes=(3, 0, 0), trips=6,
+            "torch linear_cross_entropy, chunked",
+            "torch",
+            torch_chunked,
+            needs_function="linear_cross_entropy",
+            slow_on_cpu=True,
+            passes=(3, 0, 0),
+            trips=6,
         ),
         Entry("verl", "verl", verl, cuda_only=True, entropy=True, passes=(1, 3, 3), trips=2),
         Entry("unsloth_zoo", "unsloth_zoo", unsloth, softcap=True, entropy=True, passes=(1, 3, 1), trips=6),
     )
-}  # fmt: skip
+}

@@ -31,10 +31,15 @@ GROUP, PROMPT = 8, 32
 
 def make_model(vocabulary, width, layers):
     config = Qwen2Config(
-        vocab_size=vocabulary, hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers,
-        num_attention_heads=width // 64, num_key_value_heads=max(width // 128, 1), max_position_embeddings=4096,
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=3 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 64,
+        num_key_value_heads=max(width // 128, 1),
+        max_position_embeddings=4096,
         tie_word_embeddings=False,
-    )  # fmt: skip
+    )
     torch.manual_seed(0)
     return Qwen2ForCausalLM(config)
 
@@ -69,21 +74,32 @@ def trl(model, episodes, micro, folder):
     from trl import GRPOConfig, GRPOTrainer
 
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1}, unk_token="<pad>")), pad_token="<pad>",
+        tokenizer_object=Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1}, unk_token="<pad>")),
+        pad_token="<pad>",
         eos_token="<eos>",
-    )  # fmt: skip
+    )
     from datasets import Dataset
 
     accumulation = len(episodes) // micro
     arguments = GRPOConfig(
-        output_dir=folder, use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none",
-        per_device_train_batch_size=micro, gradient_accumulation_steps=accumulation, num_generations=GROUP,
-        max_completion_length=max(len(e.completion_ids) for e in episodes), disable_dropout=True,
-    )  # fmt: skip
+        output_dir=folder,
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        report_to="none",
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=accumulation,
+        num_generations=GROUP,
+        max_completion_length=max(len(e.completion_ids) for e in episodes),
+        disable_dropout=True,
+    )
     trainer = GRPOTrainer(
-        copy.deepcopy(model), lambda completions, **_: [0.0] * len(completions), arguments,
-        Dataset.from_list([{"prompt": "a"}] * 64), processing_class=tokenizer,
-    )  # fmt: skip
+        copy.deepcopy(model),
+        lambda completions, **_: [0.0] * len(completions),
+        arguments,
+        Dataset.from_list([{"prompt": "a"}] * 64),
+        processing_class=tokenizer,
+    )
     trainer.current_gradient_accumulation_steps = accumulation
     model = trainer.model.train()
     width = max(len(e.completion_ids) for e in episodes)
@@ -172,11 +188,19 @@ def main():
     about = machine("cpu", " ".join(["python -m bench.learner", *sys.argv[1:]]))
     sizes = {k: getattr(options, k) for k in ("groups", "longest", "vocabulary", "width", "layers", "rounds")}
     rows = [
-        {**about, **sizes, "entry": name, "seconds": seconds, "times_faster_than_trl": best / seconds,
-         "gradient_difference": errors[name], "answers": len(episodes), "dtype": "float32",
-         "completion_tokens": sum(len(e.completion_ids) for e in episodes)}
+        {
+            **about,
+            **sizes,
+            "entry": name,
+            "seconds": seconds,
+            "times_faster_than_trl": best / seconds,
+            "gradient_difference": errors[name],
+            "answers": len(episodes),
+            "dtype": "float32",
+            "completion_tokens": sum(len(e.completion_ids) for e in episodes),
+        }
         for name, seconds in medians.items()
-    ]  # fmt: skip
+    ]
     for row in rows:
         faster, error = row["times_faster_than_trl"], row["gradient_difference"]
         print(f"{row['entry']:36} {row['seconds']:.3f} s  {faster:.2f} x  gradients {error:.1e}")

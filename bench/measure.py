@@ -34,10 +34,15 @@ def machine(device, command):
     versions |= {name: peers.version(name) for name in ("cut_cross_entropy", "verl", "unsloth_zoo", "peft")}
     name = torch.cuda.get_device_name() if device == "cuda" else f"{cpu_name()}, {torch.get_num_threads()} threads"
     return {
-        "device": name, "kind": device, "torch": torch.__version__, "fastgrpo": fastgrpo.__version__,
-        "python": platform.python_version(), "versions": {k: v for k, v in versions.items() if v},
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "command": command,
-    }  # fmt: skip
+        "device": name,
+        "kind": device,
+        "torch": torch.__version__,
+        "fastgrpo": fastgrpo.__version__,
+        "python": platform.python_version(),
+        "versions": {k: v for k, v in versions.items() if v},
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": command,
+    }
 
 
 def cpu_name():

@@ -123,16 +123,22 @@ def problem(
             hidden[rows] = hidden[rows] * scale + offset
     targets, logp = sample(hidden, weight, g, softcap)
     return {
-        "hidden": hidden.to(dtype), "weight": weight.to(dtype), "targets": targets,
-        "old_logprobs": drifted(logp, g, drift), "upstream": normal(n) / n,
-    }  # fmt: skip
+        "hidden": hidden.to(dtype),
+        "weight": weight.to(dtype),
+        "targets": targets,
+        "old_logprobs": drifted(logp, g, drift),
+        "upstream": normal(n) / n,
+    }
 
 
 def real_problem(n, profile, dtype, device, seed, drift):
     """The same of a real model's answers, log-probs drifted alike."""
     p, g = real.problem(profile, n, device, seed), torch.Generator(device).manual_seed(seed)
     return {
-        "hidden": p["hidden"].to(dtype), "weight": p["weight"].to(dtype), "targets": p["targets"],
-        "old_logprobs": drifted(p["logprobs"], g, drift), "advantages": p["advantages"],
+        "hidden": p["hidden"].to(dtype),
+        "weight": p["weight"].to(dtype),
+        "targets": p["targets"],
+        "old_logprobs": drifted(p["logprobs"], g, drift),
+        "advantages": p["advantages"],
         "upstream": torch.randn(n, generator=g, device=device) / n,
-    }  # fmt: skip
+    }

@@ -71,9 +71,12 @@ def problem(profile, n, device="cpu", seed=0):
         advantages = torch.randn(GROUP, generator=torch.Generator().manual_seed(seed))
     logprobs, _ = scored(hidden, weight, targets)
     return {
-        "hidden": hidden, "weight": weight, "targets": targets, "logprobs": logprobs,
+        "hidden": hidden,
+        "weight": weight,
+        "targets": targets,
+        "logprobs": logprobs,
         "advantages": advantages.to(device),
-    }  # fmt: skip
+    }
 
 
 def scored(hidden, weight, targets):
@@ -166,9 +169,17 @@ def sample(model, tokenizer, questions, temperature, seed, tick=lambda tokens: N
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         out = model.generate(
-            ids, attention_mask=mask, do_sample=True, temperature=temperature, top_k=0, top_p=1.0, pad_token_id=end,
-            max_new_tokens=LONGEST, num_return_sequences=GROUP, stopping_criteria=[Tick()],
-        )  # fmt: skip
+            ids,
+            attention_mask=mask,
+            do_sample=True,
+            temperature=temperature,
+            top_k=0,
+            top_p=1.0,
+            pad_token_id=end,
+            max_new_tokens=LONGEST,
+            num_return_sequences=GROUP,
+            stopping_criteria=[Tick()],
+        )
     answers = [row[: int((row == end).long().argmax()) + 1] if (row == end).any() else row for row in out[:, width:]]
     return [(torch.tensor(p), answers[i * GROUP : (i + 1) * GROUP]) for i, p in enumerate(prompts)]
 
@@ -206,10 +217,13 @@ def collect(profile, tokens, show, seed=0):
             show.status(f"{profile}: hidden states of problem {len(groups) + 1}")
             right = row["answer"].rpartition("####")[2].strip()
             texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
-            groups.append({
-                "targets": answers, "hidden": hidden_states(model, prompt, answers),
-                "rewards": numeric_answer(texts, [right] * GROUP),
-            })  # fmt: skip
+            groups.append(
+                {
+                    "targets": answers,
+                    "hidden": hidden_states(model, prompt, answers),
+                    "rewards": numeric_answer(texts, [right] * GROUP),
+                }
+            )
         save(groups, answers_path(profile))
     return groups
 

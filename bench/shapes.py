@@ -39,12 +39,22 @@ def model_config(shape, layers=None):
     from transformers import AutoConfig
 
     return AutoConfig.for_model(
-        shape.kind, vocab_size=shape.vocab, hidden_size=shape.width, intermediate_size=shape.mlp,
-        num_hidden_layers=layers or shape.layers, num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads,
-        head_dim=shape.head_dim, tie_word_embeddings=shape.tied, max_position_embeddings=1 << 20,
-        bos_token_id=None, eos_token_id=None, pad_token_id=None, use_cache=False,
+        shape.kind,
+        vocab_size=shape.vocab,
+        hidden_size=shape.width,
+        intermediate_size=shape.mlp,
+        num_hidden_layers=layers or shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        tie_word_embeddings=shape.tied,
+        max_position_embeddings=1 << 20,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+        use_cache=False,
         **({"final_logit_softcapping": shape.softcap} if shape.softcap else {}),
-    )  # fmt: skip
+    )
 
 
 def build_model(shape, dtype, device, layers=None, lora_rank=None):

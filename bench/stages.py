@@ -36,11 +36,15 @@ class Stages:
             return f"{phase}: " + ("dX" if a.is_contiguous() else "dW")
 
         targets = [
-            (reader, "mm", product), (reader, "add_mm", added), (fold, "tile", f"{phase}: exp, sums, flags"),
-            (torch, "index_select", f"{phase}: gather columns"), (reader, "hidden", f"{phase}: gather rows"),
-            (dense, "logits_gradient", f"{phase}: dlogits"), (certified, "make_plan", f"{phase}: plan, audit"),
+            (reader, "mm", product),
+            (reader, "add_mm", added),
+            (fold, "tile", f"{phase}: exp, sums, flags"),
+            (torch, "index_select", f"{phase}: gather columns"),
+            (reader, "hidden", f"{phase}: gather rows"),
+            (dense, "logits_gradient", f"{phase}: dlogits"),
+            (certified, "make_plan", f"{phase}: plan, audit"),
             (certified, "label_logits", f"{phase}: label logits"),
-        ]  # fmt: skip
+        ]
         saved = [(owner, name, getattr(owner, name)) for owner, name, _ in targets]
         for owner, name, label in targets:
             setattr(owner, name, self.wrap(label, getattr(owner, name)))

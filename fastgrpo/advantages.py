@@ -1,13 +1,16 @@
 """Group-relative advantages."""
 
+from typing import Literal, get_args
+
 import torch
 
 from fastgrpo import inputs
 
-SCALES = ("group", "batch", "none")
+Scale = Literal["group", "batch", "none"]
+SCALES = get_args(Scale)
 
 
-def group_advantages(rewards, group_size=8, scale="group"):
+def group_advantages(rewards: torch.Tensor, group_size: int = 8, scale: Scale = "group") -> torch.Tensor:
     """Advantage of each answer over its group: ``(reward - group mean) / (std + 1e-4)``.
 
     Args:

@@ -8,7 +8,7 @@ import types
 import typing
 from importlib.util import find_spec
 from numbers import Real
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 Finite = Annotated[float, ("a finite number", lambda x: True)]
 Positive = Annotated[float, ("> 0", lambda x: x > 0)]
@@ -28,7 +28,7 @@ class UserError(ValueError):
 
 
 class Checked:
-    """Base of frozen dataclasses: names are checked, every field against its annotation, then the ``combinations``."""
+    """Base of frozen dataclasses: names are checked, every field against its annotation, then their combinations."""
 
     also = ()  # names that may be meant besides the fields'
     advice = types.MappingProxyType({})  # {a name, or "name=value", from elsewhere: what to say instead}
@@ -47,27 +47,24 @@ class Checked:
         for name, hint in annotations(type(self)).items():
             value = getattr(self, name)
             check_field(name, value, hint, self.advice.get(f"{name}={value}", ""))
-        for holds, message in self.combinations():
-            if not holds:
-                raise ValueError(message)
+        self.check_combinations()
 
-    def combinations(self):
-        """(holds, what is wrong otherwise) of settings that depend on each other or on this machine."""
-        return ()
+    def check_combinations(self) -> None:
+        """Raises ValueError where settings that depend on each other, or on this machine, do not go together."""
 
 
 @functools.cache
-def annotations(cls):
+def annotations(cls: type) -> dict[str, Any]:
     """{field: annotation}, inherited ones too."""
     return typing.get_type_hints(cls, include_extras=True)
 
 
-def check_field(name, value, hint, advice=""):
+def check_field(name: str, value: object, hint: Any, advice: str = "") -> None:
     if not fits(value, hint):
         raise ValueError(f"{name} must be {expected(value, hint)}, got {value!r}" + (f": {advice}" if advice else ""))
 
 
-def fits(value, hint):
+def fits(value: Any, hint: Any) -> bool:
     """Whether a value is as annotated; whole numbers are floats too, booleans are no numbers, a range is finite."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
@@ -84,26 +81,31 @@ def fits(value, hint):
     return isinstance(value, hint)
 
 
-def expected(value, hint):
+def expected(value: Any, hint: Any) -> str:
     """What an annotation asks for, in words."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
-        return "int" if arguments[0] is int and not fits(value, int) else arguments[1][0]
+        return "int" if arguments[0] is int and not fits(value, int) else str(arguments[1][0])
     if origin is Literal:
         return f"one of {', '.join(map(repr, arguments))}"
     if origin in (typing.Union, types.UnionType):
         return " or ".join(expected(value, argument) for argument in arguments)
     if origin is list:
         return f"a list, each {expected(value, arguments[0])}"
-    return {bool: "True or False", types.NoneType: "None"}.get(hint, hint.__name__)
+    words: dict[Any, str] = {bool: "True or False", types.NoneType: "None"}
+    return str(words.get(hint, hint.__name__))
 
 
-def installed(wanted, package, install):
-    """A row of ``combinations``: the package is there if it is wanted."""
-    return not wanted or find_spec(package) is not None, f"this config needs {package}: pip install {install}"
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
 
 
-def need(package, extra="train"):
+def require_installed(package: str, install: str) -> None:
+    require(find_spec(package) is not None, f"this config needs {package}: pip install {install}")
+
+
+def need(package: str, extra: str = "train") -> Any:
     """Import an optional package, or say which extra brings it."""
     try:
         return importlib.import_module(package)

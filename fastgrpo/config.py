@@ -4,19 +4,21 @@ import functools
 import inspect
 import math
 import types
+from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Literal, ParamSpec, TypeVar, get_args
 
-from fastgrpo.checks import Above1, Below1, Checked, Finite, Fraction, From1, NonNegative, Positive
+from fastgrpo.checks import Above1, Below1, Checked, Finite, Fraction, From1, NonNegative, Positive, require
 from fastgrpo.inputs import kind
 from fastgrpo.objective import HyperParameters
 
-CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")  # loss types built on the clipped surrogate
-LOSS_TYPES = (*CLIPPED, "cispo", "sapo", "vespo")
-IMPORTANCE_SAMPLING_LEVELS = ("token", "sequence", "sequence_token")
-KL_ESTIMATORS = ("k1", "k2", "k3")
-DIVERGENCE_MASKS = ("tv", "kl")
-
+ClippedLoss = Literal["grpo", "bnpo", "dr_grpo", "dapo", "luspo"]  # loss types built on the clipped surrogate
+LossType = Literal[ClippedLoss, "cispo", "sapo", "vespo"]
+Level = Literal["token", "sequence", "sequence_token"]
+Estimator = Literal["k1", "k2", "k3"]
+TrustRegion = Literal["tv", "kl"]
+CLIPPED, LOSS_TYPES = get_args(ClippedLoss), get_args(LossType)
+IMPORTANCE_SAMPLING_LEVELS, KL_ESTIMATORS, DIVERGENCE_MASKS = map(get_args, (Level, Estimator, TrustRegion))
 
 ELSEWHERE = {  # names of other libraries, and what is meant
     "kl_coef": "say beta",
@@ -70,14 +72,14 @@ class GRPOLossConfig(Checked):
 
     advice = types.MappingProxyType(ELSEWHERE)
 
-    loss_type: Literal[LOSS_TYPES] = "dapo"
+    loss_type: LossType = "dapo"
     beta: NonNegative = 0.0
     epsilon: Below1 = 0.2
     epsilon_high: NonNegative | None = None
     delta: Positive | None = None
     dual_clip: Above1 | None = None
-    importance_sampling_level: Literal[IMPORTANCE_SAMPLING_LEVELS] = "token"
-    kl_estimator: Literal[KL_ESTIMATORS] = "k3"
+    importance_sampling_level: Level = "token"
+    kl_estimator: Estimator = "k3"
     use_bias_correction_kl: bool = True
     temperature: Positive = 1.0
     max_completion_length: From1 | None = None
@@ -90,44 +92,49 @@ class GRPOLossConfig(Checked):
     vespo_lambda_pos: NonNegative = 3.0
     vespo_k_neg: NonNegative = 3.0
     vespo_lambda_neg: NonNegative = 2.0
-    divergence_mask: Literal[DIVERGENCE_MASKS] | None = None
+    divergence_mask: TrustRegion | None = None
     divergence_low: NonNegative = 0.2
     divergence_high: NonNegative = 0.2
     divergence_ratio_cap: Positive = 20.0
     log_entropy: bool = True
 
-    def combinations(self):
-        yield from super().combinations()
+    def check_combinations(self) -> None:
+        super().check_combinations()
         loss, mask, length = self.loss_type, self.divergence_mask, self.max_completion_length
         for name in ("delta", "dual_clip"):
             value = getattr(self, name)
-            yield value is None or self.surrogate == "clip", (
+            require(
+                value is None or self.surrogate == "clip",
                 f"{name} bounds the clipped surrogate's ratio and means nothing with loss_type={loss!r}, "
-                f"divergence_mask={mask!r}: expected None, got {value}"
-            )  # fmt: skip
-        yield mask is None or loss not in ("sapo", "vespo"), (
-            f"divergence_mask replaces a ratio clip, which loss_type={loss!r} has not: expected None, got {mask!r}"
-        )  # fmt: skip
-        yield length is None or length == int(length), f"max_completion_length must be a whole number, got {length}"
+                f"divergence_mask={mask!r}: expected None, got {value}",
+            )
+        require(
+            mask is None or loss not in ("sapo", "vespo"),
+            f"divergence_mask replaces a ratio clip, which loss_type={loss!r} has not: expected None, got {mask!r}",
+        )
+        require(
+            length is None or length == int(length),
+            f"max_completion_length must be a whole number, got {length}",
+        )
 
     @property
-    def surrogate(self):
+    def surrogate(self) -> str:
         """Which branch of :func:`fastgrpo.objective.surrogate` the loss type takes."""
         if self.loss_type == "cispo" or (self.divergence_mask is not None and self.loss_type in CLIPPED):
             return "capped"
         return "clip" if self.loss_type in CLIPPED else self.loss_type
 
     @property
-    def upper_epsilon(self):
+    def upper_epsilon(self) -> float:
         return self.epsilon if self.epsilon_high is None else self.epsilon_high
 
     @property
-    def needs_entropy(self):
+    def needs_entropy(self) -> bool:
         """Whether the loss itself (not only the metrics) depends on the entropy."""
         return self.entropy_coef != 0.0 or self.top_entropy_quantile < 1.0
 
     @property
-    def hyper_parameters(self):
+    def hyper_parameters(self) -> HyperParameters:
         """The numbers the per-token mathematics uses; absent bounds are infinite."""
         return HyperParameters(
             clip_low=1.0 - float(self.epsilon),
@@ -147,12 +154,16 @@ class GRPOLossConfig(Checked):
         )
 
 
-def settings_go_in_config(function):
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def settings_go_in_config(function: Callable[P, R]) -> Callable[P, R]:
     """Decorator: a keyword that is a field of :class:`GRPOLossConfig` gets a TypeError that says where it belongs."""
     known = inspect.signature(function).parameters
 
     @functools.wraps(function)
-    def call(*arguments, **keywords):
+    def call(*arguments: P.args, **keywords: P.kwargs) -> R:
         if strange := {name: value for name, value in keywords.items() if name not in known}:
             refuse_settings(function.__name__, "config" in known, strange)
         return function(*arguments, **keywords)

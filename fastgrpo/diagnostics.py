@@ -1,6 +1,7 @@
 """What trainers log beside log-probs and entropy: of each token's distribution, without gradient and without logits."""
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -24,19 +25,19 @@ class Diagnostics(NamedTuple):
 
 @torch.no_grad()
 def token_diagnostics(
-    hidden,  # (N, D) or (B, T, D)
-    weight,  # (V, D)
-    targets,  # (N,) or (B, T)
-    bias=None,  # (V,)
+    hidden: torch.Tensor,  # (N, D) or (B, T, D)
+    weight: torch.Tensor,  # (V, D)
+    targets: torch.Tensor,  # (N,) or (B, T)
+    bias: torch.Tensor | None = None,  # (V,)
     *,
-    temperature=1.0,
-    softcap=None,
-    logit_scale=1.0,
-    outputs=NAMES,
-    logprobs=None,
-    entropy=None,
-    workspace_mb=128,
-):
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    outputs: Sequence[str] = NAMES,
+    logprobs: torch.Tensor | None = None,
+    entropy: torch.Tensor | None = None,
+    workspace_mb: float = 128,
+) -> Diagnostics:
     """Statistics of the distributions of :func:`fastgrpo.linear_logprobs`, in bounded memory; never differentiable.
 
     Args:

@@ -4,7 +4,7 @@ import math
 import os
 from dataclasses import dataclass
 from numbers import Real
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
@@ -12,8 +12,9 @@ from fastgrpo.checks import check_field
 
 IGNORE = -100
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-BACKENDS = ("auto", "triton", "torch")
-BACKWARDS = ("auto", "exact", "certified")
+Backend = Literal["auto", "triton", "torch"]
+Backward = Literal["auto", "exact", "certified"]
+BACKENDS, BACKWARDS = get_args(Backend), get_args(Backward)
 # Nats that rounding may lift a log-prob above 0: half a bf16 step of a log-sum-exp under 128, the worst of the dtypes.
 ROUNDING = 0.25
 
@@ -257,7 +258,7 @@ def check_num_items(num_items):
             raise ValueError(f"num_items must be a number or a 0-dim tensor, got shape {tuple(num_items.shape)}")
         if checks_values(num_items.device) and not 0 <= num_items.item() < math.inf:
             raise ValueError(f"num_items must be a number >= 0, got {num_items.item()}")
-    elif not isinstance(num_items, Real) or isinstance(num_items, bool) or not 0 <= num_items < math.inf:
+    elif not isinstance(num_items, Real) or isinstance(num_items, bool) or not 0 <= float(num_items) < math.inf:
         raise ValueError(f"num_items must be a number >= 0, got {num_items!r}")
 
 

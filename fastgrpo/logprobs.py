@@ -12,6 +12,7 @@ from fastgrpo import support as sampling_support
 from fastgrpo.backends.problem import Gradients, HeadProblem, RowStats
 from fastgrpo.config import settings_go_in_config
 from fastgrpo.head import HeadOptions, compute_dtype
+from fastgrpo.inputs import Backend, Backward
 
 
 class LogProbs(NamedTuple):
@@ -58,24 +59,24 @@ class LinearLogProbs(torch.autograd.Function):
 
 @settings_go_in_config
 def linear_logprobs(
-    hidden,  # (N, D) or (B, T, D)
-    weight,  # (V, D)
-    targets,  # (N,) or (B, T)
-    bias=None,  # (V,)
+    hidden: torch.Tensor,  # (N, D) or (B, T, D)
+    weight: torch.Tensor,  # (V, D)
+    targets: torch.Tensor,  # (N,) or (B, T)
+    bias: torch.Tensor | None = None,  # (V,)
     *,
-    temperature=1.0,
-    softcap=None,
-    logit_scale=1.0,
-    return_entropy=False,
-    lora=None,
-    support=None,
-    old_logprobs=None,
-    backend="auto",
-    backward="auto",
-    tolerance=None,
-    workspace_mb=128,
-    row_tolerance=None,
-):
+    temperature: float | torch.Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    return_entropy: bool = False,
+    lora: tuple[torch.Tensor, torch.Tensor, float] | None = None,
+    support: tuple[torch.Tensor, torch.Tensor] | None = None,
+    old_logprobs: torch.Tensor | None = None,
+    backend: Backend = "auto",
+    backward: Backward = "auto",
+    tolerance: float | None = None,
+    workspace_mb: float = 128,
+    row_tolerance: float | None = None,
+) -> LogProbs:
     """Log-probability of each target under ``softmax(logits)``, with exact gradients and no (N, V) tensor.
 
     ``logits = cap(logit_scale * (hidden @ weight.T + bias)) / temperature``, ``cap(x) = softcap * tanh(x / softcap)``.

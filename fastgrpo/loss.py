@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 from fastgrpo import backends, inputs
 from fastgrpo.config import GRPOLossConfig, settings_go_in_config
 from fastgrpo.head import HeadOptions
-from fastgrpo.inputs import Segments
+from fastgrpo.inputs import Backend, Backward, Segments
 from fastgrpo.logprobs import head_logprobs
 from fastgrpo.weights import GLOBALLY_NORMALISED, token_weights
 
@@ -58,32 +58,32 @@ class Objective(torch.autograd.Function):
 
 @settings_go_in_config
 def grpo_loss(
-    hidden,  # (B, T, D); packed: (N, D) or (1, N, D)
-    weight,  # (V, D)
-    targets,  # (B, T); packed: (N,) or (1, N)
-    advantages,  # (B,) or like targets
-    config=None,
-    mask=None,  # like targets
-    cu_seqlens=None,  # (B + 1,)
-    old_logprobs=None,  # like targets
-    ref_logprobs=None,  # like targets
-    sampling_logprobs=None,  # like targets
-    importance_weights=None,  # (B,), (B, 1) or like targets
-    num_items=None,
-    entropy_threshold=None,
-    bias=None,  # (V,)
-    softcap=None,
-    logit_scale=1.0,
-    backend="auto",
-    backward="auto",
-    temperature=None,
-    return_logprobs=True,
-    tolerance=None,
-    workspace_mb=128,
-    lora=None,
-    support=None,
-    row_tolerance=None,
-):
+    hidden: torch.Tensor,  # (B, T, D); packed: (N, D) or (1, N, D)
+    weight: torch.Tensor,  # (V, D)
+    targets: torch.Tensor,  # (B, T); packed: (N,) or (1, N)
+    advantages: torch.Tensor,  # (B,) or like targets
+    config: GRPOLossConfig | None = None,
+    mask: torch.Tensor | None = None,  # like targets
+    cu_seqlens: torch.Tensor | None = None,  # (B + 1,)
+    old_logprobs: torch.Tensor | None = None,  # like targets
+    ref_logprobs: torch.Tensor | None = None,  # like targets
+    sampling_logprobs: torch.Tensor | None = None,  # like targets
+    importance_weights: torch.Tensor | None = None,  # (B,), (B, 1) or like targets
+    num_items: float | torch.Tensor | None = None,
+    entropy_threshold: float | torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,  # (V,)
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    backend: Backend = "auto",
+    backward: Backward = "auto",
+    temperature: float | torch.Tensor | None = None,
+    return_logprobs: bool = True,
+    tolerance: float | None = None,
+    workspace_mb: float = 128,
+    lora: tuple[torch.Tensor, torch.Tensor, float] | None = None,
+    support: tuple[torch.Tensor, torch.Tensor] | None = None,
+    row_tolerance: float | None = None,
+) -> GRPOLoss:
     """The GRPO-family loss of a batch of completions, from hidden states and LM head, never holding their logits.
 
     Args:

@@ -4,14 +4,25 @@ Give it float64 tensors for the truth, the training dtype for what a naive imple
 """
 
 import itertools
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from fastgrpo.config import GRPOLossConfig
+from fastgrpo.inputs import Backend, Backward
+from fastgrpo.logprobs import LogProbs
+from fastgrpo.loss import GRPOLoss
 
 
-def logits(hidden, weight, bias=None, temperature=1.0, softcap=None, logit_scale=1.0):
+def logits(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    temperature: float | torch.Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> torch.Tensor:
     """``cap(logit_scale * (hidden @ weight.T + bias)) / temperature``, (..., V), upcast to at least float32."""
     z = F.linear(hidden, weight, bias)
     z = z.to(torch.promote_types(z.dtype, torch.float32)) * logit_scale
@@ -21,13 +32,25 @@ def logits(hidden, weight, bias=None, temperature=1.0, softcap=None, logit_scale
 
 
 def linear_logprobs(
-    hidden, weight, targets, bias=None, *, temperature=1.0, softcap=None, logit_scale=1.0, return_entropy=False,
-    lora=None, support=None, old_logprobs=None, backend="auto", backward="auto", tolerance=None, workspace_mb=None,
-    row_tolerance=None,
-):  # fmt: skip
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    temperature: float | torch.Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    return_entropy: bool = False,
+    lora: tuple[torch.Tensor, torch.Tensor, float] | None = None,
+    support: tuple[torch.Tensor, torch.Tensor] | None = None,
+    old_logprobs: torch.Tensor | None = None,
+    backend: Backend = "auto",
+    backward: Backward = "auto",
+    tolerance: float | None = None,
+    workspace_mb: float | None = None,
+    row_tolerance: float | None = None,
+) -> LogProbs:
     """Same arguments and result as :func:`fastgrpo.linear_logprobs`; the last six are accepted and not used."""
-    from fastgrpo.logprobs import LogProbs
-
     if lora is not None:
         a, b, scaling = lora
         weight = weight + scaling * b @ a
@@ -52,39 +75,86 @@ def kept(support, shape):
 
 
 def grpo_loss(
-    hidden, weight, targets, advantages, config=None, mask=None, cu_seqlens=None, old_logprobs=None,
-    ref_logprobs=None, sampling_logprobs=None, importance_weights=None, num_items=None, entropy_threshold=None,
-    bias=None, softcap=None, logit_scale=1.0, backend="auto", backward="auto", temperature=None, tolerance=None,
-    return_logprobs=True, workspace_mb=None, lora=None, support=None, row_tolerance=None,
-):  # fmt: skip
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    advantages: torch.Tensor,
+    config: GRPOLossConfig | None = None,
+    mask: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    old_logprobs: torch.Tensor | None = None,
+    ref_logprobs: torch.Tensor | None = None,
+    sampling_logprobs: torch.Tensor | None = None,
+    importance_weights: torch.Tensor | None = None,
+    num_items: float | torch.Tensor | None = None,
+    entropy_threshold: float | torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    backend: Backend = "auto",
+    backward: Backward = "auto",
+    temperature: float | torch.Tensor | None = None,
+    tolerance: float | None = None,
+    return_logprobs: bool = True,
+    workspace_mb: float | None = None,
+    lora: tuple[torch.Tensor, torch.Tensor, float] | None = None,
+    support: tuple[torch.Tensor, torch.Tensor] | None = None,
+    row_tolerance: float | None = None,
+) -> GRPOLoss:
     """Same arguments and loss as :func:`fastgrpo.grpo_loss`, computed sequence by sequence; no metrics."""
-    from fastgrpo.loss import GRPOLoss
-
     config = config or GRPOLossConfig()
     counted = targets != -100
     if mask is not None:
         counted = counted & (mask.reshape(targets.shape) != 0)
     out = linear_logprobs(
-        hidden, weight, targets.where(counted, -100), bias,
-        temperature=config.temperature if temperature is None else temperature, softcap=softcap,
-        logit_scale=logit_scale, return_entropy=True, lora=lora, support=support,
-    )  # fmt: skip
+        hidden,
+        weight,
+        targets.where(counted, -100),
+        bias,
+        temperature=config.temperature if temperature is None else temperature,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        return_entropy=True,
+        lora=lora,
+        support=support,
+    )
     loss = loss_of_logprobs(
-        out.logprobs, out.entropy, counted, advantages, config, cu_seqlens, old_logprobs, ref_logprobs,
-        sampling_logprobs, importance_weights, num_items, entropy_threshold,
-    )  # fmt: skip
-    return GRPOLoss(loss, out.logprobs.detach(), out.entropy.detach(), {})
+        out.logprobs,
+        out.entropy,
+        counted,
+        advantages,
+        config,
+        cu_seqlens,
+        old_logprobs,
+        ref_logprobs,
+        sampling_logprobs,
+        importance_weights,
+        num_items,
+        entropy_threshold,
+    )
+    entropy = None if out.entropy is None else out.entropy.detach()
+    return GRPOLoss(loss, out.logprobs.detach(), entropy, {})
 
 
 def loss_of_logprobs(
-    logp, entropy, counted, advantages, config, cu_seqlens=None, old_logprobs=None, ref_logprobs=None,
-    sampling_logprobs=None, importance_weights=None, num_items=None, entropy_threshold=None,
-):  # fmt: skip
+    logp,
+    entropy,
+    counted,
+    advantages,
+    config,
+    cu_seqlens=None,
+    old_logprobs=None,
+    ref_logprobs=None,
+    sampling_logprobs=None,
+    importance_weights=None,
+    num_items=None,
+    entropy_threshold=None,
+):
     """The loss of given log-probs and entropies (shaped like targets, differentiable); ``counted`` is bool."""
     shape = logp.shape
     bounds = [i * shape[1] for i in range(shape[0] + 1)] if cu_seqlens is None else cu_seqlens.tolist()
 
-    def split(x):  # -> list over sequences of (length,) tensors, or of 0-dim ones for per-sequence input
+    def split(x) -> list[Any]:  # -> list over sequences of (length,) tensors, or of 0-dim ones for per-sequence input
         if x is None:
             return [None] * (len(bounds) - 1)
         if x.shape != shape and x.numel() == len(bounds) - 1:
@@ -96,10 +166,9 @@ def loss_of_logprobs(
         if entropy_threshold is None:
             entropy_threshold = torch.quantile(entropy[counted].detach(), 1 - config.top_entropy_quantile)
         keep = counted & (entropy.detach() >= entropy_threshold)
-    sequences = zip(
-        *map(split, (logp, logp.detach() if old_logprobs is None else old_logprobs, ref_logprobs, sampling_logprobs,
-                     importance_weights, advantages, counted, keep))
-    )  # fmt: skip
+    old = logp.detach() if old_logprobs is None else old_logprobs
+    columns = logp, old, ref_logprobs, sampling_logprobs, importance_weights, advantages, counted, keep
+    sequences = zip(*map(split, columns))
     token_losses = [sequence_losses(config, *s) for s in sequences]
     masks = [m.to(logp.dtype) for m in split(counted)]
     loss = reduce(config, token_losses, masks, num_items, shape)
@@ -177,10 +246,10 @@ def trust_region(config, logp, old, adv):
     return ~torch.where(adv > 0, up, down)
 
 
-def reduce(config, losses, masks, num_items, shape):
+def reduce(config, losses, masks, num_items, shape) -> Any:
     """One number from the token losses: the seven reductions of TRL 1.16."""
     count = len(losses)
-    tokens = sum(m.sum() for m in masks)
+    tokens: Any = sum(m.sum() for m in masks)
     if config.loss_type in ("grpo", "sapo"):
         return sum((x * m).sum() / m.sum().clamp(min=1) for x, m in zip(losses, masks)) / count
     total = sum((x * m).sum() for x, m in zip(losses, masks))

@@ -5,6 +5,7 @@ certified, is that of its columns with the merged statistics: dW and db are the 
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,7 +18,7 @@ from fastgrpo.backends.dense import combine
 from fastgrpo.backends.problem import Gradients, HeadProblem, RowStats
 from fastgrpo.config import settings_go_in_config
 from fastgrpo.head import HeadOptions
-from fastgrpo.inputs import IGNORE
+from fastgrpo.inputs import IGNORE, Backend, Backward
 from fastgrpo.logprobs import LogProbs
 
 ELSEWHERE = -1  # column of a label that another rank holds
@@ -57,7 +58,7 @@ class VocabParallelLogProbs(torch.autograd.Function):
         grad_logp = torch.zeros_like(RowStats(*stats).logp) if grad_logp is None else grad_logp
         needs = Gradients(*ctx.needs_input_grad[:3])
         with torch.autocast(stats.device.type, enabled=False):
-            problem = HeadProblem(*tensors, ctx.params)
+            problem = HeadProblem(*tensors, params=ctx.params)
             strategy = strategies.Exact if ctx.params.tolerance is None else strategies.Certified
             backend, certificate = backends.load(ctx.params.backend), ctx.saved_tensors[6:]
             grads = strategy.backward(problem, backend, stats, certificate, grad_logp, grad_entropy, needs)
@@ -127,25 +128,25 @@ def repair(problem, known, stats, certificate, bad, group):
 
 @settings_go_in_config
 def vocab_parallel_logprobs(
-    hidden,  # (N, D) or (B, T, D), the same on every rank
-    weight,  # (V_r, D), this rank's rows of the head
-    targets,  # (N,) or (B, T), the same on every rank
-    bias=None,  # (V_r,)
+    hidden: torch.Tensor,  # (N, D) or (B, T, D), the same on every rank
+    weight: torch.Tensor,  # (V_r, D), this rank's rows of the head
+    targets: torch.Tensor,  # (N,) or (B, T), the same on every rank
+    bias: torch.Tensor | None = None,  # (V_r,)
     *,
-    group,
-    shard_sizes=None,
-    reduce_hidden_grad=True,
-    temperature=1.0,
-    softcap=None,
-    logit_scale=1.0,
-    return_entropy=False,
-    old_logprobs=None,
-    backend="auto",
-    backward="auto",
-    tolerance=None,
-    workspace_mb=128,
-    row_tolerance=None,
-):
+    group: dist.ProcessGroup | None,
+    shard_sizes: Sequence[int] | None = None,
+    reduce_hidden_grad: bool = True,
+    temperature: float | torch.Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    return_entropy: bool = False,
+    old_logprobs: torch.Tensor | None = None,
+    backend: Backend = "auto",
+    backward: Backward = "auto",
+    tolerance: float | None = None,
+    workspace_mb: float = 128,
+    row_tolerance: float | None = None,
+) -> LogProbs:
     """:func:`fastgrpo.linear_logprobs` over a vocabulary whose columns the ranks of a group hold, in rank order.
 
     Every rank calls it with the same hidden, targets and options and gets the same result. Beside the statistics' two

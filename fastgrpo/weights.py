@@ -2,10 +2,20 @@
 
 from typing import NamedTuple
 
+import torch
+
+from fastgrpo.config import GRPOLossConfig
+from fastgrpo.inputs import Segments
+
 GLOBALLY_NORMALISED = ("dapo", "cispo", "vespo")  # by num_items
 
 
-def token_weights(config, mask, segments, num_items=None):
+def token_weights(
+    config: GRPOLossConfig,
+    mask: torch.Tensor,  # (N,)
+    segments: Segments,
+    num_items: float | torch.Tensor | None = None,
+) -> torch.Tensor:
     """Weight of every token's loss, known before the logits are.
 
     Args:
@@ -24,10 +34,10 @@ def token_weights(config, mask, segments, num_items=None):
         return mask / sequences
     if config.loss_type == "dr_grpo":
         length = segments.padded_length if config.max_completion_length is None else config.max_completion_length
-        return mask / (sequences * max(length, 1))
+        return mask / (sequences * max(length or 1, 1))
     if config.loss_type == "bnpo" or num_items is None:
         return mask / mask.sum().clamp(min=1.0)
-    return mask / (num_items.clamp(min=1.0) if hasattr(num_items, "clamp") else max(num_items, 1.0))
+    return mask / (num_items.clamp(min=1.0) if isinstance(num_items, torch.Tensor) else max(num_items, 1.0))
 
 
 class Totals(NamedTuple):
@@ -38,7 +48,7 @@ class Totals(NamedTuple):
     bonus_tokens: int  # of those, the ones the entropy bonus averages over
 
 
-def share_of_batch(config, part, whole):
+def share_of_batch(config: GRPOLossConfig, part: Totals, whole: Totals) -> tuple[float, float]:
     """How a micro-batch's loss is scaled so that the scaled losses of all micro-batches add up to the batch's.
 
     Sequences that no micro-batch holds (zero advantage, all masked) count in ``whole`` alone. dapo, cispo and vespo are

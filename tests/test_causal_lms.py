@@ -1,5 +1,8 @@
 """Every causal LM of transformers answers with the numbers of its own logits, or is refused when it is fused."""
 
+import inspect
+import pickle
+
 import pytest
 import torch
 import transformers
@@ -7,7 +10,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from transformers.modeling_outputs import CausalLMOutput
 
 from fastgrpo.integrations.heads import logit_options
-from fastgrpo.integrations.transformers import fuse_lm_head
+from fastgrpo.integrations.transformers import fuse_lm_head, is_fused
 
 import causal_lms
 
@@ -38,6 +41,22 @@ def make(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradients(family):
     causal_lms.assert_same(fuse_lm_head(make(family)), causal_lms.tokens())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pickle(family):
+    """What comes back is fused, answers alike, and neither has another signature than the class."""
+    model, ids = make(family), causal_lms.tokens()
+    signature = inspect.signature(model.forward)
+    twin = pickle.loads(pickle.dumps(fuse_lm_head(model)))
+    assert is_fused(twin)
+    assert inspect.signature(model.forward) == inspect.signature(twin.forward) == signature
+    with torch.no_grad():
+        ours, theirs = (m(input_ids=ids, labels=ids, fastgrpo=True) for m in (twin, model))
+        model.get_output_embeddings().weight.zero_()
+        again = twin(input_ids=ids, labels=ids, fastgrpo=True)
+    assert ours.logprobs.equal(theirs.logprobs)
+    assert again.logprobs.equal(ours.logprobs)
 
 
 @pytest.mark.works("transformers", "fuse_lm_head: all causal LM classes but 6 of 181; 3 of them are refused")

@@ -90,7 +90,7 @@ def test_a_kill_in_the_middle_of_a_save(whole, tmp_path, function, call):
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert (tmp_path / "checkpoint-4.part").is_dir()
     (tmp_path / "checkpoint-1.part").mkdir()  # a kill in the middle of a removal
-    assert [p.name for p in checkpoint.found(tmp_path)] == ["checkpoint-2"]
+    assert [p.name for p in checkpoint.find_checkpoints(tmp_path)] == ["checkpoint-2"]
     assert len(trainer_job.log_rows(tmp_path)) == 4
     trainer_job.make_trainer(tmp_path, resume_from_checkpoint=True, save_steps=2).train()
     assert_same_run(tmp_path, whole)
@@ -127,7 +127,7 @@ def test_an_older_checkpoint_goes_on_elsewhere(whole, tmp_path):
         trainer_job.make_trainer(whole, resume_from_checkpoint=folder)
     trainer_job.make_trainer(tmp_path, resume_from_checkpoint=folder, save_total_limit=2).train()
     assert trainer_job.log_rows(tmp_path) == trainer_job.log_rows(whole)[3:]
-    assert [p.name for p in checkpoint.found(tmp_path)] == ["checkpoint-6", "checkpoint-7"]
+    assert [p.name for p in checkpoint.find_checkpoints(tmp_path)] == ["checkpoint-6", "checkpoint-7"]
 
 
 def test_an_adapter_by_another_name(tmp_path):
@@ -155,7 +155,7 @@ def test_a_checkpoint_is_a_model(whole):
 
 def test_only_the_newest_are_kept(tmp_path):
     trainer_job.make_trainer(tmp_path, max_steps=4, save_total_limit=2).train()
-    assert [p.name for p in checkpoint.found(tmp_path)] == ["checkpoint-3", "checkpoint-4"]
+    assert [p.name for p in checkpoint.find_checkpoints(tmp_path)] == ["checkpoint-3", "checkpoint-4"]
     with pytest.raises(ValueError, match=r"output_dir .* holds checkpoints of an earlier run"):
         trainer_job.make_trainer(tmp_path)
     with pytest.raises(ValueError, match="must be True or a checkpoint folder"):

@@ -8,7 +8,8 @@ import torch
 
 pytest.importorskip("triton")
 from bench import first_contact
-from bench.first_contact import REHEARSAL, Contact
+from bench.contact import correct, kernels
+from bench.contact.device import REHEARSAL, Contact
 
 STEPS = ("versions", "ceilings", "large", "kernels", "exact", "loss_step", "certified", "ncu")
 
@@ -39,8 +40,8 @@ def test_every_kind_of_comparison_passes_and_can_fail(rows, monkeypatch):
     assert status == 0
     assert len(found) == 4
     assert all(row["ok"] for row in found), found
-    plain = first_contact.relative
-    monkeypatch.setattr(first_contact, "relative", lambda x, truth: plain(x * 1.1, truth))
+    plain = correct.relative
+    monkeypatch.setattr(correct, "relative", lambda x, truth: plain(x * 1.1, truth))
     assert not rows("correct")[1][-1]["ok"]
 
 
@@ -49,8 +50,8 @@ def test_tiles_are_timed_and_the_fastest_written(rows, tmp_path, monkeypatch, ca
 
     tile = tiles.INTERPRETER
     monkeypatch.setattr(tiles, "architecture", lambda device: "sm_90")
-    monkeypatch.setattr(first_contact, "candidates", lambda kernel, architecture: [tile, tile._replace(depth=16)])
-    monkeypatch.setattr(first_contact, "TUNED", ("forward", "dweight"))
+    monkeypatch.setattr(kernels, "candidates", lambda kernel, architecture: [tile, tile._replace(depth=16)])
+    monkeypatch.setattr(kernels, "TUNED", ("forward", "dweight"))
     assert rows("compile_tiles")[0] == 0
     status, found = rows("tiles_timed")
     assert status == 0

@@ -1,6 +1,9 @@
 """The op inside a model's lm_head: the same numbers as its logits give, through every wrapper."""
 
 import copy
+import inspect
+import io
+import pickle
 from functools import partial
 
 import pytest
@@ -9,7 +12,7 @@ import transformers
 from torch.utils._pytree import tree_map_only
 
 from fastgrpo import grpo_loss, linear_logprobs
-from fastgrpo.integrations.transformers import causal_lm, fuse_lm_head
+from fastgrpo.integrations.transformers import causal_lm, check_fused, fuse_lm_head, is_fused
 
 import causal_lms
 from causal_lms import assert_same, from_logits, gradients, tokens
@@ -21,7 +24,9 @@ def poisoned_memory():
 
 
 def make(tied=False, family="Qwen2", **options):
-    kind, model_class = (getattr(transformers, f"{family}{name}") for name in ("Config", "ForCausalLM"))
+    family, _, head = family.partition(":")
+    kind = getattr(transformers, f"{family}Config")
+    model_class = getattr(transformers, f"{family}{f'{head}Model' if head else 'ForCausalLM'}")
     return causal_lms.make(kind, model_class, tie_word_embeddings=tied, **options)
 
 
@@ -365,3 +370,93 @@ def test_arguments_are_checked():
         model(input_ids=ids, labels=ids, fastgrpo=partial(linear_logprobs, targets=ids))
     with pytest.raises(ValueError, match="logits_to_keep must be a number"):
         model(input_ids=ids, labels=ids, fastgrpo=True, logits_to_keep=torch.tensor([3]))
+
+
+def pickled(model):
+    return pickle.loads(pickle.dumps(model))
+
+
+def saved(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COPIES = [copy.deepcopy, pickled, saved]
+
+
+def assert_independent(original, twin):
+    """The copy is fused, answers as the original did, and goes on so when the original's weights change."""
+    ids = tokens()
+    before = original(input_ids=ids, labels=ids, fastgrpo=True).logprobs.detach()
+    with torch.no_grad():
+        for p in original.parameters():
+            p.mul_(1.1)
+    assert is_fused(twin)
+    torch.testing.assert_close(twin(input_ids=ids, labels=ids, fastgrpo=True).logprobs, before)
+    assert (original(input_ids=ids, labels=ids, fastgrpo=True).logprobs - before).abs().max() > 1e-3
+    assert_same(twin, ids)
+
+
+@pytest.mark.works("transformers", "fuse_lm_head: deepcopy, pickle and torch.save of a fused model")
+@pytest.mark.parametrize("copied", COPIES)
+@pytest.mark.parametrize("tied", [False, True])
+def test_copies_are_fused_and_independent(copied, tied):
+    model = fuse_lm_head(make(tied))
+    assert_independent(model, copied(model))
+    assert_independent(twice := copied(copied(model)), copied(twice))
+
+
+@pytest.mark.parametrize("copied", COPIES)
+@pytest.mark.parametrize(("targets", "whole"), [(["lm_head"], None), (["q_proj"], None), (["q_proj"], ["lm_head"])])
+def test_copies_of_an_adapted_model(copied, targets, whole):
+    model = fuse_lm_head(lora(make(), target_modules=targets, modules_to_save=whole))
+    assert_independent(model, copied(model))
+
+
+def test_a_pickled_forward_brings_its_model():
+    """Pickling may begin at any object that holds the forward."""
+    model, ids = fuse_lm_head(make()), tokens()
+    forward = pickle.loads(pickle.dumps(model.forward))
+    want = model(input_ids=ids, labels=ids, fastgrpo=True)
+    assert forward(input_ids=ids, labels=ids, fastgrpo=True).logprobs.equal(want.logprobs)
+    assert forward.module.forward is forward
+
+
+def test_fusing_leaves_every_signature_alone():
+    """Trainers drop the columns of a dataset that a model's forward does not name."""
+    models = [make(family=family) for family in ("Qwen2", "GPT2:LMHead", "Mamba")]
+    before = [inspect.signature(model.forward) for model in models]
+    assert len({str(signature) for signature in before}) == 3
+    for model in models:
+        fuse_lm_head(model)
+    assert [inspect.signature(model.forward) for model in models] == before
+    assert "position_ids" in inspect.signature(models[0].forward).parameters
+    assert [inspect.signature(copy.deepcopy(model).forward) for model in models] == before
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_accelerates_mixed_precision_comes_off(keep):
+    accelerate = pytest.importorskip("accelerate")
+    model, ids = fuse_lm_head(make()), tokens()
+    want = model(input_ids=ids, labels=ids, fastgrpo=True).logprobs
+    accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
+    bare = accelerator.unwrap_model(accelerator.prepare(model), keep_fp32_wrapper=keep)
+    assert is_fused(bare)
+    assert fuse_lm_head(bare) is bare
+    got = bare(input_ids=ids, labels=ids, fastgrpo=True).logprobs
+    assert got.equal(want) is not keep
+    assert bare(ids).logits.shape == (3, 11, 97)
+    if not keep:  # else accelerate forbids copies
+        assert_independent(bare, copy.deepcopy(bare))
+
+
+def test_a_plain_model_is_told_from_a_fused_one():
+    model = make()
+    assert not is_fused(model)
+    with pytest.raises(ValueError, match="must be one that fuse_lm_head has fused, got a plain Qwen2ForCausalLM"):
+        check_fused(model)
+    fuse_lm_head(model)
+    for wrapped in (model, torch.compile(model), torch.nn.DataParallel(model), lora(model, target_modules=["q_proj"])):
+        check_fused(wrapped)

@@ -403,12 +403,12 @@ def test_vllm_pushes_and_samples(model, fake_vllm, mode):
 @pytest.mark.parametrize("mine", [0, 2])
 def test_vllm_with_fewer_prompts_than_another_rank(model, fake_vllm, monkeypatch, mine):
     """TRL cuts the gathered answers into shares as long as the rank's own: every rank asks for as many."""
-    import accelerate.utils
+    from fastgrpo.integrations import vllm
 
     model.name_or_path = "a/model"
     sampler = generate.make_sampler(vllm_config(), TOKENIZER)
     sampler.sync(model)
-    monkeypatch.setattr(accelerate.utils, "gather_object", lambda numbers: [*numbers, 3])
+    monkeypatch.setattr(vllm, "gather_object", lambda numbers: [*numbers, 3])
     groups = sampler.generate(model, PROMPTS[:mine], Sampling(num_generations=2, max_completion_length=5))
     assert [[a.ids[0] for a in group] for group in groups] == [[20, 21], [22, 23]][:mine]
     prompts, _ = sampler.engine.llm.calls[-1]

@@ -345,3 +345,15 @@ def test_activation_offload_keeps_the_gradients_and_leaves_the_weights(monkeypat
     assert copied
     assert not weights & set(copied)
     assert not {tuple(reversed(w)) for w in weights} & set(map(tuple, copied))
+
+
+def test_a_model_that_would_ignore_the_op_is_refused():
+    """transformers' models swallow unknown keywords: a learner would take their logits for its result."""
+    plain, learner = (
+        Qwen2ForCausalLM(make_model().config),
+        Learner(make_model(), Accelerator(cpu=True), GRPOLossConfig()),
+    )
+    with pytest.raises(ValueError, match="fuse_lm_head has fused, got a plain Qwen2ForCausalLM"):
+        Learner(plain, Accelerator(cpu=True), GRPOLossConfig())
+    with pytest.raises(ValueError, match="fuse_lm_head has fused, got a plain Qwen2ForCausalLM"):
+        learner.score(make_episodes(), plain)

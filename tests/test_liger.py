@@ -3,6 +3,7 @@
 import importlib.util
 import inspect
 import sys
+import warnings
 from types import ModuleType
 
 import pytest
@@ -29,6 +30,7 @@ THEIRS = {
 }  # fmt: skip
 EVERY = tuple(THEIRS)
 CORE = ("hidden", "weight", "targets", "mask", "advantages", "bias", "old_logprobs", "ref_logprobs")
+CORE_REF = "ref_per_token_logps"
 
 
 def problem(dtype=torch.float32, names=CORE, **options):
@@ -160,6 +162,29 @@ def test_reference_from_its_own_head(bias):
                 .masked_fill(masked, V + 5)})  # fmt: skip
     assert dirty[0].equal(clean[0])
     assert clean[1][0] > 0
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3])
+@pytest.mark.parametrize("given", [("ref_per_token_logps",), ("ref_input", "ref_weight"), "both"])
+def test_two_references_are_worth_a_warning(beta, given):
+    """With use_ref_model alone, whatever beta is; of log-probs and states the log-probs count."""
+    arguments = problem()
+    states = {"ref_input": torch.randn(5, 7, 9), "ref_weight": torch.randn(V, 9)}
+    names = arguments.keys() | states.keys() if given == "both" else (arguments.keys() - {CORE_REF}) | {*given}
+    both = {k: v for k, v in (arguments | states).items() if k in names}
+    for kind, options in ((FusedLinearGRPOLoss, {}), (chunked_loss.LigerFusedLinearGRPOLoss, {"compiled": False})):
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            loss, _ = kind(beta=beta, **options)(**both)
+        heard = [w for w in seen if "ref_per_token_logps" in str(w.message)]
+        assert [w.category for w in heard] == [UserWarning] * (given == "both")
+        assert all(str(w.message).startswith("Both ref_per_token_logps and ref_input are provided") for w in heard)
+        if given == "both":
+            assert loss.equal(kind(beta=beta, **options)(**arguments)[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plain = {k: v for k, v in both.items() if k != CORE_REF}
+        FusedLinearGRPOLoss(beta=beta, use_ref_model=False)(**plain)
 
 
 WRONG = {

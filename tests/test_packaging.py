@@ -49,6 +49,7 @@ def test_wheel_contents(wheel):
     assert len(presets) > 3
     assert set(presets) <= set(names)
     assert any(n.endswith("licenses/LICENSE") for n in names)
+    assert "fastgrpo/py.typed" in names
 
 
 def test_wheel_imports(wheel, tmp_path):

@@ -232,12 +232,10 @@ CALLS = [
 
 @pytest.mark.parametrize(("function", "needed"), CALLS, ids=range(len(CALLS)))
 def test_columns_needed(function, needed):
-    rewards.named_rewards(function, {"prompt", *needed}, {"prompt", "more", *needed})
+    rewards.name_rewards(function, {"prompt", *needed}, {"prompt", "more", *needed})
     for column in needed:
         with pytest.raises(ValueError, match=f"needs the columns .*{column}"):
-            rewards.named_rewards(
-                function, {"prompt", *needed}, {"prompt", *needed} - {column}
-            )  # of the second dataset
+            rewards.name_rewards(function, {"prompt", *needed}, {"prompt", *needed} - {column})  # of the second dataset
 
 
 def test_a_function_that_would_fail_at_its_first_call():
@@ -245,9 +243,9 @@ def test_a_function_that_would_fail_at_its_first_call():
     with pytest.raises(
         ValueError, match=r"reward f must accept what it does not use.*\['completion_ids', 'topic', 'tr"
     ):
-        rewards.named_rewards(lambda_named("f", lambda prompts, completions: []), {"prompt", "topic"})
+        rewards.name_rewards(lambda_named("f", lambda prompts, completions: []), {"prompt", "topic"})
     names = "prompts, completions, completion_ids, trainer_state, topic"
-    rewards.named_rewards(eval(f"lambda {names}: []"), {"prompt", "topic"})
+    rewards.name_rewards(eval(f"lambda {names}: []"), {"prompt", "topic"})
 
 
 def lambda_named(name, function):
@@ -265,7 +263,7 @@ RETURNED = [
 @pytest.mark.parametrize(("values", "message"), RETURNED, ids=str)
 def test_what_a_function_returns(values, message):
     with pytest.raises(ValueError, match=f"reward function f {message}"):
-        rewards.checked("f", values, 2)
+        rewards.check_rewards("f", values, 2)
 
 
 def test_async_functions():
@@ -276,7 +274,7 @@ def test_async_functions():
         await asyncio.sleep(0)
         return [len(c) + bonus for c in completions]
 
-    (plain,) = rewards.named_rewards(later, {"prompt"}).values()
+    (plain,) = rewards.name_rewards(later, {"prompt"}).values()
     assert plain.__name__ == "later"
 
     async def notebook():

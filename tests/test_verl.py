@@ -285,7 +285,7 @@ def test_apply(fake_verl):
         dense_call(model, hidden[None], labels[None], 0.7)
     undo = verl.apply()
     verl.apply().close()  # once more changes nothing
-    assert kernel.linear_cross_entropy is importer.linear_cross_entropy is verl.fused
+    assert kernel.linear_cross_entropy is importer.linear_cross_entropy is verl.call_as_verl
     log_probs, entropy = dense_call(model, hidden[None], labels[None], 0.7)
     want = reference.linear_logprobs(hidden, weight, labels, temperature=0.7, return_entropy=True)
     torch.testing.assert_close(log_probs.squeeze(0), want.logprobs)  # as its engine takes them
@@ -298,7 +298,7 @@ def test_patch_module(fake_verl):
     """What VERL_USE_EXTERNAL_MODULES imports in each process."""
     sys.modules.pop("fastgrpo.integrations.verl_patch", None)
     importlib.import_module("fastgrpo.integrations.verl_patch")
-    assert fake_verl[0].linear_cross_entropy is verl.fused
+    assert fake_verl[0].linear_cross_entropy is verl.call_as_verl
 
 
 def test_another_verl_is_refused(fake_verl):

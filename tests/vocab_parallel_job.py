@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from fastgrpo.backends import plan
-from fastgrpo.integrations.verl import fused, linear_cross_entropy
+from fastgrpo.integrations.verl import call_as_verl, linear_cross_entropy
 
 import interpreter
 import problems
@@ -119,7 +119,7 @@ def as_megatron_calls(rank=0, ranks=1):
     columns = VOCABULARY // ranks
     leaves = problems.with_grad({"hidden": hidden, "weight": weight[rank * columns : (rank + 1) * columns]})
     gathered, group = (Gathered.apply(leaves["hidden"]), dist.group.WORLD) if ranks > 1 else (leaves["hidden"], None)
-    logprobs, entropy = fused(gathered[:, None], leaves["weight"], labels[None], 0.7, "none", group)
+    logprobs, entropy = call_as_verl(gathered[:, None], leaves["weight"], labels[None], 0.7, "none", group)
     (logprobs.sum() - 0.3 * entropy.square().sum()).backward()
     return {"logprobs": logprobs.detach(), "entropy": entropy.detach(), **{k: v.grad for k, v in leaves.items()}}
 

@@ -67,10 +67,15 @@ def accuracy(entry, p, want):
 
 
 FIGURES = {
-    "logp_rms_error": "log-prob rms", "logp_max_error": "log-prob max", "sure_relative_error": "rel., p > 0.999",
-    "outside_ratio": "outside [0.9, 1.1]", "entropy_max_error": "entropy max", "loss_error": "loss",
-    "d_hidden_error": "dX", "d_weight_error": "dW",
-}  # fmt: skip
+    "logp_rms_error": "log-prob rms",
+    "logp_max_error": "log-prob max",
+    "sure_relative_error": "rel., p > 0.999",
+    "outside_ratio": "outside [0.9, 1.1]",
+    "entropy_max_error": "entropy max",
+    "loss_error": "loss",
+    "d_hidden_error": "dX",
+    "d_weight_error": "dW",
+}
 
 
 def table(rows):

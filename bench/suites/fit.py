@@ -70,8 +70,17 @@ def run(options, show):
 
 
 def row(plan, question, entry, **found):
-    return {"suite": "fit", "shape": plan.shape, "tuning": plan.tuning, "question": question, "entry": entry,
-            "title": plan.title(question), "prompt": PROMPT, "completion": COMPLETION, **found}  # fmt: skip
+    return {
+        "suite": "fit",
+        "shape": plan.shape,
+        "tuning": plan.tuning,
+        "question": question,
+        "entry": entry,
+        "title": plan.title(question),
+        "prompt": PROMPT,
+        "completion": COMPLETION,
+        **found,
+    }
 
 
 def layout(question, tokens):
@@ -115,8 +124,18 @@ class Computed:
                 return static + kept + max(transient, head(trained, case.V, case.D))
 
             tokens = largest(lambda n, p=peak, c=card: p(n) <= c * GIB, LIMIT[question])
-            rows.append(row(plan, question, name, card=card, tokens=tokens, measured=False, fit_residual=worst,
-                            how="computed from allocations measured on a CPU"))  # fmt: skip
+            rows.append(
+                row(
+                    plan,
+                    question,
+                    name,
+                    card=card,
+                    tokens=tokens,
+                    measured=False,
+                    fit_residual=worst,
+                    how="computed from allocations measured on a CPU",
+                )
+            )
         return rows
 
 
@@ -205,10 +224,16 @@ class Trainee:
         ones = torch.ones(targets.shape, device="cuda")
         hidden = self.decoder(input_ids=ids).last_hidden_state[:, PROMPT - 1 : -1]
         problem = Problem(
-            case=self.plan.case, hidden=hidden, weight=self.weight, targets=targets,
-            advantages=torch.randn(sequences, device="cuda"), mask=ones.long(), old=-ones, ref=-ones,
+            case=self.plan.case,
+            hidden=hidden,
+            weight=self.weight,
+            targets=targets,
+            advantages=torch.randn(sequences, device="cuda"),
+            mask=ones.long(),
+            old=-ones,
+            ref=-ones,
             config=GRPOLossConfig(log_entropy=False),
-        )  # fmt: skip
+        )
         entry.run_loss(problem).backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

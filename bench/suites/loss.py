@@ -77,9 +77,15 @@ def run(options, show):
 def run_case(case, data, options, show):
     entries, reasons = options.runnable(case)
     common = {
-        "suite": "loss", "kind": options.device, **case.row(), "title": case.title, "sequences": SEQUENCES,
-        "floor_flops": case.gemm_flops, "floor_bytes": case.input_bytes, "memory_bound_mib": case.memory_bound_mib,
-    }  # fmt: skip
+        "suite": "loss",
+        "kind": options.device,
+        **case.row(),
+        "title": case.title,
+        "sequences": SEQUENCES,
+        "floor_flops": case.gemm_flops,
+        "floor_bytes": case.input_bytes,
+        "memory_bound_mib": case.memory_bound_mib,
+    }
     rows = {name: {**common, "entry": name, "reason": reason} for name, reason in reasons.items()}
     good = {}
     if entries:
@@ -185,10 +191,14 @@ def charts(rows, stem):
     base = [r for r in rows if r["group"] in ("base", "models") and "gemms" in r]
     if base:
         paths.append(draw.stacked_bars(base, f"{stem}.png", "forward and backward, in bare logits GEMMs"))
-    for group, what, unit in (("N", "gemms", "bare logits GEMMs"), ("N", "both_seconds", "seconds"),
-                              ("N", "peak_mib", "MiB beyond inputs and gradients"),
-                              ("V", "both_seconds", "seconds"), ("V", "peak_mib", "MiB beyond inputs and gradients"),
-                              ("D", "both_seconds", "seconds")):  # fmt: skip
+    for group, what, unit in (
+        ("N", "gemms", "bare logits GEMMs"),
+        ("N", "both_seconds", "seconds"),
+        ("N", "peak_mib", "MiB beyond inputs and gradients"),
+        ("V", "both_seconds", "seconds"),
+        ("V", "peak_mib", "MiB beyond inputs and gradients"),
+        ("D", "both_seconds", "seconds"),
+    ):
         mine = [r for r in rows if r["group"] == group and r.get(what) is not None]
         if len({r[group] for r in mine}) > 1:
             name = {"gemms": "floor", "both_seconds": "time", "peak_mib": "memory"}[what]

@@ -128,8 +128,16 @@ def run(options, show):
 def run_one(what, options, show):
     case = what.case
     entries, reasons = options.runnable(case)
-    common = {"suite": "step", **case.row(), "title": what.title, "tuning": what.tuning, "layers": what.layers,
-              "prompt": what.prompt, "completion": what.completion, "sequences": SEQUENCES}  # fmt: skip
+    common = {
+        "suite": "step",
+        **case.row(),
+        "title": what.title,
+        "tuning": what.tuning,
+        "layers": what.layers,
+        "prompt": what.prompt,
+        "completion": what.completion,
+        "sequences": SEQUENCES,
+    }
     learner, missing = None, None
     if entries:
         learner, missing = measure.attempt(Learner, what, options.device, catch=(ImportError, torch.OutOfMemoryError))
@@ -156,9 +164,14 @@ def run_one(what, options, show):
         for name, entry in good.items():
             samples[name].append(clock(lambda entry=entry: learner.step(entry))[0])
     for name, seconds in samples.items():
-        rows[name] |= {"step_seconds": median(seconds), "step_low": min(seconds), "step_high": max(seconds),
-                       "repeats": len(seconds), "gemm_seconds": median(gemms),
-                       "tokens_per_second": learner.ids.numel() / median(seconds)}  # fmt: skip
+        rows[name] |= {
+            "step_seconds": median(seconds),
+            "step_low": min(seconds),
+            "step_high": max(seconds),
+            "repeats": len(seconds),
+            "gemm_seconds": median(gemms),
+            "tokens_per_second": learner.ids.numel() / median(seconds),
+        }
         if options.device == "cuda":
             rows[name]["peak_mib"] = measure.peak_cuda(lambda name=name: [learner.step(good[name])])
     if good and options.device == "cpu" and what.tuning == "lora":  # full tuning's peak is the optimiser's

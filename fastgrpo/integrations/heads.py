@@ -13,6 +13,8 @@ which serves code outside transformers, the meta device and shards too. What it 
     refused                       ProphetNet (n-gram streams), Musicgen (several heads), Chameleon (masked columns)
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -37,6 +39,9 @@ class Decoded(dict):
 class Stub(nn.Module):
     """In place of a layer: a decoder gives hidden states, any other its input; attributes are the layer's own."""
 
+    original: Any
+    asked: Any  # the Question
+
     def __init__(self, original, asked):
         super().__init__()
         self.__dict__["original"], self.__dict__["asked"] = original, asked
@@ -49,7 +54,7 @@ class Stub(nn.Module):
             return tensors[0]
         return Decoded(last_hidden_state=self.asked.hidden)
 
-    def __getattr__(self, name):
+    def __getattr__(self, name) -> Any:
         value = getattr(self.original, name)
         return Stub(value, self.asked) if isinstance(value, nn.Module) else value
 
@@ -129,7 +134,7 @@ def numbers(config):
     return values + [1 / v for v in values]
 
 
-def logit_options(model):
+def logit_options(model: Any) -> tuple[dict[str, Any], int | None]:
     """How a model's forward turns its LM head's output x into logits.
 
     Returns:

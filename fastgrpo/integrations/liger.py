@@ -7,18 +7,21 @@ import importlib.metadata
 import inspect
 import re
 import sys
+import warnings
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import zip_longest
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.autograd.function import once_differentiable
 
 from fastgrpo import inputs
 from fastgrpo.checks import Below1, Count, Finite, NonNegative, Positive, check_field, need
-from fastgrpo.config import CLIPPED, GRPOLossConfig
+from fastgrpo.config import CLIPPED, GRPOLossConfig, Level, LossType
+from fastgrpo.inputs import Backend, Backward
+from fastgrpo.integrations.known_gradients import call, with_gradients
 from fastgrpo.logprobs import linear_logprobs
 from fastgrpo.lora import unpacked
 from fastgrpo.loss import GRPOLoss, grpo_loss
@@ -26,16 +29,32 @@ from fastgrpo.weights import GLOBALLY_NORMALISED
 
 LIGER_NAME, TESTED = "LigerFusedLinearGRPOLoss", "0.8.5"
 SHARED = (
-    "loss_type", "beta", "epsilon_high", "delta", "importance_sampling_level", "use_bias_correction_kl", "temperature",
-    "max_completion_length", "sapo_temperature_pos", "sapo_temperature_neg", "vespo_k_pos", "vespo_lambda_pos",
-    "vespo_k_neg", "vespo_lambda_neg",
-)  # fmt: skip
+    "loss_type",
+    "beta",
+    "epsilon_high",
+    "delta",
+    "importance_sampling_level",
+    "use_bias_correction_kl",
+    "temperature",
+    "max_completion_length",
+    "sapo_temperature_pos",
+    "sapo_temperature_neg",
+    "vespo_k_pos",
+    "vespo_lambda_pos",
+    "vespo_k_neg",
+    "vespo_lambda_neg",
+)
 NAMES = {  # ours, as messages have them: Liger's
-    "hidden": "_input", "weight": "lin_weight", "targets": "selected_token_ids", "mask": "attention_mask",
-    "old_logprobs": "old_per_token_logps", "ref_logprobs": "ref_per_token_logps",
-    "sampling_logprobs": "sampling_per_token_logps", "importance_weights": "vllm_is_ratio",
+    "hidden": "_input",
+    "weight": "lin_weight",
+    "targets": "selected_token_ids",
+    "mask": "attention_mask",
+    "old_logprobs": "old_per_token_logps",
+    "ref_logprobs": "ref_per_token_logps",
+    "sampling_logprobs": "sampling_per_token_logps",
+    "importance_weights": "vllm_is_ratio",
     "num_items": "num_items_in_batch",
-}  # fmt: skip
+}
 REFERENCE_NAMES = {**NAMES, "hidden": "ref_input", "weight": "ref_weight", "bias": "ref_bias"}
 
 
@@ -73,35 +92,35 @@ class FusedLinearGRPOLoss(torch.nn.Module):
 
     def __init__(
         self,
-        beta=0.04,
-        compiled=True,
-        use_ref_model=True,
-        chunk_size=1,
-        epsilon_low=0.2,
-        epsilon_high=0.2,
-        loss_type="dapo",
-        max_completion_length=None,
-        importance_sampling_level="token",
-        sapo_temperature_pos=1.0,
-        sapo_temperature_neg=1.05,
-        temperature=1.0,
-        delta=None,
-        use_bias_correction_kl=False,
-        vespo_k_pos=2.0,
-        vespo_lambda_pos=3.0,
-        vespo_k_neg=3.0,
-        vespo_lambda_neg=2.0,
+        beta: float = 0.04,
+        compiled: bool = True,
+        use_ref_model: bool = True,
+        chunk_size: int = 1,
+        epsilon_low: float = 0.2,
+        epsilon_high: float = 0.2,
+        loss_type: LossType = "dapo",
+        max_completion_length: float | None = None,
+        importance_sampling_level: Level = "token",
+        sapo_temperature_pos: float = 1.0,
+        sapo_temperature_neg: float = 1.05,
+        temperature: float = 1.0,
+        delta: float | None = None,
+        use_bias_correction_kl: bool = False,
+        vespo_k_pos: float = 2.0,
+        vespo_lambda_pos: float = 3.0,
+        vespo_k_neg: float = 3.0,
+        vespo_lambda_neg: float = 2.0,
         *,
-        softcap=None,
-        logit_scale=1.0,
-        backend="auto",
-        backward="auto",
-        tolerance=None,
-        workspace_mb=128,
-        grad_in_forward=True,
-        log_entropy=False,
-        **objective,
-    ):
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
+        backend: Backend = "auto",
+        backward: Backward = "auto",
+        tolerance: float | None = None,
+        workspace_mb: float = 128,
+        grad_in_forward: bool = True,
+        log_entropy: bool = False,
+        **objective: Any,
+    ) -> None:
         super().__init__()
         self.beta, self.use_ref_model = beta, use_ref_model
         self.compiled, self.chunk_size = compiled, chunk_size
@@ -115,7 +134,7 @@ class FusedLinearGRPOLoss(torch.nn.Module):
         self.backend, self.backward, self.tolerance, self.workspace_mb = backend, backward, tolerance, workspace_mb
         self.grad_in_forward = grad_in_forward
         self.objective = {"log_entropy": log_entropy, **objective}
-        self.last = None
+        self.last: GRPOLoss | None = None
         self.check()
 
     def check(self):
@@ -131,7 +150,7 @@ class FusedLinearGRPOLoss(torch.nn.Module):
         _ = self.config
 
     @property
-    def config(self):
+    def config(self) -> GRPOLossConfig:
         """The :class:`fastgrpo.GRPOLossConfig` these attributes say."""
         clips = self.loss_type in CLIPPED
         check_field("epsilon_low", self.epsilon_low, Below1 if clips else Finite)
@@ -150,33 +169,34 @@ class FusedLinearGRPOLoss(torch.nn.Module):
 
     def forward(
         self,
-        _input,  # (B, T, D); packed: (1, N, D)
-        lin_weight,  # (V, D)
-        selected_token_ids,  # (B, T); packed: (1, N)
-        attention_mask,  # like selected_token_ids
-        advantages,  # (B,) or like selected_token_ids
-        bias=None,  # (V,)
-        ref_per_token_logps=None,  # like selected_token_ids
-        old_per_token_logps=None,  # like selected_token_ids
-        ref_input=None,  # (B, T, D')
-        ref_weight=None,  # (V, D')
-        ref_bias=None,  # (V,)
-        vllm_is_ratio=None,  # (B,), (B, 1) or like selected_token_ids
-        num_items_in_batch=None,
+        _input: torch.Tensor,  # (B, T, D); packed: (1, N, D)
+        lin_weight: torch.Tensor,  # (V, D)
+        selected_token_ids: torch.Tensor,  # (B, T); packed: (1, N)
+        attention_mask: torch.Tensor | None,  # like selected_token_ids
+        advantages: torch.Tensor,  # (B,) or like selected_token_ids
+        bias: torch.Tensor | None = None,  # (V,)
+        ref_per_token_logps: torch.Tensor | None = None,  # like selected_token_ids
+        old_per_token_logps: torch.Tensor | None = None,  # like selected_token_ids
+        ref_input: torch.Tensor | None = None,  # (B, T, D')
+        ref_weight: torch.Tensor | None = None,  # (V, D')
+        ref_bias: torch.Tensor | None = None,  # (V,)
+        vllm_is_ratio: torch.Tensor | None = None,  # (B,), (B, 1) or like selected_token_ids
+        num_items_in_batch: float | torch.Tensor | None = None,
         *,
-        sampling_per_token_logps=None,  # like selected_token_ids
-        entropy_threshold=None,
-        cu_seqlens=None,  # (B + 1,)
-        lora=None,  # A (r, D), B (V, r), scaling
-        support=None,  # token_ids (K,), offsets (N + 1,)
-    ):
+        sampling_per_token_logps: torch.Tensor | None = None,  # like selected_token_ids
+        entropy_threshold: float | torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,  # (B + 1,)
+        lora: tuple[torch.Tensor, torch.Tensor, float] | None = None,  # A (r, D), B (V, r), scaling
+        support: tuple[torch.Tensor, torch.Tensor] | None = None,  # token_ids (K,), offsets (N + 1,)
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         """The loss of a batch of completions and the metrics that trainers log.
 
         Args:
             _input: the states that predict ``selected_token_ids``.
             lin_weight, bias: the LM head; with ``grad_in_forward`` it need not be whole any more in the backward.
             attention_mask: 0/1, completion mask times tool mask; None: all ids but -100. Elsewhere anything may stand.
-            ref_per_token_logps: of the reference; else ``ref_input``, ``ref_weight`` and ``ref_bias`` give them.
+            ref_per_token_logps: of the reference; else ``ref_input``, ``ref_weight`` and ``ref_bias`` give them. Both:
+                these are used, with a warning, as in Liger.
             old_per_token_logps: of the policy that sampled; None: the current ones, detached (ratio 1).
             vllm_is_ratio: correction of the train/inference mismatch.
             num_items_in_batch: counted tokens of all ranks and accumulation steps, dapo's, cispo's and vespo's
@@ -192,6 +212,10 @@ class FusedLinearGRPOLoss(torch.nn.Module):
         config = self.config
         with renamed(NAMES):
             counted = check_ids(selected_token_ids, attention_mask)
+        if self.use_ref_model and ref_per_token_logps is not None and ref_input is not None:
+            # begins as Liger's, so that a filter of that one holds here too
+            text = "Both ref_per_token_logps and ref_input are provided: the KL is against ref_per_token_logps"
+            warnings.warn(text, stacklevel=1)
         reference = None
         if config.beta > 0 and self.has_reference(ref_per_token_logps, ref_input, ref_weight):
             reference = ref_per_token_logps
@@ -201,13 +225,25 @@ class FusedLinearGRPOLoss(torch.nn.Module):
         a, b, scaling = unpacked(lora)
         with renamed(NAMES):
             loss = partial(
-                loss_of_head, scaling=scaling, support=support, targets=selected_token_ids, advantages=advantages,
+                loss_of_head,
+                scaling=scaling,
+                support=support,
+                targets=selected_token_ids,
+                advantages=advantages,
                 config=config if reference is not None else replace(config, beta=0.0),
-                mask=attention_mask, cu_seqlens=cu_seqlens, old_logprobs=old_per_token_logps, ref_logprobs=reference,
-                sampling_logprobs=sampling_per_token_logps, importance_weights=vllm_is_ratio,
-                num_items=normaliser(config, counted, num_items_in_batch), entropy_threshold=entropy_threshold,
-                backward=self.backward, tolerance=self.tolerance, return_logprobs=config.log_entropy, **self.head,
-            )  # fmt: skip
+                mask=attention_mask,
+                cu_seqlens=cu_seqlens,
+                old_logprobs=old_per_token_logps,
+                ref_logprobs=reference,
+                sampling_logprobs=sampling_per_token_logps,
+                importance_weights=vllm_is_ratio,
+                num_items=normaliser(config, counted, num_items_in_batch),
+                entropy_threshold=entropy_threshold,
+                backward=self.backward,
+                tolerance=self.tolerance,
+                return_logprobs=config.log_entropy,
+                **self.head,
+            )
             result = (with_gradients if self.grad_in_forward else call)(loss, _input, lin_weight, bias, a, b)
         self.last = GRPOLoss(result.loss.detach(), *result[1:])
         return result.loss, liger_metrics(config, result.metrics)
@@ -232,40 +268,8 @@ class FusedLinearGRPOLoss(torch.nn.Module):
             return linear_logprobs(ref_input, ref_weight, ids, ref_bias, **self.head).logprobs
 
 
-class KnownGradients(torch.autograd.Function):
-    """A loss whose gradients are already taken; a second backward through the same graph is autograd's error."""
-
-    @staticmethod
-    def forward(ctx, hidden, weight, bias, a, b, loss, *gradients):
-        ctx.save_for_backward(*gradients)
-        return loss.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_loss):
-        # in place: the head's gradient is the largest tensor there is
-        gradients = [None if g is None else g.mul_(grad_loss) for g in ctx.saved_tensors]
-        return *gradients, None, *(None for _ in gradients)
-
-
 def loss_of_head(hidden, weight, bias, a, b, *, scaling, **arguments):
     return grpo_loss(hidden, weight, bias=bias, lora=None if a is None else (a, b, scaling), **arguments)
-
-
-def call(loss, *head):
-    return loss(*head)
-
-
-def with_gradients(loss, *head):
-    """``call`` with the gradients taken at once; what comes after may shard or change the head."""
-    needed = [torch.is_grad_enabled() and isinstance(x, torch.Tensor) and x.requires_grad for x in head]
-    leaves = [x.detach().requires_grad_() if need else x for x, need in zip(head, needed)]
-    result = call(loss, *leaves)
-    if not any(needed):
-        return result
-    gradients = iter(torch.autograd.grad(result.loss, [x for x, need in zip(leaves, needed) if need]))
-    gradients = [next(gradients) if need else None for need in needed]
-    return result._replace(loss=KnownGradients.apply(*head, result.loss.detach(), *gradients))
 
 
 def check_ids(ids, mask):
@@ -309,7 +313,7 @@ def renamed(names):
         raise (ValueError if isinstance(error, ValueError) else TypeError)(message) from error
 
 
-def apply():
+def apply() -> ExitStack:
     """Put :class:`FusedLinearGRPOLoss` in the place of ``LigerFusedLinearGRPOLoss``.
 
     In ``liger_kernel.chunked_loss``, where later imports find it, and in every module that has already imported it

@@ -4,18 +4,19 @@ The model's own forward runs, up to and including the call of its head, so that 
 as it is, and the hooks of DDP, FSDP2, ZeRO-3, PEFT and autocast fire as they do for logits.
 """
 
-import functools
 import inspect
 from contextlib import contextmanager
 from functools import partial
 from types import MethodType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 from fastgrpo.inputs import IGNORE
 from fastgrpo.integrations.heads import logit_options
 from fastgrpo.logprobs import LogProbs, linear_logprobs
+
+Model = TypeVar("Model", bound=torch.nn.Module)
 
 
 class FusedOutput(NamedTuple):
@@ -25,7 +26,7 @@ class FusedOutput(NamedTuple):
     outputs: Any  # the model's own output without its logits: aux_loss, router_logits, hidden_states ...
 
 
-def fuse_lm_head(model):
+def fuse_lm_head(model: Model) -> Model:
     """Teach a causal language model the keyword ``fastgrpo=``; without it nothing changes, so generate is untouched.
 
     ``model(input_ids, ..., fastgrpo=function)`` runs the model, whose LM head calls
@@ -39,6 +40,9 @@ def fuse_lm_head(model):
 
     ``fastgrpo_output=True`` beside it returns ``FusedOutput(result, outputs)``: ``outputs`` is what the model returns
     otherwise, but for the logits, so that ``outputs.aux_loss`` of a mixture of experts can join the loss.
+
+    A deep copy of the model, and what pickle or ``torch.load`` makes of it, is fused too. What ``from_pretrained``
+    loads is not: most models that are not fused ignore ``fastgrpo=`` without a word.
 
     Args:
         model: a transformers causal LM, bare or inside PEFT, DDP, FSDP2 or torch.compile, patched in place; also on the
@@ -58,28 +62,76 @@ def fuse_lm_head(model):
         raise ValueError(f"model must have an LM head, {type(base).__name__} has none")
     fuse_head(base)
     base._fastgrpo_logits = logit_options(base)
-    if not hasattr(base, "_plain_forward"):
-        base._plain_forward = base.forward  # bound methods, so that a deep copy is bound to the copy
-        base.forward = MethodType(functools.wraps(type(base).forward)(causal_lm_forward), base)
+    if not is_fused(base):
+        base.forward = FusedCausalLM(base, base.forward)
     return model
 
 
-def causal_lm(model):
+def is_fused(model: torch.nn.Module) -> bool:
+    """Whether a model, or one inside its wrappers, knows the keyword ``fastgrpo=``."""
+    return isinstance(find_fused(causal_lm(model).forward), FusedCausalLM)
+
+
+def check_fused(model: torch.nn.Module) -> None:
+    """Raises ValueError for a model that would ignore the keyword ``fastgrpo=``."""
+    if not is_fused(model):
+        kind = type(causal_lm(model)).__name__
+        raise ValueError(f"model must be one that fuse_lm_head has fused, got a plain {kind}")
+
+
+def causal_lm(model: Any) -> Any:
     """The transformers model under the wrappers of torch.compile, DDP and PEFT."""
     for name in ("_orig_mod", "module", "_orig_mod"):
         model = getattr(model, name, model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+class FusedForward:
+    """In the place of a module's ``forward``.
+
+    An object that knows its module, so that each copy has its own. A bound method would be unpickled by its name, from
+    the class of a module that is still empty. Its signature is that of the forward whose place it takes.
+    """
+
+    def __init__(self, module, forward):
+        self.module = module
+        own = getattr(forward, "__func__", None) is type(module).forward
+        self.replaced = None if own else forward  # None: the class's own, found anew in an unpickled module
+
+    def of(self, module):
+        """The same for a copy of the module."""
+        return self if module is self.module else type(self)(module, self.replaced or own_forward(module))
+
+    def plain(self, *args, **kwargs):
+        return (self.replaced or own_forward(self.module))(*args, **kwargs)
+
+    @property
+    def __signature__(self):
+        return inspect.signature(self.replaced or own_forward(self.module))
+
+
+def own_forward(module):
+    """The bound ``forward`` of a module's class, whatever stands in its place."""
+    return MethodType(type(module).forward, module)
+
+
+def find_fused(forward):
+    """The :class:`FusedForward` at the core of a forward and the decorators around it, or None."""
+    while not isinstance(core := getattr(forward, "__func__", forward), FusedForward):
+        if (forward := getattr(forward, "__wrapped__", None)) is None:
+            return None
+    return core
+
+
 def fuse_head(model):
     """-> the LM head as it is now; PEFT may have replaced it since the last call."""
     head = model.get_output_embeddings()
     for module in heads(head):
-        if not hasattr(module, "_plain_forward"):
+        slot = "_old_forward" if hasattr(module, "_hf_hook") else "forward"  # accelerate moves devices around it
+        if find_fused(getattr(module, slot)) is None:
             check_linear(module)
-            slot = "_old_forward" if hasattr(module, "_hf_hook") else "forward"  # accelerate moves devices around it
-            module._plain_forward, module._fastgrpo = getattr(module, slot), None
-            setattr(module, slot, MethodType(head_forward, module))
+            module._fastgrpo = None
+            setattr(module, slot, FusedHead(module, getattr(module, slot)))
     return head
 
 
@@ -95,38 +147,46 @@ def check_linear(module):
         raise ValueError(f"model's LM head must be a torch.nn.Linear, got {type(layer).__name__}")
 
 
-def causal_lm_forward(self, *args, fastgrpo=None, fastgrpo_output=False, **kwargs):
-    if fastgrpo is None or fastgrpo is False:
-        return self._plain_forward(*args, **kwargs)
-    out = (labelled if fastgrpo is True else fused)(self, fastgrpo, *args, **kwargs)
-    return out if fastgrpo_output else out.result
+class FusedCausalLM(FusedForward):
+    """A causal LM's forward, with the keyword ``fastgrpo=``."""
+
+    def __call__(self, *args, fastgrpo=None, fastgrpo_output=False, **kwargs):
+        if args and isinstance(args[0], torch.nn.Module):  # accelerate's unwrap_model binds it, to a model or its copy
+            self, args = self.of(args[0]), args[1:]
+        if fastgrpo is None or fastgrpo is False:
+            return self.plain(*args, **kwargs)
+        out = (run_labelled if fastgrpo is True else run_function)(self, fastgrpo, *args, **kwargs)
+        return out if fastgrpo_output else out.result
 
 
 @torch.compiler.disable(recursive=False)
-def fused(self, function, *args, **kwargs):
+def run_function(forward, function, *args, **kwargs):
+    model = forward.module
     if kwargs.get("labels") is not None:
         raise ValueError("labels must be None where fastgrpo is a function, which has targets of its own")
     kwargs.setdefault("use_cache", False)
-    options, columns = self._fastgrpo_logits
-    with scoring(fuse_head(self), partial(function, **options), columns) as results:
-        outputs = self._plain_forward(*args, **kwargs)
+    options, columns = model._fastgrpo_logits
+    with scoring(fuse_head(model), partial(function, **options), columns) as results:
+        outputs = forward.plain(*args, **kwargs)
     if len(results) != 1:
         raise ValueError(
-            f"model's forward must call its LM head once, {type(self).__name__} called it {len(results)} times"
+            f"model's forward must call its LM head once, {type(model).__name__} called it {len(results)} times"
         )
     return FusedOutput(results[0], without_logits(outputs))
 
 
 @torch.compiler.disable(recursive=False)
-def labelled(self, _, *args, labels=None, **kwargs):
+def run_labelled(forward, _, *args, labels=None, **kwargs):
+    kind = type(forward.module)
     if not isinstance(labels, torch.Tensor):
         raise ValueError(f"labels must be a tensor (B, T) with fastgrpo=True, got {labels!r}")
     targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)
     keep = kwargs.get("logits_to_keep", 0)
-    if not isinstance(keep, int) or (keep and "logits_to_keep" not in inspect.signature(type(self).forward).parameters):
-        raise ValueError(f"logits_to_keep must be a number that {type(self).__name__} accepts, got {keep!r}")
-    out = fused(self, partial(label_scores, targets=targets[:, -keep:]), *args, **kwargs)
-    return out._replace(result=LogProbs(*(x[:, :-1] for x in out.result)))
+    if not isinstance(keep, int) or (keep and "logits_to_keep" not in inspect.signature(kind.forward).parameters):
+        raise ValueError(f"logits_to_keep must be a number that {kind.__name__} accepts, got {keep!r}")
+    out = run_function(forward, partial(label_scores, targets=targets[:, -keep:]), *args, **kwargs)
+    logprobs, entropy = out.result
+    return out._replace(result=LogProbs(logprobs[:, :-1], entropy[:, :-1]))
 
 
 def label_scores(hidden, weight, *, targets, **options):
@@ -157,10 +217,13 @@ def scoring(head, function, columns):
             module._fastgrpo = None
 
 
-def head_forward(self, hidden, *args, **kwargs):
-    if self._fastgrpo is None:
-        return self._plain_forward(hidden, *args, **kwargs)
-    return score(self, hidden)
+class FusedHead(FusedForward):
+    """An LM head's forward, or inside :func:`scoring` the function in its place."""
+
+    def __call__(self, hidden, *args, **kwargs):
+        if self.module._fastgrpo is None:
+            return self.plain(hidden, *args, **kwargs)
+        return score(self.module, hidden)  # pyright: ignore[reportCallIssue] - of torch.compiler.disable
 
 
 @torch.compiler.disable

@@ -7,7 +7,9 @@ import contextlib
 import importlib
 import inspect
 import os
+from collections.abc import Iterator
 from functools import partial, reduce
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +17,8 @@ import torch.nn.functional as F
 from fastgrpo import inputs
 from fastgrpo.checks import need
 from fastgrpo.diagnostics import NAMES, token_diagnostics
-from fastgrpo.inputs import IGNORE
-from fastgrpo.integrations.transformers import fuse_lm_head
+from fastgrpo.inputs import IGNORE, Backend, Backward
+from fastgrpo.integrations.transformers import check_fused, fuse_lm_head
 from fastgrpo.logprobs import LogProbs, linear_logprobs
 
 trl = need("trl", "trl")
@@ -25,17 +27,16 @@ UNTESTED = "FASTGRPO_TRL_UNTESTED"  # environment variable: 1 lets another versi
 OUTPUTS = ("entropy", *NAMES)
 SIGNATURES = {  # what is rebound, overridden or called, and the parameters it must have
     "trainer.utils._ChunkedLogProbFunction.forward": (
-        "ctx", "hidden", "weight", "bias", "targets", "temperature", "chunk_size", "final_logit_softcapping",
-        "logit_scale", "outputs",
+        "ctx hidden weight bias targets temperature chunk_size final_logit_softcapping logit_scale outputs"
     ),
-    "trainer.utils.add_fused_lm_head": ("model", "temperature", "cast_lm_head_to_fp32", "outputs"),
-    "trainer.grpo_trainer.GRPOTrainer._compute_loss": ("self", "model", "inputs"),
+    "trainer.utils.add_fused_lm_head": "model temperature cast_lm_head_to_fp32 outputs",
+    "trainer.grpo_trainer.GRPOTrainer._compute_loss": "self model inputs",
     "trainer.grpo_trainer.GRPOTrainer._get_per_token_logps_and_entropies": (
-        "self", "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size", "compute_entropy",
-        "compute_aux_loss", "pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask", "spatial_shapes",
-        "num_tiles", "image_sizes", "token_type_ids", "mm_token_type_ids", "image_position_ids",
+        "self model input_ids attention_mask logits_to_keep batch_size compute_entropy compute_aux_loss pixel_values "
+        "image_grid_thw num_images pixel_attention_mask spatial_shapes num_tiles image_sizes token_type_ids "
+        "mm_token_type_ids image_position_ids"
     ),
-}  # fmt: skip
+}
 OP = "trainer.utils._ChunkedLogProbFunction.forward"
 
 
@@ -54,17 +55,18 @@ def check_version(*names):
 def difference(name):
     """How a function of TRL differs from the one that was tested, in words, or None."""
     try:
-        found = tuple(inspect.signature(find(name)).parameters)
+        found = " ".join(inspect.signature(find(name)).parameters)
     except (ImportError, AttributeError):
         return f"trl.{name} is missing"
     if found == SIGNATURES[name]:
         return None
-    return f"trl.{name} takes ({', '.join(found)}), expected ({', '.join(SIGNATURES[name])})"
+    return f"trl.{name} takes ({', '.join(found.split())}), expected ({', '.join(SIGNATURES[name].split())})"
 
 
-def find(name):
+def find(name: str) -> Any:
     folder, module, *attributes = name.split(".")
-    return reduce(getattr, attributes, importlib.import_module(f"trl.{folder}.{module}"))
+    home: Any = importlib.import_module(f"trl.{folder}.{module}")
+    return reduce(getattr, attributes, home)
 
 
 @contextlib.contextmanager
@@ -99,9 +101,15 @@ class Op:
         logits = {"temperature": temperature, "softcap": final_logit_softcapping, "logit_scale": logit_scale}
         out = linear_logprobs(hidden, weight, targets, bias, return_entropy="entropy" in outputs, **logits)
         diagnostics = token_diagnostics(
-            hidden, weight, targets, bias, **logits, outputs=[name for name in NAMES if name in outputs],
-            logprobs=out.logprobs, entropy=out.entropy,
-        )  # fmt: skip
+            hidden,
+            weight,
+            targets,
+            bias,
+            **logits,
+            outputs=[name for name in NAMES if name in outputs],
+            logprobs=out.logprobs,
+            entropy=out.entropy,
+        )
         return *out, *diagnostics
 
 
@@ -113,7 +121,7 @@ def zero3():
 
 
 @contextlib.contextmanager
-def patched():
+def patched() -> Iterator[None]:
     """``with patched(): trainer.train()``: every trainer of TRL that scores tokens (SFT, DPO, KTO, RLOO, GRPO ...) does
     so with :func:`fastgrpo.linear_logprobs`, its optional outputs included, until the block ends.
 
@@ -150,7 +158,15 @@ class FastGRPOTrainer(trl.GRPOTrainer):
         ValueError: a bad option of ours, before anything runs; ``cast_lm_head_to_fp32`` with LoRA on ``lm_head``.
     """
 
-    def __init__(self, *args, backend="auto", backward="auto", tolerance=None, workspace_mb=128, **kwargs):
+    def __init__(
+        self,
+        *args: Any,
+        backend: Backend = "auto",
+        backward: Backward = "auto",
+        tolerance: float | None = None,
+        workspace_mb: float = 128,
+        **kwargs: Any,
+    ):
         check_version(*(name for name in SIGNATURES if name != OP))
         inputs.check_choice("backend", backend, inputs.BACKENDS)
         inputs.check_choice("backward", backward, inputs.BACKWARDS)
@@ -175,19 +191,36 @@ class FastGRPOTrainer(trl.GRPOTrainer):
             self.near_logps = None
 
     def _get_per_token_logps_and_entropies(
-        self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, compute_entropy=False,
-        compute_aux_loss=False, **multimodal,
-    ):  # fmt: skip
+        self,
+        model,
+        input_ids,
+        attention_mask,
+        logits_to_keep,
+        batch_size=None,
+        compute_entropy=False,
+        compute_aux_loss=False,
+        **multimodal,
+    ):
         exact = self._entropy_bonus_enabled and self.backward_mode != "certified"  # an entropy gradient is exact anyway
         scorer = Scorer(
-            model, self.near_logps, temperature=self.temperature, return_entropy=compute_entropy,
-            whole_fp32=self.args.cast_lm_head_to_fp32, backward="exact" if exact else self.backward_mode,
+            model,
+            self.near_logps,
+            temperature=self.temperature,
+            return_entropy=compute_entropy,
+            whole_fp32=self.args.cast_lm_head_to_fp32,
+            backward="exact" if exact else self.backward_mode,
             **self.op_options,
-        )  # fmt: skip
+        )
         return super()._get_per_token_logps_and_entropies(
-            scorer, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, compute_aux_loss,
+            scorer,
+            input_ids,
+            attention_mask,
+            logits_to_keep,
+            batch_size,
+            compute_entropy,
+            compute_aux_loss,
             **multimodal,
-        )  # fmt: skip
+        )
 
 
 @contextlib.contextmanager
@@ -213,6 +246,7 @@ class Scorer:
     """What TRL's pass calls in place of the model: the keywords and fields of its fused head, through ours."""
 
     def __init__(self, model, near_logps, **options):
+        check_fused(model)
         self.model, self.near_logps, self.options, self.rows = model, near_logps, options, 0  # near_logps: (B, K), None
 
     def __call__(self, *, labels, fused_lm_head, **model_inputs):  # labels: (b, S), the next b rows of the batch
@@ -223,9 +257,11 @@ class Scorer:
         out, outputs = self.model(**model_inputs, fastgrpo=score, fastgrpo_output=True)
         entropy = None if out.entropy is None else out.entropy[:, :-1]
         return find("trainer.utils.FusedCausalLMOutput")(
-            log_probs=out.logprobs[:, :-1], entropy=entropy, label_mask=labels[:, 1:] != IGNORE,
+            log_probs=out.logprobs[:, :-1],
+            entropy=entropy,
+            label_mask=labels[:, 1:] != IGNORE,
             aux_loss=getattr(outputs, "aux_loss", None),
-        )  # fmt: skip
+        )
 
 
 def head_logprobs(hidden, weight, *, targets, near_logps, whole_fp32, bias, **options):
@@ -237,4 +273,5 @@ def head_logprobs(hidden, weight, *, targets, near_logps, whole_fp32, bias, **op
     outside = torch.autocast(hidden.device.type, enabled=False) if whole_fp32 else contextlib.nullcontext()
     with outside:
         out = linear_logprobs(hidden, weight, targets, bias, old_logprobs=near_logps, **options)
-    return LogProbs(*(None if x is None else x.clone() for x in out))  # FSDP2 hooks what leaves a module: no views
+    entropy = None if out.entropy is None else out.entropy.clone()
+    return LogProbs(out.logprobs.clone(), entropy)  # FSDP2 hooks what leaves a module: no views

@@ -6,6 +6,7 @@
 import importlib
 import inspect
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
 
 import torch
@@ -13,35 +14,35 @@ import torch.distributed as dist
 
 from fastgrpo import inputs
 from fastgrpo.checks import need
-from fastgrpo.inputs import IGNORE
+from fastgrpo.inputs import IGNORE, Backend, Backward
 from fastgrpo.logprobs import LogProbs, linear_logprobs
 from fastgrpo.vocab_parallel import check_group, vocab_parallel_logprobs
 
-KERNEL = "verl.utils.kernel.linear_cross_entropy"
+KERNEL, NAME = "verl.utils.kernel.linear_cross_entropy", "linear_cross_entropy"
 ARGUMENTS = ["hidden", "weight", "labels", "temperature", "reduction", "dist_process_group"]  # of verl 0.9.1
 REDUCTIONS = ("none", "sum", "mean")
 
 
 def linear_cross_entropy(
-    hidden,  # (N, D), (B, T, D) or Megatron's (T, 1, D)
-    weight,  # (V, D), or the rank's rows (V_r, D)
-    labels,  # (N,), (B, T) or (1, T)
-    temperature=1.0,
-    reduction="none",
-    process_group=None,
+    hidden: torch.Tensor,  # (N, D), (B, T, D) or Megatron's (T, 1, D)
+    weight: torch.Tensor,  # (V, D), or the rank's rows (V_r, D)
+    labels: torch.Tensor,  # (N,), (B, T) or (1, T)
+    temperature: float | torch.Tensor = 1.0,
+    reduction: str = "none",
+    process_group: dist.ProcessGroup | None = None,
     *,
-    bias=None,  # (V,) or (V_r,)
-    softcap=None,
-    logit_scale=1.0,
-    old_logprobs=None,
-    backend="auto",
-    backward="auto",
-    tolerance=None,
-    workspace_mb=128,
-    shard_sizes=None,
-    reduce_hidden_grad=True,
-    row_tolerance=None,
-):
+    bias: torch.Tensor | None = None,  # (V,) or (V_r,)
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    old_logprobs: torch.Tensor | None = None,
+    backend: Backend = "auto",
+    backward: Backward = "auto",
+    tolerance: float | None = None,
+    workspace_mb: float = 128,
+    shard_sizes: Sequence[int] | None = None,
+    reduce_hidden_grad: bool = True,
+    row_tolerance: float | None = None,
+) -> LogProbs:
     """Log-probs of the labels and entropy of the whole distribution, in nats, as verl's function of this name.
 
     Without a process group, or with one of a single rank, this is :func:`fastgrpo.linear_logprobs`; with one it is
@@ -72,13 +73,21 @@ def linear_cross_entropy(
     Raises:
         ValueError, TypeError: a bad argument, named, before anything runs.
     """
-    hidden = paired(hidden, labels)
+    hidden = pair_with_labels(hidden, labels)
     inputs.check_choice("reduction", reduction.lower() if isinstance(reduction, str) else reduction, REDUCTIONS)
     options = {
-        "bias": bias, "temperature": like_labels(temperature, labels), "softcap": softcap, "logit_scale": logit_scale,
-        "return_entropy": True, "old_logprobs": old_logprobs, "backend": backend, "backward": backward,
-        "tolerance": tolerance, "workspace_mb": workspace_mb, "row_tolerance": row_tolerance,
-    }  # fmt: skip
+        "bias": bias,
+        "temperature": like_labels(temperature, labels),
+        "softcap": softcap,
+        "logit_scale": logit_scale,
+        "return_entropy": True,
+        "old_logprobs": old_logprobs,
+        "backend": backend,
+        "backward": backward,
+        "tolerance": tolerance,
+        "workspace_mb": workspace_mb,
+        "row_tolerance": row_tolerance,
+    }
     if process_group is not None:
         check_group(process_group)
     elif shard_sizes is not None:
@@ -88,10 +97,10 @@ def linear_cross_entropy(
     else:
         group = {"group": process_group, "shard_sizes": shard_sizes, "reduce_hidden_grad": reduce_hidden_grad}
         out = vocab_parallel_logprobs(hidden, weight, labels, **options, **group)
-    return LogProbs(reduced(out.logprobs, labels, reduction.lower()), out.entropy)
+    return LogProbs(reduce(out.logprobs, labels, reduction.lower()), out.entropy)
 
 
-def paired(hidden, labels):
+def pair_with_labels(hidden, labels):
     """hidden with the labels' leading shape; a pair of shapes that has two orders is not guessed at."""
     inputs.check_tensor("hidden", hidden)
     inputs.check_tensor("labels", labels, hidden.device, floating=False)
@@ -121,14 +130,14 @@ def like_labels(temperature, labels):
     )
 
 
-def reduced(logprobs, labels, reduction):
+def reduce(logprobs, labels, reduction):
     if reduction == "none":
         return logprobs
     total = logprobs.sum()
     return total if reduction == "sum" else total / (labels != IGNORE).sum().clamp(min=1)
 
 
-def fused(hidden, weight, labels, temperature=1.0, reduction="none", dist_process_group=None):
+def call_as_verl(hidden, weight, labels, temperature=1.0, reduction="none", dist_process_group=None):
     """What takes the place of verl's: shards are equal, as Megatron cuts them, and summing dX is left to the caller."""
     sizes = None if dist_process_group is None else [weight.shape[0]] * dist.get_world_size(dist_process_group)
     return linear_cross_entropy(
@@ -136,7 +145,7 @@ def fused(hidden, weight, labels, temperature=1.0, reduction="none", dist_proces
     )
 
 
-def apply():
+def apply() -> ExitStack:
     """Put the op in the place of ``verl.utils.kernel.linear_cross_entropy``, wherever verl has imported it already.
 
     In every process of a run: ``VERL_USE_EXTERNAL_MODULES=fastgrpo.integrations.verl_patch`` in the environment, or
@@ -157,14 +166,14 @@ def apply():
     if found != ARGUMENTS:
         raise ImportError(f"verl's linear_cross_entropy must take {ARGUMENTS} (as in verl 0.9.1), found {found}")
     theirs = kernel.linear_cross_entropy
-    if theirs is not fused:
-        rebind(theirs, fused)
-        undo.callback(rebind, fused, theirs)
+    if theirs is not call_as_verl:
+        rebind(theirs, call_as_verl)
+        undo.callback(rebind, call_as_verl, theirs)
     return undo
 
 
 def rebind(old, new):
     """Every name ``linear_cross_entropy`` of a loaded verl module that is the old one becomes the new one."""
     for name, module in list(sys.modules.items()):
-        if name.startswith("verl.") and vars(module).get("linear_cross_entropy") is old:
-            module.linear_cross_entropy = new
+        if name.startswith("verl.") and vars(module).get(NAME) is old:
+            setattr(module, NAME, new)

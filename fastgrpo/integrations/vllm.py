@@ -4,16 +4,20 @@ vLLM runs on a GPU alone: here it is tested against its interface, with stand-in
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 from unittest.mock import patch
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import extract_model_from_parallel, gather_object
 
-from fastgrpo.checks import Checked, installed, need
+from fastgrpo.checks import Checked, need, require, require_installed
 from fastgrpo.integrations.transformers import causal_lm
+from fastgrpo.trainer.completions import Completion, completion, end_tokens
 
-MISMATCH_MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
+MismatchMode = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,18 +41,21 @@ class VLLMOptions(Checked):
     vllm_max_model_length: int | None = None
     vllm_tensor_parallel_size: int = 1
     vllm_importance_sampling_correction: bool = True
-    vllm_importance_sampling_mode: Literal[MISMATCH_MODES] = "sequence_mask"
+    vllm_importance_sampling_mode: MismatchMode = "sequence_mask"
     vllm_importance_sampling_clip_max: float | None = 3.0
     vllm_importance_sampling_clip_min: float | None = None
 
-    def combinations(self):
-        yield from super().combinations()
+    def check_combinations(self) -> None:
+        super().check_combinations()
         low, high = self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max
-        ordered = low is None or high is None or low < high
-        yield ordered, f"vllm_importance_sampling_clip_min must be below clip_max {high}, got {low}"
-        yield installed(self.use_vllm, "vllm", "'fastgrpo[vllm]'")
+        require(
+            low is None or high is None or low < high,
+            f"vllm_importance_sampling_clip_min must be below clip_max {high}, got {low}",
+        )
+        if self.use_vllm:
+            require_installed("vllm", "'fastgrpo[vllm]'")
 
-    def mismatch_weights(self, old, sampled):
+    def mismatch_weights(self, old: torch.Tensor, sampled: torch.Tensor) -> torch.Tensor:
         """Importance weights of one answer, (length,) each: log-probs of the learner's policy and of the sampler."""
         mode = self.vllm_importance_sampling_mode
         low, high = self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max
@@ -61,13 +68,12 @@ class VLLMOptions(Checked):
 
 
 @torch.no_grad()
-def named_weights(model):
+def named_weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, tensor) of each weight of the bare model, one at a time: shards gathered (every rank must iterate), 4-bit
     weights dequantised, LoRA's update added to a copy: the model itself is never merged, so it cannot drift."""
-    from accelerate.utils import extract_model_from_parallel
-
     model = extract_model_from_parallel(model)
     modules, is_peft = dict(model.named_modules()), hasattr(model, "peft_config")
+    tensor: Any  # a parameter, a DTensor, a copy
     for name, tensor in model.named_parameters():
         owner, _, leaf = name.rpartition(".")
         if is_peft and (model.prefix in name or "original_module" in name):
@@ -105,12 +111,10 @@ class VLLMSampler:
 
     def __init__(self, config, tokenizer):
         need("vllm", "vllm")
-        self.config, self.tokenizer, self.engine = config, tokenizer, None
+        self.config, self.tokenizer = config, tokenizer
+        self.engine: Any = None
 
     def start(self, model):
-        from accelerate import Accelerator
-        from accelerate.utils import extract_model_from_parallel
-
         model, trl = extract_model_from_parallel(model), need("trl.generation.vllm_generation", "vllm")
         check_ends(model)
         engine = type("Engine", (trl.VLLMGeneration,), {"_iter_named_params": lambda self: named_weights(self.model)})
@@ -120,18 +124,14 @@ class VLLMSampler:
         with patch.object(trl, "is_bitsandbytes_available", lambda: False):  # or a 4-bit vLLM, which takes no update
             return engine(model, Accelerator(), self.tokenizer, **options)
 
-    def sync(self, model):
+    def sync(self, model: torch.nn.Module) -> None:
         """Push the weights; every rank calls it."""
         self.engine = self.engine or self.start(model)
         self.engine.sync_weights()
 
-    def generate(self, model, prompts, sampling, greedy=False):
+    def generate(self, model, prompts: list[list[int]], sampling, greedy: bool = False) -> list[list[Completion]]:
         """-> for each prompt (a list of ids) its ``sampling.num_generations`` completions; ``greedy``: one."""
-        from accelerate.utils import gather_object
-
-        from fastgrpo.trainer.generate import completion, end_tokens
-
-        if self.engine is None:
+        if not self.engine:
             self.sync(model)
         n, ends = 1 if greedy else sampling.num_generations, end_tokens(model, self.tokenizer)
         for name in ("top_p", "top_k", "min_p", "repetition_penalty", "max_completion_length"):

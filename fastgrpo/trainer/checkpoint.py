@@ -31,7 +31,7 @@ def save(folder, accelerator, model, tokenizer, state, limit=None):
             flush(path)
         part.rename(folder)
         flush(folder.parent)
-        for old in found(folder.parent)[:-limit] if limit else ():
+        for old in find_checkpoints(folder.parent)[:-limit] if limit else ():
             shutil.rmtree(old.rename(f"{old}.part"))  # a half-removed one is not found either
     accelerator.wait_for_everyone()
 
@@ -53,7 +53,7 @@ def load(folder, accelerator, settings):
     return state
 
 
-def found(output_dir):
+def find_checkpoints(output_dir):
     """Complete checkpoints, oldest first."""
     folders = [p for p in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
     return sorted(folders, key=lambda p: int(p.name.split("-")[1]))
@@ -62,7 +62,7 @@ def found(output_dir):
 def start(config):
     """The checkpoint to go on from, or None."""
     output_dir, resume = config.output_dir, config.resume_from_checkpoint
-    there = found(output_dir)
+    there = find_checkpoints(output_dir)
     if resume is True and not there:
         why = "" if config.save_strategy == "steps" else ", and save_strategy is 'no'"
         raise ValueError(f"resume_from_checkpoint needs a checkpoint: output_dir {output_dir} holds none{why}")

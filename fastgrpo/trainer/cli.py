@@ -1,10 +1,10 @@
 """The ``fastgrpo`` command."""
 
 import argparse
-import logging
 
 from fastgrpo import __version__
 from fastgrpo.checks import UserError
+from fastgrpo.trainer import quiet_bitsandbytes
 
 USAGE = "any setting may follow as --key value, or --key alone for true; --resume goes on from the newest checkpoint"
 
@@ -22,23 +22,27 @@ class Command(argparse.ArgumentParser):
             return f"{super().format_help()}\nThe settings cannot be listed: {error}\n"
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="fastgrpo", description="GRPO without the logits.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Command)
     train = commands.add_parser(
-        "train", help="train a model: fastgrpo train CONFIG [--key value] ...", description=f"Train a model; {USAGE}.",
+        "train",
+        help="train a model: fastgrpo train CONFIG [--key value] ...",
+        description=f"Train a model; {USAGE}.",
         usage="fastgrpo train CONFIG [--key value] ... [--resume]",
-    )  # fmt: skip
+    )
     train.add_argument("config", metavar="CONFIG", help="a YAML file, or a preset's name")
     commands.add_parser(
-        "demo", help="train a small model to sort digits, in about a minute on a CPU",
-        usage="fastgrpo demo [--key value] ...", description=f"Train a small model to sort digits; {USAGE}.",
-    )  # fmt: skip
+        "demo",
+        help="train a small model to sort digits, in about a minute on a CPU",
+        usage="fastgrpo demo [--key value] ...",
+        description=f"Train a small model to sort digits; {USAGE}.",
+    )
     options, overrides = parser.parse_known_args(argv)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels that this CPU could do without
     try:
-        trainer = make_trainer(getattr(options, "config", "demo"), overrides)
+        with quiet_bitsandbytes():
+            trainer = make_trainer(getattr(options, "config", "demo"), overrides)
     except (ValueError, TypeError, ImportError, OSError) as error:  # OSError: transformers finds no such model
         parser.error(str(error))
     try:

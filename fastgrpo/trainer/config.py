@@ -1,21 +1,33 @@
 """The trainer's config: TRL's names and defaults, every mistake found before a model is loaded."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 
-from fastgrpo.advantages import SCALES
-from fastgrpo.checks import Count, CountOr0, Finite, GroupSize, NonNegative, Share, installed
+from fastgrpo.advantages import Scale
+from fastgrpo.checks import (
+    Checked,
+    Count,
+    CountOr0,
+    Finite,
+    GroupSize,
+    NonNegative,
+    Share,
+    annotations,
+    require,
+    require_installed,
+)
 from fastgrpo.config import ELSEWHERE, GRPOLossConfig
-from fastgrpo.inputs import BACKENDS, BACKWARDS
+from fastgrpo.inputs import Backend, Backward
 from fastgrpo.integrations.vllm import VLLMOptions
 from fastgrpo.trainer.generate import Sampling
 from fastgrpo.trainer.model import ModelOptions
 
 JOB = ("model", "reward_funcs", "train_dataset", "eval_dataset")  # of a YAML file: GRPOTrainer's other arguments
 Tracker = Literal["none", "tensorboard", "wandb", "trackio"]
+Part = TypeVar("Part", bound=Checked)
 Strategy = Literal["no", "steps", False]  # False: YAML's no
 
 
@@ -69,11 +81,11 @@ class GRPOConfig(Sampling, GRPOLossConfig, ModelOptions, VLLMOptions):
     packing: Literal["auto", True, False] = "auto"
     skip_zero_advantages: bool = True
     recompute_old_logprobs: bool | None = None
-    backend: Literal[BACKENDS] = "auto"
-    backward: Literal[BACKWARDS] = "auto"
+    backend: Backend = "auto"
+    backward: Backward = "auto"
     max_generation_tokens: Count = 65536
     reward_weights: list[Finite] | None = None
-    scale_rewards: Literal[(*SCALES, True, False)] = "group"
+    scale_rewards: Literal[Scale, True, False] = "group"
     mask_truncated_completions: bool = False
     sync_ref_model: bool = False
     ref_model_mixup_alpha: Share = 0.6
@@ -90,36 +102,58 @@ class GRPOConfig(Sampling, GRPOLossConfig, ModelOptions, VLLMOptions):
     save_steps: Count = 500
     save_total_limit: Count | None = None
 
-    def combinations(self):
-        yield from super().combinations()
-        rollout, group, mode = self.rollout, self.num_generations, self.vllm_importance_sampling_mode
+    def check_combinations(self) -> None:
+        super().check_combinations()
+        group, rollout = self.num_generations, self.rollout
+        require(
+            rollout % group == 0,
+            f"num_generations must divide a rank's rollout of {rollout} answers, got {group}",
+        )
         steps, accumulate = self.steps_per_generation, self.gradient_accumulation_steps
-        yield rollout % group == 0, f"num_generations must divide a rank's rollout of {rollout} answers, got {group}"
-        uneven = f"steps_per_generation must be a multiple of gradient_accumulation_steps {accumulate}, got {steps}"
-        yield (steps or accumulate) % accumulate == 0, uneven
-        yield self.max_steps > 0 or self.max_steps == -1, f"max_steps must be > 0 or -1 (epochs), got {self.max_steps}"
-        corrected = self.use_vllm and self.vllm_importance_sampling_correction and mode.startswith("sequence")
-        twice = f"vllm_importance_sampling_mode must be 'token_...' with loss_type='vespo', got {mode!r}"
-        yield not corrected or self.loss_type != "vespo", twice
-        yield not self.sync_ref_model or self.beta > 0, "sync_ref_model needs a reference: beta > 0, got 0"
-        own = "sync_ref_model needs a reference of its own, but that of use_peft is the model without its adapter"
-        yield not (self.sync_ref_model and self.use_peft), own
-        yield from (installed(True, tracker, tracker) for tracker in self.trackers)
+        require(
+            steps is None or steps % accumulate == 0,
+            f"steps_per_generation must be a multiple of gradient_accumulation_steps {accumulate}, got {steps}",
+        )
+        require(
+            self.max_steps > 0 or self.max_steps == -1,
+            f"max_steps must be > 0 or -1 (epochs), got {self.max_steps}",
+        )
+        if self.use_vllm and self.vllm_importance_sampling_correction and self.loss_type == "vespo":
+            mode = self.vllm_importance_sampling_mode
+            require(
+                mode.startswith("token"),
+                f"vllm_importance_sampling_mode must be 'token_...' with loss_type='vespo', got {mode!r}",
+            )
+        if self.sync_ref_model:
+            require(self.beta > 0, "sync_ref_model needs a reference: beta > 0, got 0")
+            require(
+                not self.use_peft,
+                "sync_ref_model needs a reference of its own, but that of use_peft is the model without its adapter",
+            )
+        for tracker in self.trackers:
+            require_installed(tracker, tracker)
 
     @property
-    def trackers(self):
+    def trackers(self) -> list[str]:
         return [n for n in ([self.report_to] if isinstance(self.report_to, str) else self.report_to) if n != "none"]
 
     @property
-    def rollout(self):
+    def scale(self) -> Scale:
+        """What advantages are divided by; TRL has True and False too."""
+        if isinstance(self.scale_rewards, bool):
+            return "group" if self.scale_rewards else "none"
+        return self.scale_rewards
+
+    @property
+    def rollout(self) -> int:
         """Answers of a rollout on one rank."""
         return self.per_device_train_batch_size * (self.steps_per_generation or self.gradient_accumulation_steps)
 
     @property
-    def steps_per_rollout(self):
+    def steps_per_rollout(self) -> int:
         """Optimiser steps of one epoch over a rollout."""
         return self.rollout // (self.per_device_train_batch_size * self.gradient_accumulation_steps)
 
-    def part(self, cls, **changes):
+    def part(self, cls: type[Part], **changes: Any) -> Part:
         """The settings of one of the classes it is made of."""
-        return cls(**{**{f.name: getattr(self, f.name) for f in fields(cls)}, **changes})
+        return cls(**{**{name: getattr(self, name) for name in annotations(cls)}, **changes})

@@ -2,14 +2,15 @@
 
 import heapq
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from fastgrpo.trainer import examples
-from fastgrpo.trainer.rewards import called
+from fastgrpo.trainer.rewards import call_reward
 
 
-def load_rows(source, name="train_dataset"):
+def load_rows(source: Any, name: str = "train_dataset") -> Any:
     """Rows ``{"prompt": text or chat, column: value ...}`` of a list, a .jsonl or .json file or a ``datasets`` object.
 
     Raises:
@@ -23,7 +24,7 @@ def load_rows(source, name="train_dataset"):
         raise TypeError(f"{name} must have a length and rows by number, got {type(source).__name__}")
     if len(source) == 0:
         raise ValueError(f"{name} must hold at least one row, got none")
-    for i, row in enumerate(alone(source)):
+    for i, row in enumerate(select_prompts(source)):
         if not isinstance(row, dict) or (isinstance(source, list) and row.keys() != source[0].keys()):
             raise ValueError(f"{name} must hold dicts with the same keys, got {row!r} at row {i}")
         prompt = row.get("prompt")
@@ -34,7 +35,7 @@ def load_rows(source, name="train_dataset"):
     return source
 
 
-def alone(rows):
+def select_prompts(rows):
     """Prompts without the other columns, where those can stay unread."""
     return rows.select_columns("prompt") if "prompt" in getattr(rows, "column_names", ()) else rows
 
@@ -50,7 +51,7 @@ def draw(size, position, count, seed, shuffle=True):
     return rows
 
 
-def encode(tokenizer, prompt, template=None):
+def encode(tokenizer: Any, prompt: str | list, template: dict | None = None) -> list[int]:
     """Token ids of a prompt, text or chat."""
     if isinstance(prompt, str):
         return tokenizer(prompt)["input_ids"]
@@ -63,7 +64,7 @@ def encode(tokenizer, prompt, template=None):
 
 def longest_prompt(tokenizer, rows, template=None):
     """Tokens of the longest prompt, among the eight of most characters."""
-    prompts = heapq.nlargest(8, (row["prompt"] for row in alone(rows)), key=lambda prompt: len(str(prompt)))
+    prompts = heapq.nlargest(8, (row["prompt"] for row in select_prompts(rows)), key=lambda prompt: len(str(prompt)))
     return max(len(encode(tokenizer, prompt, template)) for prompt in prompts)
 
 
@@ -80,5 +81,5 @@ def score(functions, rows, completions, completion_ids, **more):
     columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
     columns |= {"prompts": [row["prompt"] for row in rows], "completions": completions, **more}
     columns["completion_ids"] = completion_ids
-    scores = [called(name, function, columns, len(rows)) for name, function in functions.items()]
+    scores = [call_reward(name, function, columns, len(rows)) for name, function in functions.items()]
     return [list(values) for values in zip(*scores)]

@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,6 +28,10 @@ def sort_problem(draw, tiny):
     return {"prompt": f"{digits}=" if tiny else text, "answer": answer, "solution": answer}
 
 
+def calculate(a, sign, b):
+    return {"+": a + b, "-": a - b, "*": a * b}[sign]
+
+
 def countdown_problem(draw, tiny):
     """Numbers and a target that an expression of them reaches."""
     while True:
@@ -35,9 +40,8 @@ def countdown_problem(draw, tiny):
         text, value = str(terms[0]), terms[0]
         for term in terms[1:]:
             sign = draw.choice("+-" if tiny else "+-*")
-            text, value = f"{text}{sign}{term}" if sign != "*" else f"({text})*{term}", {
-                "+": value + term, "-": value - term, "*": value * term,
-            }[sign]  # fmt: skip
+            text = f"({text})*{term}" if sign == "*" else f"{text}{sign}{term}"
+            value = calculate(value, sign, term)
         if 1 <= value <= (27 if tiny else 999) and value not in numbers:
             break
     given = ",".join(map(str, numbers))
@@ -68,7 +72,7 @@ def story(draw, largest):
     if sign == "-":
         a, b = max(a, b), min(a, b)
     text = text.format(name=draw.choice(NAMES), thing=draw.choice(THINGS), a=a, b=b)
-    return text, f"{a}{sign}{b}", {"+": a + b, "-": a - b, "*": a * b}[sign]
+    return text, f"{a}{sign}{b}", calculate(a, sign, b)
 
 
 def arithmetic_problem(draw, tiny):
@@ -181,7 +185,7 @@ def load_rows(spec, seed=0):
     return rows if tiny else [{**r, "prompt": [{"role": "user", "content": r["prompt"]}]} for r in rows]
 
 
-def tiny_tokenizer(world, vocabulary=None):
+def tiny_tokenizer(world: World, vocabulary: int | None = None) -> Any:
     """Of the model's own class: a token a character, or words learnt from a world's texts; padded to ``vocabulary``."""
     from transformers import Qwen2Tokenizer
 
@@ -189,10 +193,8 @@ def tiny_tokenizer(world, vocabulary=None):
     # one special token: any other would be skipped where an answer is decoded, and "0<bos>2" taken for "02"
     words = ["<pad>", "<bos>", "<eos>", *sorted(set("".join(texts)))]
     words += [f"<unused{i}>" for i in range((vocabulary or 0) - len(words))]
-    tokenizer = Qwen2Tokenizer(
-        vocab={word: i for i, word in enumerate(words)}, merges=[], pad_token="<eos>", eos_token="<eos>",
-        bos_token=None, unk_token=None,
-    )  # fmt: skip
+    special: dict[str, Any] = {"pad_token": "<eos>", "eos_token": "<eos>", "bos_token": None, "unk_token": None}
+    tokenizer: Any = Qwen2Tokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[], **special)
     return tokenizer.train_new_from_iterator(texts, 512) if world.words else tokenizer
 
 
@@ -205,17 +207,25 @@ def tiny_model(spec, seed=0, vocabulary=None, device="cpu"):
     tokenizer = tiny_tokenizer(world, vocabulary)
     torch.manual_seed(seed)
     config = Qwen2Config(
-        vocab_size=len(tokenizer), hidden_size=world.hidden_size, intermediate_size=4 * world.hidden_size,
-        num_hidden_layers=world.layers, num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=512,
-        tie_word_embeddings=False, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        vocab_size=len(tokenizer),
+        hidden_size=world.hidden_size,
+        intermediate_size=4 * world.hidden_size,
+        num_hidden_layers=world.layers,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=512,
+        tie_word_embeddings=False,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
-    model = Qwen2ForCausalLM(config).to(device)
-    supervised(model, tokenizer, world, seed)
+    )
+    model: Any = Qwen2ForCausalLM(config)
+    model.to(device)
+    teach(model, tokenizer, world, seed)
     return model, tokenizer
 
 
-def supervised(model, tokenizer, world, seed):
+def teach(model, tokenizer, world, seed):
     """A few steps towards the right answers of drawn problems."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=world.start_learning_rate, betas=(0.9, 0.95))
     for step in range(world.start_steps):

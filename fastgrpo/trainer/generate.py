@@ -11,6 +11,7 @@ from transformers import GenerationConfig, LogitsProcessor, RepetitionPenaltyLog
 from fastgrpo.checks import Checked, Count, CountOr0, Fraction, Positive, Share
 from fastgrpo.integrations.transformers import causal_lm
 from fastgrpo.integrations.vllm import VLLMSampler
+from fastgrpo.trainer.completions import Completion, completion, end_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,15 +25,6 @@ class Sampling(Checked):
     top_k: CountOr0 = 0
     min_p: Fraction | None = None
     repetition_penalty: Positive = 1.0
-
-
-@dataclass
-class Completion:
-    """One answer."""
-
-    ids: list[int]  # up to and with the end token
-    logprobs: list[float]  # nats: the sampler's own at ``temperature``, over the whole vocabulary
-    finished: bool  # by an end token, not by length
 
 
 class Recorder(LogitsProcessor):
@@ -75,28 +67,18 @@ def generating(model):
         bare.generation_config = defaults
 
 
-def end_tokens(model, tokenizer):
-    """Every id that ends an answer: the generation config's (one or a list) and the tokenizer's."""
-    ids = extract_model_from_parallel(model).generation_config.eos_token_id
-    return sorted({*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id} - {None})
-
-
-def completion(ids, logprobs, ends):
-    """An answer cut behind its first end token."""
-    stop = next((i + 1 for i, token in enumerate(ids) if token in ends), None)
-    return Completion(ids[:stop], logprobs[:stop], stop is not None)
-
-
 class TransformersSampler:
     """``model.generate`` over left-padded batches of prompts of like length, drawing from torch's generator."""
 
     def __init__(self, tokenizer, max_batch_tokens=65536):
         self.tokenizer, self.max_batch_tokens = tokenizer, max_batch_tokens
 
-    def sync(self, model):
+    def sync(self, model) -> None:
         """Nothing to do: it samples from the model itself."""
 
-    def generate(self, model, prompts, sampling, greedy=False):
+    def generate(
+        self, model, prompts: list[list[int]], sampling: Sampling, greedy: bool = False
+    ) -> list[list[Completion]]:
         """-> for each prompt (a list of ids) its ``sampling.num_generations`` completions; ``greedy``: one."""
         n = 1 if greedy else sampling.num_generations
         order = sorted(range(len(prompts) * n), key=lambda row: -len(prompts[row // n]))  # longest first
@@ -116,9 +98,13 @@ class TransformersSampler:
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
         names = () if greedy else ("temperature", "top_p", "top_k", "min_p")
         config = GenerationConfig(
-            max_new_tokens=sampling.max_completion_length, do_sample=not greedy, eos_token_id=ends, pad_token_id=pad,
-            use_cache=True, **{name: getattr(sampling, name) for name in names},
-        )  # fmt: skip
+            max_new_tokens=sampling.max_completion_length,
+            do_sample=not greedy,
+            eos_token_id=ends,
+            pad_token_id=pad,
+            use_cache=True,
+            **{name: getattr(sampling, name) for name in names},
+        )
         recorder = Recorder(sampling.temperature)
         # the recorder sees the model's own logits: before the penalty and the truncation
         processors = [recorder, RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty)]

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -18,7 +19,7 @@ class Loader(yaml.SafeLoader):
 Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d[\d.]*[eE][-+]?\d+$"), list("+-0123456789"))
 
 
-def read(source, words):
+def read(source: str | Path, words: list[str]) -> tuple[dict[str, Any], GRPOConfig]:
     """A YAML file or preset and the command line's words -> (other arguments of GRPOTrainer, GRPOConfig).
 
     Raises:
@@ -34,7 +35,7 @@ def read(source, words):
     return job, config
 
 
-def load_config(source, overrides=None):
+def load_config(source: str | Path, overrides: dict[str, Any] | None = None) -> tuple[dict[str, Any], GRPOConfig]:
     """A YAML file or preset and settings that go before its own -> (other arguments of GRPOTrainer, GRPOConfig).
 
     Raises:
@@ -53,7 +54,7 @@ def load_config(source, overrides=None):
     return job, GRPOConfig(**settings)
 
 
-def parse(words):
+def parse(words: list[str]) -> dict[str, Any]:
     """``--key value``, ``--key=value`` and ``--flag`` -> settings; values are YAML's."""
     settings = {}
     words = [part for word in words for part in (word.split("=", 1) if word.startswith("--") else [word])]
@@ -77,7 +78,7 @@ def preset_names():
     return ", ".join(sorted(path.stem for path in PRESETS.glob("*.yaml")))
 
 
-def settings_help():
+def settings_help() -> str:
     """Every setting with its default, for people."""
     lines = [
         f"presets: {preset_names()}",

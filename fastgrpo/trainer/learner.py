@@ -4,15 +4,18 @@ import math
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import pad_sequence
 
-from fastgrpo import grpo_loss, linear_logprobs
-from fastgrpo.inputs import IGNORE
+from fastgrpo import GRPOLossConfig, grpo_loss, linear_logprobs
+from fastgrpo.inputs import IGNORE, Backend, Backward
+from fastgrpo.integrations.transformers import check_fused
 from fastgrpo.weights import Totals, share_of_batch
 
 AUTO_BUDGET = 8192  # tokens of a micro-batch that "auto" starts from
@@ -37,20 +40,20 @@ class Episode:
     importance: torch.Tensor | None = None
 
     @property
-    def length(self):
+    def length(self) -> int:
         return len(self.prompt_ids) + len(self.completion_ids)
 
     @property
-    def tokens(self):
+    def tokens(self) -> int:
         return len(self.completion_ids) if self.counts else 0
 
 
-def needs_learning(episode, config):
+def needs_learning(episode: Episode, config: GRPOLossConfig) -> bool:
     """Whether a gradient can come from an episode: no advantage, no KL, no bonus is no gradient, exactly."""
     return episode.tokens > 0 and (episode.advantage != 0 or config.beta > 0 or config.entropy_coef != 0)
 
 
-def micro_batches(episodes, budget, packed):
+def micro_batches(episodes: list[Episode], budget: int, packed: bool) -> list[list[Episode]]:
     """Episodes, longest first, in lists of at most ``budget`` tokens: packed first-fit, or padded to their longest."""
     batches, room = [], []
     for episode in sorted(episodes, key=lambda e: -e.length):
@@ -71,7 +74,7 @@ def tokens(batch, packed):
     return sum(e.length for e in batch) if packed else batch[0].length * len(batch)
 
 
-def collate(episodes, packed, device):
+def collate(episodes: list[Episode], packed: bool, device: torch.device) -> tuple[dict[str, Any], dict[str, Any]]:
     """-> inputs of the model, and keyword arguments of ``grpo_loss``: position t predicts the token at t + 1.
 
     Padded (B, T): padding is on the right, where a causal model needs no mask. Packed (1, N): ``position_ids`` start
@@ -83,21 +86,29 @@ def collate(episodes, packed, device):
         joined = torch.cat(rows)[None] if packed else pad_sequence(rows, batch_first=True, padding_value=fill)
         return joined.to(device, non_blocking=True)
 
-    def aligned(name):
+    def align(name):
         values = [getattr(e, name) for e in episodes]
         if any(v is None for v in values):
             return None
-        return join([torch.cat((v.new_zeros(len(e.prompt_ids) - 1), v, v.new_zeros(1)))
-                     for e, v in zip(episodes, values)])  # fmt: skip
+        return join(
+            [torch.cat((v.new_zeros(len(e.prompt_ids) - 1), v, v.new_zeros(1))) for e, v in zip(episodes, values)]
+        )
 
     inputs = {"input_ids": join([e.prompt_ids + e.completion_ids for e in episodes])}
-    targets = [[IGNORE] * (len(e.prompt_ids) - 1) + (e.completion_ids if e.counts else [IGNORE] * len(e.completion_ids))
-               + [IGNORE] for e in episodes]  # fmt: skip
+    targets = [
+        [IGNORE] * (len(e.prompt_ids) - 1)
+        + (e.completion_ids if e.counts else [IGNORE] * len(e.completion_ids))
+        + [IGNORE]
+        for e in episodes
+    ]
     known = {
-        "targets": join(targets, IGNORE), "old_logprobs": aligned("old"), "ref_logprobs": aligned("ref"),
-        "sampling_logprobs": aligned("sampler"), "importance_weights": aligned("importance"),
+        "targets": join(targets, IGNORE),
+        "old_logprobs": align("old"),
+        "ref_logprobs": align("ref"),
+        "sampling_logprobs": align("sampler"),
+        "importance_weights": align("importance"),
         "advantages": torch.tensor([[e.advantage] for e in episodes], device=device),
-    }  # fmt: skip
+    }
     if packed:
         inputs["position_ids"] = join([torch.arange(e.length) for e in episodes])
         lengths = torch.tensor([0] + [e.length for e in episodes], device=device)
@@ -117,22 +128,32 @@ class Learner:
     """
 
     def __init__(
-        self, model, accelerator, config, budget="auto", packed=False, skip=True, offload=False, backend="auto",
-        backward="auto",
-    ):  # fmt: skip
+        self,
+        model: torch.nn.Module,
+        accelerator: Accelerator,
+        config: GRPOLossConfig,
+        budget: int | Literal["auto"] = "auto",
+        packed: bool = False,
+        skip: bool = True,
+        offload: bool = False,
+        backend: Backend = "auto",
+        backward: Backward = "auto",
+    ) -> None:
         self.model, self.accelerator, self.config, self.packed = model, accelerator, config, packed
         self.skip, self.offload, self.auto, self.limit = skip, offload, budget == "auto", math.inf
-        self.budget, self.largest, self.cut = AUTO_BUDGET if self.auto else budget, 0, False
-        self.options = {"backend": backend, "backward": backward}
+        self.budget: int = AUTO_BUDGET if budget == "auto" else budget
+        self.largest, self.cut = 0, False
+        self.options: dict[str, Any] = {"backend": backend, "backward": backward}
         self.ddp = isinstance(model, DistributedDataParallel)
-        self.inner = model.module if self.ddp else model  # passes through it wait for no other rank
+        self.inner: Any = model.module if self.ddp else model  # passes through it wait for no other rank
+        check_fused(self.inner)
 
     def plan(self, episodes):
         """Micro-batches, as many on every rank (at least one): the missing ones hold a token that does not count."""
         batches = micro_batches(episodes, self.budget, self.packed)
         self.cut, self.largest = len(batches) > 1, max((tokens(b, self.packed) for b in batches), default=1)
         most = max(gather_object([len(batches), 1]))
-        return batches + [silent()] * (most - len(batches))
+        return batches + [uncounted_batch()] * (most - len(batches))
 
     def within_memory(self, work, episodes):
         """``work(plan)``, again with half the token budget when memory runs out: it starts over, so nothing is lost.
@@ -153,8 +174,9 @@ class Learner:
             if not any(failed for failed, _ in outcomes):
                 return result
             if (True, 1) in outcomes:
-                raise torch.OutOfMemoryError("out of memory with micro-batches of one answer: shorten them, or see "
-                                             "README's ways to save memory")  # fmt: skip
+                raise torch.OutOfMemoryError(
+                    "out of memory with micro-batches of one answer: shorten them, or see README's ways to save memory"
+                )
             if full:
                 tried = self.budget if 2 * self.largest > self.budget else self.largest  # it may far exceed the batch
                 self.limit = self.budget = max(tried // 2, 1)
@@ -163,9 +185,12 @@ class Learner:
                     torch.cuda.empty_cache()
 
     @torch.no_grad()
-    def score(self, episodes, model=None, entropy=False):
+    def score(
+        self, episodes: list[Episode], model: torch.nn.Module | None = None, entropy: bool = False
+    ) -> list[torch.Tensor]:
         """Log-probs (or entropies) of every answer's tokens, without a gradient: a list of (length,) CPU tensors."""
-        model = self.inner if model is None else model
+        scorer: Any = self.inner if model is None else model
+        check_fused(scorer)
         temperature, backend = self.config.temperature, self.options["backend"]
 
         def work(plan):
@@ -173,23 +198,24 @@ class Learner:
             for batch in plan:
                 inputs, known = collate([replace(e, counts=True) for e in batch], self.packed, self.accelerator.device)
                 targets = known["targets"]
-                score = partial(linear_logprobs, targets=targets, temperature=temperature, return_entropy=entropy,
-                                backend=backend)  # fmt: skip
+                score = partial(
+                    linear_logprobs, targets=targets, temperature=temperature, return_entropy=entropy, backend=backend
+                )
                 with self.accelerator.autocast():
-                    out = model(**inputs, fastgrpo=score)
+                    out = scorer(**inputs, fastgrpo=score)
                 flat = (out.entropy if entropy else out.logprobs)[targets != IGNORE].cpu()
                 pieces = flat.split([len(e.completion_ids) for e in batch])
                 values.update((id(e), piece.clone()) for e, piece in zip(batch, pieces))
             return [values[id(e)] for e in episodes]
 
-        mode = model.training
-        model.eval()
+        mode = scorer.training
+        scorer.eval()
         try:
             return self.within_memory(work, episodes)
         finally:
-            model.train(mode)
+            scorer.train(mode)
 
-    def gradients(self, episodes, num_items=None):
+    def gradients(self, episodes: list[Episode], num_items: float | None = None) -> dict[str, torch.Tensor]:
         """Adds the batch's gradient to the parameters.
 
         Args:
@@ -220,15 +246,21 @@ class Learner:
 
         total = self.within_memory(work, active)
         if self.ddp:  # only now do ranks wait for each other: a token that adds nothing, and DDP reduces all gradients
-            self.backward(self.model, silent(), Totals(1, 0, 0), whole, num_items, threshold)
+            self.backward(self.model, uncounted_batch(), Totals(1, 0, 0), whole, num_items, threshold)
         return total
 
     def backward(self, model, batch, part, whole, num_items, threshold):
         scale, coefficient = share_of_batch(self.config, part, whole)
         inputs, known = collate(batch, self.packed, self.accelerator.device)
-        loss = partial(grpo_loss, **known, config=replace(self.config, entropy_coef=coefficient), num_items=num_items,
-                       entropy_threshold=threshold, **self.options)  # fmt: skip
-        with offloaded(self.accelerator.device) if self.offload else nullcontext():
+        loss = partial(
+            grpo_loss,
+            **known,
+            config=replace(self.config, entropy_coef=coefficient),
+            num_items=num_items,
+            entropy_threshold=threshold,
+            **self.options,
+        )
+        with offload_activations(self.accelerator.device) if self.offload else nullcontext():
             result = model(**inputs, fastgrpo=loss)
         # ranks' gradients are averaged: times their number
         self.accelerator.backward(result.loss * scale * self.accelerator.num_processes)
@@ -248,7 +280,7 @@ class Learner:
         threshold = float(threshold) * (1 - 1e-5)  # the token at the quantile keeps its place in another micro-batch
         return threshold, {id(e): int((h >= threshold).sum()) for e, h in zip(counted, entropies)}
 
-    def grow(self):
+    def grow(self) -> None:
         """After a step that fitted, and was cut by the budget: "auto" doubles it while the step's peak stays under 40 %
         of a GPU's memory."""
         if self.auto and self.on_gpu and self.cut and 2 * self.budget < self.limit:
@@ -258,7 +290,7 @@ class Learner:
                 self.budget *= 2
 
     @property
-    def on_gpu(self):
+    def on_gpu(self) -> bool:
         return self.accelerator.device.type == "cuda"  # is_available is also true where the config says use_cpu
 
 
@@ -267,7 +299,7 @@ def ran_out(error):
     return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in NO_MEMORY)
 
 
-def silent():
+def uncounted_batch():
     """A micro-batch that does not count."""
     return [Episode([0], [0], counts=False, ref=torch.zeros(1))]
 
@@ -283,7 +315,7 @@ def accumulate(total, result):
             total[name] = total[name] + value
 
 
-def offloaded(device):
+def offload_activations(device):
     """``save_on_cpu`` for activations: weights, which stay on the device anyway, are not copied."""
     hooks = torch.autograd.graph.save_on_cpu(pin_memory=device.type == "cuda")
     pack, unpack = hooks.pack_hook, hooks.unpack_hook

@@ -6,6 +6,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -21,7 +22,7 @@ from fastgrpo.trainer.data import decode, draw, encode, load_rows, longest_promp
 from fastgrpo.trainer.generate import Sampling, make_sampler
 from fastgrpo.trainer.learner import Episode, Learner, needs_learning
 from fastgrpo.trainer.logs import RunLog, plot_curves
-from fastgrpo.trainer.rewards import named_rewards, warn_unscored
+from fastgrpo.trainer.rewards import Rewards, name_rewards, warn_unscored
 
 
 class GRPOTrainer:
@@ -41,20 +42,32 @@ class GRPOTrainer:
         ValueError, TypeError: a bad setting, reward or dataset, before the model is loaded.
     """
 
-    def __init__(self, model, reward_funcs, train_dataset, config=None, eval_dataset=None, processing_class=None,
-                 peft_config=None, *, args=None):  # fmt: skip
+    def __init__(
+        self,
+        model: str | torch.nn.Module,
+        reward_funcs: Rewards,
+        train_dataset: Any,
+        config: GRPOConfig | None = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        peft_config: Any = None,
+        *,
+        args: Any = None,
+    ) -> None:
         self.config = config = GRPOConfig() if config is None else config
         if args is not None or not isinstance(config, GRPOConfig):
-            raise TypeError("expected GRPOTrainer(model, reward_funcs, train_dataset, config), config (not args) a "
-                            f"fastgrpo.trainer.GRPOConfig, got {type(config if args is None else args)}")  # fmt: skip
+            raise TypeError(
+                "expected GRPOTrainer(model, reward_funcs, train_dataset, config), config (not args) a "
+                f"fastgrpo.trainer.GRPOConfig, got {type(config if args is None else args)}"
+            )
         if peft_config is not None or hasattr(model, "peft_config"):
             self.config = config = replace(config, use_peft=True)
         self.rows = load_rows(train_dataset)
-        self.eval_rows = None if eval_dataset is None else load_rows(eval_dataset, "eval_dataset")
+        self.eval_rows: Any = None if eval_dataset is None else load_rows(eval_dataset, "eval_dataset")
         if self.eval_rows is None and (config.eval_strategy == "steps" or config.eval_on_start):
             raise ValueError("eval_strategy and eval_on_start need an eval_dataset, got None")
         datasets = [rows for rows in (self.rows, self.eval_rows) if rows is not None]
-        self.rewards = named_rewards(reward_funcs, *(rows[0] for rows in datasets))
+        self.rewards = name_rewards(reward_funcs, *(rows[0] for rows in datasets))
         self.weights = torch.tensor(config.reward_weights or [1.0] * len(self.rewards))
         if len(self.weights) != len(self.rewards):
             raise ValueError(f"reward_weights must have one for each of {[*self.rewards]}, got {config.reward_weights}")
@@ -74,7 +87,7 @@ class GRPOTrainer:
     def setup(self, model, peft_config):
         """Model, frozen reference, optimiser, schedule, sampler and learner, on this rank's device."""
         config, accelerator = self.config, self.accelerator
-        self.reference = copy.deepcopy(model) if config.beta > 0 and not config.use_peft else None
+        self.reference: Any = copy.deepcopy(model) if config.beta > 0 and not config.use_peft else None
         model = models.make_trainable(model, config, peft_config).train()
         self.model, self.optimizer = accelerator.prepare(model, models.make_optimizer(model, config))
         if self.reference is not None:
@@ -88,13 +101,22 @@ class GRPOTrainer:
         self.schedule = models.make_schedule(self.optimizer, config, self.total)
         self.sampler = make_sampler(config, self.tokenizer)
         packed = "flash" in str(model.config._attn_implementation) if config.packing == "auto" else config.packing
-        rest = config.skip_zero_advantages, config.activation_offloading, config.backend, config.backward
-        self.learner = Learner(self.model, accelerator, config.part(GRPOLossConfig), config.token_budget, packed, *rest)
+        self.learner = Learner(
+            self.model,
+            accelerator,
+            config.part(GRPOLossConfig),
+            budget=config.token_budget,
+            packed=packed,
+            skip=config.skip_zero_advantages,
+            offload=config.activation_offloading,
+            backend=config.backend,
+            backward=config.backward,
+        )
         rounded = config.mixed_precision != "no" or any(p.dtype != torch.float32 for p in model.parameters())
         differs, asked = config.use_vllm or (rounded and self.uses > 1), config.recompute_old_logprobs
         self.rescore = differs if asked is None else asked
 
-    def train(self):
+    def train(self) -> list[dict[str, Any]]:
         """Trains to the last step; leaves log.jsonl, curves.png, model/ and checkpoints in ``output_dir``.
 
         Returns:
@@ -145,8 +167,7 @@ class GRPOTrainer:
         episodes = self.answer(mine, config.num_generations)
         rewards = torch.tensor(gather_object([e.rewards for e in episodes])) * self.weights
         warn_unscored(rewards, quiet=not self.accelerator.is_main_process)
-        scale = {True: "group", False: "none"}.get(config.scale_rewards, config.scale_rewards)
-        advantages = group_advantages(rewards, config.num_generations, scale).tolist()
+        advantages = group_advantages(rewards, config.num_generations, config.scale).tolist()
         for episode, advantage in zip(episodes, advantages[rank * len(episodes) :]):
             episode.advantage = advantage
         self.add_logprobs([e for e in episodes if needs_learning(e, config) or not config.skip_zero_advantages])
@@ -161,9 +182,17 @@ class GRPOTrainer:
         texts = [decode(tokenizer, row["prompt"], c.ids) for row, _, c in drawn]
         state = TrainerState(global_step=self.step, max_steps=self.total, epoch=self.position / len(self.rows))
         scores = score(self.rewards, [row for row, *_ in drawn], texts, [c.ids for *_, c in drawn], trainer_state=state)
-        return [Episode(ids, c.ids, rewards=rewards, sampler=torch.tensor(c.logprobs), finished=c.finished,
-                        counts=c.finished or not config.mask_truncated_completions)
-                for (_, ids, c), rewards in zip(drawn, scores)]  # fmt: skip
+        return [
+            Episode(
+                ids,
+                c.ids,
+                rewards=rewards,
+                sampler=torch.tensor(c.logprobs),
+                finished=c.finished,
+                counts=c.finished or not config.mask_truncated_completions,
+            )
+            for (_, ids, c), rewards in zip(drawn, scores)
+        ]
 
     def show(self, episodes):
         """A table of some answers."""
@@ -200,14 +229,16 @@ class GRPOTrainer:
         accelerator = self.accelerator
         tokens = sum(gather_object([sum(e.tokens for e in self.rollout)]))
         numbers = self.learner.gradients(episodes, num_items=tokens / self.config.steps_per_rollout)
-        norm = accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
+        norm: Any = accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
         numbers["grad_norm"] = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         row = self.summary(episodes, numbers)
         if not math.isfinite(row["loss"] + row["grad_norm"]):
             path = Path(self.config.output_dir) / f"bad-batch-{self.step + 1}-rank{accelerator.process_index}.pt"
             torch.save({"row": row, "episodes": [vars(e) for e in episodes]}, path)
-            raise FloatingPointError(f"step {self.step + 1}: loss {row['loss']}, gradient norm {row['grad_norm']}; the "
-                                     f"weights are as they were, the batch is in {path}")  # fmt: skip
+            raise FloatingPointError(
+                f"step {self.step + 1}: loss {row['loss']}, gradient norm {row['grad_norm']}; the "
+                f"weights are as they were, the batch is in {path}"
+            )
         row["learning_rate"] = self.schedule.get_last_lr()[0]
         self.optimizer.step()
         self.schedule.step()
@@ -216,7 +247,8 @@ class GRPOTrainer:
 
     def summary(self, episodes, numbers):
         """The numbers of a step over all ranks."""
-        ranks = self.accelerator.gather(torch.stack([v.float() for v in numbers.values()])[None]).T.tolist()
+        gathered: Any = self.accelerator.gather(torch.stack([v.float() for v in numbers.values()])[None])
+        ranks = gathered.T.tolist()
         combine = {"ratio_min": min, "ratio_max": max, "grad_norm": max}
         n = {name: combine.get(name, sum)(values) for name, values in zip(numbers, ranks)}
         columns, measured = self.columns(episodes), max(n["measured_tokens"], 1)

@@ -14,15 +14,16 @@ from huggingface_hub import constants, try_to_load_from_cache
 from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, get_scheduler
 
-from fastgrpo.checks import Below1, Checked, Count, NonNegative, Positive, installed
+from fastgrpo.checks import Below1, Checked, Count, NonNegative, Positive, require, require_installed
 from fastgrpo.integrations.transformers import causal_lm, fuse_lm_head
 from fastgrpo.trainer import examples
 
-OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit")
-
+Optimizer = Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"]
 DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
-WARM_UP = ("constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "inverse_sqrt")
-SCHEDULES = ("constant", *WARM_UP)
+Schedule = Literal[
+    "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "inverse_sqrt"
+]
+EXTRAS = {"peft": "peft", "bitsandbytes": "quant", "liger_kernel": "liger", "flash_attn": "flash"}  # package: ours
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,37 +63,46 @@ class ModelOptions(Checked):
     use_dora: bool = False
     load_in_4bit: bool = False
     load_in_8bit: bool = False
-    optim: Literal[OPTIMIZERS] = "adamw_torch_fused"
+    optim: Optimizer = "adamw_torch_fused"
     learning_rate: NonNegative = 1e-6
     weight_decay: NonNegative = 0.0
     adam_beta1: Below1 = 0.9
     adam_beta2: Below1 = 0.999
     adam_epsilon: Positive = 1e-8
     max_grad_norm: Positive = 1.0
-    lr_scheduler_type: Literal[SCHEDULES] = "linear"
+    lr_scheduler_type: Schedule = "linear"
     lr_scheduler_kwargs: dict | None = None
     warmup_steps: NonNegative = 0
 
-    def combinations(self):
-        yield from super().combinations()
-        cuda, quantised = self.on_gpu, self.load_in_4bit or self.load_in_8bit
-        yield self.dtype in DTYPES, f"dtype must be one of {', '.join(map(repr, DTYPES))}, got {self.dtype!r}"
-        yield not quantised or self.use_peft, "load_in_4bit and load_in_8bit need use_peft=True, got False"
-        yield not (self.load_in_4bit and self.load_in_8bit), "load_in_4bit and load_in_8bit cannot both be True"
-        yield cuda or not self.use_liger_kernel, "use_liger_kernel: its kernels need a CUDA GPU, and there is none"
-        paged = f"optim {self.optim!r} pages GPU memory and there is no CUDA GPU: expected adamw_torch or adamw_8bit"
-        yield cuda or not self.optim.startswith("paged"), paged
-        yield installed(self.use_peft, "peft", "'fastgrpo[peft]'")
-        yield installed(quantised or "bit" in self.optim, "bitsandbytes", "'fastgrpo[quant]'")
-        yield installed(self.use_liger_kernel, "liger_kernel", "'fastgrpo[liger]'")
-        yield installed("flash" in (self.attn_implementation or ""), "flash_attn", "'fastgrpo[flash]'")
+    def check_combinations(self) -> None:
+        super().check_combinations()
+        quantised, attention = self.load_in_4bit or self.load_in_8bit, self.attn_implementation or ""
+        require(self.dtype in DTYPES, f"dtype must be one of {', '.join(map(repr, DTYPES))}, got {self.dtype!r}")
+        if quantised:
+            require(self.use_peft, "load_in_4bit and load_in_8bit need use_peft=True, got False")
+            require(not (self.load_in_4bit and self.load_in_8bit), "load_in_4bit and load_in_8bit cannot both be True")
+        if not self.on_gpu:
+            require(not self.use_liger_kernel, "use_liger_kernel: its kernels need a CUDA GPU, and there is none")
+            require(
+                not self.optim.startswith("paged"),
+                f"optim {self.optim!r} pages GPU memory and there is no CUDA GPU: expected adamw_torch or adamw_8bit",
+            )
+        wanted = {
+            "peft": self.use_peft,
+            "bitsandbytes": quantised or "bit" in self.optim,
+            "liger_kernel": self.use_liger_kernel,
+            "flash_attn": "flash" in attention,
+        }
+        for package, extra in EXTRAS.items():
+            if wanted[package]:
+                require_installed(package, f"'fastgrpo[{extra}]'")
 
     @property
-    def on_gpu(self):
+    def on_gpu(self) -> bool:
         return torch.cuda.is_available() and not self.use_cpu
 
     @property
-    def mixed_precision(self):
+    def mixed_precision(self) -> str:
         """accelerate's name of the autocast: where not said, bf16 on a GPU that has it."""
         possible = self.on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
         return "bf16" if self.bf16 or (self.bf16 is None and possible) else "no"
@@ -111,11 +121,14 @@ def load_model(source, config, device):
     if config.load_in_4bit or config.load_in_8bit:
         compute = torch.bfloat16 if device.type == "cuda" else torch.float32
         options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=config.load_in_4bit, load_in_8bit=config.load_in_8bit, bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute,
-        )  # fmt: skip
+            load_in_4bit=config.load_in_4bit,
+            load_in_8bit=config.load_in_8bit,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=compute,
+        )
         options["device_map"] = {"": device}
-    failed = None
+    failed: Exception | None = None
     for attention in attentions(config, device):
         try:
             model = AutoModelForCausalLM.from_pretrained(source, attn_implementation=attention, **options)
@@ -127,6 +140,7 @@ def load_model(source, config, device):
         if failed is not None:
             print(f"attention: {attention}, because {failed}")
         return model
+    assert failed is not None
     raise failed
 
 
@@ -184,8 +198,10 @@ def check_room(model, prompt, completion):
     """``prompt`` and ``completion`` tokens have positions in the model."""
     room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if room is not None and prompt + completion > room:
-        raise ValueError(f"max_completion_length must leave room for the longest prompt, {prompt} tokens, in the "
-                         f"model's {room} positions, got {completion}")  # fmt: skip
+        raise ValueError(
+            f"max_completion_length must leave room for the longest prompt, {prompt} tokens, in the "
+            f"model's {room} positions, got {completion}"
+        )
 
 
 def keep_trainable(model):
@@ -255,18 +271,25 @@ def lora(config):
     from peft import LoraConfig
 
     return LoraConfig(
-        task_type="CAUSAL_LM", r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
-        target_modules=config.lora_target_modules, modules_to_save=config.lora_modules_to_save,
-        use_rslora=config.use_rslora, use_dora=config.use_dora,
-    )  # fmt: skip
+        task_type="CAUSAL_LM",
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=config.lora_target_modules,
+        modules_to_save=config.lora_modules_to_save,
+        use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
+    )
 
 
 def make_optimizer(model, config):
     parameters = [p for p in model.parameters() if p.requires_grad]
     options = {
-        "lr": config.learning_rate, "betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_epsilon,
+        "lr": config.learning_rate,
+        "betas": (config.adam_beta1, config.adam_beta2),
+        "eps": config.adam_epsilon,
         "weight_decay": config.weight_decay,
-    }  # fmt: skip
+    }
     if config.optim.startswith("adamw_torch"):
         return torch.optim.AdamW(parameters, fused=True if config.optim.endswith("fused") else None, **options)
     import bitsandbytes

@@ -15,11 +15,19 @@ import math
 import re
 import warnings
 from collections import Counter
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from fastgrpo.checks import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+RewardFunction = Callable[..., list[float | None]]  # async ones too
+Rewards = RewardFunction | str | dict[str, Any] | Sequence[RewardFunction | str | dict[str, Any]]
 
 NUMBER = re.compile(
     r"""(?<![\w.]) (?P<sign>[-+]?) (?:[$€£]\s?)? (?P<inner>[-+]?)   # no sign behind a digit: "10-5" is two numbers
@@ -35,7 +43,7 @@ LATEX = [
 ]
 
 
-def text_of(completion):
+def text_of(completion: str | list[dict[str, Any]]) -> str:
     """The text of a completion: itself, or its last message's."""
     return completion if isinstance(completion, str) else completion[-1]["content"] or ""
 
@@ -53,11 +61,11 @@ def final_answer(text):
     if "####" in text:
         text = text.rpartition("####")[2].strip().partition("\n")[0]
     if "\\boxed{" in text:
-        text = boxed(text)
+        text = find_boxed(text)
     return text.strip()
 
 
-def boxed(text):
+def find_boxed(text):
     """The content of the last \\boxed{...}, braces balanced."""
     content, depth = text.rpartition("\\boxed{")[2], 1
     for i, character in enumerate(content):
@@ -92,13 +100,13 @@ def same_number(a, b, tolerance):
     return any(abs(x - y) <= tolerance * max(1.0, abs(y)) for x, y in pairs)
 
 
-def exact_answer(completions, answer, **_):
+def exact_answer(completions: Sequence, answer: Sequence, **_) -> list[float | None]:
     """1.0 where the final answer is the column ``answer``, spaces aside."""
     pairs = [(final_answer(text_of(c)).split(), a) for c, a in zip(completions, answer)]
     return [None if a is None else float(words == final_answer(str(a)).split()) for words, a in pairs]
 
 
-def numeric_answer(completions, answer, tolerance=1e-6, **_):
+def numeric_answer(completions: Sequence, answer: Sequence, tolerance: float = 1e-6, **_) -> list[float | None]:
     """1.0 where the last number of the final answer is that of the column ``answer``. None: the column has none."""
     rewards = []
     for completion, expected in zip(completions, answer):
@@ -109,7 +117,7 @@ def numeric_answer(completions, answer, tolerance=1e-6, **_):
     return rewards
 
 
-def think_format(completions, answer_tags=True, **_):
+def think_format(completions: Sequence, answer_tags: bool = True, **_) -> list[float]:
     """1.0 for ``<think>...</think><answer>...</answer>``, each tag once and nothing around; without ``answer_tags`` for
     ``<think>...</think>`` and anything behind, as TRL's ``think_format_reward``."""
     return [float(has_answer_tags(t) if answer_tags else thinks_first(t)) for t in map(text_of, completions)]
@@ -124,7 +132,9 @@ def has_answer_tags(text):
     return once and re.fullmatch(r"\s*<think>.*</think>\s*<answer>.*</answer>\s*", text, re.DOTALL) is not None
 
 
-def length_penalty(completion_ids, max_length, cache=None, **_):
+def length_penalty(
+    completion_ids: Sequence[Sequence[int]], max_length: int, cache: int | None = None, **_
+) -> list[float]:
     """DAPO's soft overlong punishment (arXiv:2503.14476, eq. 13): 0 up to ``max_length - cache`` tokens, then falling
     to -1 at ``max_length``, -1 beyond. ``cache``: a fifth of ``max_length``, as in the paper."""
     cache = max_length // 5 if cache is None else cache
@@ -132,7 +142,9 @@ def length_penalty(completion_ids, max_length, cache=None, **_):
     return [0.0 if x <= 0 else -min(1.0, x / cache) if cache else -1.0 for x in over]
 
 
-def countdown(completions, numbers, target, partial_credit=0.0, **_):
+def countdown(
+    completions: Sequence, numbers: Sequence[Sequence[int]], target: Sequence, partial_credit: float = 0.0, **_
+) -> list[float]:
     """1.0 for an expression in + - * / and parentheses that gives ``target`` and uses each of ``numbers`` at most once;
     ``partial_credit`` for one that keeps to the numbers and misses the target."""
     rewards = []
@@ -160,7 +172,7 @@ def evaluate(text):
     used = []
 
     def value(node):
-        if isinstance(node, ast.Constant):
+        if isinstance(node, ast.Constant) and isinstance(node.value, int):
             used.append(node.value)
             return Fraction(node.value)
         if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
@@ -175,7 +187,13 @@ def evaluate(text):
         return None, []
 
 
-def reward_model(path, batch_size=8, max_length=None, device=None, **model_options):
+def reward_model(
+    path: str,
+    batch_size: int = 8,
+    max_length: int | None = None,
+    device: "str | torch.device | None" = None,
+    **model_options: Any,
+) -> RewardFunction:
     """A reward function from a sequence classifier with one output (``AutoModelForSequenceClassification``)."""
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -201,9 +219,13 @@ def reward_model(path, batch_size=8, max_length=None, device=None, **model_optio
         special = all(isinstance(c, str) for c in completions)  # a chat template writes its own
         for i in range(0, len(texts), batch_size):
             batch = tokenizer(
-                texts[i : i + batch_size], padding=True, truncation=max_length is not None, max_length=max_length,
-                add_special_tokens=special, return_tensors="pt",
-            )  # fmt: skip
+                texts[i : i + batch_size],
+                padding=True,
+                truncation=max_length is not None,
+                max_length=max_length,
+                add_special_tokens=special,
+                return_tensors="pt",
+            )
             rewards += model(**batch.to(model.device)).logits[:, 0].float().tolist()
         return rewards
 
@@ -215,16 +237,16 @@ REQUIRED = {"length_penalty": "max_length", "reward_model": "path"}  # arguments
 SHIPPED = {f.__name__: f for f in (exact_answer, numeric_answer, think_format, length_penalty, countdown, reward_model)}
 
 
-def resolve(reward):
+def resolve(reward: Any) -> Any:
     """A reward function from what a config may hold: the function itself, async or not; the name of a shipped one,
     "package.module:function" or "path/file.py:function"; or ``{"name": one of these, **arguments}``."""
     if hasattr(reward, "forward"):
         raise ValueError(f"reward must be a function or {MODEL}, got a {type(reward).__name__}")
     if callable(reward):
-        return waited_for(reward) if inspect.iscoroutinefunction(reward) else reward
+        return wait_for(reward) if inspect.iscoroutinefunction(reward) else reward
     arguments = dict(reward) if isinstance(reward, dict) else {"name": reward}
     name = arguments.pop("name", None)
-    function = SHIPPED[name] if str(name) in SHIPPED else imported(name)
+    function = SHIPPED[name] if str(name) in SHIPPED else import_function(name)
     accepted = inspect.signature(function).parameters
     for argument in arguments:
         named = argument in accepted and accepted[argument].kind is not inspect.Parameter.VAR_KEYWORD
@@ -234,12 +256,12 @@ def resolve(reward):
         raise ValueError(f"reward {name!r} needs {REQUIRED[name]!r}")
     if function is reward_model or not arguments:
         return function(**arguments) if arguments else resolve(function)
-    bound = partial(function, **arguments)
+    bound: Any = partial(function, **arguments)
     bound.__name__ = function.__name__
     return resolve(bound)
 
 
-def waited_for(function):
+def wait_for(function):
     """An async reward function as an ordinary one; in a thread of its own, since a notebook has a loop already."""
 
     @functools.wraps(function)
@@ -250,10 +272,10 @@ def waited_for(function):
     return wait
 
 
-def named_rewards(functions, *datasets):
+def name_rewards(functions: Rewards, *datasets) -> dict[str, RewardFunction]:
     """{name: function}; one function, a name or a list of them, which find their columns in those of each dataset."""
-    functions = functions if isinstance(functions, list | tuple) else [functions]
-    resolved = [resolve(f) for f in functions]
+    given: Any = functions if isinstance(functions, list | tuple) else [functions]
+    resolved = [resolve(f) for f in given]
     if not resolved:
         raise ValueError("reward_funcs must hold at least one function, got none")
     names = [getattr(f, "__name__", type(f).__name__) for f in resolved]
@@ -278,13 +300,13 @@ def check_call(name, function, columns):
         raise ValueError(f"reward {name} must accept what it does not use, as **kwargs; it also gets {sorted(refused)}")
 
 
-def called(name, function, columns, count):
+def call_reward(name, function, columns, count):
     """The rewards a function gives ``count`` answers. Its own exception comes with its name, and its traceback."""
     try:
         values = function(**columns)
     except Exception as error:
         raise RuntimeError(f"reward function {name} failed: {type(error).__name__}: {error}") from error
-    return checked(name, values, count)
+    return check_rewards(name, values, count)
 
 
 def warn_unscored(rewards, quiet=False):
@@ -292,11 +314,14 @@ def warn_unscored(rewards, quiet=False):
     unscored = rewards.isnan().all(1)
     if unscored.any() and not quiet:
         share = "all" if unscored.all() else "some"
-        warnings.warn(f"{share} answers got no reward: every reward function returned None or NaN for them. They are "
-                      "left out of the mean reward, and nothing is learnt from them", stacklevel=2)  # fmt: skip
+        warnings.warn(
+            f"{share} answers got no reward: every reward function returned None or NaN for them. They are "
+            "left out of the mean reward, and nothing is learnt from them",
+            stacklevel=2,
+        )
 
 
-def checked(name, values, count):
+def check_rewards(name, values, count):
     """What a reward function returned, as floats; NaN: it cannot score."""
     try:
         values = [math.nan if value is None else float(value) for value in values]
@@ -309,7 +334,7 @@ def checked(name, values, count):
     return values
 
 
-def imported(name):
+def import_function(name):
     """The function behind "package.module:function" or "path/file.py:function"."""
     module, _, attribute = str(name).rpartition(":")
     if not module or not attribute:
@@ -317,7 +342,7 @@ def imported(name):
         raise ValueError(f"reward must be one of {', '.join(SHIPPED)}, {forms}, got {name!r}")
     try:
         if module.endswith(".py"):
-            spec = importlib.util.spec_from_file_location("fastgrpo_user_rewards", module)
+            spec: Any = importlib.util.spec_from_file_location("fastgrpo_user_rewards", module)
             loaded = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(loaded)
         else:
