@@ -132,7 +132,7 @@ class Task:
     vocabulary: int = 4096
     tokens: int = 40  # of the vocabulary that prompts are made of
     length: int = 8
-    groups: int = 8
+    groups: int = 16
     group_size: int = 8
     warm_up: int = 120
     steps: int = 40

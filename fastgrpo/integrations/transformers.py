@@ -103,7 +103,9 @@ class FusedForward:
         return self if module is self.module else type(self)(module, self.replaced or own_forward(module))
 
     def plain(self, *args, **kwargs):
-        return (self.replaced or own_forward(self.module))(*args, **kwargs)
+        if self.replaced is None:  # spelt out: torch.compile does not trace the making of a bound method
+            return type(self.module).forward(self.module, *args, **kwargs)
+        return self.replaced(*args, **kwargs)
 
     @property
     def __signature__(self):
