@@ -24,6 +24,7 @@ from fastgrpo.kernels.common import (
     raw_logits,
     row_offsets,
     row_strides,
+    without_dust,
 )
 from fastgrpo.kernels.forward import has_extras, logit_arguments
 
@@ -130,7 +131,7 @@ def dlogits_kernel(
     dz = tl.where((offs_v < last_v)[None, :], dz, 0.0)  # the GEMMs read whole tiles
     local_v = tl.program_id(0) // blocks * BLOCK_V + tl.arange(0, BLOCK_V)
     out = dlogits_ptr + (offs_n - first_row).to(tl.int64)[:, None] * width + local_v[None, :]
-    tl.store(out, dz.to(dlogits_ptr.dtype.element_ty), mask=mask_n[:, None])
+    tl.store(out, without_dust(dz).to(dlogits_ptr.dtype.element_ty), mask=mask_n[:, None])
 
 
 @triton.jit(do_not_specialize=["first_row", "last_row", "first_held", "first_v", "last_v"])

@@ -80,3 +80,17 @@ class Live(TorchDispatchMode):
         self.live -= size
         self.known.discard(key)
         self.before.discard(key)
+
+
+class Watched:
+    """Stands in the place of a kernel: runs it, and shows ``look`` the name and arguments of each launch before."""
+
+    def __init__(self, kernel, look):
+        self.kernel, self.look = kernel, look
+
+    def __getitem__(self, grid):
+        def launch(**arguments):
+            self.look(self.kernel.fn.__name__, arguments)
+            self.kernel[grid](**arguments)
+
+        return launch
