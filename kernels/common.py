@@ -48,6 +48,13 @@ class Logits(NamedTuple):
 
 
 @triton.jit
+def grouped(pid, runs, GROUP: tl.constexpr):
+    """-> block of rows, run of columns: GROUP blocks share a run of the weight in L2 before the next run comes."""
+    in_group = pid % (GROUP * runs)
+    return pid // (GROUP * runs) * GROUP + in_group % GROUP, in_group // GROUP
+
+
+@triton.jit
 def row_offsets(rows, T, stride_b, stride_t):
     """Where each row of a (B, T, D) tensor begins, int64. There are fewer than 2^31: a 64-bit division is a call."""
     b = rows.to(tl.int32) // T
@@ -147,12 +154,18 @@ def tanh(x):
 
 @triton.jit
 def cap_slope(raw, logits):
-    """d cap(raw) / d raw: scale times sech^2, in a form that keeps its relative accuracy far out."""
+    """d cap(raw) / d raw."""
+    return logits.logit_scale * softcap_slope(raw, logits)
+
+
+@triton.jit
+def softcap_slope(raw, logits):
+    """sech^2, in (0, 1], in a form that keeps its relative accuracy far out."""
     if logits.softcap is not None:
         e = tl.exp(-tl.abs(raw * (2.0 * logits.logit_scale / logits.softcap)))
-        slope = logits.logit_scale * 4.0 * e / ((1.0 + e) * (1.0 + e))
+        slope = 4.0 * e / ((1.0 + e) * (1.0 + e))
     else:
-        slope = logits.logit_scale
+        slope = 1.0
     return slope
 
 
@@ -175,6 +188,6 @@ def softplus(x):
 def without_dust(x):
     """fp32 x that a GEMM is to read in some dtype, 0 where it cannot matter: so no fp32 or bf16 value is denormal.
 
-    fp16's denormals (2^-24 to 2^-14) stay: gradual underflow carries information, and tensor cores take it at full speed.
+    fp16's denormals (2^-24 to 2^-14) stay: they carry information, and tensor cores take them at full speed.
     """
     return tl.where(tl.abs(x) < NEGLIGIBLE, 0.0, x)

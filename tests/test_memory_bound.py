@@ -75,6 +75,7 @@ def test_triton_backend_at_real_size(n, depth, dtype, frozen, lora):
     """What its launchers allocate, on the meta device; nothing is launched and nothing reads a value."""
     report = pytest.importorskip("fastgrpo.kernels.report")
     from fastgrpo.kernels import backward, forward
+    from fastgrpo.kernels import frozen as frozen_kernels
 
     vocab, rank, workspace = 151936, 16, 128 * MIB
 
@@ -94,7 +95,12 @@ def test_triton_backend_at_real_size(n, depth, dtype, frozen, lora):
     row = empty(n, dtype=torch.float32)
     low_bytes = 4 * n * rank if lora else 0  # the adapter's own sums, and its 16-bit parts beside hidden
     bound = promised(n, vocab, depth, workspace, not frozen or lora, rank * vocab if lora else 0) + 6 * low_bytes
-    with report.recording((forward, backward), "sm_90"):
+    with report.recording((forward, frozen_kernels, backward), "sm_90"):
+        if frozen and not lora:  # made in the forward: the directions, which the backward turns into the gradient
+            with Live() as live:
+                made = frozen_kernels.frozen_forward(problem)
+            assert live.peak <= 4 * n * depth + workspace + 64 * n + SLACK, live.peak / (4 * n * depth)
+            del made
         with Live() as live:
             stats = forward.forward(problem)
             grads = backward.backward(problem, stats, row, None, needs)

@@ -6,6 +6,7 @@ import torch
 
 from fastgrpo.kernels import backward as _backward
 from fastgrpo.kernels import forward as _forward
+from fastgrpo.kernels import frozen as _frozen
 from fastgrpo.kernels import objective as _objective
 from fastgrpo.kernels import support as _support
 
@@ -35,6 +36,11 @@ def certified_forward(problem, hint):
 def certified_partial_forward(problem, label, hint):
     with on_device(problem.hidden):
         return _forward.certified_partial_forward(problem, label, hint)
+
+
+def frozen_forward(problem):
+    with on_device(problem.hidden):
+        return _frozen.frozen_forward(problem)
 
 
 def backward(problem, stats, grad_logp, grad_entropy, needs):
