@@ -74,7 +74,8 @@ ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942
 def lookup(kernel, bytes_per_value, architecture):
     table = TILES[kernel][bytes_per_value]
     tile = table.get(architecture, table["default"])
-    if kernel.startswith("forward") and architecture.startswith("sm_"):
+    stops_early = kernel.startswith("forward") or (kernel, bytes_per_value) == ("dhidden", 4)
+    if stops_early and architecture.startswith("sm_"):
         # Left alone, ptxas stops at 96, 128 or 168 and spills a few bytes for an occupancy it does not reach.
         tile = tile._replace(registers=255)
     return tile
