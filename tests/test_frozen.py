@@ -152,9 +152,10 @@ def test_peaks_that_rise_and_fall(backend, device, dtype):
 
     with report.replaced((frozen,), lambda kernel: Watched(kernel, look)):
         stats, directions = made(backend, *tensors, workspace=SMALL)
-    assert len(launched) > 4
-    assert any(launched)
-    assert not all(launched)  # most chunks keep the reference they find
+    if backend == "triton":
+        assert len(launched) > 4
+        assert any(launched)
+        assert not all(launched)  # most chunks keep the reference they find
     want = autograd(torch.float64, *tensors)
     torch.testing.assert_close(stats[0].double(), want[0], rtol=2e-6, atol=2e-6)
     error = (directions - want[2]).norm(dim=1) / want[2].norm(dim=1)
