@@ -24,6 +24,7 @@ from fastgrpo.kernels.common import (
     raw_logits,
     row_offsets,
     row_strides,
+    without_dust,
 )
 from fastgrpo.kernels.forward import has_extras, logit_arguments
 
@@ -130,7 +131,7 @@ def dlogits_kernel(
     dz = tl.where((offs_v < last_v)[None, :], dz, 0.0)  # the GEMMs read whole tiles
     local_v = tl.program_id(0) // blocks * BLOCK_V + tl.arange(0, BLOCK_V)
     out = dlogits_ptr + (offs_n - first_row).to(tl.int64)[:, None] * width + local_v[None, :]
-    tl.store(out, dz.to(dlogits_ptr.dtype.element_ty), mask=mask_n[:, None])
+    tl.store(out, without_dust(dz).to(dlogits_ptr.dtype.element_ty), mask=mask_n[:, None])
 
 
 @triton.jit(do_not_specialize=["first_row", "last_row", "first_held", "first_v", "last_v"])
@@ -138,6 +139,8 @@ def dhidden_kernel(
     dlogits_ptr,  # (rows, width)
     weight_ptr,  # (V, D)
     count_ptr,  # (1,)
+    rows_ptr,  # (N,) where in sum each row stands; None: in their order
+    decay_ptr,  # (N,) fp32, in the rows' order, factor of the sum so far; None: 1
     sum_ptr,  # (held, D) fp32, the columns before first_v; nothing where first_v is 0
     first_row,
     last_row,
@@ -153,7 +156,7 @@ def dhidden_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """sum += dlogits @ weight[first_v:last_v]."""
+    """sum = decay * sum + dlogits @ weight[first_v:last_v]."""
     tiles_d = tl.cdiv(D, BLOCK_D)
     block = tl.program_id(0) // tiles_d
     offs_d = tl.program_id(0) % tiles_d * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -178,9 +181,15 @@ def dhidden_kernel(
         dz_ptrs += BLOCK_V
         w_ptrs += BLOCK_V * tl.cast(stride_weight_v, tl.int64)
     mask = mask_n[:, None] & mask_d[None, :]
-    sum_ptrs = sum_ptr + (first_row - first_held + local).to(tl.int64)[:, None] * D + offs_d[None, :]
+    place = (first_row - first_held + local).to(tl.int64)
+    if rows_ptr is not None:
+        place = tl.load(rows_ptr + first_row + local, mask=mask_n, other=0)
+    sum_ptrs = sum_ptr + place[:, None] * D + offs_d[None, :]
     if first_v > 0:
-        acc += tl.load(sum_ptrs, mask=mask, other=0.0)
+        before = tl.load(sum_ptrs, mask=mask, other=0.0)
+        if decay_ptr is not None:
+            before *= tl.load(decay_ptr + first_row + local, mask=mask_n, other=0.0)[:, None]
+        acc += before
     tl.store(sum_ptrs, acc, mask=mask)
 
 
@@ -382,11 +391,15 @@ class Chunks:
 
     def __iter__(self):
         """-> first_row, last_row, first_v, last_v."""
-        rows = [(r, min(r + self.rows, self.n)) for r in range(0, self.n, self.rows)]
-        cols = [(v, min(v + self.cols, self.vocab)) for v in range(0, self.vocab, self.cols)]
+        rows, cols = spans(self.n, self.rows), spans(self.vocab, self.cols)
         if self.rows_outside:
             return iter([(*r, *v) for r in rows for v in cols])
         return iter([(*r, *v) for v in cols for r in rows])
+
+
+def spans(total, size):
+    """[(first, last)] of the chunks of 0 .. total."""
+    return [(first, min(first + size, total)) for first in range(0, total, size)]
 
 
 def backward(problem, stats, grad_logp, grad_entropy, needs):
@@ -512,28 +525,10 @@ class Launcher:
         )
 
     def dhidden(self, k, first_row, last_row, first_v, last_v):
-        weight, total, tile = self.chunks.factors[k].columns, self.chunks.row_sums[k], self.tile("dhidden")
-        depth = weight.shape[1]
-        dhidden_kernel[(triton.cdiv(last_row - first_row, tile.rows) * triton.cdiv(depth, tile.cols),)](
-            dlogits_ptr=self.chunks.dlogits,
-            weight_ptr=weight,
-            count_ptr=self.count,
-            sum_ptr=total,
-            first_row=first_row,
-            last_row=last_row,
-            first_held=self.chunks.first_held(first_row, total),
-            first_v=first_v,
-            last_v=last_v,
-            width=self.chunks.cols,
-            D=depth,
-            stride_weight_v=weight.stride(0),
-            stride_weight_d=weight.stride(1),
-            COMPUTE=self.compute,
-            BLOCK_N=tile.rows,
-            BLOCK_D=tile.cols,
-            BLOCK_V=tile.depth,
-            **tile.options,
-        )
+        total = self.chunks.row_sums[k]
+        held = self.chunks.first_held(first_row, total)
+        span = first_row, last_row, first_v, last_v
+        add_product(self.chunks.dlogits, self.chunks.factors[k].columns, self.count, total, span, first_held=held)
 
     def dweight(self, k, first_row, last_row, first_v, last_v):
         factor, x, tile = self.chunks.factors[k], self.chunks.gathered[k], self.tile("dweight")
@@ -595,6 +590,38 @@ class Launcher:
                 BLOCK_D=tile.cols,
                 num_warps=tile.warps,
             )
+
+
+def add_product(dlogits, weight, count, total, span, first_held=0, rows=None, decay=None):
+    """total = decay * total + dlogits @ weight of a chunk, see :func:`dhidden_kernel`.
+
+    Args:
+        dlogits: (rows, width) in the dtype the GEMM computes in. span: first_row, last_row, first_v, last_v.
+    """
+    first_row, last_row, first_v, last_v = span
+    depth, tile = weight.shape[1], tiles.for_tensor("dhidden", dlogits.dtype, dlogits.device)
+    dhidden_kernel[(triton.cdiv(last_row - first_row, tile.rows) * triton.cdiv(depth, tile.cols),)](
+        dlogits_ptr=dlogits,
+        weight_ptr=weight,
+        count_ptr=count,
+        rows_ptr=rows,
+        decay_ptr=decay,
+        sum_ptr=total,
+        first_row=first_row,
+        last_row=last_row,
+        first_held=first_held,
+        first_v=first_v,
+        last_v=last_v,
+        width=dlogits.shape[1],
+        D=depth,
+        stride_weight_v=weight.stride(0),
+        stride_weight_d=weight.stride(1),
+        COMPUTE=TO_TRITON[str(dlogits.dtype)],
+        BLOCK_N=tile.rows,
+        BLOCK_D=tile.cols,
+        BLOCK_V=tile.depth,
+        **tile.options,
+    )
 
 
 def copy_tile(depth):

@@ -8,6 +8,7 @@ import triton.language as tl
 from fastgrpo.backends import problem
 
 FLOOR, NOTHING, ABSENT = map(tl.constexpr, (problem.FLOOR, problem.NOTHING, problem.ABSENT))
+NEGLIGIBLE = tl.constexpr(2.0**-100)  # beside values near 1
 TO_TRITON = {"torch.bfloat16": tl.bfloat16, "torch.float16": tl.float16, "torch.float32": tl.float32}
 
 
@@ -44,6 +45,13 @@ class Logits(NamedTuple):
     inv_temperature: float
     softcap: float
     logit_scale: float
+
+
+@triton.jit
+def grouped(pid, runs, GROUP: tl.constexpr):
+    """-> block of rows, run of columns: GROUP blocks share a run of the weight in L2 before the next run comes."""
+    in_group = pid % (GROUP * runs)
+    return pid // (GROUP * runs) * GROUP + in_group % GROUP, in_group // GROUP
 
 
 @triton.jit
@@ -146,12 +154,18 @@ def tanh(x):
 
 @triton.jit
 def cap_slope(raw, logits):
-    """d cap(raw) / d raw: scale times sech^2, in a form that keeps its relative accuracy far out."""
+    """d cap(raw) / d raw."""
+    return logits.logit_scale * softcap_slope(raw, logits)
+
+
+@triton.jit
+def softcap_slope(raw, logits):
+    """sech^2, in (0, 1], in a form that keeps its relative accuracy far out."""
     if logits.softcap is not None:
         e = tl.exp(-tl.abs(raw * (2.0 * logits.logit_scale / logits.softcap)))
-        slope = logits.logit_scale * 4.0 * e / ((1.0 + e) * (1.0 + e))
+        slope = 4.0 * e / ((1.0 + e) * (1.0 + e))
     else:
-        slope = logits.logit_scale
+        slope = 1.0
     return slope
 
 
@@ -168,3 +182,12 @@ def log1p_unit(y):
 def softplus(x):
     """log(1 + exp(x)), exp(x) itself far to the left; NaN stays NaN."""
     return tl.where(x < 0, 0.0, x) + log1p_unit(tl.exp(-tl.abs(x)))
+
+
+@triton.jit
+def without_dust(x):
+    """fp32 x that a GEMM is to read in some dtype, 0 where it cannot matter: so no fp32 or bf16 value is denormal.
+
+    fp16's denormals (2^-24 to 2^-14) stay: they carry information, and tensor cores take them at full speed.
+    """
+    return tl.where(tl.abs(x) < NEGLIGIBLE, 0.0, x)

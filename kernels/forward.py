@@ -20,6 +20,7 @@ from fastgrpo.kernels.common import (
     LowRank,
     Strides,
     cap,
+    grouped,
     known_label,
     low_values,
     raw_logits,
@@ -102,10 +103,7 @@ def forward_kernel(
     BLOCK_D: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    pid = tl.program_id(0)
-    in_group = pid % (GROUP * runs)
-    block = pid // (GROUP * runs) * GROUP + in_group % GROUP
-    this_run = in_group // GROUP
+    block, this_run = grouped(tl.program_id(0), runs, GROUP)
     count = tl.load(count_ptr)
     if block * BLOCK_N >= count:
         return
@@ -176,6 +174,44 @@ def forward_kernel(
         tl.store(out + 4 * step, dropped, mask=mask_n)
 
 
+@triton.jit
+def fold_runs(
+    partials_ptr,  # (4 or 5, runs, rows)
+    offs,  # (BLOCK,) rows of it
+    mask,  # (BLOCK,)
+    rows,
+    runs,
+    peak,  # (BLOCK,) this and the others: what is known so far
+    total,
+    spread,
+    label_z,
+    dropped,
+    DROPPED: tl.constexpr,  # whether there is a fifth
+    RUNS: tl.constexpr,
+):
+    """What is known with the runs' partial results folded in, RUNS at once."""
+    step = tl.cast(runs, tl.int64) * rows
+    for first in range(0, runs, RUNS):
+        run = first + tl.arange(0, RUNS)
+        part = partials_ptr + run.to(tl.int64)[:, None] * rows + offs[None, :]
+        inside = (run < runs)[:, None] & mask[None, :]
+        run_peak = tl.load(part, mask=inside, other=FLOOR)
+        run_total = tl.load(part + step, mask=inside, other=0.0)
+        run_spread = tl.load(part + 2 * step, mask=inside, other=0.0)
+        label_z += tl.sum(tl.load(part + 3 * step, mask=inside, other=0.0), axis=0)
+        new_peak = tl.maximum(peak, tl.max(run_peak, axis=0), propagate_nan=tl.PropagateNan.ALL)
+        old_decay = tl.exp(peak - new_peak)
+        run_decay = tl.exp(run_peak - new_peak[None, :])
+        spread = (spread + (new_peak - peak) * total) * old_decay
+        spread += tl.sum((run_spread + (new_peak[None, :] - run_peak) * run_total) * run_decay, axis=0)
+        total = total * old_decay + tl.sum(run_total * run_decay, axis=0)
+        if DROPPED:
+            run_dropped = tl.load(part + 4 * step, mask=inside, other=0.0)
+            dropped = dropped * old_decay + tl.sum(run_dropped * run_decay, axis=0)
+        peak = new_peak
+    return peak, total, spread, label_z, dropped
+
+
 @triton.jit(do_not_specialize=["N", "runs"])
 def combine_kernel(
     partials_ptr,  # (5, runs, N)
@@ -198,30 +234,14 @@ def combine_kernel(
     mask_n = offs_n < count
     rows = tl.load(rows_ptr + offs_n, mask=mask_n, other=0)
     label = known_label(targets_ptr, rows, mask_n, V)
-    step = tl.cast(runs, tl.int64) * N
     peak = tl.full((BLOCK,), FLOOR, tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
     spread = tl.zeros((BLOCK,), tl.float32)
     label_z = tl.zeros((BLOCK,), tl.float32)
     dropped = tl.zeros((BLOCK,), tl.float32)
-    for first in range(0, runs, RUNS):
-        run = first + tl.arange(0, RUNS)
-        part = partials_ptr + run.to(tl.int64)[:, None] * N + offs_n[None, :]
-        inside = (run < runs)[:, None] & mask_n[None, :]
-        run_peak = tl.load(part, mask=inside, other=FLOOR)
-        run_total = tl.load(part + step, mask=inside, other=0.0)
-        run_spread = tl.load(part + 2 * step, mask=inside, other=0.0)
-        label_z += tl.sum(tl.load(part + 3 * step, mask=inside, other=0.0), axis=0)
-        new_peak = tl.maximum(peak, tl.max(run_peak, axis=0), propagate_nan=tl.PropagateNan.ALL)
-        old_decay = tl.exp(peak - new_peak)
-        run_decay = tl.exp(run_peak - new_peak[None, :])
-        spread = (spread + (new_peak - peak) * total) * old_decay
-        spread += tl.sum((run_spread + (new_peak[None, :] - run_peak) * run_total) * run_decay, axis=0)
-        total = total * old_decay + tl.sum(run_total * run_decay, axis=0)
-        if dropped_ptr is not None:
-            run_dropped = tl.load(part + 4 * step, mask=inside, other=0.0)
-            dropped = dropped * old_decay + tl.sum(run_dropped * run_decay, axis=0)
-        peak = new_peak
+    peak, total, spread, label_z, dropped = fold_runs(
+        partials_ptr, offs_n, mask_n, N, runs, peak, total, spread, label_z, dropped, dropped_ptr is not None, RUNS
+    )
 
     label_z = tl.where(label_z < ABSENT, -float("inf"), label_z)
     label_z = tl.where(label >= 0, label_z, float("nan"))
@@ -390,6 +410,12 @@ def run_forward(problem, rows, count, hint=None, flags=None, dropped=None, label
         GROUP=tile.group,
         **tile.options,
     )
+    combine(problem, partials, rows, count, dropped, merged, stats)
+
+
+def combine(problem, partials, rows, count, dropped=None, merged=None, stats=None):
+    """partials (PARTIALS, runs, N) into ``merged`` or ``stats``."""
+    n, vocab, _ = problem.sizes
     combine_kernel[(triton.cdiv(n, tiles.COMBINE_BLOCK),)](
         partials_ptr=partials,
         targets_ptr=problem.targets,
@@ -400,7 +426,7 @@ def run_forward(problem, rows, count, hint=None, flags=None, dropped=None, label
         stats_ptr=stats,
         N=n,
         V=vocab,
-        runs=runs,
+        runs=partials.shape[1],
         RUNS=tiles.COMBINE_RUNS,
         BLOCK=tiles.COMBINE_BLOCK,
     )

@@ -22,7 +22,7 @@ SHARED_LIMIT = {
     "sm_80": 166912, "sm_86": 101376, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448, "sm_120": 101376,
     "gfx942": 65536,
 }  # fmt: skip
-GEMMS = ("forward_kernel", "dlogits_kernel", "dhidden_kernel", "dweight_kernel")
+GEMMS = ("forward_kernel", "masses_kernel", "dlogits_kernel", "dhidden_kernel", "dweight_kernel")
 TENSOR_CORE = re.compile(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b|\bv_mfma_")  # in PTX, in AMD's assembly
 N, V, RANK = 4096, 152064, 16
 DEPTHS = (896, 1536, 2048, 3584, 4096, 5120)  # widths of models
@@ -122,10 +122,10 @@ def recorded_launches(architecture, depths=DEPTHS):
 
     from fastgrpo import support
     from fastgrpo.config import GRPOLossConfig
-    from fastgrpo.kernels import backward, forward, objective
+    from fastgrpo.kernels import backward, forward, frozen, objective
     from fastgrpo.kernels import support as support_kernels
 
-    with recording((forward, backward, objective, support_kernels), architecture) as launches:
+    with recording((forward, frozen, backward, objective, support_kernels), architecture) as launches:
         for label, problem, needs in (p for depth in depths for p in problems(depth, architecture, depth == depths[0])):
             del launches[:]
             forward.forward(problem)
@@ -135,6 +135,7 @@ def recorded_launches(architecture, depths=DEPTHS):
             row = torch.empty(problem.targets.shape, device="meta")
             forward.certified_forward(certified, row)
             forward.certified_partial_forward(certified, row, row)
+            frozen.frozen_forward(dataclasses.replace(problem, low=None, up=None))
             grad = torch.empty(problem.targets.shape, dtype=torch.float32, device="meta")
             stats = problem.new_stats(torch.float32)
             backward.backward(problem, stats, grad, grad if "all" in label else None, needs)

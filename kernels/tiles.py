@@ -57,11 +57,14 @@ TILES = {
     },
     "dlogits": {2: LOGITS, 4: {**FP32, **dict.fromkeys(("sm_90", "sm_100", "sm_120"), Tile(64, 64, 16, 4, 2))}},
     "dlogits_full": {2: NARROW, 4: FP32_NARROW},
+    "masses": {2: LOGITS, 4: FP32},
+    "masses_full": {2: NARROW, 4: FP32_NARROW},
     "dhidden": {2: SQUARE, 4: {**FP32, "sm_100": Tile(64, 64, 16, 4, 2)}},
     "dweight": {2: SQUARE, 4: FP32},
 }
 INTERPRETER = Tile(32, 64, 32, 4, 1, group=2)
 COPY = Tile(16, 256, 0, 4, 1)  # of rows that are only gathered or scattered
+LEVEL_ROWS = 32
 WIDTH = 128  # the dlogits buffer's columns are a multiple of it, and it of every tile's columns
 ROW_BLOCK = 1024  # of the elementwise kernels over tokens
 COMBINE_BLOCK, COMBINE_RUNS = 128, 8
@@ -71,7 +74,8 @@ ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942
 def lookup(kernel, bytes_per_value, architecture):
     table = TILES[kernel][bytes_per_value]
     tile = table.get(architecture, table["default"])
-    if kernel.startswith("forward") and architecture.startswith("sm_"):
+    stops_early = kernel.startswith("forward") or (kernel, bytes_per_value) == ("dhidden", 4)
+    if stops_early and architecture.startswith("sm_"):
         # Left alone, ptxas stops at 96, 128 or 168 and spills a few bytes for an occupancy it does not reach.
         tile = tile._replace(registers=255)
     return tile

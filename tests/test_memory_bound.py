@@ -73,6 +73,7 @@ def test_triton_backend_at_real_size(n, depth, dtype, frozen, lora):
     """What its launchers allocate, on the meta device; nothing is launched and nothing reads a value."""
     report = pytest.importorskip("fastgrpo.kernels.report")
     from fastgrpo.kernels import backward, forward
+    from fastgrpo.kernels import frozen as frozen_kernels
 
     vocab, rank, workspace = 151936, 16, 128 * MIB
 
@@ -92,7 +93,12 @@ def test_triton_backend_at_real_size(n, depth, dtype, frozen, lora):
     row = empty(n, dtype=torch.float32)
     low_bytes = 4 * n * rank if lora else 0  # the adapter's own sums, and its 16-bit parts beside hidden
     bound = promised(n, vocab, depth, workspace, rank * vocab if lora else 0) + 6 * low_bytes
-    with report.recording((forward, backward), "sm_90"):
+    with report.recording((forward, frozen_kernels, backward), "sm_90"):
+        if frozen and not lora:  # made in the forward: the directions, which the backward turns into the gradient
+            with Live() as live:
+                made = frozen_kernels.frozen_forward(problem)
+            assert live.peak <= 4 * n * depth + workspace + 64 * n + SLACK, live.peak / (4 * n * depth)
+            del made
         with Live() as live:
             stats = forward.forward(problem)
             grads = backward.backward(problem, stats, row, None, needs)
@@ -114,12 +120,13 @@ def test_host_waits(backward, waits, frozen, monkeypatch):
     from fastgrpo import backends
     from fastgrpo.kernels import backward as exact_backward
     from fastgrpo.kernels import forward
+    from fastgrpo.kernels import frozen as frozen_kernels
 
     monkeypatch.setattr(backends, "choose", lambda backend, hidden: "triton")
     monkeypatch.setattr("fastgrpo.backends.triton_backend.on_device", lambda x: torch.autograd.set_grad_enabled(False))
     monkeypatch.setattr(forward, "processor_count", lambda device: 132)
     p = peaked(1024, 4096, 256, torch.bfloat16)
-    with StandInCuda() as cuda, report.recording((forward, exact_backward), "sm_90") as launches:
+    with StandInCuda() as cuda, report.recording((forward, frozen_kernels, exact_backward), "sm_90") as launches:
         hidden, weight, targets, upstream = (cuda.put(p[k]) for k in ("hidden", "weight", "targets", "upstream"))
         hidden.requires_grad_()
         weight.requires_grad_(not frozen)
@@ -128,11 +135,13 @@ def test_host_waits(backward, waits, frozen, monkeypatch):
         out = linear_logprobs(hidden, weight, targets, backward=backward)
         torch.autograd.grad(out.logprobs, leaves, upstream)
     names = [kernel.fn.__name__ for kernel, _ in launches]
-    assert names[:2] == ["forward_kernel", "combine_kernel"]
+    made_in_forward = frozen and backward != "certified"
+    first = ["masses_kernel", "fold_kernel"] if made_in_forward else ["forward_kernel", "combine_kernel"]
+    assert names[:2] == first
     if waits is None:  # nothing was flagged, as nothing was launched: one list of counts, and what is left goes exact
         assert 1 <= len(cuda.waits) <= 16, cuda.waits
     else:
-        assert "dlogits_kernel" in names
+        assert ("directions_kernel" if made_in_forward else "dlogits_kernel") in names
         assert cuda.waits == [], cuda.waits
 
 

@@ -29,6 +29,26 @@ def test_forward_and_backward(loss_type, packed, device, monkeypatch):
     assert arguments["hidden"].grad.isfinite().all()
 
 
+@pytest.mark.parametrize("workspace", [2**27, 75_000])
+def test_frozen_forward(workspace, device, monkeypatch):
+    """One chunk and several."""
+    from fastgrpo.backends import triton_backend
+    from fastgrpo.backends.problem import HeadParams, HeadProblem
+
+    hidden, weight, targets, bias = problems.head(9, 300, 16, torch.float32, device, bias=True)
+    targets[::3] = -100
+    params = HeadParams(
+        temperature=None, softcap=20.0, logit_scale=1.0, compute_dtype=torch.float32, entropy=True, backend="triton",
+        workspace=workspace,
+    )  # fmt: skip
+    problem = HeadProblem(hidden[None], weight, bias, targets, torch.ones(9, device=device), params)
+    forbid_lists(monkeypatch)
+    with NoSync():
+        stats, slopes = triton_backend.frozen_forward(problem, None, torch.arange(9) % 2 == 0)
+    assert stats.isfinite().all()
+    assert slopes.values.isfinite().all()
+
+
 def test_the_check_can_fail(monkeypatch):
     with monkeypatch.context() as m:
         forbid_lists(m)

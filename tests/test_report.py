@@ -39,8 +39,8 @@ def test_every_kernel_and_tile_is_recorded():
         for _, kernel, arguments in report.recorded_launches(architecture, depths=(2048,)):
             shape = tuple(v for k, v in arguments.items() if k.startswith("BLOCK"))
             seen.setdefault(kernel.fn.__name__, set()).add(shape)
-        assert {f"{name}_kernel" for name in ("forward", "combine", "gather", "dlogits", "dhidden", "dweight",
-                                              "dbias", "scatter",
+        assert {f"{name}_kernel" for name in ("forward", "combine", "masses", "fold", "level", "directions",
+                                              "gather", "dlogits", "dhidden", "dweight", "dbias", "scatter",
                                               "objective", "kept_logits", "kept_sums")} == set(seen)  # fmt: skip
         for name in tiles.TILES:
             for size in (2, 4):

@@ -22,7 +22,7 @@ SHARE = 0.7  # of the error budget that the forward spends, before it knows the 
 class Slopes(NamedTuple):
     """d logp / d hidden of the rows that may have a gradient."""
 
-    rows: torch.Tensor  # (n,) int64, rows of the flattened hidden
+    rows: torch.Tensor | None  # (n,) int64, rows of the flattened hidden; None: all
     values: torch.Tensor  # (n, D) in the accumulator's dtype
     dropped: torch.Tensor | None  # (n,) probability that a row's value leaves out; None: nothing
 
@@ -32,7 +32,7 @@ def applies(hidden, head, params):
     weight, bias, lora_a, _ = head
     trained = any(x is not None and x.requires_grad for x in (weight, bias))
     alone = torch.is_grad_enabled() and hidden.requires_grad and not trained and lora_a is None
-    return alone and params.backend == "torch"
+    return alone and (params.backend == "torch" or params.tolerance is None)
 
 
 def forward(problem, hint=None, moving=None):
@@ -222,19 +222,31 @@ def merged(spans):
 def backward(problem, stats, slopes, grad_logp, needs):
     """Gradients as :func:`fastgrpo.backends.dense.backward`'s."""
     out = new_gradients(problem, needs)
-    d_hidden, grad = out.hidden.flatten(0, 1), grad_logp[slopes.rows]
-    scaled = grad != 0
-    if slopes.dropped is not None:
-        scaled = certified.within_tolerance(
-            problem, RowStats(*stats).other_mass[slopes.rows], grad, slopes.dropped, scaled
-        )
-    whole = (grad_logp != 0) & (problem.targets != IGNORE)
-    whole[slopes.rows] &= ~scaled
-    factor = torch.where(scaled, grad, 0.0)[:, None]
-    parts = (slopes.rows, slopes.values, factor, scaled)
-    for index, values, g, used in zip(*(x.split(dense.entries_at_once(problem)) for x in parts)):
-        d_hidden.index_copy_(0, index, torch.where(used[:, None], values * g, 0.0).to(d_hidden.dtype))
-    whole = whole.nonzero().squeeze(1)
-    if whole.numel():
+    d_hidden = out.hidden.flatten(0, 1)
+    if slopes.rows is None:  # nothing to decide, nothing to wait for
+        grad = grad_logp
+    else:
+        grad, whole = affordable(problem, stats, slopes, grad_logp)
+    at_once = dense.entries_at_once(problem)
+    for part in (slice(i, i + at_once) for i in range(0, len(grad), at_once)):
+        g = grad[part, None]
+        scaled = torch.where(g != 0, slopes.values[part] * g, 0.0).to(d_hidden.dtype)
+        if slopes.rows is None:
+            d_hidden[part] = scaled
+        else:
+            d_hidden.index_copy_(0, slopes.rows[part], scaled)
+    if slopes.rows is not None and whole.numel():
         dense.add_exact_rows(problem, stats, whole, [grad_logp], out)
     return out
+
+
+def affordable(problem, stats, slopes, grad_logp):
+    """-> (n,) gradients of the rows whose slopes serve, 0 at the others; the rows that the exact backward does."""
+    grad = grad_logp[slopes.rows]
+    serves = grad != 0
+    if slopes.dropped is not None:
+        other_mass = RowStats(*stats).other_mass[slopes.rows]
+        serves = certified.within_tolerance(problem, other_mass, grad, slopes.dropped, serves)
+    whole = (grad_logp != 0) & (problem.targets != IGNORE)
+    whole[slopes.rows] &= ~serves
+    return torch.where(serves, grad, 0.0), whole.nonzero().squeeze(1)

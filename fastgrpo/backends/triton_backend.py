@@ -1,11 +1,15 @@
 """The fused kernels of ``fastgrpo.kernels`` behind the backends' interface."""
 
 import contextlib
+from dataclasses import replace
 
 import torch
 
+from fastgrpo.backends import frozen
+from fastgrpo.inputs import IGNORE
 from fastgrpo.kernels import backward as _backward
 from fastgrpo.kernels import forward as _forward
+from fastgrpo.kernels import frozen as _frozen
 from fastgrpo.kernels import objective as _objective
 from fastgrpo.kernels import support as _support
 
@@ -35,6 +39,21 @@ def certified_forward(problem, hint):
 def certified_partial_forward(problem, label, hint):
     with on_device(problem.hidden):
         return _forward.certified_partial_forward(problem, label, hint)
+
+
+def frozen_forward(problem, hint, moving):
+    """Rows that cannot have a gradient go through the plain forward; the hint is not needed."""
+    with on_device(problem.hidden):
+        if moving is None:
+            stats, directions = _frozen.frozen_forward(problem)
+            return stats, frozen.Slopes(None, directions, None)
+        stats, directions = _frozen.frozen_forward(only(problem, moving))
+        return stats + _forward.forward(only(problem, ~moving)), frozen.Slopes(None, directions, None)
+
+
+def only(problem, rows):
+    """The problem with all other rows ignored, whose statistics are 0 then."""
+    return replace(problem, targets=torch.where(rows, problem.targets, IGNORE))
 
 
 def backward(problem, stats, grad_logp, grad_entropy, needs):

@@ -47,7 +47,7 @@ class Gpu:
         import triton
         from triton.backends.nvidia import driver as nvidia
 
-        from fastgrpo.kernels import backward, forward, objective, support
+        from fastgrpo.kernels import backward, forward, frozen, objective, support
 
         major, minor = map(int, capability.split("."))
 
@@ -67,7 +67,7 @@ class Gpu:
         self.library = ctypes.CDLL("libcuda.so.1")
         for name in ("launches", "bad_launches"):
             getattr(self.library, f"dry_run_{name}").restype = ctypes.c_long
-        modules = (forward, backward, objective, support)
+        modules = (forward, frozen, backward, objective, support)
         self.kernels = {name: kernel for _, name, kernel in report.kernels_of(modules)}
         self.patch(f"sm_{major}{minor}", DEVICES[capability][1])
 

@@ -13,6 +13,7 @@ from fastgrpo.config import CLIPPED, DIVERGENCE_MASKS, KL_ESTIMATORS, LOSS_TYPES
 
 V, D, RANK = 5008, 256, 16  # multiples of 16, as in the kernel report: what one compiles the other need not
 FORWARD = 2  # its documented launches: the vocabulary, then the combination of its runs
+FROZEN = 4, 2  # a chunk: masses, fold, level, their product with the weight; combination of the runs, directions
 EXACT = 5  # gather; dlogits, dX, dW of the one chunk; scatter
 LORA = 4  # its pair's: gather, dX, dW, scatter
 BIAS, OBJECTIVE = 1, 1
@@ -56,17 +57,35 @@ def logprobs(dtype, frozen=False, lora=None, bias=False, options=False, hint=Fal
     (out.logprobs.sum() + (out.entropy.sum() if entropy else 0.0)).backward()
 
 
+def problem_of(dtype, options=False, bias=False, **others):
+    """A HeadProblem for what no public function calls alone; others: of its parameters or of the shape."""
+    from fastgrpo.backends.problem import HeadParams, HeadProblem
+
+    params = {k: others.pop(k) for k in ("workspace", "tolerance", "entropy") if k in others}
+    hidden, weight, targets = (x.detach() for x in tensors(dtype, **others))
+    params = HeadParams(
+        temperature=None if options else 1.0, softcap=30.0 if options else None, logit_scale=0.5 if options else 1.0,
+        compute_dtype=dtype, backend="triton", **{"entropy": False, "workspace": 2**27, **params},
+    )  # fmt: skip
+    return HeadProblem(
+        hidden, weight, weight[:, 0].contiguous() if bias else None, targets.flatten(),
+        torch.ones(targets.numel()) if options else None, params,
+    )  # fmt: skip
+
+
+def dx_in_forward(dtype, **keywords):
+    """The forward that makes the gradient of a head that takes none."""
+    from fastgrpo.backends import triton_backend
+
+    triton_backend.frozen_forward(problem_of(dtype, **keywords), None, None)
+
+
 def partial(dtype, certified):
     """What a vocabulary that ranks share calls on each of them."""
     from fastgrpo.backends import triton_backend
-    from fastgrpo.backends.problem import HeadParams, HeadProblem
 
-    hidden, weight, targets = (x.detach() for x in tensors(dtype))
-    params = HeadParams(
-        temperature=1.0, softcap=None, logit_scale=1.0, compute_dtype=dtype, entropy=False, backend="triton",
-        workspace=2**27, tolerance=0.005 if certified else None,
-    )  # fmt: skip
-    problem = HeadProblem(hidden, weight, None, targets.flatten(), None, params)
+    problem = problem_of(dtype, tolerance=0.005 if certified else None)
+    targets = problem.targets
     if certified:
         row = torch.zeros(targets.numel())
         triton_backend.certified_partial_forward(problem, row, row)
@@ -120,7 +139,10 @@ def cases(everything):
         kind = str(dtype).removeprefix("torch.")
         loras = (fp32,) if dtype == fp32 else (dtype, fp32)
         yield case(f"{kind}", FORWARD + EXACT, logprobs, dtype)
-        yield case(f"{kind} frozen head", FORWARD + EXACT - 1, logprobs, dtype, frozen=True)
+        yield case(f"{kind} frozen head", sum(FROZEN), logprobs, dtype, frozen=True)
+        yield case(f"{kind} dX in forward", sum(FROZEN), dx_in_forward, dtype)
+        yield case(f"{kind} dX in forward, everything", sum(FROZEN), dx_in_forward, dtype, bias=True, options=True,
+                   entropy=True)  # fmt: skip
         if everything or dtype == bf16:  # elsewhere only together, as "LoRA, everything"
             yield case(f"{kind} entropy", FORWARD + EXACT, logprobs, dtype, entropy=True)
             yield case(f"{kind} bias, softcap, temperatures", FORWARD + EXACT + BIAS, logprobs, dtype, bias=True,
@@ -151,6 +173,12 @@ def cases(everything):
         for workspace in (16, 2, 1):
             yield case(f"bfloat16 {options or ''} {workspace} MiB", launches, logprobs, bf16, n=1500, **options,
                        workspace_mb=workspace, compiles=None if workspace == 2 else 0)  # fmt: skip
+    for shape in ({"n": 301}, {"n": 1}, {"n": 432, "batch": 3}, {"n": 404, "batch": 4, "view": True}):
+        yield case(f"bfloat16 dX in forward {shape}", sum(FROZEN), dx_in_forward, bf16, compiles=0, **shape)
+    for n, size, chunks in ((1500, 2, 16), (1400, 2, 16), (1500, 1, 32)):
+        launches = chunks * FROZEN[0] + FROZEN[1]
+        yield case(f"bfloat16 dX in forward, {n} rows, {size} MiB", launches, dx_in_forward, bf16, n=n,
+                   workspace=size * 2**20, compiles=0)  # fmt: skip
     yield case("bfloat16, row chunks again", None, logprobs, bf16, n=1400, workspace_mb=1, compiles=0)
     yield case("bfloat16 twice the width", FORWARD + EXACT, logprobs, bf16, d=2 * D, compiles=0)
     yield case("bfloat16 ragged V", FORWARD + EXACT, logprobs, bf16, v=V + 1)

@@ -1,0 +1,382 @@
+"""Forward of a head that takes no gradient: beside the statistics each row's d logp / d hidden, in two GEMMs.
+
+d logp / d hidden = chain (1 - p_y) (s_y W_y - E[s_v W_v]), s softcap's slope, E over v != y with p renormalised without
+the label. So nothing cancels as p_y -> 1, and a backward only multiplies rows by the gradient of their log-prob.
+
+A chunk of columns at a time: a kernel writes each tile's masses exp(z - reference) s and statistics, a second folds the
+statistics into those so far, a third brings tiles that have a reference of their own to their row's, and the GEMM of
+the exact backward adds masses @ W. A last kernel makes the directions of the sums, in place.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from fastgrpo.backends.problem import plan_tiles
+from fastgrpo.inputs import IGNORE, compact_rows
+from fastgrpo.kernels import tiles
+from fastgrpo.kernels.backward import add_product, copy_tile, spans
+from fastgrpo.kernels.common import (
+    FLOOR,
+    NOTHING,
+    TO_TRITON,
+    cap,
+    grouped,
+    known_label,
+    raw_logits,
+    row_offsets,
+    softcap_slope,
+    without_dust,
+)
+from fastgrpo.kernels.forward import combine, fold_runs, has_extras, logit_arguments
+
+# Of a tile: the forward's peak, sum of exp, spread and label's logit; the reference of its masses, the label's slope.
+PARTIALS = 6
+RUNNING = 6  # the same of all columns so far; the reference is that of the sums
+# A row's reference is LOWER nats below its peak so far, and a tile takes its own where its peak is more than HEADROOM
+# above that: masses then lie within fp16's range, and after the first chunks nearly all have the row's reference.
+LOWER, HEADROOM = tl.constexpr(6.0), tl.constexpr(10.0)
+
+
+@triton.jit(do_not_specialize=["first_row", "last_row", "first_v", "T"])
+def masses_kernel(
+    hidden_ptr,  # (B, T, D)
+    weight_ptr,  # (V, D)
+    bias_ptr,  # (V,) or None
+    targets_ptr,  # (N,)
+    temperature_ptr,  # (N,) or None
+    rows_ptr,  # (N,) rows to do
+    count_ptr,  # (1,) how many
+    running_ptr,  # (RUNNING, N), its first row: the peak of the columns before first_v
+    masses_ptr,  # (rows, width) out, exp(z - reference) times softcap's slope, 0 at the label
+    partials_ptr,  # (PARTIALS, tiles, last_row - first_row) out
+    first_row,
+    last_row,
+    first_v,
+    width,  # columns of the chunk, a multiple of every tile
+    V,
+    D,
+    T,
+    strides,  # Strides
+    logits,  # Logits
+    ENTROPY: tl.constexpr,
+    WHOLE_D: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    tiles_v = tl.cdiv(tl.minimum(width, V - first_v), BLOCK_V)
+    block, tile = grouped(tl.program_id(0), tiles_v, GROUP)
+    start = first_row + block * BLOCK_N
+    stop = tl.minimum(tl.load(count_ptr), last_row)
+    if start >= stop:
+        return
+    offs_n = start + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < stop
+    rows = tl.load(rows_ptr + offs_n, mask=mask_n, other=0)
+    label = known_label(targets_ptr, rows, mask_n, V)
+    h_ptrs = hidden_ptr + row_offsets(rows, T, strides.hidden_b, strides.hidden_t)
+    inv_temperature = logits.inv_temperature
+    if temperature_ptr is not None:
+        inv_temperature = (1.0 / tl.load(temperature_ptr + rows, mask=mask_n, other=1.0))[:, None]
+    tile_v = first_v + tile * BLOCK_V
+    raw = raw_logits(
+        h_ptrs, weight_ptr, bias_ptr, None, rows, tile_v, V, D, strides, WHOLE_D, COMPUTE, BLOCK_N, BLOCK_V, BLOCK_D
+    )
+
+    z = cap(raw, logits) * inv_temperature
+    offs_v = tile_v + tl.arange(0, BLOCK_V)
+    is_label = offs_v[None, :] == label[:, None]
+    label_z = tl.sum(tl.where(is_label, z, 0.0), axis=1)
+    z = tl.where(is_label | (offs_v >= V)[None, :], NOTHING, z)
+    peak = tl.max(z, axis=1)
+    row_reference = tl.load(running_ptr + offs_n, mask=mask_n, other=0.0) - LOWER
+    reference = tl.where(peak <= row_reference + HEADROOM, row_reference, peak - LOWER)
+    # the sums are kept below their true peak, as the forward's are, so that they lose no digit
+    peak = tl.maximum(peak, row_reference, propagate_nan=tl.PropagateNan.ALL)
+    to_peak = tl.exp(reference - peak)
+    e = tl.exp(z - reference[:, None])
+    out = partials_ptr + tl.cast(tile, tl.int64) * (last_row - first_row) + (offs_n - first_row)
+    step = tl.cast(tiles_v, tl.int64) * (last_row - first_row)
+    tl.store(out, peak, mask=mask_n)
+    tl.store(out + step, tl.sum(e, axis=1) * to_peak, mask=mask_n)
+    if ENTROPY:
+        tl.store(out + 2 * step, tl.sum(e * (peak[:, None] - z), axis=1) * to_peak, mask=mask_n)
+    else:
+        tl.store(out + 2 * step, tl.zeros((BLOCK_N,), tl.float32), mask=mask_n)
+    tl.store(out + 3 * step, label_z, mask=mask_n)
+    tl.store(out + 4 * step, reference, mask=mask_n)
+    slope = softcap_slope(raw, logits)
+    if logits.softcap is not None:
+        tl.store(out + 5 * step, tl.sum(tl.where(is_label, slope, 0.0), axis=1), mask=mask_n)
+    local_v = tile * BLOCK_V + tl.arange(0, BLOCK_V)
+    at = masses_ptr + (offs_n - first_row).to(tl.int64)[:, None] * width + local_v[None, :]
+    tl.store(at, without_dust(e * slope).to(masses_ptr.dtype.element_ty), mask=mask_n[:, None])
+
+
+@triton.jit(do_not_specialize=["first_row", "last_row", "N", "tiles_v"])
+def fold_kernel(
+    partials_ptr,  # (PARTIALS, tiles_v, last_row - first_row)
+    running_ptr,  # (RUNNING, N), changed
+    decay_ptr,  # (N,) out: from the sums' old reference to the new
+    count_ptr,  # (1,)
+    first_row,
+    last_row,
+    N,
+    tiles_v,
+    logits,
+    RUNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The tiles' statistics into the rows', and the reference that the chunk's masses are to have."""
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    stop = tl.minimum(tl.load(count_ptr), last_row) - first_row
+    if tl.program_id(0) * BLOCK >= stop:
+        return
+    mask = offs < stop
+    at, n = running_ptr + first_row + offs, tl.cast(N, tl.int64)
+    total = tl.load(at + n, mask=mask, other=0.0)
+    peak, total, spread, label_z, _ = fold_runs(
+        partials_ptr, offs, mask, last_row - first_row, tiles_v, tl.load(at, mask=mask, other=0.0), total,
+        tl.load(at + 2 * n, mask=mask, other=0.0), tl.load(at + 3 * n, mask=mask, other=0.0), total, False, RUNS,
+    )  # fmt: skip
+    reference = tl.full((BLOCK,), FLOOR, tl.float32)
+    slope = tl.load(at + 5 * n, mask=mask, other=0.0)
+    step = tl.cast(tiles_v, tl.int64) * (last_row - first_row)
+    for first in range(0, tiles_v, RUNS):
+        tile = first + tl.arange(0, RUNS)
+        part = partials_ptr + 4 * step + tile.to(tl.int64)[:, None] * (last_row - first_row) + offs[None, :]
+        inside = (tile < tiles_v)[:, None] & mask[None, :]
+        reference = tl.maximum(reference, tl.max(tl.load(part, mask=inside, other=FLOOR), axis=0))
+        if logits.softcap is not None:
+            slope += tl.sum(tl.load(part + step, mask=inside, other=0.0), axis=0)
+    old_reference = tl.load(at + 4 * n, mask=mask, other=0.0)
+    tl.store(decay_ptr + first_row + offs, tl.exp(old_reference - reference), mask=mask)
+    tl.store(at, peak, mask=mask)
+    tl.store(at + n, total, mask=mask)
+    tl.store(at + 2 * n, spread, mask=mask)
+    tl.store(at + 3 * n, label_z, mask=mask)
+    tl.store(at + 4 * n, reference, mask=mask)
+    tl.store(at + 5 * n, slope, mask=mask)
+
+
+@triton.jit(do_not_specialize=["first_row", "last_row", "N", "tiles_v"])
+def level_kernel(
+    masses_ptr,  # (rows, width), changed
+    partials_ptr,  # (PARTIALS, tiles_v, last_row - first_row)
+    running_ptr,  # (RUNNING, N)
+    count_ptr,  # (1,)
+    first_row,
+    last_row,
+    width,
+    N,
+    tiles_v,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,  # columns of a tile
+):
+    """Every tile's masses to their rows' reference."""
+    blocks = tl.cdiv(last_row - first_row, BLOCK_N)
+    tile = tl.program_id(0) // blocks
+    offs = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = offs < tl.minimum(tl.load(count_ptr), last_row) - first_row
+    step = tl.cast(tiles_v, tl.int64) * (last_row - first_row)
+    own = partials_ptr + 4 * step + tl.cast(tile, tl.int64) * (last_row - first_row) + offs
+    common = running_ptr + 4 * tl.cast(N, tl.int64) + first_row + offs
+    factor = tl.exp(tl.load(own, mask=mask, other=0.0) - tl.load(common, mask=mask, other=0.0))
+    if tl.max((factor != 1.0).to(tl.int32), axis=0) == 0:
+        return
+    offs_v = tile * BLOCK_V + tl.arange(0, BLOCK_V)
+    at = masses_ptr + offs.to(tl.int64)[:, None] * width + offs_v[None, :]
+    masses = tl.load(at, mask=mask[:, None], other=0.0).to(tl.float32) * factor[:, None]
+    tl.store(at, without_dust(masses).to(masses_ptr.dtype.element_ty), mask=mask[:, None])
+
+
+@triton.jit(do_not_specialize=["N"])
+def directions_kernel(
+    weight_ptr,  # (V, D)
+    targets_ptr,  # (N,)
+    temperature_ptr,  # (N,) or None
+    rows_ptr,  # (N,)
+    count_ptr,  # (1,)
+    running_ptr,  # (RUNNING, N)
+    stats_ptr,  # (5, N)
+    directions_ptr,  # (N, D) sums of masses times rows of the weight; out: d logp / d hidden, 0 for ignored rows
+    N,
+    V,
+    D,
+    stride_weight_v,
+    stride_weight_d,
+    logits,  # Logits
+    COMPUTE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    tiles_d = tl.cdiv(D, BLOCK_D)
+    offs_n = tl.program_id(0) // tiles_d * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_d = tl.program_id(0) % tiles_d * BLOCK_D + tl.arange(0, BLOCK_D)
+    n = tl.cast(N, tl.int64)
+    counted = offs_n < tl.load(count_ptr)
+    rows = tl.load(rows_ptr + offs_n, mask=offs_n < N, other=0)
+    label = known_label(targets_ptr, rows, counted, V)
+    label = tl.where(label >= 0, label, 0).to(tl.int64)  # of a bad target: other_mass is NaN
+    factor = logits.logit_scale * logits.inv_temperature
+    if temperature_ptr is not None:
+        factor = logits.logit_scale / tl.load(temperature_ptr + rows, mask=counted, other=1.0)
+    factor *= tl.load(stats_ptr + 3 * n + rows, mask=counted, other=0.0)
+    at = running_ptr + offs_n
+    total = tl.load(at + n, mask=counted, other=0.0)
+    to_peak = tl.exp(tl.load(at + 4 * n, mask=counted, other=0.0) - tl.load(at, mask=counted, other=0.0))
+    share = tl.where(total == 0, 0.0, to_peak / total)  # V = 1: there are no others
+    mask = counted[:, None] & (offs_d < D)[None, :]
+    w_ptrs = weight_ptr + label[:, None] * stride_weight_v + offs_d[None, :] * tl.cast(stride_weight_d, tl.int64)
+    direction = tl.load(w_ptrs, mask=mask, other=0.0).to(COMPUTE).to(tl.float32)
+    if logits.softcap is not None:
+        direction *= tl.load(at + 5 * n, mask=counted, other=0.0)[:, None]
+    out = directions_ptr + rows[:, None] * D + offs_d[None, :]
+    direction -= tl.load(out, mask=mask, other=0.0) * share[:, None]
+    direction = tl.where(mask, direction * factor[:, None], 0.0)
+    tl.store(out, direction, mask=(offs_n < N)[:, None] & (offs_d < D)[None, :])
+
+
+def frozen_forward(problem):
+    """Of a head without LoRA: the statistics of :func:`fastgrpo.kernels.forward.forward`, and d logp / d hidden.
+
+    Never waits for the device. Holds the workspace and 28 bytes a row beyond its results.
+
+    Returns:
+        (5, N) and (N, D) float32: 0 in ignored rows, NaN in those of a target outside the vocabulary.
+    """
+    n, vocab, depth = problem.sizes
+    stats = problem.new_stats(torch.float32)
+    directions = torch.empty(n, depth, dtype=torch.float32, device=problem.hidden.device)
+    if n == 0:
+        return stats, directions
+    launch = Launcher(problem, *compact_rows(problem.targets != IGNORE))
+    for rows in spans(n, launch.chunk.rows):
+        for columns in spans(vocab, launch.chunk.cols):
+            launch.masses(*rows, *columns)
+            launch.fold(*rows, *columns)
+            launch.level(*rows, *columns)
+            launch.add_product(directions, *rows, *columns)
+    combine(problem, launch.running[:, None], launch.rows, launch.count, stats=stats)
+    launch.directions(stats, directions)
+    return stats, directions
+
+
+class Launcher:
+    """Launches the kernels over one chunk, which it has the buffers of."""
+
+    def __init__(self, problem, rows, count):
+        self.problem, self.rows, self.count = problem, rows, count
+        self.strides, self.logits, _ = logit_arguments(problem)
+        dtype, device = problem.params.compute_dtype, problem.hidden.device
+        full = problem.params.entropy or has_extras(problem)
+        self.tile = tiles.for_tensor("masses_full" if full else "masses", dtype, device)
+        n, vocab, _ = problem.sizes
+        cell = dtype.itemsize + 4 * PARTIALS / self.tile.cols
+        self.chunk = plan_tiles(n, vocab, problem.params.workspace, cell, 0, 0, multiple=tiles.WIDTH)
+        held = min(self.chunk.rows, n)
+        self.buffer = torch.empty(held, self.chunk.cols, dtype=dtype, device=device)
+        fp32 = {"dtype": torch.float32, "device": device}
+        self.partials = torch.empty(PARTIALS, self.tiles_v(0, self.chunk.cols), held, **fp32)
+        self.running = torch.zeros(RUNNING, n, **fp32)
+        self.running[0::4] = FLOOR.value  # peak and reference
+        self.decay = torch.empty(n, **fp32)
+
+    def tiles_v(self, first_v, last_v):
+        return triton.cdiv(last_v - first_v, self.tile.cols)
+
+    def masses(self, first_row, last_row, first_v, last_v):
+        problem, tile = self.problem, self.tile
+        _, vocab, depth = problem.sizes
+        blocks = triton.cdiv(triton.cdiv(last_row - first_row, tile.rows), tile.group) * tile.group
+        masses_kernel[(blocks * self.tiles_v(first_v, last_v),)](
+            hidden_ptr=problem.hidden,
+            weight_ptr=problem.weight,
+            bias_ptr=problem.bias,
+            targets_ptr=problem.targets,
+            temperature_ptr=problem.temperature,
+            rows_ptr=self.rows,
+            count_ptr=self.count,
+            running_ptr=self.running,
+            masses_ptr=self.buffer,
+            partials_ptr=self.partials,
+            first_row=first_row,
+            last_row=last_row,
+            first_v=first_v,
+            width=self.chunk.cols,
+            V=vocab,
+            D=depth,
+            T=problem.hidden.shape[1],
+            strides=self.strides,
+            logits=self.logits,
+            ENTROPY=problem.params.entropy,
+            WHOLE_D=depth % tile.depth == 0,
+            COMPUTE=TO_TRITON[str(problem.params.compute_dtype)],
+            BLOCK_N=tile.rows,
+            BLOCK_V=tile.cols,
+            BLOCK_D=tile.depth,
+            GROUP=tile.group,
+            **tile.options,
+        )
+
+    def fold(self, first_row, last_row, first_v, last_v):
+        fold_kernel[(triton.cdiv(last_row - first_row, tiles.COMBINE_BLOCK),)](
+            partials_ptr=self.partials,
+            running_ptr=self.running,
+            decay_ptr=self.decay,
+            count_ptr=self.count,
+            first_row=first_row,
+            last_row=last_row,
+            N=self.problem.targets.numel(),
+            tiles_v=self.tiles_v(first_v, last_v),
+            logits=self.logits,
+            RUNS=tiles.COMBINE_RUNS,
+            BLOCK=tiles.COMBINE_BLOCK,
+        )
+
+    def level(self, first_row, last_row, first_v, last_v):
+        tiles_v, block = self.tiles_v(first_v, last_v), tiles.LEVEL_ROWS
+        level_kernel[(triton.cdiv(last_row - first_row, block) * tiles_v,)](
+            masses_ptr=self.buffer,
+            partials_ptr=self.partials,
+            running_ptr=self.running,
+            count_ptr=self.count,
+            first_row=first_row,
+            last_row=last_row,
+            width=self.chunk.cols,
+            N=self.problem.targets.numel(),
+            tiles_v=tiles_v,
+            BLOCK_N=block,
+            BLOCK_V=self.tile.cols,
+        )
+
+    def add_product(self, directions, first_row, last_row, first_v, last_v):
+        span = first_row, last_row, first_v, last_v
+        add_product(self.buffer, self.problem.weight, self.count, directions, span, rows=self.rows, decay=self.decay)
+
+    def directions(self, stats, directions):
+        n, vocab, depth = self.problem.sizes
+        tile = copy_tile(depth)
+        directions_kernel[(triton.cdiv(n, tile.rows) * triton.cdiv(depth, tile.cols),)](
+            weight_ptr=self.problem.weight,
+            targets_ptr=self.problem.targets,
+            temperature_ptr=self.problem.temperature,
+            rows_ptr=self.rows,
+            count_ptr=self.count,
+            running_ptr=self.running,
+            stats_ptr=stats,
+            directions_ptr=directions,
+            N=n,
+            V=vocab,
+            D=depth,
+            stride_weight_v=self.problem.weight.stride(0),
+            stride_weight_d=self.problem.weight.stride(1),
+            logits=self.logits,
+            COMPUTE=TO_TRITON[str(self.problem.params.compute_dtype)],
+            BLOCK_N=tile.rows,
+            BLOCK_D=tile.cols,
+            num_warps=tile.warps,
+        )
