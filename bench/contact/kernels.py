@@ -38,9 +38,9 @@ class Launch(NamedTuple):
 
 
 def launches(contact, depth, hint=True):
-    """{kernel: its largest launch} of a forward, a certified forward and an exact backward."""
+    """{kernel: its largest launch} of a forward, a certified and a frozen head's one, and an exact backward."""
     from fastgrpo import linear_logprobs
-    from fastgrpo.kernels import backward, forward, report
+    from fastgrpo.kernels import backward, forward, frozen, report
 
     hidden, weight, targets = contact.head(contact.sizes.tokens, depth)
     hidden.requires_grad_()
@@ -51,7 +51,10 @@ def launches(contact, depth, hint=True):
         logp.sum().backward()
         old = logp.detach() if hint else None
         linear_logprobs(hidden, weight, targets, old_logprobs=old, backend="triton", backward="certified")
-    return found
+    made_in_forward = {}
+    with report.replaced((forward, frozen, backward), lambda kernel: Recorder(kernel, made_in_forward)):
+        linear_logprobs(hidden, weight.detach(), targets, backend="triton", backward="exact")
+    return made_in_forward | found  # of what both launch, the first's
 
 
 class Recorder:
@@ -78,9 +81,10 @@ def flops_of(name, arguments):
     """2 x multiply-adds of a GEMM kernel's launch; 0 of the others."""
     if name.startswith("forward"):
         return 2 * arguments["N"] * arguments["V"] * arguments["D"]
-    if name in ("dlogits", "dhidden", "dweight"):
-        cells = (arguments["last_row"] - arguments["first_row"]) * (arguments["last_v"] - arguments["first_v"])
-        return 2 * cells * arguments["D"]
+    if name in ("dlogits", "dhidden", "dweight", "masses"):
+        last_v = arguments["first_v"] + arguments["width"] if name == "masses" else arguments["last_v"]
+        columns = min(last_v, arguments.get("V", last_v)) - arguments["first_v"]
+        return 2 * (arguments["last_row"] - arguments["first_row"]) * columns * arguments["D"]
     return 0
 
 

@@ -77,7 +77,7 @@ def cuda_checks(both, h, w, frozen, first):
     before = torch.cuda.memory_allocated()
     both()
     peak = torch.cuda.max_memory_allocated() - before - 2 * h.numel() - (0 if frozen else 2 * w.numel())
-    bound = 128 * 2**20 + (0 if frozen else 4 * n * depth) + 64 * n + n * w.shape[0] / 128
+    bound = 128 * 2**20 + 4 * n * depth + 64 * n + n * w.shape[0] / 128
     row = {"peak_mib": round(peak / 2**20, 1), "bound_mib": round(bound / 2**20, 1)}
     torch.cuda.set_sync_debug_mode("error")
     try:
