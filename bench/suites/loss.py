@@ -16,14 +16,15 @@ def cases(device):
 
 
 def cpu_cases():
-    half = Case(1024, 16384, 512)
+    heads = ("trained", "frozen")
+    base, half = Case(1024, 32768, 512), Case(1024, 16384, 512, memory=False)
     return [
-        Case(1024, 32768, 512),
-        replace(half, head="frozen", memory=False),
-        replace(half, zero_share=SKIPPING, memory=False),
-        replace(half, profile="flat", memory=False),
+        base,
+        replace(base, head="frozen"),
+        replace(half, zero_share=SKIPPING),
+        *(replace(half, profile="flat", head=head) for head in heads),
+        *(Case.real(name, 512, group="models", head=head, memory=False) for name in TEMPERATURES for head in heads),
         Case.of("Qwen2.5-0.5B", 256, group="models", memory=False),
-        *(Case.real(name, 512, group="models", memory=False) for name in TEMPERATURES),
         *(Case(n, 8192, 256, group="N", memory=n > 512) for n in (512, 1024, 2048)),
         *(Case(512, v, 256, group="V") for v in (8192, 16384, 32768)),
         *(Case(512, 8192, d, group="D", memory=False) for d in (128, 256, 512)),
@@ -39,7 +40,7 @@ def cuda_cases():
         base,
         replace(base, head="frozen"),
         replace(base, zero_share=SKIPPING),
-        replace(base, profile="flat"),
+        *(replace(base, profile="flat", head=head) for head in ("trained", "frozen")),
         *(Case.of(m, 8192, dtype="bf16", group="models") for m in models),
         *(Case.real(name, TOKENS, group="models", dtype="bf16") for name in TEMPERATURES),
         *(Case.of("Qwen2.5-1.5B", n, dtype="bf16", group="N") for n in (2048, 4096, 8192, 16384, 32768)),
