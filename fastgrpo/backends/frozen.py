@@ -9,9 +9,11 @@ is summed as its certificate, and rows that leave out too much are done again by
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from fastgrpo.backends import certified, dense
 from fastgrpo.backends import plan as planning
+from fastgrpo.backends.certified import BLOCK
 from fastgrpo.backends.problem import RowStats, new_gradients
 from fastgrpo.inputs import IGNORE, accumulator_dtype
 
@@ -103,11 +105,6 @@ class Sums:
         if n and weights.shape[1]:
             self.reader.add_mm(self.values[first : first + n], weights[:n].to(self.reader.operand), columns)
 
-    def spread(self, first, mass, mean):
-        """mass: (m,) times the row mean (D,), for the rows from ``first`` on."""
-        n = self.here(first, len(mass))
-        self.values[first : first + n].addr_(mass[:n], mean)
-
     def finish(self, total, stats):
         """total: (n,) the sum of all of a row's exponentials; stats: (5, N)."""
         problem, other_mass = self.problem, RowStats(*stats).other_mass[self.rows]
@@ -138,30 +135,30 @@ class FrozenFold(certified.Fold):
         self.sums.rescale(first, decay)
 
     def leave_out(self, z, slope, kept, r, v, columns):
-        count = -(-self.sums.here(r, len(z)) // certified.BLOCK)  # blocks with a row that is summed
+        count = -(-self.sums.here(r, len(z)) // BLOCK)  # blocks with a row that is summed
         if not count:
             return
         whole, sparse = [], []
         for first, last, gathered in self.partition(kept[:count]):
-            span = slice(first * certified.BLOCK, last * certified.BLOCK)
-            (sparse if gathered else whole).append(span)
-        pieces = [
-            self.cut_out(z[span], kept[span.start // certified.BLOCK : span.stop // certified.BLOCK]) for span in sparse
-        ]
-        tails = [z[span].sum(1) for span in sparse]
+            (sparse if gathered else whole).append(slice(first * BLOCK, last * BLOCK))
+        flags = [kept[span.start // BLOCK : span.stop // BLOCK].any(0) for span in sparse]
+        tails = [torch.mv(z[span], (~flag).to(z.dtype)) for span, flag in zip(sparse, flags)]
         affordable = self.affordable(sparse, tails, r, len(z), v + z.shape[1])
-        mean_all = columns[0].sum(0) if slope is None and any(affordable) else None
-        for span, (ids, piece), tail, fits in zip(sparse, pieces, tails, affordable):
+        every = torch.mv(columns[0].t(), z.new_ones(z.shape[1])) if slope is None and any(affordable) else None
+        for span, flag, tail, fits in zip(sparse, flags, tails, affordable):
             if not fits:
-                z[span].index_copy_(1, ids, piece)
                 whole.append(span)
                 continue
-            first, own = r + span.start, columns[0][ids]
+            first, ids = r + span.start, flag.nonzero().squeeze(1)
+            if every is not None:
+                ids = F.pad(ids, (0, 1))  # room for what is left out, as if spread evenly
+            piece, own = z[span].index_select(1, ids), columns[0].index_select(0, ids)
             if slope is not None:
                 piece[: len(slope[span])] *= slope[span].index_select(1, ids)
+            else:
+                piece[:, -1] = tail
+                own[-1] = (every - own[:-1].sum(0)) / max(z.shape[1] - len(own) + 1, 1)
             self.sums.add(first, piece, own)
-            if mean_all is not None and len(own) < z.shape[1]:
-                self.sums.spread(first, tail, (mean_all - own.sum(0)) / (z.shape[1] - len(own)))
             self.dropped[first : r + span.stop] += tail[: len(self.dropped) - first]
         for span in merged(whole):
             part = z[span] if slope is None else z[span][: len(slope[span])].mul_(slope[span])
@@ -170,17 +167,9 @@ class FrozenFold(certified.Fold):
     def partition(self, kept):
         """[(first block, last block, whether the flagged entries alone are added)], the cheapest."""
         counts = planning.level_counts(kept, chunk=kept.shape[1])
-        rows = [certified.BLOCK] * len(kept)
+        rows = [BLOCK] * len(kept)
         sizes = [(x + ONE_SPAN).tolist() for x in counts]
         return planning.best_partition(rows, sizes, self.overhead, kept.shape[1])[0]
-
-    @staticmethod
-    def cut_out(z, kept):
-        """-> ids (k,) of the entries that one of the blocks flags, their exponentials (m, k); these are 0 in z then."""
-        ids = kept.any(0).nonzero().squeeze(1)
-        piece = z.index_select(1, ids)
-        z.index_fill_(1, ids, 0.0)
-        return ids, piece
 
     def affordable(self, spans, tails, r, rows, seen):
         """[bool]: those that leave out least, as many as the error budget of the ``seen`` first entries allows."""
