@@ -111,7 +111,7 @@ def test_16_bit_error_budget(backend, device, dtype, peak, workspace, options):
         out = linear_logprobs(leaf, weight, targets, bias, backend=backend, backward="exact", **options)
         (exact,) = torch.autograd.grad(out.logprobs.sum(), leaf)
     mine, theirs = (problems.relative_error(d, want[2]) for d in (directions, exact))
-    assert mine <= theirs, (mine, theirs)
+    assert mine <= 1.05 * theirs, (mine, theirs)
     assert mine < 2e-3
 
 

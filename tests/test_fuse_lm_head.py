@@ -436,9 +436,17 @@ def test_fusing_leaves_every_signature_alone():
     assert [inspect.signature(copy.deepcopy(model).forward) for model in models] == before
 
 
+@pytest.fixture
+def accelerate():
+    """accelerate, whose settings are the process's: those of one test must not reach the next."""
+    module = pytest.importorskip("accelerate")
+    module.state.AcceleratorState._reset_state(True)
+    yield module
+    module.state.AcceleratorState._reset_state(True)
+
+
 @pytest.mark.parametrize("keep", [True, False])
-def test_accelerates_mixed_precision_comes_off(keep):
-    accelerate = pytest.importorskip("accelerate")
+def test_accelerates_mixed_precision_comes_off(keep, accelerate):
     model, ids = fuse_lm_head(make()), tokens()
     want = model(input_ids=ids, labels=ids, fastgrpo=True).logprobs
     accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")

@@ -103,7 +103,7 @@ class FusedForward:
         return self if module is self.module else type(self)(module, self.replaced or own_forward(module))
 
     def plain(self, *args, **kwargs):
-        if self.replaced is None:  # spelt out: torch.compile does not trace the making of a bound method
+        if self.replaced is None:  # called as a function: torch.compile traces no bound method that is made here
             return type(self.module).forward(self.module, *args, **kwargs)
         return self.replaced(*args, **kwargs)
 

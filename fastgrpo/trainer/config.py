@@ -104,10 +104,9 @@ class GRPOConfig(Sampling, GRPOLossConfig, ModelOptions, VLLMOptions):
 
     def check_combinations(self) -> None:
         super().check_combinations()
-        group, rollout = self.num_generations, self.rollout
         require(
-            rollout % group == 0,
-            f"num_generations must divide a rank's rollout of {rollout} answers, got {group}",
+            self.rollout % self.num_generations == 0,
+            f"num_generations must divide a rank's rollout of {self.rollout} answers, got {self.num_generations}",
         )
         steps, accumulate = self.steps_per_generation, self.gradient_accumulation_steps
         require(
@@ -115,14 +114,13 @@ class GRPOConfig(Sampling, GRPOLossConfig, ModelOptions, VLLMOptions):
             f"steps_per_generation must be a multiple of gradient_accumulation_steps {accumulate}, got {steps}",
         )
         require(
-            self.max_steps > 0 or self.max_steps == -1,
-            f"max_steps must be > 0 or -1 (epochs), got {self.max_steps}",
+            self.max_steps > 0 or self.max_steps == -1, f"max_steps must be > 0 or -1 (epochs), got {self.max_steps}"
         )
         if self.use_vllm and self.vllm_importance_sampling_correction and self.loss_type == "vespo":
-            mode = self.vllm_importance_sampling_mode
             require(
-                mode.startswith("token"),
-                f"vllm_importance_sampling_mode must be 'token_...' with loss_type='vespo', got {mode!r}",
+                self.vllm_importance_sampling_mode.startswith("token"),
+                "vllm_importance_sampling_mode must be 'token_...' with loss_type='vespo', "
+                f"got {self.vllm_importance_sampling_mode!r}",
             )
         if self.sync_ref_model:
             require(self.beta > 0, "sync_ref_model needs a reference: beta > 0, got 0")
