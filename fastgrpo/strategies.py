@@ -46,7 +46,7 @@ class Certified:
     def backward(problem, backend, stats, kept, grad_logp, grad_entropy, needs):
         if grad_entropy is not None:  # the certificate does not speak of the entropy
             return backend.backward(problem, stats, grad_logp, grad_entropy, needs)
-        certificate = certified.Certificate(*kept, backend.rows_per_flag(problem))
+        certificate = certified.Certificate(*kept, block=backend.rows_per_flag(problem))
         return certified.backward(problem, stats, certificate, grad_logp, needs)
 
 

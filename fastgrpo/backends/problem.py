@@ -2,7 +2,7 @@
 
 import functools
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -26,11 +26,11 @@ class RowStats(NamedTuple):
 class Gradients(NamedTuple):
     """Of each tensor of a problem its gradient or None; or whether it is needed."""
 
-    hidden: object
-    weight: object
-    bias: object = None
-    low: object = None
-    up: object = None
+    hidden: Any
+    weight: Any
+    bias: Any = None
+    low: Any = None
+    up: Any = None
 
     @property
     def of_rows(self):
