@@ -20,6 +20,7 @@ from fastgrpo.inputs import IGNORE, accumulator_dtype
 BLOCK = 128  # rows that share their flags
 CUTOFF_PER_TOLERANCE = 2.0**-7  # columns of p >= tolerance * this are flagged
 HINT_SLACK = 1.4  # nats by which a hint may fall short: the cutoff is then at most 4 times too high
+CROWDED = 0.9  # share of a tile's flags from which on all are set: nothing is left out, nothing has to be summed
 TRUSTED = (1e-20, 1e30)  # range of a row's sum of exp in which the guessed shift was good enough
 
 
@@ -185,6 +186,9 @@ class FlagFold(Fold):
 
     def leave_out(self, z, slope, kept, r, v, columns):
         flags = self.flags[r // BLOCK : r // BLOCK + len(kept), v : v + z.shape[1]]
+        if z.device.type == "cpu" and kept.sum() > CROWDED * kept.numel():
+            flags.fill_(True)
+            return
         flags |= kept
         z.view(len(kept), BLOCK, -1).mul_(~flags[:, None, :])
         sums = z.sum(1)
