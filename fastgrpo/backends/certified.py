@@ -89,7 +89,7 @@ def fold_vocabulary(problem, rows, label, hint):
 
 def fold_tiles(problem, rows, fold, buffers):
     capped = fold.with_slope and problem.params.softcap is not None
-    for z, slope, index, r, v, columns in dense.logit_tiles(problem, rows, buffers, capped, multiple=BLOCK):
+    for z, slope, index, r, v, columns in dense.logit_tiles(problem, rows, buffers, capped, multiple=fold.block):
         fold.tile(z, slope, problem.targets[index] - v, r, v, columns)
         z = slope = None  # the last tile goes before the next one comes
 
@@ -119,6 +119,7 @@ def label_terms(problem, rows):
 class Fold:
     """Folds tiles of logits, shifted by each row's threshold, into running sums and the mass left out."""
 
+    block = BLOCK  # rows that are decided on together
     with_slope = True  # whether leave_out wants softcap's
 
     def __init__(self, problem, label, hint):
@@ -129,14 +130,14 @@ class Fold:
         self.total, self.spread, self.dropped = torch.zeros(3, label.numel(), dtype=label.dtype, device=label.device)
 
     def tile(self, z, slope, local, r, v, columns):
-        """z: (blocks * BLOCK, C) logits, rows beyond the last one NOTHING; overwritten."""
+        """z: (blocks * block, C) logits, rows beyond the last one NOTHING; overwritten."""
         n = local.numel()
         part = slice(r, r + n)
         dense.take_label(z[:n], local, torch.empty_like(self.label[part]))
         if self.hint is None:
             self.raise_shift(z[:n], part, first=v == 0)
         z[:n] -= self.shift[part, None]
-        kept = z.view(-1, BLOCK, z.shape[1]).amax(1) >= 0
+        kept = z.view(-1, self.block, z.shape[1]).amax(1) >= 0
         if self.problem.params.entropy:
             weighted = dense.exp_(z[:n].clamp_(min=dense.FAR).clone())
             self.spread[part] -= (z[:n] * weighted).sum(1)

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 
 from fastgrpo.backends import certified, dense
 from fastgrpo.backends import plan as planning
-from fastgrpo.backends.certified import BLOCK
 from fastgrpo.backends.problem import RowStats, new_gradients
 from fastgrpo.inputs import IGNORE, accumulator_dtype
 
@@ -135,16 +134,16 @@ class FrozenFold(certified.Fold):
         self.sums.rescale(first, decay)
 
     def leave_out(self, z, slope, kept, r, v, columns):
-        count = -(-self.sums.here(r, len(z)) // BLOCK)  # blocks with a row that is summed
+        count = -(-self.sums.here(r, len(z)) // self.block)  # blocks with a row that is summed
         if not count:
             return
         whole, sparse = [], []
         for first, last, gathered in self.partition(kept[:count]):
-            (sparse if gathered else whole).append(slice(first * BLOCK, last * BLOCK))
-        flags = [kept[span.start // BLOCK : span.stop // BLOCK].any(0) for span in sparse]
+            (sparse if gathered else whole).append(slice(first * self.block, last * self.block))
+        flags = [kept[span.start // self.block : span.stop // self.block].any(0) for span in sparse]
         tails = [torch.mv(z[span], (~flag).to(z.dtype)) for span, flag in zip(sparse, flags)]
         affordable = self.affordable(sparse, tails, r, len(z), v + z.shape[1])
-        every = torch.mv(columns[0].t(), z.new_ones(z.shape[1])) if slope is None and any(affordable) else None
+        every = summed(columns[0]) if slope is None and any(affordable) else None
         for span, flag, tail, fits in zip(sparse, flags, tails, affordable):
             if not fits:
                 whole.append(span)
@@ -157,7 +156,7 @@ class FrozenFold(certified.Fold):
                 piece[: len(slope[span])] *= slope[span].index_select(1, ids)
             else:
                 piece[:, -1] = tail
-                own[-1] = (every - own[:-1].sum(0)) / max(z.shape[1] - len(own) + 1, 1)
+                own[-1] = (every - summed(own[:-1])) / max(z.shape[1] - len(own) + 1, 1)
             self.sums.add(first, piece, own)
             self.dropped[first : r + span.stop] += tail[: len(self.dropped) - first]
         for span in merged(whole):
@@ -167,7 +166,7 @@ class FrozenFold(certified.Fold):
     def partition(self, kept):
         """[(first block, last block, whether the flagged entries alone are added)], the cheapest."""
         counts = planning.level_counts(kept, chunk=kept.shape[1])
-        rows = [BLOCK] * len(kept)
+        rows = [self.block] * len(kept)
         sizes = [(x + ONE_SPAN).tolist() for x in counts]
         return planning.best_partition(rows, sizes, self.overhead, kept.shape[1])[0]
 
@@ -195,6 +194,11 @@ class FrozenFold(certified.Fold):
         if self.hint is not None:
             return -torch.expm1(self.hint[span])
         return torch.nan_to_num(torch.sigmoid(self.shift[span] + self.total[span].log() - self.label[span]))
+
+
+def summed(x):
+    """(k, D) -> (D,); torch's sum over the outer axis takes several times as long on a CPU."""
+    return torch.mv(x.t(), x.new_ones(len(x)))
 
 
 def merged(spans):
