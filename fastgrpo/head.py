@@ -9,7 +9,7 @@ from fastgrpo import backends, inputs
 from fastgrpo.backends.problem import HeadParams
 
 TOLERANCE = 0.005  # adds less than a quarter of what bf16 GEMMs add to the gradients' errors anyway
-AUTO_FP32_TOLERANCE = 0.0008
+AUTO_FP32_TOLERANCE = 0.0007  # the most that keeps both gradients within 1e-4 on every profile of bench/
 ROW_TOLERANCE = 0.1
 CERTIFIED_FROM = (256, 4096, 256)  # tokens, vocabulary and width from which "auto" certifies
 

@@ -103,10 +103,12 @@ def linear_logprobs(
         backend: "auto" (Triton on a GPU, else torch), "triton" or "torch".
         backward: "exact": every column of every row with a gradient. "certified": the columns that matter; every row
             carries the exact probability mass it leaves out, and rows over the tolerance keep all columns. "auto":
-            exact on CUDA and for float64 or small input, certified otherwise. An entropy gradient is exact.
+            exact on CUDA and for float64 or small input, certified otherwise. An entropy gradient is exact. Where
+            hidden alone wants a gradient (a frozen head, no entropy returned, no LoRA on the head) it is made in the
+            forward, in two GEMMs or less, and held until the backward, 4 N D bytes.
         tolerance: of the certified backward: bound on the relative error of d loss / d logits (Frobenius norm). None:
-            0.005, which adds less than a quarter of what bf16 GEMMs add anyway; 0.0008 for fp32 under "auto", which
-            keeps the errors of both gradients under 1e-4. The gradients' own errors are ten times smaller and more.
+            0.005, which adds less than a quarter of what bf16 GEMMs add anyway; 0.0007 for fp32 under "auto". The
+            gradients' own errors are about ten times smaller.
         workspace_mb: bound on the scratch memory, in MiB.
         row_tolerance: of the certified backward where the head (or its bias or LoRA's B) is trained: how far one
             vocabulary entry's gradient may be from the exact one, relative to its own size, in (0, 1]. 95 % of the
