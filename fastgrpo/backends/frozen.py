@@ -174,10 +174,8 @@ class FrozenFold(certified.Fold):
         """[bool]: those that leave out least, as many as the error budget of the ``seen`` first entries allows."""
         limit = SHARE * self.problem.params.tolerance / certified.cutoff(self.problem.params.tolerance)
         here = slice(r, r + rows)
-        budget = (limit * seen / self.vocab) ** 2 * self.other_mass(here).square().sum() - self.dropped[
-            here
-        ].square().sum()
-        costs = []
+        allowed = (limit * seen / self.vocab) ** 2 * self.other_mass(here).square().sum()
+        budget, costs = allowed - self.dropped[here].square().sum(), []
         for span, tail in zip(spans, tails):
             before = self.dropped[r + span.start : r + span.stop]
             tail = tail[: len(before)]
@@ -216,9 +214,8 @@ def backward(problem, stats, slopes, grad_logp, needs):
     """Gradients as :func:`fastgrpo.backends.dense.backward`'s."""
     out = new_gradients(problem, needs)
     d_hidden = out.hidden.flatten(0, 1)
-    if slopes.rows is None:  # nothing to decide, nothing to wait for
-        grad = grad_logp
-    else:
+    grad, whole = grad_logp, None
+    if slopes.rows is not None:  # otherwise nothing is to be decided, nothing waited for
         grad, whole = affordable(problem, stats, slopes, grad_logp)
     at_once = dense.entries_at_once(problem)
     for part in (slice(i, i + at_once) for i in range(0, len(grad), at_once)):
@@ -228,7 +225,7 @@ def backward(problem, stats, slopes, grad_logp, needs):
             d_hidden[part] = scaled
         else:
             d_hidden.index_copy_(0, slopes.rows[part], scaled)
-    if slopes.rows is not None and whole.numel():
+    if whole is not None and whole.numel():
         dense.add_exact_rows(problem, stats, whole, [grad_logp], out)
     return out
 
