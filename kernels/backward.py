@@ -316,12 +316,12 @@ class Factor(NamedTuple):
 
 def make_factors(problem, scale, out):
     """[:class:`Factor`] of the head and, with LoRA, of its pair."""
-    factors = [Factor(problem.hidden, problem.weight, scale, scale, *out[:2])]
+    factors = [Factor(problem.hidden, problem.weight, scale, scale, out.hidden, out.weight)]
     operands = problem.lora_operands
     if operands is not None:
         low, up = operands.low[:, : operands.rank], operands.up[:, : operands.rank]
         scales = (scale if s is None else scale * s for s in (operands.up_scale, operands.low_scale))
-        factors.append(Factor(low.unflatten(0, problem.hidden.shape[:2]), up, *scales, *out[3:5]))
+        factors.append(Factor(low.unflatten(0, problem.hidden.shape[:2]), up, *scales, out.low, out.up))
     return factors
 
 
@@ -408,15 +408,15 @@ def backward(problem, stats, grad_logp, grad_entropy, needs):
     Args:
         stats: (5, N) of :func:`fastgrpo.kernels.forward.forward`.
         grad_logp: (N,) float32. grad_entropy: (N,) float32 or None.
-        needs: a bool for each of them; the result has None where it is False.
+        needs: :class:`Gradients` of bools; the result has None where one is False.
     """
     out = new_gradients(problem, needs)
     if problem.targets.numel() == 0 or not any(needs):
-        for x in out[1::3]:
+        for x in out.of_head:
             if x is not None:
                 x.zero_()
         return out
-    d_bias = torch.zeros(problem.bias.shape, dtype=torch.float32, device=problem.bias.device) if needs[2] else None
+    d_bias = torch.zeros(problem.bias.shape, dtype=torch.float32, device=problem.bias.device) if needs.bias else None
     grads = [g.contiguous() for g in (grad_logp, grad_entropy) if g is not None]
     active = (problem.targets != IGNORE) & torch.stack([g != 0 for g in grads]).any(0)
     scale = row_scale(*(torch.where(active, g, 0.0) for g in grads))
@@ -443,7 +443,7 @@ def backward(problem, stats, grad_logp, grad_entropy, needs):
     if not chunks.rows_outside:
         launch.scatter_all(0, chunks.n)
     if d_bias is not None:
-        out[2].copy_(d_bias)
+        out.bias.copy_(d_bias)
     return out
 
 

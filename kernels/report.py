@@ -45,7 +45,7 @@ def problems(depth, architecture, chunked):
     """-> label, HeadProblem on the meta device, needed gradients."""
     import torch
 
-    from fastgrpo.backends.problem import HeadParams, HeadProblem
+    from fastgrpo.backends.problem import Gradients, HeadParams, HeadProblem
 
     def make(dtype, full, entropy=False, lora=False, rows=N, workspace=2**27):
         def empty(*shape, dtype=dtype):
@@ -65,12 +65,12 @@ def problems(depth, architecture, chunked):
     half = (torch.float16,) if architecture in FLOAT16 else ()  # elsewhere bfloat16 stands for it
     for dtype in (torch.bfloat16, *half, torch.float32):
         name = str(dtype).removeprefix("torch.")
-        yield f"{name}", make(dtype, full=False), (True, True, False)
-        yield f"{name} all options", make(dtype, full=True), (True,) * 5
-        yield f"{name} LoRA", make(dtype, full=False, lora=True), (True, False, False, True, True)
+        yield f"{name}", make(dtype, full=False), Gradients(True, True)
+        yield f"{name} all options", make(dtype, full=True), Gradients(*[True] * 5)
+        yield f"{name} LoRA", make(dtype, full=False, lora=True), Gradients(True, False, low=True, up=True)
         if dtype == torch.bfloat16:
             yield f"{name} entropy", make(dtype, full=False, entropy=True), (False, False, False)
-            yield f"{name} frozen head", make(dtype, full=False), (True, False, False)
+            yield f"{name} frozen head", make(dtype, full=False), Gradients(True, False)
             if chunked:  # hundreds of launches
                 yield f"{name} row chunks", make(dtype, full=False, rows=8 * N, workspace=2**25), (False, True, False)
 

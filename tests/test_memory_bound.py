@@ -13,7 +13,7 @@ from stand_in_cuda import StandInCuda
 
 from bench import profiles
 from fastgrpo import linear_logprobs
-from fastgrpo.backends.problem import HeadParams, HeadProblem
+from fastgrpo.backends.problem import Gradients, HeadParams, HeadProblem
 
 from watchers import Live
 
@@ -89,7 +89,7 @@ def test_triton_backend_at_real_size(n, depth, dtype, frozen, lora):
         empty(1, n, rank, dtype=torch.float32) if lora else None,
         empty(vocab, rank, dtype=torch.float32) if lora else None,
     )  # fmt: skip
-    needs = (True, not frozen, False) + ((True, True) if lora else ())
+    needs = Gradients(True, not frozen, low=lora, up=lora)
     row = empty(n, dtype=torch.float32)
     low_bytes = 4 * n * rank if lora else 0  # the adapter's own sums, and its 16-bit parts beside hidden
     bound = promised(n, vocab, depth, workspace, rank * vocab if lora else 0) + 6 * low_bytes
