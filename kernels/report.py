@@ -69,10 +69,10 @@ def problems(depth, architecture, chunked):
         yield f"{name} all options", make(dtype, full=True), Gradients(*[True] * 5)
         yield f"{name} LoRA", make(dtype, full=False, lora=True), Gradients(True, False, low=True, up=True)
         if dtype == torch.bfloat16:
-            yield f"{name} entropy", make(dtype, full=False, entropy=True), (False, False, False)
+            yield f"{name} entropy", make(dtype, full=False, entropy=True), Gradients(False, False)
             yield f"{name} frozen head", make(dtype, full=False), Gradients(True, False)
             if chunked:  # hundreds of launches
-                yield f"{name} row chunks", make(dtype, full=False, rows=8 * N, workspace=2**25), (False, True, False)
+                yield f"{name} row chunks", make(dtype, full=False, rows=8 * N, workspace=2**25), Gradients(False, True)
 
 
 class Recorder:
