@@ -1,6 +1,7 @@
 """Without a GPU the Triton kernels run in the interpreter; new memory is NaN, so that nothing unwritten is read."""
 
 import os
+import sys
 
 import torch
 
@@ -45,6 +46,14 @@ def poisoned_memory(monkeypatch):
     monkeypatch.setattr(torch, "empty", lambda *a, **k: poison(plain_empty(*a, **k)))
     monkeypatch.setattr(torch, "empty_like", lambda *a, **k: poison(plain_empty_like(*a, **k)))
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: poison(plain_new_empty(*a, **k)))
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """accelerate keeps its settings for the whole process, and refuses others."""
+    yield
+    if state := sys.modules.get("accelerate.state"):
+        state.AcceleratorState._reset_state()
 
 
 @pytest.fixture(params=["torch", "triton"])
