@@ -89,4 +89,9 @@ def choose(hidden, head, params, with_support, entropy_grad):
         return Supported
     if not entropy_grad and frozen.applies(hidden, head, params):
         return Frozen
+    return trained(params)
+
+
+def trained(params):
+    """Of a head that wants a gradient, or a part of one."""
     return Exact if params.tolerance is None else Certified

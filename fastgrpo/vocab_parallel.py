@@ -59,9 +59,10 @@ class VocabParallelLogProbs(torch.autograd.Function):
         needs = Gradients(*ctx.needs_input_grad[:3])
         with torch.autocast(stats.device.type, enabled=False):
             problem = HeadProblem(*tensors, params=ctx.params)
-            strategy = strategies.Exact if ctx.params.tolerance is None else strategies.Certified
             backend, certificate = backends.load(ctx.params.backend), ctx.saved_tensors[6:]
-            grads = strategy.backward(problem, backend, stats, certificate, grad_logp, grad_entropy, needs)
+            grads = strategies.trained(ctx.params).backward(
+                problem, backend, stats, certificate, grad_logp, grad_entropy, needs
+            )
         d_hidden = grads.hidden
         if d_hidden is not None and ctx.share.reduce_hidden_grad:
             dist.all_reduce(d_hidden, group=ctx.share.group)

@@ -16,6 +16,16 @@ def head(n, vocab, depth, dtype=torch.float64, device="cpu", seed=0, bias=False,
             (hidden, weight, targets, b)]  # fmt: skip
 
 
+def near_certain(device):
+    """hidden (6, D), weight (V, D), targets (6,): 1 - p of the labels from 1e-2 down to 1e-24."""
+    vocab, depth, gaps = 300, 24, torch.tensor([10.0, 15.0, 20.0, 25.0, 30.0, 60.0])
+    targets = torch.arange(6) * 50
+    weight, hidden = torch.randn(vocab, depth) / 4, torch.randn(6, depth)
+    weight[:, :6], hidden[:, :6] = 0.0, torch.diag(gaps)  # an axis of its own for each label
+    weight[targets, range(6)] = 1.0
+    return hidden.to(device), weight.to(device), targets.to(device)
+
+
 def batch(
     batch_size=4, length=7, vocab=53, depth=16, dtype=torch.float64, device="cpu", seed=0, token_advantages=False
 ):

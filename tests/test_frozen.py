@@ -111,18 +111,13 @@ def test_16_bit_error_budget(backend, device, dtype, peak, workspace, options):
         out = linear_logprobs(leaf, weight, targets, bias, backend=backend, backward="exact", **options)
         (exact,) = torch.autograd.grad(out.logprobs.sum(), leaf)
     mine, theirs = (problems.relative_error(d, want[2]) for d in (directions, exact))
-    assert mine <= 1.05 * theirs, (mine, theirs)
+    assert mine <= theirs + 2e-8, (mine, theirs)  # on a CPU both are exact in 16 bits: rounding of fp32
     assert mine < 2e-3
 
 
 def test_label_probability_near_one(backend, device):
     """Each row's direction keeps its relative accuracy where 1 - p is 1e-24."""
-    vocab, depth, gaps = 300, 24, torch.tensor([10.0, 15.0, 20.0, 25.0, 30.0, 60.0])
-    targets = torch.arange(6) * 50
-    weight, hidden = torch.randn(vocab, depth) / 4, torch.randn(6, depth)
-    weight[:, :6], hidden[:, :6] = 0.0, torch.diag(gaps)  # an axis of its own for each label
-    weight[targets, range(6)] = 1.0
-    hidden, weight, targets = hidden.to(device), weight.to(device), targets.to(device)
+    hidden, weight, targets = problems.near_certain(device)
     stats, directions = made(backend, hidden, weight, targets, workspace=SMALL)
     leaf = hidden.double().requires_grad_()
     z = leaf @ weight.double().T

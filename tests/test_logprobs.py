@@ -117,12 +117,7 @@ def test_16_bit_error_budget(backend, device, dtype, peak):
 
 def test_label_probability_near_one(backend, device):
     """logp = -1e-9 is not 0: log-prob, entropy and each row's gradient keep their relative accuracy."""
-    vocab, depth, gaps = 300, 24, torch.tensor([10.0, 15.0, 20.0, 25.0, 30.0, 60.0])
-    targets = torch.arange(6) * 50
-    weight, hidden = torch.randn(vocab, depth) / 4, torch.randn(6, depth)
-    weight[:, :6], hidden[:, :6] = 0.0, torch.diag(gaps)  # an axis of its own for each label
-    weight[targets, range(6)] = 1.0
-    hidden, weight, targets = hidden.to(device), weight.to(device), targets.to(device)
+    hidden, weight, targets = problems.near_certain(device)
 
     def stable(h, w):  # the same, in fp64 with the label kept out of the sum
         z = h @ w.T

@@ -27,16 +27,6 @@ def poisoned_memory():
     """Real memory: transformers fills what it allocates."""
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    """accelerate keeps the first precision for the whole process."""
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state()
-    yield
-    AcceleratorState._reset_state()
-
-
 @pytest.fixture
 def no_model(monkeypatch):
     """Any attempt to load or make a model is a failure."""

@@ -168,7 +168,7 @@ def denormals_note(rows):
     if not found:
         return None
     return (
-        "denormal numbers among the dlogits, which make the GEMMs of entries that keep them up to 40 times slower on "
+        "denormal numbers among the dlogits, which make the GEMMs of entries that keep them many times slower on "
         f"some CPUs: {'; '.join(found)}"
     )
 

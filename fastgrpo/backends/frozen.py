@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from fastgrpo.backends import certified, dense
 from fastgrpo.backends import plan as planning
-from fastgrpo.backends.problem import RowStats, new_gradients
+from fastgrpo.backends.problem import RowStats, column_sum, new_gradients
 from fastgrpo.inputs import IGNORE, accumulator_dtype
 
 ONE_SPAN = 96  # what adding a few entries alone costs whatever their number, in entries
@@ -143,7 +143,7 @@ class FrozenFold(certified.Fold):
         flags = [kept[span.start // self.block : span.stop // self.block].any(0) for span in sparse]
         tails = [torch.mv(z[span], (~flag).to(z.dtype)) for span, flag in zip(sparse, flags)]
         affordable = self.affordable(sparse, tails, r, len(z), v + z.shape[1])
-        every = summed(columns[0]) if slope is None and any(affordable) else None
+        every = column_sum(columns[0], z.dtype) if slope is None and any(affordable) else None
         for span, flag, tail, fits in zip(sparse, flags, tails, affordable):
             if not fits:
                 whole.append(span)
@@ -156,7 +156,7 @@ class FrozenFold(certified.Fold):
                 piece[: len(slope[span])] *= slope[span].index_select(1, ids)
             else:
                 piece[:, -1] = tail
-                own[-1] = (every - summed(own[:-1])) / max(z.shape[1] - len(own) + 1, 1)
+                own[-1] = (every - column_sum(own[:-1], z.dtype)) / max(z.shape[1] - len(own) + 1, 1)
             self.sums.add(first, piece, own)
             self.dropped[first : r + span.stop] += tail[: len(self.dropped) - first]
         for span in merged(whole):
@@ -192,11 +192,6 @@ class FrozenFold(certified.Fold):
         if self.hint is not None:
             return -torch.expm1(self.hint[span])
         return torch.nan_to_num(torch.sigmoid(self.shift[span] + self.total[span].log() - self.label[span]))
-
-
-def summed(x):
-    """(k, D) -> (D,); torch's sum over the outer axis takes several times as long on a CPU."""
-    return torch.mv(x.t(), x.new_ones(len(x)))
 
 
 def merged(spans):
