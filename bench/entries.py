@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 
 from bench.cases import OBJECTIVES, Problem
-from fastgrpo import backends, grpo_loss, linear_logprobs
-from fastgrpo import loss as loss_module
+from fastgrpo import grpo_loss, linear_logprobs, terms
+from fastgrpo.batch import LossInputs, flatten
 
 
 @dataclass(frozen=True)
@@ -89,21 +89,9 @@ def objective(p, logprobs, entropy):
     """The case's loss on given log-probs: O(N) torch, differentiable in them."""
     logprobs = logprobs.reshape(-1).float()
     entropy = None if entropy is None else entropy.reshape(-1).float()
-    segments = loss_module.Segments.padded(*p.targets.shape)
-    batch = loss_module.flatten(
-        logprobs, p.targets, segments, p.config, p.advantages, p.mask, p.old, p.ref, None, None, skip=False
-    )
-    with torch.no_grad():
-        value, d_logprobs, d_entropy, _ = loss_module.evaluate(
-            p.config,
-            batch,
-            logprobs.detach(),
-            None if entropy is None else entropy.detach(),
-            None,
-            None,
-            backends.load("torch"),
-        )
-    return loss_module.Objective.apply(logprobs, entropy, value, d_logprobs, d_entropy)
+    given = LossInputs(p.targets, p.advantages, p.mask, old_logprobs=p.old, ref_logprobs=p.ref)
+    batch = flatten(given, p.config, given.check(p.config), logprobs.dtype, skip=False)
+    return terms.objective(p.config, batch, logprobs, entropy, "torch").loss
 
 
 def full_logits(p, entropy):

@@ -1,6 +1,7 @@
 """How the LM head is to be read: one object for what the user chose, checked once, and what follows from it."""
 
 import functools
+import math
 from dataclasses import dataclass
 
 import torch
@@ -66,7 +67,8 @@ class HeadOptions:
         """
         compute = compute_dtype(hidden, weight)
         wants = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in trained]
-        sizes = (hidden.shape[:-1].numel(), *weight.shape) if sizes is None else sizes
+        # torch.Size's own numel() makes a constant of a length that export is to leave open
+        sizes = (math.prod(hidden.shape[:-1]), *weight.shape) if sizes is None else sizes
         return HeadParams(
             temperature=None if isinstance(self.temperature, torch.Tensor) else float(self.temperature),
             softcap=None if self.softcap is None else float(self.softcap),
@@ -105,10 +107,15 @@ def compute_dtype(hidden, *others):
 
 def certified_tolerance(backward, tolerance, compute, sizes, with_grad, device):
     """The tolerance of the certified backward, or None where the exact one is taken."""
-    worthwhile = compute != torch.float64 and all(a >= b for a, b in zip(sizes, CERTIFIED_FROM))
-    worthwhile &= device.type != "cuda"  # there it is still many small launches of torch's, and the host waits
-    if not with_grad or backward == "exact" or (backward == "auto" and not worthwhile):
+    if not with_grad or backward == "exact" or (backward == "auto" and not is_worthwhile(compute, sizes, device)):
         return None
     if tolerance is not None:
         return float(tolerance)
     return AUTO_FP32_TOLERANCE if backward == "auto" and compute == torch.float32 else TOLERANCE
+
+
+def is_worthwhile(compute, sizes, device):
+    """Whether "auto" certifies. On CUDA that is still many small launches of torch's, and the host waits."""
+    if compute == torch.float64 or device.type == "cuda":
+        return False
+    return all(a >= b for a, b in zip(sizes[::-1], CERTIFIED_FROM[::-1]))  # tokens last: a graph is bound to the answer

@@ -20,7 +20,10 @@ ROUNDING = 0.25
 
 
 def checks_values(device):
-    """Whether tensor values may be looked at: on a CPU that costs nothing, on a GPU the host would wait."""
+    """Whether tensor values may be looked at: on a CPU that costs nothing, on a GPU the host would wait; torch.compile
+    traces shapes alone."""
+    if torch.compiler.is_compiling():
+        return False
     return device.type == "cpu" or os.environ.get("FASTGRPO_DEBUG", "0") not in ("", "0")
 
 
@@ -29,7 +32,8 @@ def accumulator_dtype(hidden):
 
 
 def check_choice(name, value, allowed):
-    check_field(name, value, Literal[allowed])
+    if not isinstance(value, str) or value not in allowed:  # torch.compile traces this, and no Literal
+        check_field(name, value, Literal[allowed])
 
 
 def check_tensor(name, value, device=None, floating=None):
@@ -108,7 +112,8 @@ def check_targets(targets, vocab):
 
 
 def check_finite(name, value):
-    if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
+    # no isfinite: torch.compile may trace this with a number that it leaves open
+    if not isinstance(value, Real) or isinstance(value, bool) or not -math.inf < float(value) < math.inf:
         hint = " (a Python number: .item())" if isinstance(value, torch.Tensor) else ""
         raise ValueError(f"{name} must be a finite number, got {value!r}{hint}")
 

@@ -4,12 +4,10 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 
-from fastgrpo import backends, inputs, strategies
+from fastgrpo import head_op, inputs, strategies
 from fastgrpo import lora as low_rank
 from fastgrpo import support as sampling_support
-from fastgrpo.backends.problem import Gradients, HeadProblem, RowStats
 from fastgrpo.config import settings_go_in_config
 from fastgrpo.head import HeadOptions, compute_dtype
 from fastgrpo.inputs import Backend, Backward
@@ -20,41 +18,6 @@ class LogProbs(NamedTuple):
 
     logprobs: torch.Tensor
     entropy: torch.Tensor | None
-
-
-class LinearLogProbs(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden, weight, bias, lora_a, lora_b, targets, temperature, params, strategy, given):
-        ctx.set_materialize_grads(False)
-        ctx.params, ctx.strategy, low = params, strategy, None
-        backend = backends.load(params.backend)
-        with torch.autocast(hidden.device.type, enabled=False):
-            if lora_a is not None:
-                low = low_rank.project(hidden, lora_a, params, backend.counted_rows(targets))
-            problem = HeadProblem(hidden, weight, bias, targets, temperature, params, low, lora_b)
-            stats, kept = strategy.forward(problem, backend, given)
-        ctx.save_for_backward(lora_a, stats, hidden, weight, bias, targets, temperature, low, lora_b, *kept)
-        rows = RowStats(*stats)
-        return rows.logp.clone(), rows.entropy.clone() if params.entropy else None
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_logp, grad_entropy):
-        if grad_logp is None and grad_entropy is None:
-            return (None,) * 10
-        lora_a, stats, hidden, weight, bias, targets, temperature, low, lora_b, *kept = ctx.saved_tensors
-        *needs, needs_a, needs_b = ctx.needs_input_grad[:5]
-        needs = Gradients(*needs, low=low is not None and (needs[0] or needs_a), up=needs_b)
-        backend = backends.load(ctx.params.backend)
-        grad_logp = torch.zeros_like(RowStats(*stats).logp) if grad_logp is None else grad_logp
-        with torch.autocast(stats.device.type, enabled=False):
-            problem = HeadProblem(hidden, weight, bias, targets, temperature, ctx.params, low, lora_b)
-            grads = ctx.strategy.backward(problem, backend, stats, kept, grad_logp, grad_entropy, needs)
-            d_a = None
-            if grads.low is not None:
-                counted = backend.counted_rows(targets)
-                d_a = low_rank.gradients(hidden, lora_a, ctx.params, grads.low, grads.hidden, needs_a, counted)
-        return grads.hidden, grads.weight, grads.bias, d_a, grads.up, *[None] * 5
 
 
 @settings_go_in_config
@@ -165,7 +128,7 @@ def head_logprobs(hidden, weight, targets, options):
     strategy = strategies.choose(hidden, head, params, support is not None, entropy_grad)
     hint = None if params.tolerance is None else options.flat_hint(hidden)
     moving = None if options.moving is None else options.moving.reshape(-1)
-    logprobs, entropy = LinearLogProbs.apply(
+    tensors = head_op.HeadTensors(
         hidden if hidden.ndim == 3 else hidden[None],
         weight,
         None if bias is None else bias.contiguous(),
@@ -173,8 +136,7 @@ def head_logprobs(hidden, weight, targets, options):
         lora.B,
         targets.reshape(-1).contiguous(),
         options.flat_temperature(hidden, targets),
-        params,
-        strategy,
-        strategies.Given(hint, moving, support),
     )
+    given = strategies.Given(hint, moving, () if support is None else support)
+    logprobs, entropy = head_op.log_probs(tensors, given, params, strategy)
     return LogProbs(logprobs.view(targets.shape), None if entropy is None else entropy.view(targets.shape))

@@ -1,17 +1,20 @@
 """The ways from log-probs back to gradients: what each keeps from its forward, and what its backward makes of it.
 
 A strategy has ``forward(problem, backend, given)``, which returns the (5, N) statistics of
-:class:`fastgrpo.backends.problem.RowStats` and the tensors to keep, and ``backward(problem, backend, stats, kept,
-grad_logp, grad_entropy, needs)``, which returns :class:`fastgrpo.backends.problem.Gradients`. ``grad_entropy`` may be
-None.
+:class:`fastgrpo.backends.problem.RowStats` and the tensors to keep; ``kept_like(problem, backend, support)``,
+which returns the shapes and dtypes of these, at the most rows that they can have; and ``backward(problem, backend,
+support, stats, kept, grad_logp, grad_entropy, needs)``, which returns :class:`fastgrpo.backends.problem.Gradients`.
+``grad_entropy`` may be None.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
-from fastgrpo import support
+from fastgrpo import support as sampling_support
 from fastgrpo.backends import certified, frozen
+from fastgrpo.inputs import accumulator_dtype
 
 
 class Given(NamedTuple):
@@ -19,7 +22,7 @@ class Given(NamedTuple):
 
     hint: torch.Tensor | None  # (N,) log-probs near the current ones
     moving: torch.Tensor | None  # (N,) bool, where a log-prob may have a gradient
-    support: support.Support | None
+    support: Sequence[torch.Tensor]  # a :class:`fastgrpo.support.Support`, or nothing
 
 
 class Exact:
@@ -30,7 +33,11 @@ class Exact:
         return backend.forward(problem), ()
 
     @staticmethod
-    def backward(problem, backend, stats, kept, grad_logp, grad_entropy, needs):
+    def kept_like(problem, backend, support):
+        return ()
+
+    @staticmethod
+    def backward(problem, backend, support, stats, kept, grad_logp, grad_entropy, needs):
         return backend.backward(problem, stats, grad_logp, grad_entropy, needs)
 
 
@@ -43,7 +50,13 @@ class Certified:
         return stats, certificate.tensors
 
     @staticmethod
-    def backward(problem, backend, stats, kept, grad_logp, grad_entropy, needs):
+    def kept_like(problem, backend, support):
+        n, vocab, _ = problem.sizes
+        block = backend.rows_per_flag(problem)
+        return ((n,), torch.int64), ((-(-n // block), vocab), torch.bool), ((n,), accumulator_dtype(problem.hidden))
+
+    @staticmethod
+    def backward(problem, backend, support, stats, kept, grad_logp, grad_entropy, needs):
         if grad_entropy is not None:  # the certificate does not speak of the entropy
             return backend.backward(problem, stats, grad_logp, grad_entropy, needs)
         certificate = certified.Certificate(*kept, block=backend.rows_per_flag(problem))
@@ -58,7 +71,11 @@ class Frozen:
         return backend.frozen_forward(problem, given.hint, given.moving)
 
     @staticmethod
-    def backward(problem, backend, stats, kept, grad_logp, grad_entropy, needs):
+    def kept_like(problem, backend, support):
+        return backend.slopes_like(problem)
+
+    @staticmethod
+    def backward(problem, backend, support, stats, kept, grad_logp, grad_entropy, needs):
         if grad_entropy is not None:
             return backend.backward(problem, stats, grad_logp, grad_entropy, needs)
         return frozen.backward(problem, stats, frozen.Slopes(*kept), grad_logp, needs)
@@ -69,14 +86,23 @@ class Supported:
 
     @staticmethod
     def forward(problem, backend, given):
-        stats, raw = support.forward(problem, given.support, backend)
-        return stats, (raw, *given.support)
+        stats, raw = sampling_support.forward(problem, sampling_support.Support(*given.support), backend)
+        return stats, (raw,)
 
     @staticmethod
-    def backward(problem, backend, stats, kept, grad_logp, grad_entropy, needs):
-        raw, *entries = kept
-        entries = support.Support(*entries)
-        return support.backward(problem, entries, backend, stats, raw, grad_logp, grad_entropy, needs)
+    def kept_like(problem, backend, support):
+        return ((sampling_support.Support(*support).ids.shape, accumulator_dtype(problem.hidden)),)
+
+    @staticmethod
+    def backward(problem, backend, support, stats, kept, grad_logp, grad_entropy, needs):
+        entries = sampling_support.Support(*support)
+        (raw,) = kept
+        return sampling_support.backward(problem, entries, backend, stats, raw, grad_logp, grad_entropy, needs)
+
+
+def named(name):
+    """The strategy of that name."""
+    return {s.__name__: s for s in (Exact, Certified, Frozen, Supported)}[name]
 
 
 def choose(hidden, head, params, with_support, entropy_grad):

@@ -61,7 +61,7 @@ class VocabParallelLogProbs(torch.autograd.Function):
             problem = HeadProblem(*tensors, params=ctx.params)
             backend, certificate = backends.load(ctx.params.backend), ctx.saved_tensors[6:]
             grads = strategies.trained(ctx.params).backward(
-                problem, backend, stats, certificate, grad_logp, grad_entropy, needs
+                problem, backend, (), stats, certificate, grad_logp, grad_entropy, needs
             )
         d_hidden = grads.hidden
         if d_hidden is not None and ctx.share.reduce_hidden_grad:

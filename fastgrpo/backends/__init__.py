@@ -1,7 +1,8 @@
 """Two backends behind one interface: ``forward(problem)``, ``partial_forward(problem)`` (what ``forward`` combines),
 ``certified_forward(...)``, ``certified_partial_forward(...)``, ``rows_per_flag(problem)`` of their certificates,
-``frozen_forward(...)``, ``backward(...)``, ``kept_logits(...)`` and ``kept_sums(...)`` (of fastgrpo/support.py),
-``counted_rows(targets)`` (None where the host would have to wait), ``objective(...)``."""
+``frozen_forward(...)``, ``slopes_like(problem)`` of what it keeps, ``backward(...)``, ``kept_logits(...)`` and
+``kept_sums(...)`` (of fastgrpo/support.py), ``counted_rows(targets)`` (None where the host would have to wait),
+``objective(...)``."""
 
 import importlib
 import os

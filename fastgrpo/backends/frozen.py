@@ -43,15 +43,26 @@ def forward(problem, hint=None, moving=None):
         hint: (N,) as :func:`fastgrpo.backends.certified.forward`'s. moving: (N,) bool, rows whose log-prob may have a
             gradient; None: all. A row that is not and has one all the same costs more time, nothing else.
     """
-    leaves_out = problem.params.tolerance is not None and not dense.Reader(problem).native
-    rows = certified.sorted_rows(problem, hint if leaves_out else None)
+    rows = certified.sorted_rows(problem, hint if leaves_out(problem) else None)
     count = rows.numel()
     if moving is not None:
         rows = rows[(~moving[rows]).to(torch.int8).argsort(stable=True)]
         count = int(moving[rows].sum())
     stats, sums = problem.new_stats(accumulator_dtype(problem.hidden)), Sums(problem, rows[:count])
-    dropped = (certified_forward if leaves_out else exact_forward)(problem, rows, sums, stats, hint)
+    dropped = (certified_forward if leaves_out(problem) else exact_forward)(problem, rows, sums, stats, hint)
     return stats, Slopes(rows[:count], sums.values, dropped)
+
+
+def leaves_out(problem):
+    return problem.params.tolerance is not None and not dense.Reader(problem).native
+
+
+def slopes_like(problem):
+    """(shape, dtype) of each of the :class:`Slopes` of :func:`forward`, at the most rows; None of one that is None."""
+    n, _, depth = problem.sizes
+    accumulate = accumulator_dtype(problem.hidden)
+    dropped = ((n,), accumulate) if leaves_out(problem) else None
+    return ((n,), torch.int64), ((n, depth), accumulate), dropped
 
 
 def exact_forward(problem, rows, sums, stats, hint):

@@ -10,6 +10,7 @@ partial_forward = dense.partial_forward
 certified_forward = certified.forward
 certified_partial_forward = certified.partial_forward
 frozen_forward = frozen.forward
+slopes_like = frozen.slopes_like
 backward = dense.backward
 
 

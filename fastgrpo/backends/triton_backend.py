@@ -51,6 +51,12 @@ def frozen_forward(problem, hint, moving):
         return stats + _forward.forward(only(problem, ~moving)), frozen.Slopes(None, directions, None)
 
 
+def slopes_like(problem):
+    """As :func:`fastgrpo.backends.frozen.slopes_like`: every row's stand in their order, nothing is left out."""
+    n, _, depth = problem.sizes
+    return None, ((n, depth), torch.float32), None
+
+
 def only(problem, rows):
     """The problem with all other rows ignored, whose statistics are 0 then."""
     return replace(problem, targets=torch.where(rows, problem.targets, IGNORE))

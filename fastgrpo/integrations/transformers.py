@@ -127,18 +127,18 @@ def find_fused(forward):
 
 def fuse_head(model):
     """-> the LM head as it is now; PEFT may have replaced it since the last call."""
-    head = model.get_output_embeddings()
-    for module in heads(head):
+    for module in head_modules(model):
         slot = "_old_forward" if hasattr(module, "_hf_hook") else "forward"  # accelerate moves devices around it
         if find_fused(getattr(module, slot)) is None:
             check_linear(module)
             module._fastgrpo = None
             setattr(module, slot, FusedHead(module, getattr(module, slot)))
-    return head
+    return model.get_output_embeddings()
 
 
-def heads(head):
+def head_modules(model):
     """The modules that one call of the head may reach: PEFT's trained copies of a whole module are called instead."""
+    head = model.get_output_embeddings()
     copies = getattr(head, "modules_to_save", None)
     return (head,) if copies is None else (head.original_module, *copies.values())
 
@@ -157,18 +157,26 @@ class FusedCausalLM(FusedForward):
             self, args = self.of(args[0]), args[1:]
         if fastgrpo is None or fastgrpo is False:
             return self.plain(*args, **kwargs)
-        out = (run_labelled if fastgrpo is True else run_function)(self, fastgrpo, *args, **kwargs)
+        run = run_labelled if fastgrpo is True else run_function
+        if torch.compiler.is_compiling() and not is_traceable(self.module):
+            run = torch.compiler.disable(run, recursive=False)
+        out = run(self, fastgrpo, *args, **kwargs)  # pyright: ignore[reportCallIssue] - of torch.compiler.disable
         return out if fastgrpo_output else out.result
 
 
-@torch.compiler.disable(recursive=False)
+def is_traceable(model):
+    """Whether a graph may hold the head's call: no hook of FSDP2, ZeRO-3 or accelerate is to see what it returns."""
+    return all(not (m._forward_hooks or m._forward_pre_hooks) and find_fused(m.forward) for m in head_modules(model))
+
+
 def run_function(forward, function, *args, **kwargs):
     model = forward.module
     if kwargs.get("labels") is not None:
         raise ValueError("labels must be None where fastgrpo is a function, which has targets of its own")
     kwargs.setdefault("use_cache", False)
     options, columns = model._fastgrpo_logits
-    with scoring(fuse_head(model), partial(function, **options), columns) as results:
+    inside = scoring_in_graph if torch.compiler.is_compiling() and is_traceable(model) else scoring
+    with inside(model, partial(function, **options), columns) as results:
         outputs = forward.plain(*args, **kwargs)
     if len(results) != 1:
         raise ValueError(
@@ -177,7 +185,6 @@ def run_function(forward, function, *args, **kwargs):
     return FusedOutput(results[0], without_logits(outputs))
 
 
-@torch.compiler.disable(recursive=False)
 def run_labelled(forward, _, *args, labels=None, **kwargs):
     kind = type(forward.module)
     if not isinstance(labels, torch.Tensor):
@@ -196,7 +203,7 @@ def label_scores(hidden, weight, *, targets, **options):
 
 
 @contextmanager
-def scoring(head, function, columns):
+def scoring(model, function, columns):
     """Inside, one call of the head is a call of ``function`` whose result enters the list that is yielded.
 
     The caller of the head gets logits of no rows. They take the result's place in the last hook of the head, so that
@@ -206,16 +213,40 @@ def scoring(head, function, columns):
 
     def take(module, args, result):
         results.append(result)
-        return args[0].new_empty(0, *args[0].shape[1:-1], module.out_features)
+        return no_logits(module, args[0])
 
-    hook = head.register_forward_hook(torch.compiler.disable(take))
-    for module in heads(head):
-        module._fastgrpo = (function, columns)
+    hook = fuse_head(model).register_forward_hook(torch.compiler.disable(take))
     try:
-        yield results
+        with scored(model, Scorer(function, columns, None)):
+            yield results
     finally:
         hook.remove()
-        for module in heads(head):
+
+
+@contextmanager
+def scoring_in_graph(model, function, columns):
+    """The same for a head without hooks: torch.compile traces neither their coming nor their going."""
+    results = []
+    with scored(model, Scorer(function, columns, results)):
+        yield results
+
+
+class Scorer(NamedTuple):
+    """What stands in for the head's product."""
+
+    function: Any
+    columns: int | None  # of the vocabulary that the model keeps
+    results: list | None  # where to put what the function returns; None: return it
+
+
+@contextmanager
+def scored(model, scorer):
+    for module in head_modules(model):
+        module._fastgrpo = scorer
+    try:
+        yield
+    finally:
+        for module in head_modules(model):
             module._fastgrpo = None
 
 
@@ -223,17 +254,23 @@ class FusedHead(FusedForward):
     """An LM head's forward, or inside :func:`scoring` the function in its place."""
 
     def __call__(self, hidden, *args, **kwargs):
-        if self.module._fastgrpo is None:
+        module, scorer = self.module, self.module._fastgrpo
+        if scorer is None:
             return self.plain(hidden, *args, **kwargs)
-        return score(self.module, hidden)  # pyright: ignore[reportCallIssue] - of torch.compiler.disable
+        if scorer.results is None:
+            return torch.compiler.disable(score)(module, scorer, hidden)  # pyright: ignore[reportCallIssue]
+        scorer.results.append(score(module, scorer, hidden))
+        return no_logits(module, hidden)
 
 
-@torch.compiler.disable
-def score(head, hidden):
-    function, columns = head._fastgrpo
-    options = {"bias": head.bias, **lora_options(head)}
+def no_logits(head, hidden):
+    return hidden.new_empty(0, *hidden.shape[1:-1], head.out_features)
+
+
+def score(head, scorer, hidden):
+    columns, options = scorer.columns, {"bias": head.bias, **lora_options(head)}
     # PEFT's layers lend the weight of the layer they wrap; columns cuts the vocabulary's padding, as the model does
-    return function(hidden, head.weight[:columns], **{name: cut(x, columns) for name, x in options.items()})
+    return scorer.function(hidden, head.weight[:columns], **{name: cut(x, columns) for name, x in options.items()})
 
 
 def cut(option, columns):

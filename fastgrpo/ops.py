@@ -1,0 +1,62 @@
+"""What torch.compile, export and AOT autograd see: custom ops, opaque, with shapes and gradients registered.
+
+In eager torch the same steps run in an autograd function, without the dispatcher's detour.
+"""
+
+import dataclasses
+import functools
+import types
+import typing
+
+import torch
+
+SCHEMA_TYPES = {
+    bool: "bool",
+    int: "int",
+    float: "float",
+    str: "str",
+    torch.dtype: "ScalarType",
+    torch.Tensor: "Tensor",
+}
+
+
+def in_graph() -> bool:
+    """Whether torch is tracing: tensors have shapes then, and no values."""
+    return torch.compiler.is_compiling()
+
+
+def schema(cls) -> str:
+    """The fields of a dataclass or named tuple as arguments of an op, in their order."""
+    return ", ".join(f"{schema_type(hint)} {name}" for name, hint in typing.get_type_hints(cls).items())
+
+
+def schema_type(hint) -> str:
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        (some,) = (x for x in typing.get_args(hint) if x is not types.NoneType)
+        return schema_type(some) + "?"
+    return "str" if typing.get_origin(hint) is typing.Literal else SCHEMA_TYPES[hint]
+
+
+def values(instance) -> list:
+    """Such arguments of a dataclass."""
+    return [getattr(instance, f.name) for f in dataclasses.fields(instance)]
+
+
+@functools.lru_cache(maxsize=64)
+def rebuilt(cls, *arguments):
+    """The dataclass of such arguments."""
+    return cls(**dict(zip((f.name for f in dataclasses.fields(cls)), arguments)))
+
+
+def op(name, arguments, returns):
+    """Decorator: ``fastgrpo::name``, which writes to none of its arguments."""
+    return torch.library.custom_op(f"fastgrpo::{name}", mutates_args=(), schema=f"({arguments}) -> {returns}")
+
+
+def pad(x, shape):
+    """x with rows of zeros until it has the shape."""
+    if len(x) == shape[0]:
+        return x
+    out = x.new_zeros(shape)
+    out[: len(x)] = x
+    return out
