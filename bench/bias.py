@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 from bench import measure, profiles
 from bench.__main__ import RESULTS
 from fastgrpo import GRPOLossConfig, group_advantages, grpo_loss, linear_logprobs
-from fastgrpo.backends import certified, frozen
+from fastgrpo.backends import certified_backward, frozen
 from fastgrpo.inputs import IGNORE
 
 
@@ -207,7 +207,11 @@ class Task:
 @contextlib.contextmanager
 def visits():
     """Counts the cells whose gradient is made inside: an object whose ``left_out`` is the share of the others."""
-    seen, plan_of, sum_of = types.SimpleNamespace(left_out=0.0, summed=0.0), certified.make_plan, frozen.Sums.add
+    seen, plan_of, sum_of = (
+        types.SimpleNamespace(left_out=0.0, summed=0.0),
+        certified_backward.make_plan,
+        frozen.Sums.add,
+    )
 
     def planned(problem, stats, certificate, grad_logp, needs):
         plan = plan_of(problem, stats, certificate, grad_logp, needs)
@@ -224,11 +228,11 @@ def visits():
         seen.left_out = 1 - seen.summed / (len(self.rows) * len(self.problem.weight)) if len(self.rows) else 0.0
         sum_of(self, first, weights, columns)
 
-    certified.make_plan, frozen.Sums.add = planned, summed
+    certified_backward.make_plan, frozen.Sums.add = planned, summed
     try:
         yield seen
     finally:
-        certified.make_plan, frozen.Sums.add = plan_of, sum_of
+        certified_backward.make_plan, frozen.Sums.add = plan_of, sum_of
 
 
 ARMS = {

@@ -6,7 +6,7 @@ import time
 import torch
 
 from bench import entries, measure
-from fastgrpo.backends import certified, dense
+from fastgrpo.backends import certified, certified_backward, dense, logits
 
 
 class Stages:
@@ -27,7 +27,7 @@ class Stages:
 
     @contextlib.contextmanager
     def active(self, phase):
-        reader, fold = dense.Reader, certified.Fold
+        reader, fold = logits.Reader, certified.Fold
 
         def product(_, a, b, out):
             return f"{phase}: " + ("dW" if not a.is_contiguous() else "logits GEMM")
@@ -42,7 +42,7 @@ class Stages:
             (torch, "index_select", f"{phase}: gather columns"),
             (reader, "hidden", f"{phase}: gather rows"),
             (dense, "logits_gradient", f"{phase}: dlogits"),
-            (certified, "make_plan", f"{phase}: plan, audit"),
+            (certified_backward, "make_plan", f"{phase}: plan, audit"),
             (certified, "label_logits", f"{phase}: label logits"),
         ]
         saved = [(owner, name, getattr(owner, name)) for owner, name, _ in targets]

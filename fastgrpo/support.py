@@ -11,6 +11,7 @@ import torch
 
 from fastgrpo import inputs
 from fastgrpo.backends import dense
+from fastgrpo.backends.logits import row_inverse_temperature, transform
 from fastgrpo.backends.problem import FLOOR, NOTHING, Gradients
 
 
@@ -80,7 +81,7 @@ def forward(problem, support, backend):
     """(5, N) statistics as :meth:`HeadProblem.new_stats`, and the raw logits (K,) for the backward."""
     raw = backend.kept_logits(problem, support)
     targets, rows = problem.targets, support.rows
-    z, _ = dense.transformed(problem, raw[:, None].clone(), *tile(problem, support))
+    z, _ = transform(problem, raw[:, None].clone(), *tile(problem, support))
     z, is_label = z[:, 0], support.ids == targets[rows]
     label = torch.where(support.invalid, torch.nan, sums(support, torch.where(is_label, z, 0.0)))
     others = torch.where(is_label, NOTHING, z)
@@ -94,11 +95,11 @@ def forward(problem, support, backend):
 def tile(problem, support):
     """Bias and inverse temperature of each entry, as a tile one column wide wants them."""
     bias = None if problem.bias is None else problem.bias[support.ids, None]
-    return bias, dense.row_inverse_temperature(problem, support.rows)
+    return bias, row_inverse_temperature(problem, support.rows)
 
 
 def backward(problem, support, backend, stats, raw, grad_logp, grad_entropy, needs):
-    """Gradients as :func:`fastgrpo.backends.dense.backward`'s."""
+    """Gradients as :func:`fastgrpo.backends.dense_backward.backward`'s."""
     rows, by_id, vocab = support.rows, support.by_id, problem.weight.shape[0]
     grads = [grad_logp] if grad_entropy is None else [grad_logp, grad_entropy]
     active = (problem.targets != inputs.IGNORE) & torch.stack([g != 0 for g in grads]).any(0)

@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import profiles
 from fastgrpo import linear_logprobs
-from fastgrpo.backends import certified, dense, row_audit
+from fastgrpo.backends import certified_backward, dense, row_audit
 from fastgrpo.backends import plan as planning
 
 import problems
@@ -134,7 +134,9 @@ def test_ignored_rows_take_no_part(backend, device, hint):
 def test_flat_logits_go_the_exact_way(backend, device, monkeypatch):
     n, vocab, depth = SIZES[backend]
     p = profiles.problem(n, vocab, depth, "flat", device=device)
-    monkeypatch.setattr(certified.SparseRows, "add", lambda *a: pytest.fail("a flat row was taken for a sparse one"))
+    monkeypatch.setattr(
+        certified_backward.SparseRows, "add", lambda *a: pytest.fail("a flat row was taken for a sparse one")
+    )
     compare(p, backend, limit=1e-6)
 
 
@@ -464,7 +466,7 @@ def test_auto_does_not_leave_out_what_costs_more(monkeypatch):
     p = contextual()
     monkeypatch.setattr(row_audit.RowAudit, "tail", lambda self, _: torch.ones_like(self.rows, dtype=torch.bool))
     monkeypatch.setattr(planning, "WORTHWHILE", 0.5)
-    monkeypatch.setattr(certified.SparseRows, "add", lambda *a: pytest.fail("columns were left out"))
+    monkeypatch.setattr(certified_backward.SparseRows, "add", lambda *a: pytest.fail("columns were left out"))
     _, want = gradients(p, "torch", "exact")
     _, got = gradients(p, "torch", "auto")
     assert row_errors(got["weight"], want["weight"]).max() < 1e-5

@@ -11,6 +11,7 @@ import itertools
 import torch
 
 from fastgrpo.backends import dense
+from fastgrpo.backends.logits import Reader
 
 WITHIN = ((1.0, 0.95), (0.2, 0.5))  # (part of the row tolerance, share of the rows of dW that stay within it)
 COLUMNS_PER_AUDITED, AUDITED = 64, (256, 1024)  # one column in so many is audited; at least and at most
@@ -65,7 +66,7 @@ class RowAudit:
 
     def __init__(self, problem, stats, plan, grad_logp, needs):
         self.problem, self.stats, self.plan, self.grad = problem, stats, plan, grad_logp
-        self.reader = dense.Reader(problem)
+        self.reader = Reader(problem)
         self.rows = torch.cat([g.rows for g in plan.groups])
         sizes = torch.tensor([g.rows.numel() for g in plan.groups], device=self.rows.device)
         self.group = torch.arange(len(plan.groups), device=self.rows.device).repeat_interleave(sizes)
@@ -142,7 +143,7 @@ class RowAudit:
         bias = None if self.problem.bias is None else self.problem.bias[columns]
         for index, z in zip(self.chunks(rows), self.chunks(out)):
             z.copy_(self.reader.raw_logits(self.reader.rows(index), heads, None))
-            label = dense.label_positions(columns, self.problem.targets[index])
+            label = dense.find_labels(columns, self.problem.targets[index])
             dense.logits_gradient(self.problem, z, bias, index, label, self.stats[:, index], self.grad[index])
         return out
 
