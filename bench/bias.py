@@ -101,9 +101,9 @@ class Policy(torch.nn.Module):
     def states(self, prompt, answer):
         """(B, T), (B, T) -> (B, T, D), the states that predict the answer."""
         previous = F.pad(F.embedding(answer[:, :-1], self.embedding), (0, 0, 1, 0))
-        return self.adapted(self.rnn(F.embedding(prompt, self.embedding) + previous)[0])
+        return self.adapt(self.rnn(F.embedding(prompt, self.embedding) + previous)[0])
 
-    def adapted(self, out):
+    def adapt(self, out):
         """The last layer below the head, with LoRA: 4 (1 + 2 B A) out."""
         return 4 * (out + 2 * out @ self.lora_a.T @ self.lora_b.T)
 
@@ -113,7 +113,7 @@ class Policy(torch.nn.Module):
         state, previous, answer, logp = None, 0.0, [], []
         for t in range(prompt.shape[1]):
             out, state = self.rnn((self.embedding[prompt[:, t]] + previous)[:, None], state)
-            logprobs = (self.adapted(out[:, 0]) @ self.head.T / temperature).log_softmax(1)
+            logprobs = (self.adapt(out[:, 0]) @ self.head.T / temperature).log_softmax(1)
             answer.append(torch.multinomial(logprobs.exp(), 1, generator=generator))
             logp.append(logprobs.gather(1, answer[-1]))
             previous = self.embedding[answer[-1][:, 0]]
@@ -162,7 +162,7 @@ class Task:
         worded = torch.where(u < 0.98, free[(64 * (u / 0.98).square()).long().clamp(max=63)], anything)
         return ids[kind], torch.where(kind % 10 >= 10 - self.free, worded, answer)
 
-    def warmed_up(self):
+    def warm_up_policy(self):
         policy, g = Policy(self.vocabulary), torch.Generator().manual_seed(1)
         optimizer = torch.optim.AdamW([policy.embedding, policy.head, *policy.rnn.parameters()], lr=3e-3)
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.02, self.warm_up)
@@ -248,7 +248,7 @@ def training_runs(task, seeds, done=(), heads=HEADS, arms=ARMS):
     settings = {"study": "training", **dataclasses.asdict(task)}
     known = {(r["head"], r["arm"], r["seed"]) for r in done if settings.items() <= r.items()}
     todo = [run for run in itertools.product(range(seeds), heads, arms) if (run[1], run[2], run[0]) not in known]
-    policy = task.warmed_up() if todo else None
+    policy = task.warm_up_policy() if todo else None
     for number, (seed, head, arm) in enumerate(todo):
         start = time.perf_counter()
         reward, entropy, left_out = task.train(policy, seed, head, **arms[arm])
@@ -266,7 +266,7 @@ def mean(values):
     return sum(values) / len(values)
 
 
-def paired(rows, arm, head):
+def pair_runs(rows, arm, head):
     """One row: differences of an arm to "exact" over the seeds that both have, each with its standard error."""
     runs = {(r["arm"], r["seed"]): r for r in rows if r["study"] == "training" and r["head"] == head}
     pairs = [(runs[arm, s], runs["exact", s]) for a, s in runs if a == arm and ("exact", s) in runs]
@@ -331,7 +331,7 @@ def main():
         print({k: v for k, v in row.items() if not isinstance(v, list)}, flush=True)
         path.write_text("".join(json.dumps(r) + "\n" for r in rows))
     for head, arm in itertools.product(HEADS, ARMS):
-        if arm != "exact" and (row := paired(rows, arm, head)):
+        if arm != "exact" and (row := pair_runs(rows, arm, head)):
             rows.append({**about, **row})
             print(row)
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))

@@ -16,8 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from bench.cases import OBJECTIVES, Problem
-from fastgrpo import backends, grpo_loss, linear_logprobs
-from fastgrpo import loss as loss_module
+from fastgrpo import backends, grpo_loss, linear_logprobs, loss
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class Entry:
 
     def why_not(self, case, device):
         """Why this entry cannot run a case here, or None."""
-        if self.package not in ("torch", "fastgrpo") and not installed(self.package):
+        if self.package not in ("torch", "fastgrpo") and not is_installed(self.package):
             return f"{self.package} is not installed"
         if self.needs_function and not hasattr(F, self.needs_function):
             return f"torch {torch.__version__} has no {self.needs_function}"
@@ -69,7 +68,7 @@ class Entry:
 
 
 @functools.cache
-def installed(package):
+def is_installed(package):
     return importlib.util.find_spec(package) is not None
 
 
@@ -89,12 +88,12 @@ def objective(p, logprobs, entropy):
     """The case's loss on given log-probs: O(N) torch, differentiable in them."""
     logprobs = logprobs.reshape(-1).float()
     entropy = None if entropy is None else entropy.reshape(-1).float()
-    segments = loss_module.Segments.padded(*p.targets.shape)
-    batch = loss_module.flatten(
+    segments = loss.Segments.padded(*p.targets.shape)
+    batch = loss.flatten(
         logprobs, p.targets, segments, p.config, p.advantages, p.mask, p.old, p.ref, None, None, skip=False
     )
     with torch.no_grad():
-        value, d_logprobs, d_entropy, _ = loss_module.evaluate(
+        value, d_logprobs, d_entropy, _ = loss.evaluate(
             p.config,
             batch,
             logprobs.detach(),
@@ -103,7 +102,7 @@ def objective(p, logprobs, entropy):
             None,
             backends.load("torch"),
         )
-    return loss_module.Objective.apply(logprobs, entropy, value, d_logprobs, d_entropy)
+    return loss.Objective.apply(logprobs, entropy, value, d_logprobs, d_entropy)
 
 
 def full_logits(p, entropy):
@@ -118,7 +117,7 @@ def full_logits(p, entropy):
 
 
 @functools.cache
-def compiled():
+def compile_logits():
     return torch.compile(full_logits, dynamic=True)
 
 
@@ -306,7 +305,12 @@ ENTRIES = {
         ours("exact", (1, 3, 1)),
         Entry("full logits", "torch", full_logits, softcap=True, entropy=True, trips=8),
         Entry(
-            "full logits, torch.compile", "torch", lambda p, e: compiled()(p, e), softcap=True, entropy=True, trips=5
+            "full logits, torch.compile",
+            "torch",
+            lambda p, e: compile_logits()(p, e),
+            softcap=True,
+            entropy=True,
+            trips=5,
         ),
         Entry("TRL op", "trl", trl, softcap=True, entropy=True, passes=(1, 3, 2), trips=6),
         Entry("Liger fused GRPO", "liger_kernel", None, liger_fused, any_objective=False, passes=(4, 0, 0), trips=8),

@@ -55,7 +55,7 @@ class Stages:
                 setattr(owner, name, value)
 
 
-def of_certified(p, gemm):
+def time_certified(p, gemm):
     """-> {stage: time in units of the bare GEMM} of one call on a problem."""
     timer, total, clock = Stages(), {}, measure.Clock("cpu")
     with timer.active("forward"):

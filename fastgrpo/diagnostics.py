@@ -85,7 +85,7 @@ def diagnose(problem, outputs, shape, logprobs, entropy):
     asked = [name for name in outputs if name != "mean_logits" or mean is None]
     top1, visit = torch.zeros_like(counted), counted
     if asked == ["is_top1"] and logprobs is not None:
-        top1, visit = settled_top1(logprobs.reshape(-1), None if entropy is None else entropy.reshape(-1), counted)
+        top1, visit = settle_top1(logprobs.reshape(-1), None if entropy is None else entropy.reshape(-1), counted)
     rows = visit.nonzero().squeeze(1)
     log_squares = counted.new_zeros(counted.shape, dtype=inputs.accumulator_dtype(problem.hidden))
     mean = torch.zeros_like(log_squares) if mean is None else mean
@@ -112,7 +112,7 @@ def mean_logits(problem):
     return mean * (problem.params.logit_scale / problem.params.temperature)
 
 
-def settled_top1(logprobs, entropy, counted):
+def settle_top1(logprobs, entropy, counted):
     """-> (N,) bool: surely the argmax; (N,) bool: undecided. Values within the margin, and NaNs, stay undecided."""
     surely = counted & (logprobs > MARGIN - math.log(2))
     never = torch.zeros_like(surely) if entropy is None else logprobs < -entropy - MARGIN

@@ -16,7 +16,7 @@ from fastgrpo.backends.problem import FLOOR, NOTHING, Gradients
 
 
 class Support(NamedTuple):
-    """The kept entries, position after position; made by :func:`checked`."""
+    """The kept entries, position after position; made by :func:`check_support`."""
 
     ids: torch.Tensor  # (K,) int64 in [0, V)
     rows: torch.Tensor  # (K,) int64, the position of each
@@ -25,7 +25,7 @@ class Support(NamedTuple):
     invalid: torch.Tensor  # (N,) bool, positions whose kept set is not one: their results are NaN
 
 
-def checked(support, targets, vocab):
+def check_support(support, targets, vocab):
     """-> :class:`Support`; raises before anything runs where values can be seen without a sync."""
     if not isinstance(support, tuple | list) or len(support) != 2:
         raise ValueError(f"support must be a tuple (token_ids, offsets), got {inputs.kind(support)}")

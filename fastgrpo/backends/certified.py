@@ -204,13 +204,13 @@ def distrust(dropped, logp, hint):
     return dropped if hint is None else torch.where((logp - hint > HINT_SLACK) & (dropped > 0), torch.inf, dropped)
 
 
-def untrusted(total):
+def find_untrusted(total):
     return ~((total > TRUSTED[0]) & (total < TRUSTED[1]))
 
 
 def repair(problem, stats, rows, dropped, total):
     """Rows whose shift was so far off that their sums left the trusted range go through the plain forward."""
-    bad = untrusted(total)
+    bad = find_untrusted(total)
     if bad.any():
         targets = torch.full_like(problem.targets, IGNORE)
         targets[rows[bad]] = problem.targets[rows[bad]]

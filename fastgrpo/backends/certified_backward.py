@@ -7,8 +7,7 @@ removes the part of the error that adds up (the columns share a direction).
 
 import torch
 
-from fastgrpo.backends import dense, dense_backward, row_audit
-from fastgrpo.backends import plan as planning
+from fastgrpo.backends import dense, dense_backward, grouping, row_audit
 from fastgrpo.backends.dense_backward import ExactRows
 from fastgrpo.backends.logits import LogitTiles, Reader, row_inverse_temperature, unscale
 from fastgrpo.backends.problem import RowStats, column_sum, new_gradients, row_scale
@@ -45,7 +44,7 @@ def backward(problem, stats, certificate, grad_logp, needs):
 
 
 def make_plan(problem, stats, certificate, grad_logp, needs):
-    """:class:`fastgrpo.backends.plan.Plan` of both gradients.
+    """:class:`fastgrpo.backends.grouping.Plan` of both gradients.
 
     Rows are left to their flagged columns within the tolerance; then the audit says which of them dW needs whole.
     """
@@ -53,16 +52,16 @@ def make_plan(problem, stats, certificate, grad_logp, needs):
     active = (grad != 0) & (problem.targets[order] != IGNORE)
     sparse = within_tolerance(problem, RowStats(*stats).other_mass[order], grad, certificate.dropped, active)
     head_needs = any(needs.of_head) or bool(needs.bias)
-    overhead = planning.overhead_rows(order.device, head_needs)
-    plan = planning.plan_groups(certificate, active, sparse, overhead)
+    overhead = grouping.overhead_rows(order.device, head_needs)
+    plan = grouping.plan_groups(certificate, active, sparse, overhead)
     if not plan.groups or not head_needs or problem.params.row_tolerance >= 1:
         return plan
     tail = row_audit.RowAudit(problem, stats, plan, grad_logp, needs).tail(problem.params.row_tolerance)
     vocab, gemms = problem.weight.shape[0], 2 + any(needs.of_rows)
     plan = plan.with_tails(tail, vocab, gemms)
     cost = plan.cells(vocab, gemms, overhead)
-    everything = planning.exact(certificate, active)
-    return plan if cost <= planning.WORTHWHILE * everything.cells(vocab, gemms) else everything
+    everything = grouping.exact(certificate, active)
+    return plan if cost <= grouping.WORTHWHILE * everything.cells(vocab, gemms) else everything
 
 
 def within_tolerance(problem, other_mass, grad, dropped, active):
@@ -74,7 +73,7 @@ def within_tolerance(problem, other_mass, grad, dropped, active):
     """
     norm = torch.where(active, grad * other_mass, 0.0).square().nansum()
     budget = problem.params.tolerance**2 * norm
-    return active & planning.within_budget((grad * dropped).square(), budget, active)
+    return active & grouping.within_budget((grad * dropped).square(), budget, active)
 
 
 class LeftOut:
@@ -218,7 +217,7 @@ class SparseRows:
 
 
 class GroupSums:
-    """A :class:`fastgrpo.backends.plan.RowGroup` and its part of dX, under way."""
+    """A :class:`fastgrpo.backends.grouping.RowGroup` and its part of dX, under way."""
 
     def __init__(self, group, stats, depth, sides):
         self.rows, self.columns, self.dropped, self.depth = group.rows, group.columns, group.dropped, depth

@@ -11,8 +11,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from fastgrpo.backends import certified, certified_backward, dense, dense_backward
-from fastgrpo.backends import plan as planning
+from fastgrpo.backends import certified, certified_backward, dense, dense_backward, grouping
 from fastgrpo.backends.logits import LogitTiles, Reader, pairs_at_once, row_inverse_temperature
 from fastgrpo.backends.problem import RowStats, column_sum, new_gradients
 from fastgrpo.inputs import IGNORE, accumulator_dtype
@@ -127,7 +126,7 @@ class FrozenFold(certified.Fold):
     def __init__(self, problem, label, hint, sums):
         super().__init__(problem, label, hint)
         self.sums, self.vocab = sums, problem.weight.shape[0]
-        self.overhead = planning.overhead_rows(label.device, trained=False)
+        self.overhead = grouping.overhead_rows(label.device, trained=False)
 
     def rescale(self, first, decay):
         self.sums.rescale(first, decay)
@@ -159,16 +158,16 @@ class FrozenFold(certified.Fold):
                 own[-1] = (every - column_sum(own[:-1], z.dtype)) / max(z.shape[1] - len(own) + 1, 1)
             self.sums.add(first, piece, own)
             self.dropped[first : r + span.stop] += tail[: len(self.dropped) - first]
-        for span in merged(whole):
+        for span in merge_spans(whole):
             part = z[span] if slope is None else z[span][: len(slope[span])].mul_(slope[span])
             self.sums.add(r + span.start, part, entries)
 
     def partition(self, kept):
         """[(first block, last block, whether the flagged entries alone are added)], the cheapest."""
-        counts = planning.level_counts(kept, chunk=kept.shape[1])
+        counts = grouping.level_counts(kept, chunk=kept.shape[1])
         rows = [self.block] * len(kept)
         sizes = [(x + ONE_SPAN).tolist() for x in counts]
-        return planning.best_partition(rows, sizes, self.overhead, kept.shape[1])[0]
+        return grouping.best_partition(rows, sizes, self.overhead, kept.shape[1])[0]
 
     def affordable(self, spans, tails, r, rows, seen):
         """[bool]: those that leave out least, as many as the error budget of the ``seen`` first entries allows."""
@@ -194,7 +193,7 @@ class FrozenFold(certified.Fold):
         return torch.nan_to_num(torch.sigmoid(self.shift[span] + self.total[span].log() - self.label[span]))
 
 
-def merged(spans):
+def merge_spans(spans):
     """Neighbouring slices as one."""
     found = []
     for span in sorted(spans, key=lambda span: span.start):

@@ -157,11 +157,11 @@ class Chunk:
 class Tile:
     """Logits of some rows over a chunk. The generator takes z and slope back when it is asked for the next tile."""
 
-    z: torch.Tensor | None  # (n, C), overwritten by the next tile
+    z: torch.Tensor  # (n, C), overwritten by the next tile
     slope: torch.Tensor | None  # (n, C) softcap's derivative; None: not asked for, or 1
     rows: torch.Tensor  # (n,) which rows
     part: slice  # where they stand among the rows of all tiles
-    factors: list | None  # the rows as operands: [(n, D)], with LoRA (n, depth) too
+    factors: list  # the rows as operands: [(n, D)], with LoRA (n, depth) too
     chunk: Chunk
 
 

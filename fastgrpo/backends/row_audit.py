@@ -60,7 +60,7 @@ class RowAudit:
     """Audits the groups of a plan.
 
     Args:
-        plan: :class:`fastgrpo.backends.plan.Plan`. grad_logp: (N,). needs: of which gradients, see
+        plan: :class:`fastgrpo.backends.grouping.Plan`. grad_logp: (N,). needs: of which gradients, see
             :func:`fastgrpo.backends.problem.new_gradients`.
     """
 
@@ -93,7 +93,7 @@ class RowAudit:
             mass = sum(self.dlogits(rows, part).abs_().sum(0) for rows in self.chunks(self.plan.whole))
             left = self.dlogits(self.rows, part).abs_()
             mass = mass + left.sum(0)
-            left *= ~self.kept(part)[self.group]
+            left *= ~self.mark_kept(part)[self.group]
             total += left @ torch.where(mass > 0, 1 / mass, 0.0)
         return total
 
@@ -103,7 +103,7 @@ class RowAudit:
         return torch.cat(pieces, 1)
 
     def errors_of(self, columns, ranked, steps):
-        left_out = ~self.kept(columns)[self.group[ranked]]
+        left_out = ~self.mark_kept(columns)[self.group[ranked]]
         dz = self.dlogits(self.rows[ranked], columns)
         exact = self.whole_products(columns)
         left = [torch.zeros_like(x) for x in exact]
@@ -147,7 +147,7 @@ class RowAudit:
             dense.logits_gradient(self.problem, z, bias, index, label, self.stats[:, index], self.grad[index])
         return out
 
-    def kept(self, columns):
+    def mark_kept(self, columns):
         """(groups, C) bool: whether each group keeps the columns."""
         return torch.stack([torch.isin(columns, group.columns) for group in self.plan.groups])
 
