@@ -1,7 +1,7 @@
 """Does what the certified backward leaves out push training anywhere? Three answers, with a picture of the third.
 
 ``python -m bench.bias``: (1) what to do with the mass left out: nothing, spread it evenly, or renormalise the kept
-columns; (2) the gradient error's component along the true gradient over 1e5 tokens; (3) a policy warmed up once, then
+entries; (2) the gradient error's component along the true gradient over 1e5 tokens; (3) a policy warmed up once, then
 trained with AdamW on the exact backward and on what "auto" takes, from the same seeds: paired differences. Rows go to
 bench/results/bias-cpu.jsonl as they are made, the curves beside them; a run that was stopped goes on where it was.
 """
@@ -31,7 +31,7 @@ from fastgrpo.inputs import IGNORE
 
 
 def study_of_the_rest(n=2048, vocab=32768, depth=512, cutoff=2.0**-14, block=128):
-    """Error and bias of dX and dW for three ways with the dropped mass; every row drops, none keeps all columns."""
+    """Error and bias of dX and dW for three ways with the dropped mass; every row drops, none keeps all entries."""
     p = profiles.problem(n, vocab, depth)
     hidden, weight, g = p["hidden"], p["weight"], p["upstream"][:, None]
     z = (hidden @ weight.T).log_softmax(1)
@@ -218,15 +218,15 @@ def visits():
         rows = int(((grad_logp != 0) & (problem.targets != IGNORE)).sum())
         vocab, visited = problem.weight.shape[0], plan.whole.numel() * problem.weight.shape[0]
         for group in plan.groups:
-            kept, tails = group.rows.numel() * group.columns.numel(), int(group.tail.sum())
-            visited += kept + tails * (vocab - group.columns.numel())
+            kept, tails = group.rows.numel() * group.entries.numel(), int(group.tail.sum())
+            visited += kept + tails * (vocab - group.entries.numel())
         seen.left_out = 1 - visited / (rows * vocab) if rows else 0.0
         return plan
 
-    def summed(self, first, weights, columns):
+    def summed(self, first, weights, entries):
         seen.summed += self.here(first, len(weights)) * weights.shape[1]
         seen.left_out = 1 - seen.summed / (len(self.rows) * len(self.problem.weight)) if len(self.rows) else 0.0
-        sum_of(self, first, weights, columns)
+        sum_of(self, first, weights, entries)
 
     certified_backward.make_plan, frozen.Sums.add = planned, summed
     try:

@@ -102,7 +102,7 @@ def problem(
 
     As in trained models the rows of the weight have a mean, and hidden states have a common direction: ``shared`` is
     its part of the logits' variance, so that frequent tokens are frequent everywhere. shared=0: every row has likely
-    columns of its own, the worst case for columns kept per block. profile "rl" or "flat" (unit-variance logits).
+    entries of its own, the worst case for entries kept per block. profile "rl" or "flat" (unit-variance logits).
     The profile is that of the logits before ``softcap``, which flattens it a little. "real", "real-0.6": see
     :mod:`bench.real`; the sizes must be its model's, and ``advantages`` (8,) come with them.
     """

@@ -39,7 +39,7 @@ class Stages:
             (reader, "mm", product),
             (reader, "add_mm", added),
             (fold, "tile", f"{phase}: exp, sums, flags"),
-            (torch, "index_select", f"{phase}: gather columns"),
+            (torch, "index_select", f"{phase}: gather entries"),
             (reader, "hidden", f"{phase}: gather rows"),
             (dense, "logits_gradient", f"{phase}: dlogits"),
             (certified_backward, "make_plan", f"{phase}: plan, audit"),

@@ -8,7 +8,7 @@ import torch
 
 from fastgrpo import inputs
 from fastgrpo.backends.logits import LogitTiles
-from fastgrpo.backends.problem import HeadProblem, column_sum
+from fastgrpo.backends.problem import HeadProblem, sum_entries
 from fastgrpo.head import HeadOptions
 
 NAMES = ("log_sum_sq_probs", "mean_logits", "is_top1")
@@ -103,11 +103,11 @@ def softcap_is_off(problem):
 
 
 def mean_logits(problem):
-    """(N,): the mean of linear logits is the logit of the mean column."""
+    """(N,): the mean of linear logits is the logit of the mean entry."""
     dtype = inputs.accumulator_dtype(problem.hidden)
-    column = column_sum(problem.weight, dtype) / problem.weight.shape[0]
-    rows = torch.arange(problem.targets.numel(), device=column.device).split(4096)
-    mean = torch.cat([inputs.take_rows(problem.hidden, part).to(dtype) @ column for part in rows])
+    entry = sum_entries(problem.weight, dtype) / problem.weight.shape[0]
+    rows = torch.arange(problem.targets.numel(), device=entry.device).split(4096)
+    mean = torch.cat([inputs.take_rows(problem.hidden, part).to(dtype) @ entry for part in rows])
     mean = mean if problem.bias is None else mean + problem.bias.mean(dtype=dtype)
     return mean * (problem.params.logit_scale / problem.params.temperature)
 
@@ -123,7 +123,7 @@ def scan(problem, rows, with_squares, with_mean):
     """One pass over the logits of some rows, tile by tile.
 
     Returns:
-        (n,) each: the first column of the largest logit (-1 where a logit is NaN), log sum p^2 and the sum of the
+        (n,) each: the first entry of the largest logit (-1 where a logit is NaN), log sum p^2 and the sum of the
         logits (0 where not asked for).
     """
     n, dtype = rows.numel(), inputs.accumulator_dtype(problem.hidden)
@@ -139,9 +139,9 @@ def scan(problem, rows, with_squares, with_mean):
 
 
 def fold(z, start, peak, first, sums):
-    """Fold one tile of logits into the running maximum, its first column and the sums of exp, exp^2. Overwrites z."""
-    largest, column = z.max(1)  # of equal ones torch returns the first
-    first.copy_(torch.where(largest > peak, column + start, first))
+    """Fold one tile of logits into the running maximum, its first entry and the sums of exp, exp^2. Overwrites z."""
+    largest, entry = z.max(1)  # of equal ones torch returns the first
+    first.copy_(torch.where(largest > peak, entry + start, first))
     decay = torch.exp(peak - torch.maximum(peak, largest))
     peak.copy_(torch.maximum(peak, largest))
     if sums is not None:

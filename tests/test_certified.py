@@ -355,13 +355,13 @@ def test_row_tolerance_is_checked(value):
 
 def test_the_audit_samples_the_vocabulary_once_and_evenly():
     for vocab in (4096, 32768, 151936):
-        ranking, audited = row_audit.sampled_columns(vocab)
+        ranking, audited = row_audit.sample_entries(vocab)
         both = torch.cat((ranking, audited)).sort().values
         assert len(both.unique()) == len(both) == 3 * len(ranking)
         assert both[0] >= 0
         assert both[-1] < vocab
         assert both.diff().max() <= 2 * (vocab // len(both) + 1)
-    assert torch.equal(row_audit.sampled_columns(300)[1], torch.arange(300))
+    assert torch.equal(row_audit.sample_entries(300)[1], torch.arange(300))
 
 
 def test_fewest_whole_stops_at_the_first_step_that_errs():

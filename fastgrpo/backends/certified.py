@@ -1,7 +1,7 @@
-"""The certified forward: which columns matter, and what each row leaves out without the others.
+"""The certified forward: which entries matter, and what each row leaves out without the others.
 
-The forward sorts the rows, keeps one flag per (block of rows, column), "some row has p >= cutoff here", and sums for
-every row the probability mass outside its block's flagged columns: its certificate. Bad hints cost time, never
+The forward sorts the rows, keeps one flag per (block of rows, entry), "some row has p >= cutoff here", and sums for
+every row the probability mass outside its block's flagged entries: its certificate. Bad hints cost time, never
 correctness. The backward is in :mod:`fastgrpo.backends.certified_backward`.
 """
 
@@ -16,7 +16,7 @@ from fastgrpo.backends.problem import FLOOR, RowStats
 from fastgrpo.inputs import IGNORE, accumulator_dtype
 
 BLOCK = 128  # rows that share their flags
-CUTOFF_PER_TOLERANCE = 2.0**-7  # columns of p >= tolerance * this are flagged
+CUTOFF_PER_TOLERANCE = 2.0**-7  # entries of p >= tolerance * this are flagged
 HINT_SLACK = 1.4  # nats by which a hint may fall short: the cutoff is then at most 4 times too high
 CROWDED = 0.9  # share of a tile's flags from which on all are set: nothing is left out, nothing has to be summed
 TRUSTED = (1e-20, 1e30)  # range of a row's sum of exp in which the guessed shift was good enough
@@ -25,8 +25,8 @@ TRUSTED = (1e-20, 1e30)  # range of a row's sum of exp in which the guessed shif
 @dataclass(frozen=True)
 class Certificate:
     order: torch.Tensor  # (n,) int64, alike rows next to each other; ignored ones left out or last
-    flags: torch.Tensor  # (ceil(n / block), V) bool, columns kept
-    dropped: torch.Tensor  # (n,) probability outside the flagged columns, of rows in this order
+    flags: torch.Tensor  # (ceil(n / block), V) bool, entries kept
+    dropped: torch.Tensor  # (n,) probability outside the flagged entries, of rows in this order
     block: int
 
     @property
@@ -56,10 +56,10 @@ def forward(problem, hint=None):
 
 
 def partial_forward(problem, label, hint=None):
-    """What :func:`forward` combines, of a vocabulary's columns that other ranks hold the rest of.
+    """What :func:`forward` combines, of a vocabulary's entries that other ranks hold the rest of.
 
     Args:
-        label: (N,) logit of each row's label, wherever its column is: with the hint it places the cutoff.
+        label: (N,) logit of each row's label, wherever its entry is: with the hint it places the cutoff.
 
     Returns:
         (4, N) of :meth:`HeadProblem.new_partials`, a guess in the peak's place, and a certificate whose ``dropped`` is
@@ -79,7 +79,7 @@ def sorted_rows(problem, hint):
 
 
 def fold_vocabulary(problem, rows, label, hint):
-    """-> the :class:`FlagFold` of all columns; label: (n,) of these rows."""
+    """-> the :class:`FlagFold` of all entries; label: (n,) of these rows."""
     fold = FlagFold(problem, label, None if hint is None else hint[rows], problem.targets[rows])
     fold_tiles(problem, rows, fold, buffers=2)
     return fold
@@ -103,7 +103,7 @@ def label_terms(problem, rows):
     safe = torch.where(inside, targets, 0)
     out = torch.ones(2, rows.numel(), dtype=reader.accumulate, device=rows.device)
     for part in torch.arange(rows.numel(), device=rows.device).split(min(pairs_at_once(problem), 1024)):
-        z = reader.paired_logits(reader.rows(rows[part]), reader.columns(safe[part]))[:, None]
+        z = reader.paired_logits(reader.rows(rows[part]), reader.entries(safe[part]))[:, None]
         bias = None if problem.bias is None else problem.bias[safe[part], None]
         z, slope = transform(problem, z, bias, row_inverse_temperature(problem, rows[part]), True)
         out[0, part] = z[:, 0]
@@ -194,13 +194,13 @@ class FlagFold(Fold):
 
 
 def keep_labels(flags, targets):
-    """The label's column is always kept (column 0 for a label that another rank holds: harmless)."""
+    """The label's entry is always kept (entry 0 for a label that another rank holds: harmless)."""
     blocks = torch.arange(targets.numel(), device=targets.device) // BLOCK
     flags[blocks, targets.clamp(0, flags.shape[1] - 1)] = True
 
 
 def distrust(dropped, logp, hint):
-    """A hint far below the log-prob it stands for has put the cutoff too high: such a row keeps all columns."""
+    """A hint far below the log-prob it stands for has put the cutoff too high: such a row keeps all entries."""
     return dropped if hint is None else torch.where((logp - hint > HINT_SLACK) & (dropped > 0), torch.inf, dropped)
 
 

@@ -1,8 +1,8 @@
-"""The certified backward: only the columns that matter, with a proof of what was left out.
+"""The certified backward: only the entries that matter, with a proof of what was left out.
 
 It recomputes the flagged logits of each group of blocks with ordinary GEMMs; rows whose certificate is too large keep
-all columns. How much a row leaves out is known; it is put back as if spread evenly over the columns left out, which
-removes the part of the error that adds up (the columns share a direction).
+all entries. How much a row leaves out is known; it is put back as if spread evenly over the entries left out, which
+removes the part of the error that adds up (the entries share a direction).
 """
 
 import torch
@@ -10,12 +10,12 @@ import torch
 from fastgrpo.backends import dense, dense_backward, grouping, row_audit
 from fastgrpo.backends.dense_backward import ExactRows
 from fastgrpo.backends.logits import LogitTiles, Reader, row_inverse_temperature, unscale
-from fastgrpo.backends.problem import RowStats, column_sum, new_gradients, row_scale
+from fastgrpo.backends.problem import RowStats, new_gradients, row_scale, sum_entries
 from fastgrpo.inputs import IGNORE
 
 
 def backward(problem, stats, certificate, grad_logp, needs):
-    """Gradients as :func:`fastgrpo.backends.dense_backward.backward`'s; the columns kept differ per row."""
+    """Gradients as :func:`fastgrpo.backends.dense_backward.backward`'s; the entries kept differ per row."""
     out = new_gradients(problem, needs)
     if not any(needs):
         return out
@@ -46,7 +46,7 @@ def backward(problem, stats, certificate, grad_logp, needs):
 def make_plan(problem, stats, certificate, grad_logp, needs):
     """:class:`fastgrpo.backends.grouping.Plan` of both gradients.
 
-    Rows are left to their flagged columns within the tolerance; then the audit says which of them dW needs whole.
+    Rows are left to their flagged entries within the tolerance; then the audit says which of them dW needs whole.
     """
     order, grad = certificate.order, grad_logp[certificate.order]
     active = (grad != 0) & (problem.targets[order] != IGNORE)
@@ -77,7 +77,7 @@ def within_tolerance(problem, other_mass, grad, dropped, active):
 
 
 class LeftOut:
-    """The groups' rows: their kept columns, and for dW the tails of some."""
+    """The groups' rows: their kept entries, and for dW the tails of some."""
 
     def __init__(self, sparse, tails):
         self.sparse, self.tails = sparse, tails
@@ -92,7 +92,7 @@ class LeftOut:
 
 
 class TailRows:
-    """Adds what the plan's tail rows leave out to the head's gradients, a range of columns at a time."""
+    """Adds what the plan's tail rows leave out to the head's gradients, a chunk at a time."""
 
     def __init__(self, problem, stats, plan, grad_logp):
         self.problem, self.stats, self.grads = problem, stats, [grad_logp]
@@ -131,22 +131,22 @@ class TailRows:
                 d_entry += reader.unscale("low", unscale(reader.mm(dz.t(), x, None), self.scale), factor)
 
     def hide_kept(self, dz, first, span):
-        """0 where the row's group keeps the column: that part is the group's."""
+        """0 where the row's group keeps the entry: that part is the group's."""
         for group, start, stop in zip(self.groups, self.bounds, self.bounds[1:]):
             mine = dz[max(start - first, 0) : max(stop - first, 0)]
             if mine.shape[0]:
-                ends = torch.searchsorted(group.columns, torch.tensor([span.start, span.stop], device=dz.device))
-                mine.index_fill_(1, group.columns[slice(*ends.tolist())] - span.start, 0.0)
+                ends = torch.searchsorted(group.entries, torch.tensor([span.start, span.stop], device=dz.device))
+                mine.index_fill_(1, group.entries[slice(*ends.tolist())] - span.start, 0.0)
 
 
 class SparseRows:
-    """Adds the groups' part of the gradients ``out``, a range of columns at a time."""
+    """Adds the groups' part of the gradients ``out``, a chunk at a time."""
 
     def __init__(self, problem, stats, groups, grad_logp, out):
         self.problem, self.stats, self.grad = problem, stats, grad_logp
         self.reader = Reader(problem)
-        heads, ranks = self.reader.heads, [columns.shape[1] for _, columns in problem.factors]
-        # of each factor whose rows have a gradient: the gradient, and the sum of all its columns
+        heads, ranks = self.reader.heads, [entries.shape[1] for _, entries in problem.factors]
+        # of each factor whose rows have a gradient: the gradient, and the sum of all its entries
         self.sides = [
             (k, d_rows, stats.new_zeros(ranks[k])) for k, d_rows in enumerate(out.of_rows) if d_rows is not None
         ]
@@ -155,32 +155,32 @@ class SparseRows:
         counted = torch.where(problem.targets != IGNORE, grad_logp, 0.0)
         self.scale = row_scale(counted) if self.reader.native else None
         # Fresh memory costs a page fault every 4 KiB, several times the gather itself: each buffer is made once.
-        columns = max([g.piece(problem.params.workspace) for g in self.groups], default=0)
+        most = max([g.piece(problem.params.workspace) for g in self.groups], default=0)
         cells = max([g.piece(problem.params.workspace) * g.rows.numel() for g in self.groups], default=0)
-        self.kept = [torch.empty(columns, head.shape[1], dtype=head.dtype, device=stats.device) for head in heads]
+        self.kept = [torch.empty(most, head.shape[1], dtype=head.dtype, device=stats.device) for head in heads]
         self.logits = stats.new_empty(0 if self.reader.native else cells)
-        self.products = [stats.new_empty(0 if self.reader.native or d is None else columns, rank)
+        self.products = [stats.new_empty(0 if self.reader.native or d is None else most, rank)
                          for d, rank in zip(out.of_head, ranks)]  # fmt: skip
 
     def add(self, span, totals):
         """As :meth:`LeftOut.add`."""
         heads = [head[span] for head in self.reader.heads]
         for k, _, total in self.sides:
-            total += column_sum(heads[k][:, : total.numel()], self.stats.dtype)
+            total += sum_entries(heads[k][:, : total.numel()], self.stats.dtype)
         for group in self.groups:
-            for columns in group.pieces(span, self.problem.params.workspace):
-                self.add_piece(group, columns, columns - span.start, heads, *totals)
+            for entries in group.pieces(span, self.problem.params.workspace):
+                self.add_piece(group, entries, entries - span.start, heads, *totals)
 
-    def add_piece(self, group, columns, local, heads, *totals):
-        *d_columns, d_bias = totals
+    def add_piece(self, group, entries, local, heads, *totals):
+        *d_entries, d_bias = totals
         problem, reader, rows = self.problem, self.reader, group.rows
-        n, k = rows.numel(), columns.numel()
-        kept = [reader.cast_columns(factor, torch.index_select(h, 0, local, out=x[:k]))
+        n, k = rows.numel(), entries.numel()
+        kept = [reader.cast_entries(factor, torch.index_select(h, 0, local, out=x[:k]))
                 for factor, (h, x) in enumerate(zip(heads, self.kept))]  # fmt: skip
         factors = reader.rows(rows)
         z = reader.raw_logits(factors, kept, self.logits[: n * k].view(n, k) if self.logits.numel() else None)
-        label = dense.find_labels(columns, problem.targets[rows])
-        bias = None if problem.bias is None else problem.bias[columns]
+        label = dense.find_labels(entries, problem.targets[rows])
+        bias = None if problem.bias is None else problem.bias[entries]
         grad = self.grad[rows] if self.scale is None else self.grad[rows] * self.scale
         dz = dense.logits_gradient(problem, z, bias, rows, label, self.stats[:, rows], grad)
         if d_bias is not None:
@@ -191,27 +191,27 @@ class SparseRows:
         for (side, _, _), total, kept_sum in zip(self.sides, group.totals, group.kept_sums):
             kept_sum += operands[side][1].sum(0, dtype=self.stats.dtype)
             reader.add_mm(total, dz, operands[side][1])
-        for side, (d_column, product) in enumerate(zip(d_columns, self.products)):
-            if d_column is not None:
+        for side, (d_entry, product) in enumerate(zip(d_entries, self.products)):
+            if d_entry is not None:
                 gradient = unscale(reader.mm(dz.t(), operands[side][0], product[:k]), self.scale)
-                add_rows(d_column, local, reader.unscale("low", gradient, side))
+                add_rows(d_entry, local, reader.unscale("low", gradient, side))
 
     def sum_left_out(self, group):
-        """(n,) sum of each row's dlogits over the columns left out."""
+        """(n,) sum of each row's dlogits over the entries left out."""
         inverse = row_inverse_temperature(self.problem, group.rows)
         inverse = inverse[:, 0] if isinstance(inverse, torch.Tensor) else 1.0 if inverse is None else inverse
         grad = self.grad[group.rows] if self.scale is None else self.grad[group.rows] * self.scale
         return -grad * group.dropped * inverse * self.problem.params.logit_scale
 
     def finish(self):
-        """Put back what was left out as if spread evenly over the columns left out, and write dX."""
+        """Put back what was left out as if spread evenly over the entries left out, and write dX."""
         vocab = self.problem.weight.shape[0]
         for group in self.groups:
-            left_out = vocab - group.columns.numel()
-            for (side, d_rows, all_columns), total, kept_sum in zip(self.sides, group.totals, group.kept_sums):
-                # Through a softcap, whose slope differs by column, the sum of what was left out is not known.
+            left_out = vocab - group.entries.numel()
+            for (side, d_rows, all_entries), total, kept_sum in zip(self.sides, group.totals, group.kept_sums):
+                # Through a softcap, whose slope differs by entry, the sum of what was left out is not known.
                 if left_out and self.problem.params.softcap is None:
-                    total.addr_(self.sum_left_out(group), (all_columns - kept_sum) / left_out)
+                    total.addr_(self.sum_left_out(group), (all_entries - kept_sum) / left_out)
                 total = self.reader.unscale("up", unscale(total, self.scale), side)
                 d_rows.flatten(0, 1).index_copy_(0, group.rows, total.to(d_rows.dtype))
 
@@ -220,23 +220,23 @@ class GroupSums:
     """A :class:`fastgrpo.backends.grouping.RowGroup` and its part of dX, under way."""
 
     def __init__(self, group, stats, depth, sides):
-        self.rows, self.columns, self.dropped, self.depth = group.rows, group.columns, group.dropped, depth
-        self.totals = [stats.new_zeros(group.rows.numel(), columns.numel()) for _, _, columns in sides]
-        self.kept_sums = [torch.zeros_like(columns) for _, _, columns in sides]
+        self.rows, self.entries, self.dropped, self.depth = group.rows, group.entries, group.dropped, depth
+        self.totals = [stats.new_zeros(group.rows.numel(), total.numel()) for _, _, total in sides]
+        self.kept_sums = [torch.zeros_like(total) for _, _, total in sides]
 
     def pieces(self, span, workspace):
-        """The group's columns inside the span, in pieces whose gathered rows and logits fit half the workspace."""
-        columns = self.columns
-        if span.start > 0 or span.stop <= int(columns[-1]):
-            bounds = torch.tensor([span.start, span.stop], device=columns.device)
-            first, last = torch.searchsorted(columns, bounds).tolist()
-            columns = columns[first:last]
-        return [c for c in columns.split(self.piece(workspace)) if c.numel()]
+        """The group's entries inside the span, in pieces whose gathered rows and logits fit half the workspace."""
+        entries = self.entries
+        if span.start > 0 or span.stop <= int(entries[-1]):
+            bounds = torch.tensor([span.start, span.stop], device=entries.device)
+            first, last = torch.searchsorted(entries, bounds).tolist()
+            entries = entries[first:last]
+        return [c for c in entries.split(self.piece(workspace)) if c.numel()]
 
     def piece(self, workspace):
-        """How many columns at once: gathered, cast and multiplied, and their logits, in half the workspace."""
+        """How many entries at once: gathered, cast and multiplied, and their logits, in half the workspace."""
         cell = self.dropped.element_size() * (3 * self.depth + 2 * self.rows.numel())
-        return min(max(workspace // 2 // cell, 16), self.columns.numel())
+        return min(max(workspace // 2 // cell, 16), self.entries.numel())
 
 
 def add_rows(destination, index, value):

@@ -33,7 +33,7 @@ def partial_forward(problem):
 
 
 def start_running(problem, rows):
-    """(3, n) running statistics of no column, (n,) labels' logits, NaN where no column is the label."""
+    """(3, n) running statistics of no entry, (n,) labels' logits, NaN where no entry is the label."""
     running = problem.new_partials(accumulator_dtype(problem.hidden))[:3, rows]
     return running, running.new_full((rows.numel(),), torch.nan)
 
@@ -147,10 +147,10 @@ def logits_gradient(problem, z, bias, index, local, stats, grad_logp, grad_entro
     return without_denormals(z if slope is None else z.mul_(slope))
 
 
-def find_labels(columns, targets):
-    """(n,) where in the rising ``columns`` each label stands, or -1."""
-    at = torch.searchsorted(columns, targets)
-    found = columns[at.clamp(max=columns.numel() - 1)] == targets
+def find_labels(entries, targets):
+    """(n,) where among the rising ``entries`` each label stands, or -1."""
+    at = torch.searchsorted(entries, targets)
+    found = entries[at.clamp(max=entries.numel() - 1)] == targets
     return torch.where(found, at, -1)
 
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from fastgrpo.backends import certified, certified_backward, dense, dense_backward, grouping
 from fastgrpo.backends.logits import LogitTiles, Reader, pairs_at_once, row_inverse_temperature
-from fastgrpo.backends.problem import RowStats, column_sum, new_gradients
+from fastgrpo.backends.problem import RowStats, new_gradients, sum_entries
 from fastgrpo.inputs import IGNORE, accumulator_dtype
 
 ONE_SPAN = 96  # what adding a few entries alone costs whatever their number, in entries
@@ -96,11 +96,11 @@ class Sums:
         n = self.here(first, len(decay))
         self.values[first : first + n] *= decay[:n, None]
 
-    def add(self, first, weights, columns):
-        """weights: (m, k) of the rows from ``first`` on; columns: (k, D)."""
+    def add(self, first, weights, entries):
+        """weights: (m, k) of the rows from ``first`` on; entries: (k, D)."""
         n = self.here(first, len(weights))
         if n and weights.shape[1]:
-            self.reader.add_mm(self.values[first : first + n], weights[:n].to(self.reader.operand), columns)
+            self.reader.add_mm(self.values[first : first + n], weights[:n].to(self.reader.operand), entries)
 
     def finish(self, total, stats):
         """total: (n,) the sum of all of a row's exponentials; stats: (5, N)."""
@@ -142,7 +142,7 @@ class FrozenFold(certified.Fold):
         flags = [kept[span.start // self.block : span.stop // self.block].any(0) for span in sparse]
         tails = [torch.mv(z[span], (~flag).to(z.dtype)) for span, flag in zip(sparse, flags)]
         affordable = self.affordable(sparse, tails, r, len(z), tile.chunk.span.stop)
-        every = column_sum(entries, z.dtype) if slope is None and any(affordable) else None
+        every = sum_entries(entries, z.dtype) if slope is None and any(affordable) else None
         for span, flag, tail, fits in zip(sparse, flags, tails, affordable):
             if not fits:
                 whole.append(span)
@@ -155,7 +155,7 @@ class FrozenFold(certified.Fold):
                 piece[: len(slope[span])] *= slope[span].index_select(1, ids)
             else:
                 piece[:, -1] = tail
-                own[-1] = (every - column_sum(own[:-1], z.dtype)) / max(z.shape[1] - len(own) + 1, 1)
+                own[-1] = (every - sum_entries(own[:-1], z.dtype)) / max(z.shape[1] - len(own) + 1, 1)
             self.sums.add(first, piece, own)
             self.dropped[first : r + span.stop] += tail[: len(self.dropped) - first]
         for span in merge_spans(whole):

@@ -7,12 +7,12 @@ from fastgrpo.inputs import IGNORE, take_rows
 
 
 def kept_logits(problem, support):
-    """(K,) raw logits of the kept entries, each one row of hidden times one of the head; 0 where ignored."""
+    """(K,) raw logits of the kept pairs, each one row of hidden times one of the head; 0 where ignored."""
     reader = Reader(problem)
     out = torch.zeros(support.ids.shape, dtype=reader.accumulate, device=problem.hidden.device)
-    entries = (problem.targets[support.rows] != IGNORE).nonzero().squeeze(1)
-    for part in entries.split(pairs_at_once(problem)):
-        out[part] = reader.paired_logits(reader.rows(support.rows[part]), reader.columns(support.ids[part]))
+    pairs = (problem.targets[support.rows] != IGNORE).nonzero().squeeze(1)
+    for part in pairs.split(pairs_at_once(problem)):
+        out[part] = reader.paired_logits(reader.rows(support.rows[part]), reader.entries(support.ids[part]))
     return out
 
 
@@ -23,15 +23,15 @@ def kept_sums(problem, source, coefficients, index, offsets, cast, dtype):
         source: (B, T, D), any strides, of B * T rows, read as ``cast``. coefficients, index: (K,). offsets: (M + 1,).
 
     Returns:
-        (M, D) in ``dtype``, summed in the accumulator's. An entry whose coefficient is 0 is not read.
+        (M, D) in ``dtype``, summed in the accumulator's. A pair whose coefficient is 0 is not read.
     """
     out = torch.zeros(offsets.numel() - 1, source.shape[2], dtype=dtype, device=source.device)
-    entries = (coefficients != 0).nonzero().squeeze(1)
-    if not entries.numel():
+    pairs = (coefficients != 0).nonzero().squeeze(1)
+    if not pairs.numel():
         return out
-    owner = torch.searchsorted(offsets[1:].contiguous(), entries, right=True)
-    begun = None  # an owner whose entries began in the last chunk, and its sum so far
-    for part, mine in zip(*(x.split(pairs_at_once(problem)) for x in (entries, owner))):
+    owner = torch.searchsorted(offsets[1:].contiguous(), pairs, right=True)
+    begun = None  # an owner whose pairs began in the last chunk, and its sum so far
+    for part, mine in zip(*(x.split(pairs_at_once(problem)) for x in (pairs, owner))):
         rows = take_rows(source, index[part]).to(cast)
         products = rows.to(coefficients.dtype) * coefficients[part, None]
         owners, counts = torch.unique_consecutive(mine, return_counts=True)

@@ -12,7 +12,7 @@ from fastgrpo.backends.problem import NOTHING, plan_tiles
 from fastgrpo.inputs import accumulator_dtype, take_rows
 
 # A tile that stays in a CPU core's share of the cache between the GEMM and the passes over it.
-CPU_ROWS, CPU_COLS = 2048, 2048
+CPU_ROWS, CPU_ENTRIES = 2048, 2048
 
 
 class Reader:
@@ -44,40 +44,40 @@ class Reader:
 
     @property
     def heads(self):
-        """Each factor's columns, not cast: weight (V, D) and, with LoRA, up (V, width)."""
+        """Each factor's entries, not cast: weight (V, D) and, with LoRA, up (V, width)."""
         return [self.problem.weight] + ([] if self.lora is None else [self.lora.up])
 
-    def columns(self, span):
-        return [self.cast_columns(k, head[span]) for k, head in enumerate(self.heads)]
+    def entries(self, span):
+        return [self.cast_entries(k, head[span]) for k, head in enumerate(self.heads)]
 
-    def cast_columns(self, factor, x):
+    def cast_entries(self, factor, x):
         """The head's as operands; LoRA's, which may be wider than the head, are ready or keep their accuracy."""
         if factor == 0 or self.native:
             return self.cast(x)
         return x.to(self.problem.params.lora_dtype).to(self.accumulate)
 
-    def raw_logits(self, rows, columns, out):
+    def raw_logits(self, rows, entries, out):
         """The sum of the factors' products, (n, C) in the accumulator's dtype; ``out``: where to put it, or None."""
-        z = self.mm(rows[0], columns[0].t(), out)
+        z = self.mm(rows[0], entries[0].t(), out)
         if self.lora is None:
             return z
         if not self.native:
-            return z.addmm_(rows[1], columns[1].t())
-        product = lora.mm16(rows[1], columns[1][:, self.lora.columns].t())
+            return z.addmm_(rows[1], entries[1].t())
+        product = lora.mm16(rows[1], entries[1][:, self.lora.columns].t())
         return z.add_(product if self.lora.scale is None else product * self.lora.scale)
 
-    def paired_logits(self, rows, columns):
-        """(n,): the raw logit of each row with the column beside it."""
-        z = (rows[0].to(self.accumulate) * columns[0].to(self.accumulate)).sum(1)
+    def paired_logits(self, rows, entries):
+        """(n,): the raw logit of each row with the entry beside it."""
+        z = (rows[0].to(self.accumulate) * entries[0].to(self.accumulate)).sum(1)
         if self.lora is None:
             return z
-        up = columns[1][:, self.lora.columns].to(self.accumulate)
+        up = entries[1][:, self.lora.columns].to(self.accumulate)
         product = (rows[1].to(self.accumulate) * up).sum(1)
         return z + (product if self.lora.scale is None else product * self.lora.scale)
 
-    def gradient_operands(self, rows, columns):
-        """-> [(rows, columns)] of each factor, as a gradient's GEMMs read them."""
-        pairs = list(zip(rows, columns))
+    def gradient_operands(self, rows, entries):
+        """-> [(rows, entries)] of each factor, as a gradient's GEMMs read them."""
+        pairs = list(zip(rows, entries))
         return pairs[:1] + [tuple(x[:, : self.lora.rank] for x in pair) for pair in pairs[1:]]
 
     def unscale(self, side, x, factor):
@@ -106,7 +106,7 @@ def transform(problem, z, bias, inv_temperature, with_slope=False):
     slope = None
     if bias is not None:
         z += bias.to(z.dtype)
-        z.clamp_(min=NOTHING)  # a column masked by -inf must not meet 0 * inf
+        z.clamp_(min=NOTHING)  # an entry masked by -inf must not meet 0 * inf
     scale, softcap = problem.params.logit_scale, problem.params.softcap
     if scale != 1.0:
         z *= scale
@@ -129,18 +129,18 @@ def row_inverse_temperature(problem, rows):
 
 def fit_tile(problem, rows, buffers, held=0):
     """-> :class:`Tiling`. buffers: tiles alive at once. held: bytes of the workspace that are taken."""
-    vocab, depth = problem.weight.shape[0], sum(columns.shape[1] for _, columns in problem.factors)
+    vocab, depth = problem.weight.shape[0], sum(entries.shape[1] for _, entries in problem.factors)
     size = 8 if problem.hidden.dtype == torch.float64 else 4
-    max_rows, max_cols = (CPU_ROWS, CPU_COLS) if problem.hidden.device.type == "cpu" else (16384, 16384)
+    max_rows, max_entries = (CPU_ROWS, CPU_ENTRIES) if problem.hidden.device.type == "cpu" else (16384, 16384)
     budget, per_row, cell = problem.params.workspace - held, size * depth, size * buffers
     if problem.params.compute_dtype.itemsize == 2 and lora.has_native(problem.hidden):
         cell, per_row = cell + 2, per_row + 2 * depth  # the tile and its rows once more, in 16 bits
-    return plan_tiles(min(rows, max_rows), min(vocab, max_cols), budget, cell, per_row, 2 * size * depth)
+    return plan_tiles(min(rows, max_rows), min(vocab, max_entries), budget, cell, per_row, 2 * size * depth)
 
 
 def pairs_at_once(problem):
     """How many pairs of rows, their products and their sums fit half the workspace."""
-    depth = sum(columns.shape[1] for _, columns in problem.factors)
+    depth = sum(entries.shape[1] for _, entries in problem.factors)
     return max(problem.params.workspace // (2 * 4 * accumulator_dtype(problem.hidden).itemsize * depth), 1)
 
 
@@ -202,7 +202,7 @@ class LogitTiles:
         span = slice(0, vocab) if span is None else span
         for v in range(span.start, span.stop, self.width):
             part = slice(v, min(v + self.width, span.stop))
-            yield Chunk(part, self.reader.columns(part), None if bias is None else bias[part])
+            yield Chunk(part, self.reader.entries(part), None if bias is None else bias[part])
 
     def of_chunk(self, chunk):
         for r in range(0, self.rows.numel(), max(self.height, 1)):
@@ -241,5 +241,5 @@ class RowSource:
 
 def bytes_held(reader, count):
     """What so many rows take as operands; 0: they are not to be held."""
-    size = count * reader.operand.itemsize * sum(columns.shape[1] for _, columns in reader.problem.factors)
+    size = count * reader.operand.itemsize * sum(entries.shape[1] for _, entries in reader.problem.factors)
     return size if size <= reader.problem.params.workspace // 4 else 0
