@@ -1,7 +1,7 @@
 """Does what the certified backward leaves out push training anywhere? Three answers, with a picture of the third.
 
 ``python -m bench.bias``: (1) what to do with the mass left out: nothing, spread it evenly, or renormalise the kept
-columns; (2) the gradient error's component along the true gradient over 1e5 tokens; (3) a policy warmed up once, then
+entries; (2) the gradient error's component along the true gradient over 1e5 tokens; (3) a policy warmed up once, then
 trained with AdamW on the exact backward and on what "auto" takes, from the same seeds: paired differences. Rows go to
 bench/results/bias-cpu.jsonl as they are made, the curves beside them; a run that was stopped goes on where it was.
 """
@@ -26,12 +26,12 @@ from matplotlib.figure import Figure
 from bench import measure, profiles
 from bench.__main__ import RESULTS
 from fastgrpo import GRPOLossConfig, group_advantages, grpo_loss, linear_logprobs
-from fastgrpo.backends import certified, frozen
+from fastgrpo.backends import certified_backward, frozen
 from fastgrpo.inputs import IGNORE
 
 
 def study_of_the_rest(n=2048, vocab=32768, depth=512, cutoff=2.0**-14, block=128):
-    """Error and bias of dX and dW for three ways with the dropped mass; every row drops, none keeps all columns."""
+    """Error and bias of dX and dW for three ways with the dropped mass; every row drops, none keeps all entries."""
     p = profiles.problem(n, vocab, depth)
     hidden, weight, g = p["hidden"], p["weight"], p["upstream"][:, None]
     z = (hidden @ weight.T).log_softmax(1)
@@ -101,9 +101,9 @@ class Policy(torch.nn.Module):
     def states(self, prompt, answer):
         """(B, T), (B, T) -> (B, T, D), the states that predict the answer."""
         previous = F.pad(F.embedding(answer[:, :-1], self.embedding), (0, 0, 1, 0))
-        return self.adapted(self.rnn(F.embedding(prompt, self.embedding) + previous)[0])
+        return self.adapt(self.rnn(F.embedding(prompt, self.embedding) + previous)[0])
 
-    def adapted(self, out):
+    def adapt(self, out):
         """The last layer below the head, with LoRA: 4 (1 + 2 B A) out."""
         return 4 * (out + 2 * out @ self.lora_a.T @ self.lora_b.T)
 
@@ -113,7 +113,7 @@ class Policy(torch.nn.Module):
         state, previous, answer, logp = None, 0.0, [], []
         for t in range(prompt.shape[1]):
             out, state = self.rnn((self.embedding[prompt[:, t]] + previous)[:, None], state)
-            logprobs = (self.adapted(out[:, 0]) @ self.head.T / temperature).log_softmax(1)
+            logprobs = (self.adapt(out[:, 0]) @ self.head.T / temperature).log_softmax(1)
             answer.append(torch.multinomial(logprobs.exp(), 1, generator=generator))
             logp.append(logprobs.gather(1, answer[-1]))
             previous = self.embedding[answer[-1][:, 0]]
@@ -162,7 +162,7 @@ class Task:
         worded = torch.where(u < 0.98, free[(64 * (u / 0.98).square()).long().clamp(max=63)], anything)
         return ids[kind], torch.where(kind % 10 >= 10 - self.free, worded, answer)
 
-    def warmed_up(self):
+    def warm_up_policy(self):
         policy, g = Policy(self.vocabulary), torch.Generator().manual_seed(1)
         optimizer = torch.optim.AdamW([policy.embedding, policy.head, *policy.rnn.parameters()], lr=3e-3)
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.02, self.warm_up)
@@ -207,28 +207,32 @@ class Task:
 @contextlib.contextmanager
 def visits():
     """Counts the cells whose gradient is made inside: an object whose ``left_out`` is the share of the others."""
-    seen, plan_of, sum_of = types.SimpleNamespace(left_out=0.0, summed=0.0), certified.make_plan, frozen.Sums.add
+    seen, plan_of, sum_of = (
+        types.SimpleNamespace(left_out=0.0, summed=0.0),
+        certified_backward.make_plan,
+        frozen.Sums.add,
+    )
 
     def planned(problem, stats, certificate, grad_logp, needs):
         plan = plan_of(problem, stats, certificate, grad_logp, needs)
         rows = int(((grad_logp != 0) & (problem.targets != IGNORE)).sum())
         vocab, visited = problem.weight.shape[0], plan.whole.numel() * problem.weight.shape[0]
         for group in plan.groups:
-            kept, tails = group.rows.numel() * group.columns.numel(), int(group.tail.sum())
-            visited += kept + tails * (vocab - group.columns.numel())
+            kept, tails = group.rows.numel() * group.entries.numel(), int(group.tail.sum())
+            visited += kept + tails * (vocab - group.entries.numel())
         seen.left_out = 1 - visited / (rows * vocab) if rows else 0.0
         return plan
 
-    def summed(self, first, weights, columns):
+    def summed(self, first, weights, entries):
         seen.summed += self.here(first, len(weights)) * weights.shape[1]
         seen.left_out = 1 - seen.summed / (len(self.rows) * len(self.problem.weight)) if len(self.rows) else 0.0
-        sum_of(self, first, weights, columns)
+        sum_of(self, first, weights, entries)
 
-    certified.make_plan, frozen.Sums.add = planned, summed
+    certified_backward.make_plan, frozen.Sums.add = planned, summed
     try:
         yield seen
     finally:
-        certified.make_plan, frozen.Sums.add = plan_of, sum_of
+        certified_backward.make_plan, frozen.Sums.add = plan_of, sum_of
 
 
 ARMS = {
@@ -244,7 +248,7 @@ def training_runs(task, seeds, done=(), heads=HEADS, arms=ARMS):
     settings = {"study": "training", **dataclasses.asdict(task)}
     known = {(r["head"], r["arm"], r["seed"]) for r in done if settings.items() <= r.items()}
     todo = [run for run in itertools.product(range(seeds), heads, arms) if (run[1], run[2], run[0]) not in known]
-    policy = task.warmed_up() if todo else None
+    policy = task.warm_up_policy() if todo else None
     for number, (seed, head, arm) in enumerate(todo):
         start = time.perf_counter()
         reward, entropy, left_out = task.train(policy, seed, head, **arms[arm])
@@ -262,7 +266,7 @@ def mean(values):
     return sum(values) / len(values)
 
 
-def paired(rows, arm, head):
+def pair_runs(rows, arm, head):
     """One row: differences of an arm to "exact" over the seeds that both have, each with its standard error."""
     runs = {(r["arm"], r["seed"]): r for r in rows if r["study"] == "training" and r["head"] == head}
     pairs = [(runs[arm, s], runs["exact", s]) for a, s in runs if a == arm and ("exact", s) in runs]
@@ -327,7 +331,7 @@ def main():
         print({k: v for k, v in row.items() if not isinstance(v, list)}, flush=True)
         path.write_text("".join(json.dumps(r) + "\n" for r in rows))
     for head, arm in itertools.product(HEADS, ARMS):
-        if arm != "exact" and (row := paired(rows, arm, head)):
+        if arm != "exact" and (row := pair_runs(rows, arm, head)):
             rows.append({**about, **row})
             print(row)
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))

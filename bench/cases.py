@@ -137,7 +137,7 @@ def tensors(case, device, seed=0):
         case.N, case.V, case.D, case.profile, dtype=DTYPES[case.dtype], device=device, seed=seed, softcap=case.softcap
     )
     g = torch.Generator(device).manual_seed(seed + 1)
-    data["ref"] = profiles.drifted(data["old_logprobs"], g, 0.1)
+    data["ref"] = profiles.drift_logprobs(data["old_logprobs"], g, 0.1)
     data.setdefault("advantages", torch.randn(SEQUENCES, generator=g, device=device))
     return data
 

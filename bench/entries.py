@@ -40,7 +40,7 @@ class Entry:
 
     def why_not(self, case, device):
         """Why this entry cannot run a case here, or None."""
-        if self.package not in ("torch", "fastgrpo") and not installed(self.package):
+        if self.package not in ("torch", "fastgrpo") and not is_installed(self.package):
             return f"{self.package} is not installed"
         if self.needs_function and not hasattr(F, self.needs_function):
             return f"torch {torch.__version__} has no {self.needs_function}"
@@ -69,7 +69,7 @@ class Entry:
 
 
 @functools.cache
-def installed(package):
+def is_installed(package):
     return importlib.util.find_spec(package) is not None
 
 
@@ -106,7 +106,7 @@ def full_logits(p, entropy):
 
 
 @functools.cache
-def compiled():
+def compile_logits():
     return torch.compile(full_logits, dynamic=True)
 
 
@@ -294,7 +294,12 @@ ENTRIES = {
         ours("exact", (1, 3, 1)),
         Entry("full logits", "torch", full_logits, softcap=True, entropy=True, trips=8),
         Entry(
-            "full logits, torch.compile", "torch", lambda p, e: compiled()(p, e), softcap=True, entropy=True, trips=5
+            "full logits, torch.compile",
+            "torch",
+            lambda p, e: compile_logits()(p, e),
+            softcap=True,
+            entropy=True,
+            trips=5,
         ),
         Entry("TRL op", "trl", trl, softcap=True, entropy=True, passes=(1, 3, 2), trips=6),
         Entry("Liger fused GRPO", "liger_kernel", None, liger_fused, any_objective=False, passes=(4, 0, 0), trips=8),

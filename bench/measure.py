@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 
 import fastgrpo
-from bench import entries as peers
 from bench.cases import Case, problem
+from bench.entries import ENTRIES, needs_entropy, version
 
 MIB = 2**20
 # glibc keeps freed blocks and fragments them, up to 13 times a layer's true memory; this gives each back at once
@@ -30,8 +30,8 @@ GATE = {"fp32": (2e-3, 1e-3), "bf16": (0.5, 0.3)}  # log-prob or loss (nats), gr
 
 def machine(device, command):
     """What every row says of where it was measured."""
-    versions = {name: peers.version(name) for name in ("transformers", "triton", "trl", "liger_kernel")}
-    versions |= {name: peers.version(name) for name in ("cut_cross_entropy", "verl", "unsloth_zoo", "peft")}
+    versions = {name: version(name) for name in ("transformers", "triton", "trl", "liger_kernel")}
+    versions |= {name: version(name) for name in ("cut_cross_entropy", "verl", "unsloth_zoo", "peft")}
     name = torch.cuda.get_device_name() if device == "cuda" else f"{cpu_name()}, {torch.get_num_threads()} threads"
     return {
         "device": name,
@@ -113,7 +113,7 @@ def one_run(entry, p, clock):
     logprobs = None
     if entry.logprobs is not None:
         with torch.no_grad():
-            logprobs, _ = clock(lambda: entry.logprobs(p, peers.needs_entropy(p.case)))
+            logprobs, _ = clock(lambda: entry.logprobs(p, needs_entropy(p.case)))
     return forward, backward, logprobs
 
 
@@ -226,7 +226,7 @@ def child_process(*arguments):
 
 def child_peaks(name, path):
     """In the fresh process: the peak of every case, after a small call that loads libraries and thread pools."""
-    entry, found = peers.ENTRIES[name], []
+    entry, found = ENTRIES[name], []
     for fields, data in torch.load(path):
         p = problem(Case(**fields), data)
         if entry.why_not(p.case, "cpu"):

@@ -20,21 +20,21 @@ def rl_entropies(n, generator):
     return torch.where(u < 0.5, low, torch.where(u < 0.8, middle, tail)).clamp(max=5.0)
 
 
-def floored(z):
+def raise_floor(z):
     """Logits without the far tail, which adds nothing in fp32 but makes a CPU's exp up to 30 times slower."""
     return z.clamp(min=z.amax(-1, keepdim=True) - 80)
 
 
 def entropy(z):
     """(..., V) logits -> nats"""
-    logp = floored(z).log_softmax(-1)
+    logp = raise_floor(z).log_softmax(-1)
     return -(logp.exp() * logp).sum(-1)
 
 
 def refine(scale, raw, wanted, steps=5):
     """Newton on log entropy over log scale, row by row: the rows' own entropies become the wanted ones."""
     for _ in range(steps):
-        z = floored(raw * scale[:, None])
+        z = raise_floor(raw * scale[:, None])
         logp = z.log_softmax(1)
         p = logp.exp()
         now = -(p * logp).sum(1).clamp(max=-1e-9)
@@ -58,19 +58,19 @@ def favourite_gap(wanted, rest):
 
 def with_favourites(hidden, weight, wanted, generator):
     """Lift one likely token of each peaked row until the row's entropy is the wanted one."""
-    favourite = torch.multinomial(floored(hidden @ weight.T).softmax(1), 1, generator=generator)
+    favourite = torch.multinomial(raise_floor(hidden @ weight.T).softmax(1), 1, generator=generator)
     direction = weight[favourite[:, 0]]
     for _ in range(3):  # the lift moves the other logits a little
         z = hidden @ weight.T
         others = z.scatter(1, favourite, -1e30)
-        gap = z.gather(1, favourite)[:, 0] - floored(others).logsumexp(1)
+        gap = z.gather(1, favourite)[:, 0] - raise_floor(others).logsumexp(1)
         lift = favourite_gap(wanted, entropy(others)) - gap
         lift = torch.where(wanted < FAVOURED_BELOW, lift, 0.0) / direction.square().sum(1)
         hidden = hidden + lift[:, None] * direction
     return hidden
 
 
-def shaped(hidden, weight, wanted, generator):
+def shape_rows(hidden, weight, wanted, generator):
     """(n, 1) factors and (n, D) offsets that give the rows' logits the wanted entropies (n,)."""
     raw = hidden @ weight.T
     base = torch.where(wanted < FAVOURED_BELOW, BASE, wanted)
@@ -83,13 +83,13 @@ def sample(hidden, weight, generator, softcap=None):
     targets = torch.empty(len(hidden), dtype=torch.int64, device=hidden.device)
     logp = torch.empty(len(hidden), device=hidden.device)
     for rows in torch.arange(len(hidden), device=hidden.device).split(CHUNK):
-        z = floored(reference.logits(hidden[rows], weight, softcap=softcap)).log_softmax(1)
+        z = raise_floor(reference.logits(hidden[rows], weight, softcap=softcap)).log_softmax(1)
         targets[rows] = torch.multinomial(z.exp(), 1, generator=generator)[:, 0]
         logp[rows] = z.gather(1, targets[rows, None])[:, 0]
     return targets, logp
 
 
-def drifted(logp, generator, drift):
+def drift_logprobs(logp, generator, drift):
     """Log-probs of a policy near this one: each off by a normal share ``drift`` of itself."""
     noise = torch.randn(len(logp), generator=generator, device=logp.device)
     return (logp * (1 + drift * noise)).clamp(max=0.0)
@@ -102,7 +102,7 @@ def problem(
 
     As in trained models the rows of the weight have a mean, and hidden states have a common direction: ``shared`` is
     its part of the logits' variance, so that frequent tokens are frequent everywhere. shared=0: every row has likely
-    columns of its own, the worst case for columns kept per block. profile "rl" or "flat" (unit-variance logits).
+    entries of its own, the worst case for entries kept per block. profile "rl" or "flat" (unit-variance logits).
     The profile is that of the logits before ``softcap``, which flattens it a little. "real", "real-0.6": see
     :mod:`bench.real`; the sizes must be its model's, and ``advantages`` (8,) come with them.
     """
@@ -119,14 +119,14 @@ def problem(
     wanted = rl_entropies(n, g)
     if profile != "flat":
         for rows in torch.arange(n, device=device).split(CHUNK):
-            scale, offset = shaped(hidden[rows], weight, wanted[rows], g)
+            scale, offset = shape_rows(hidden[rows], weight, wanted[rows], g)
             hidden[rows] = hidden[rows] * scale + offset
     targets, logp = sample(hidden, weight, g, softcap)
     return {
         "hidden": hidden.to(dtype),
         "weight": weight.to(dtype),
         "targets": targets,
-        "old_logprobs": drifted(logp, g, drift),
+        "old_logprobs": drift_logprobs(logp, g, drift),
         "upstream": normal(n) / n,
     }
 
@@ -138,7 +138,7 @@ def real_problem(n, profile, dtype, device, seed, drift):
         "hidden": p["hidden"].to(dtype),
         "weight": p["weight"].to(dtype),
         "targets": p["targets"],
-        "old_logprobs": drifted(p["logprobs"], g, drift),
+        "old_logprobs": drift_logprobs(p["logprobs"], g, drift),
         "advantages": p["advantages"],
         "upstream": torch.randn(n, generator=g, device=device) / n,
     }

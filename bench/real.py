@@ -69,7 +69,7 @@ def problem(profile, n, device="cpu", seed=0):
     advantages = group_advantages(rewards, GROUP)
     if not advantages.any():
         advantages = torch.randn(GROUP, generator=torch.Generator().manual_seed(seed))
-    logprobs, _ = scored(hidden, weight, targets)
+    logprobs, _ = score(hidden, weight, targets)
     return {
         "hidden": hidden,
         "weight": weight,
@@ -79,7 +79,7 @@ def problem(profile, n, device="cpu", seed=0):
     }
 
 
-def scored(hidden, weight, targets):
+def score(hidden, weight, targets):
     """-> log-probs and entropies, (n,) each, a chunk of rows at a time."""
     parts = [
         reference.linear_logprobs(h, weight, t, return_entropy=True)
@@ -237,7 +237,7 @@ def save(groups, path):
 def summary(profile, tokens):
     """One line: quantiles of the tokens' entropies, and how many answers were right."""
     p = problem(profile, tokens)
-    entropy = scored(p["hidden"], p["weight"], p["targets"])[1]
+    entropy = score(p["hidden"], p["weight"], p["targets"])[1]
     quantiles = ", ".join(f"{x:.3g}" for x in entropy.quantile(torch.tensor(SHARES)).tolist())
     rewards = [reward for g in load(profile) for reward in g["rewards"]]
     peak = (p["logprobs"] > -0.01).double().mean()

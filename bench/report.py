@@ -5,7 +5,7 @@ import json
 import sys
 from pathlib import Path
 
-from bench import charts
+from bench import draw
 from bench.suites import accuracy, loss
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -120,7 +120,7 @@ def figures(folder):
         some = next(iter(found.values()))
         commands = ", ".join(dict.fromkeys(f"`{rows[0]['command']}`" for rows in found.values()))
         versions = ", ".join(f"{k} {v}" for k, v in some[0]["versions"].items())
-        parts.append(f"**{name}**: {charts.where(some)}, {versions}; {commands}.")
+        parts.append(f"**{name}**: {draw.where(some)}, {versions}; {commands}.")
         parts += [text for suite, rows in found.items() if (text := SECTIONS[suite](rows))]
     return "\n\n".join(parts)
 

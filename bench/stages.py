@@ -6,7 +6,7 @@ import time
 import torch
 
 from bench import entries, measure
-from fastgrpo.backends import certified, dense
+from fastgrpo.backends import certified, certified_backward, dense, logits
 
 
 class Stages:
@@ -27,7 +27,7 @@ class Stages:
 
     @contextlib.contextmanager
     def active(self, phase):
-        reader, fold = dense.Reader, certified.Fold
+        reader, fold = logits.Reader, certified.Fold
 
         def product(_, a, b, out):
             return f"{phase}: " + ("dW" if not a.is_contiguous() else "logits GEMM")
@@ -39,10 +39,10 @@ class Stages:
             (reader, "mm", product),
             (reader, "add_mm", added),
             (fold, "tile", f"{phase}: exp, sums, flags"),
-            (torch, "index_select", f"{phase}: gather columns"),
+            (torch, "index_select", f"{phase}: gather entries"),
             (reader, "hidden", f"{phase}: gather rows"),
             (dense, "logits_gradient", f"{phase}: dlogits"),
-            (certified, "make_plan", f"{phase}: plan, audit"),
+            (certified_backward, "make_plan", f"{phase}: plan, audit"),
             (certified, "label_logits", f"{phase}: label logits"),
         ]
         saved = [(owner, name, getattr(owner, name)) for owner, name, _ in targets]
@@ -55,7 +55,7 @@ class Stages:
                 setattr(owner, name, value)
 
 
-def of_certified(p, gemm):
+def time_certified(p, gemm):
     """-> {stage: time in units of the bare GEMM} of one call on a problem."""
     timer, total, clock = Stages(), {}, measure.Clock("cpu")
     with timer.active("forward"):

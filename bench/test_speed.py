@@ -19,7 +19,7 @@ NAMES = ("fastgrpo certified", "fastgrpo exact", "full logits")
 
 
 @functools.cache
-def prepared(case):
+def prepare(case):
     p = problem(case, tensors(case, DEVICE))
     return p, truth(p)
 
@@ -27,7 +27,7 @@ def prepared(case):
 @pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c.profile}-{c.head}")
 @pytest.mark.parametrize("name", NAMES)
 def test_forward_and_backward(benchmark, name, case):
-    p, want = prepared(case)
+    p, want = prepare(case)
     benchmark.group = case.title
     assert measure.errors(ENTRIES[name], p, want)["correct"]
     clock = measure.Clock(DEVICE)
@@ -36,7 +36,7 @@ def test_forward_and_backward(benchmark, name, case):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_logprobs_alone(benchmark, name):
-    p, _ = prepared(CASES[0])
+    p, _ = prepare(CASES[0])
     benchmark.group = "log-probs alone"
     clock = measure.Clock(DEVICE)
     with torch.no_grad():
@@ -45,7 +45,7 @@ def test_logprobs_alone(benchmark, name):
 
 def test_bare_gemm(benchmark):
     """The floor."""
-    p, _ = prepared(CASES[0])
+    p, _ = prepare(CASES[0])
     benchmark.group = CASES[0].title
     gemm, clock = measure.bare_gemm(p), measure.Clock(DEVICE)
     benchmark.pedantic(lambda: clock(gemm), rounds=10, warmup_rounds=2)

@@ -61,7 +61,7 @@ def annotations(cls: type) -> dict[str, Any]:
 
 def check_field(name: str, value: object, hint: Any, advice: str = "") -> None:
     if not fits(value, hint):
-        raise ValueError(f"{name} must be {expected(value, hint)}, got {value!r}" + (f": {advice}" if advice else ""))
+        raise ValueError(f"{name} must be {describe(value, hint)}, got {value!r}" + (f": {advice}" if advice else ""))
 
 
 def fits(value: Any, hint: Any) -> bool:
@@ -81,7 +81,7 @@ def fits(value: Any, hint: Any) -> bool:
     return isinstance(value, hint)
 
 
-def expected(value: Any, hint: Any) -> str:
+def describe(value: Any, hint: Any) -> str:
     """What an annotation asks for, in words."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
@@ -89,9 +89,9 @@ def expected(value: Any, hint: Any) -> str:
     if origin is Literal:
         return f"one of {', '.join(map(repr, arguments))}"
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(expected(value, argument) for argument in arguments)
+        return " or ".join(describe(value, argument) for argument in arguments)
     if origin is list:
-        return f"a list, each {expected(value, arguments[0])}"
+        return f"a list, each {describe(value, arguments[0])}"
     words: dict[Any, str] = {bool: "True or False", types.NoneType: "None"}
     return str(words.get(hint, hint.__name__))
 

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 
 from fastgrpo import inputs
-from fastgrpo.backends import dense
-from fastgrpo.backends.problem import HeadProblem, column_sum
+from fastgrpo.backends.logits import LogitTiles
+from fastgrpo.backends.problem import HeadProblem, sum_entries
 from fastgrpo.head import HeadOptions
 
 NAMES = ("log_sum_sq_probs", "mean_logits", "is_top1")
@@ -85,7 +85,7 @@ def diagnose(problem, outputs, shape, logprobs, entropy):
     asked = [name for name in outputs if name != "mean_logits" or mean is None]
     top1, visit = torch.zeros_like(counted), counted
     if asked == ["is_top1"] and logprobs is not None:
-        top1, visit = settled_top1(logprobs.reshape(-1), None if entropy is None else entropy.reshape(-1), counted)
+        top1, visit = settle_top1(logprobs.reshape(-1), None if entropy is None else entropy.reshape(-1), counted)
     rows = visit.nonzero().squeeze(1)
     log_squares = counted.new_zeros(counted.shape, dtype=inputs.accumulator_dtype(problem.hidden))
     mean = torch.zeros_like(log_squares) if mean is None else mean
@@ -103,16 +103,16 @@ def softcap_is_off(problem):
 
 
 def mean_logits(problem):
-    """(N,): the mean of linear logits is the logit of the mean column."""
+    """(N,): the mean of linear logits is the logit of the mean entry."""
     dtype = inputs.accumulator_dtype(problem.hidden)
-    column = column_sum(problem.weight, dtype) / problem.weight.shape[0]
-    rows = torch.arange(problem.targets.numel(), device=column.device).split(4096)
-    mean = torch.cat([inputs.take_rows(problem.hidden, part).to(dtype) @ column for part in rows])
+    entry = sum_entries(problem.weight, dtype) / problem.weight.shape[0]
+    rows = torch.arange(problem.targets.numel(), device=entry.device).split(4096)
+    mean = torch.cat([inputs.take_rows(problem.hidden, part).to(dtype) @ entry for part in rows])
     mean = mean if problem.bias is None else mean + problem.bias.mean(dtype=dtype)
     return mean * (problem.params.logit_scale / problem.params.temperature)
 
 
-def settled_top1(logprobs, entropy, counted):
+def settle_top1(logprobs, entropy, counted):
     """-> (N,) bool: surely the argmax; (N,) bool: undecided. Values within the margin, and NaNs, stay undecided."""
     surely = counted & (logprobs > MARGIN - math.log(2))
     never = torch.zeros_like(surely) if entropy is None else logprobs < -entropy - MARGIN
@@ -123,33 +123,25 @@ def scan(problem, rows, with_squares, with_mean):
     """One pass over the logits of some rows, tile by tile.
 
     Returns:
-        (n,) each: the first column of the largest logit (-1 where a logit is NaN), log sum p^2 and the sum of the
+        (n,) each: the first entry of the largest logit (-1 where a logit is NaN), log sum p^2 and the sum of the
         logits (0 where not asked for).
     """
-    reader = dense.Reader(problem)
-    n, vocab = rows.numel(), problem.sizes[1]
-    tile = dense.tiling(problem, n, buffers=1)
-    buffer = torch.zeros(min(tile.rows, n), min(tile.cols, vocab), dtype=reader.accumulate, device=rows.device)
-    peak = buffer.new_full((n,), -torch.inf)
-    first, sums = torch.zeros_like(rows), buffer.new_zeros(3, n)  # sum of exp, of exp^2, of logits
-    for v in range(0, vocab, tile.cols):
-        columns = reader.columns(slice(v, v + tile.cols))
-        bias = None if problem.bias is None else problem.bias[v : v + tile.cols]
-        for r in range(0, n, tile.rows):
-            index, part = rows[r : r + tile.rows], slice(r, r + tile.rows)
-            z = reader.raw_logits(reader.rows(index), columns, buffer[: index.numel(), : columns[0].shape[0]])
-            z, _ = dense.transformed(problem, z, bias, dense.row_inverse_temperature(problem, index))
-            if with_mean:
-                sums[2, part] += z.sum(1)
-            fold(z, v, peak[part], first[part], sums[:2, part] if with_squares else None)
+    n, dtype = rows.numel(), inputs.accumulator_dtype(problem.hidden)
+    peak = torch.full((n,), -torch.inf, dtype=dtype, device=rows.device)
+    first, sums = torch.zeros_like(rows), peak.new_zeros(3, n)  # sum of exp, of exp^2, of logits
+    for tile in LogitTiles(problem, rows, buffers=1):
+        part = tile.part
+        if with_mean:
+            sums[2, part] += tile.z.sum(1)
+        fold(tile.z, tile.chunk.span.start, peak[part], first[part], sums[:2, part] if with_squares else None)
     squares = torch.log(sums[1]) - 2 * torch.log(sums[0]) if with_squares else sums[1]
     return first.masked_fill(peak.isnan(), -1), squares, sums[2]
 
 
 def fold(z, start, peak, first, sums):
-    """Fold one tile of logits into the running maximum, its first column and the sums of exp, exp^2. Overwrites z."""
-    largest, column = z.max(1)  # of equal ones torch returns the first
-    first.copy_(torch.where(largest > peak, column + start, first))
+    """Fold one tile of logits into the running maximum, its first entry and the sums of exp, exp^2. Overwrites z."""
+    largest, entry = z.max(1)  # of equal ones torch returns the first
+    first.copy_(torch.where(largest > peak, entry + start, first))
     decay = torch.exp(peak - torch.maximum(peak, largest))
     peak.copy_(torch.maximum(peak, largest))
     if sums is not None:

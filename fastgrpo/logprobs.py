@@ -114,8 +114,8 @@ def head_logprobs(hidden, weight, targets, options):
     bias, support = options.bias, options.support
     if support is not None:
         options = replace(options, backward="exact")
-        support = sampling_support.checked(support, targets, weight.shape[0])
-    lora = low_rank.checked(options.lora, hidden, weight)
+        support = sampling_support.check_support(support, targets, weight.shape[0])
+    lora = low_rank.check_lora(options.lora, hidden, weight)
     head = weight, bias, lora.A, lora.B
     params = options.params(
         hidden,

@@ -23,7 +23,7 @@ class LoRA(NamedTuple):
     scaling: float
 
 
-def unpacked(lora):
+def unpack_lora(lora):
     """-> A, B, scaling; None: no adapter."""
     if lora is None:
         return LoRA(None, None, 1.0)
@@ -32,11 +32,11 @@ def unpacked(lora):
     return LoRA(*lora)
 
 
-def checked(lora, hidden, weight):
+def check_lora(lora, hidden, weight):
     """-> :class:`LoRA`; raises before anything runs."""
     if lora is None:
-        return unpacked(lora)
-    a, b, scaling = unpacked(lora)
+        return unpack_lora(lora)
+    a, b, scaling = unpack_lora(lora)
     for name, x in (("lora A", a), ("lora B", b)):
         inputs.check_tensor(name, x, hidden.device, floating=True)
         inputs.check_dtype(name, x)

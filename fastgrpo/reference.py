@@ -56,7 +56,7 @@ def linear_logprobs(
         weight = weight + scaling * b @ a
     z = logits(hidden, weight, bias, temperature, softcap, logit_scale)
     if support is not None:
-        z = z.masked_fill(~kept(support, z.shape), -torch.inf)
+        z = z.masked_fill(~mark_kept(support, z.shape), -torch.inf)
     logp = F.log_softmax(z, dim=-1)
     counted = targets != -100
     picked = logp.gather(-1, targets.where(counted, 0).long()[..., None])[..., 0]
@@ -64,7 +64,7 @@ def linear_logprobs(
     return LogProbs(picked.where(counted, 0.0), entropy.where(counted, 0.0) if return_entropy else None)
 
 
-def kept(support, shape):
+def mark_kept(support, shape):
     """(..., V) bool of the token ids kept at each position; all of them where none is listed (an ignored one)."""
     ids, offsets = support
     keep = torch.zeros(shape, dtype=torch.bool, device=ids.device).view(-1, shape[-1])

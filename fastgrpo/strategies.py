@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from fastgrpo import support as sampling_support
-from fastgrpo.backends import certified, frozen
+from fastgrpo.backends import certified, certified_backward, frozen
 from fastgrpo.inputs import accumulator_dtype
 
 
@@ -60,7 +60,7 @@ class Certified:
         if grad_entropy is not None:  # the certificate does not speak of the entropy
             return backend.backward(problem, stats, grad_logp, grad_entropy, needs)
         certificate = certified.Certificate(*kept, block=backend.rows_per_flag(problem))
-        return certified.backward(problem, stats, certificate, grad_logp, needs)
+        return certified_backward.backward(problem, stats, certificate, grad_logp, needs)
 
 
 class Frozen:

@@ -1,8 +1,8 @@
 """Sampling-support replay: log-probs and entropy over the token ids that the sampler kept (top-p, top-k, min-p).
 
 A sampler that truncates draws from the renormalised kept set, so that is the distribution whose log-probs make the
-importance ratio 1. Only the kept columns of the head are read; the rest of the mathematics is the dense path's, on
-tiles one column wide.
+importance ratio 1. Only the kept entries of the head are read; the rest of the mathematics is the dense path's, on
+tiles one entry wide.
 """
 
 from typing import NamedTuple
@@ -11,20 +11,21 @@ import torch
 
 from fastgrpo import inputs
 from fastgrpo.backends import dense
+from fastgrpo.backends.logits import row_inverse_temperature, transform
 from fastgrpo.backends.problem import FLOOR, NOTHING, Gradients
 
 
 class Support(NamedTuple):
-    """The kept entries, position after position; made by :func:`checked`."""
+    """The kept pairs of a position and an entry, position after position; made by :func:`check_support`."""
 
     ids: torch.Tensor  # (K,) int64 in [0, V)
     rows: torch.Tensor  # (K,) int64, the position of each
     offsets: torch.Tensor  # (N + 1,) int64
-    by_id: torch.Tensor  # (K,) int64, the entries in the order of their ids
+    by_id: torch.Tensor  # (K,) int64, the pairs in the order of their ids
     invalid: torch.Tensor  # (N,) bool, positions whose kept set is not one: their results are NaN
 
 
-def checked(support, targets, vocab):
+def check_support(support, targets, vocab):
     """-> :class:`Support`; raises before anything runs where values can be seen without a sync."""
     if not isinstance(support, tuple | list) or len(support) != 2:
         raise ValueError(f"support must be a tuple (token_ids, offsets), got {inputs.kind(support)}")
@@ -61,8 +62,8 @@ def checked(support, targets, vocab):
 def faults(given, ids, rows, by_id, targets, vocab):
     """-> text, (N,) bool: the positions at which it does not hold."""
 
-    def positions(entries):
-        return torch.zeros_like(targets).index_add_(0, rows, entries.to(targets.dtype))
+    def positions(pairs):
+        return torch.zeros_like(targets).index_add_(0, rows, pairs.to(targets.dtype))
 
     yield f"must be in [0, {vocab})", positions(given != ids) > 0
     twice = (ids[by_id].diff() == 0) & (rows[by_id].diff() == 0)  # stable: equal ids are in the order of positions
@@ -80,7 +81,7 @@ def forward(problem, support, backend):
     """(5, N) statistics as :meth:`HeadProblem.new_stats`, and the raw logits (K,) for the backward."""
     raw = backend.kept_logits(problem, support)
     targets, rows = problem.targets, support.rows
-    z, _ = dense.transformed(problem, raw[:, None].clone(), *tile(problem, support))
+    z, _ = transform(problem, raw[:, None].clone(), *tile(problem, support))
     z, is_label = z[:, 0], support.ids == targets[rows]
     label = torch.where(support.invalid, torch.nan, sums(support, torch.where(is_label, z, 0.0)))
     others = torch.where(is_label, NOTHING, z)
@@ -92,13 +93,13 @@ def forward(problem, support, backend):
 
 
 def tile(problem, support):
-    """Bias and inverse temperature of each entry, as a tile one column wide wants them."""
+    """Bias and inverse temperature of each pair, as a tile one entry wide wants them."""
     bias = None if problem.bias is None else problem.bias[support.ids, None]
-    return bias, dense.row_inverse_temperature(problem, support.rows)
+    return bias, row_inverse_temperature(problem, support.rows)
 
 
 def backward(problem, support, backend, stats, raw, grad_logp, grad_entropy, needs):
-    """Gradients as :func:`fastgrpo.backends.dense.backward`'s."""
+    """Gradients as :func:`fastgrpo.backends.dense_backward.backward`'s."""
     rows, by_id, vocab = support.rows, support.by_id, problem.weight.shape[0]
     grads = [grad_logp] if grad_entropy is None else [grad_logp, grad_entropy]
     active = (problem.targets != inputs.IGNORE) & torch.stack([g != 0 for g in grads]).any(0)
@@ -106,8 +107,8 @@ def backward(problem, support, backend, stats, raw, grad_logp, grad_entropy, nee
     dz = dense.logits_gradient(
         problem, raw[:, None].clone(), tile(problem, support)[0], rows, label, stats[:, rows], *(g[rows] for g in grads)
     )[:, 0]
-    dz = torch.where(active[rows], dz, 0.0)  # exactly 0: such an entry is not read at all
-    columns = torch.searchsorted(support.ids[by_id], torch.arange(vocab + 1, device=rows.device))
+    dz = torch.where(active[rows], dz, 0.0)  # exactly 0: such a pair is not read at all
+    of_entry = torch.searchsorted(support.ids[by_id], torch.arange(vocab + 1, device=rows.device))
     of_rows, of_head, d_bias = [None, None], [None, None], None
     casts = (problem.params.compute_dtype,) * 2, (dz.dtype, problem.params.lora_dtype)
     for k, ((x, w), (cast_x, cast_w)) in enumerate(zip(problem.factors, casts)):
@@ -115,7 +116,7 @@ def backward(problem, support, backend, stats, raw, grad_logp, grad_entropy, nee
             d_x = backend.kept_sums(problem, w[None], dz, support.ids, support.offsets, cast_w, x.dtype)
             of_rows[k] = d_x.view(x.shape)
         if needs.of_head[k]:
-            of_head[k] = backend.kept_sums(problem, x, dz[by_id], rows[by_id], columns, cast_x, w.dtype)
+            of_head[k] = backend.kept_sums(problem, x, dz[by_id], rows[by_id], of_entry, cast_x, w.dtype)
     if needs.bias:
-        d_bias = sums(support._replace(offsets=columns), dz[by_id]).to(problem.bias.dtype)
+        d_bias = sums(support._replace(offsets=of_entry), dz[by_id]).to(problem.bias.dtype)
     return Gradients(of_rows[0], of_head[0], d_bias, of_rows[1], of_head[1])

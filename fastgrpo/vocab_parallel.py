@@ -41,7 +41,7 @@ class VocabParallelLogProbs(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             if params.tolerance is None:
                 partials = backends.load(params.backend).partial_forward(problem)
-                stats = combined(merge(partials, columns, share.group), columns, known)
+                stats = combine_known(merge(partials, columns, share.group), columns, known)
             else:
                 stats, certificate = certified_forward(problem, known, hint, share.group)
                 certificate = certificate.tensors
@@ -87,7 +87,7 @@ def merge(partials, columns, group):
     return torch.cat((top[None], sums))
 
 
-def combined(merged, columns, known):
+def combine_known(merged, columns, known):
     """(5, N) statistics, 0 at ignored rows; known: (N,) bool, whether any rank has the label."""
     stats = combine(merged[:3], torch.where(known, merged[3], torch.nan))
     return torch.where(columns == IGNORE, 0.0, stats)
@@ -105,7 +105,7 @@ def certified_forward(problem, known, hint, group):
     dist.all_reduce(label, group=group)
     partials, certificate = backend.certified_partial_forward(problem, torch.where(known, label, torch.nan), hint)
     merged = merge(partials, columns, group)
-    stats = combined(merged, columns, known)
+    stats = combine_known(merged, columns, known)
     rows = certificate.order
     share = certificate.dropped * torch.exp(partials[0, rows] - merged[0, rows]) / merged[1, rows]
     known_rows = RowStats(*stats[:, rows])
@@ -113,7 +113,7 @@ def certified_forward(problem, known, hint, group):
     dropped = certified.distrust(dropped, known_rows.logp, None if hint is None else hint[rows])
     certificate = replace(certificate, dropped=dropped)
     if backend.GUESSES_PEAKS:
-        repair(problem, known, stats, certificate, certified.untrusted(merged[1]) & (columns != IGNORE), group)
+        repair(problem, known, stats, certificate, certified.find_untrusted(merged[1]) & (columns != IGNORE), group)
     return stats, certificate
 
 
@@ -122,7 +122,7 @@ def repair(problem, known, stats, certificate, bad, group):
     if bad.any():
         again = replace(problem, targets=torch.where(bad, problem.targets, IGNORE))
         partials = backends.load(problem.params.backend).partial_forward(again)
-        plain = combined(merge(partials, again.targets, group), again.targets, known)
+        plain = combine_known(merge(partials, again.targets, group), again.targets, known)
         stats.copy_(torch.where(bad, plain, stats))
         certificate.dropped[bad[certificate.order]] = torch.inf
 

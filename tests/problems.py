@@ -67,7 +67,7 @@ def cast(value, dtype, device="cpu"):
     return value.to(device, dtype if value.is_floating_point() else value.dtype)
 
 
-def packed(arguments):
+def pack(arguments):
     """The same batch without its padding: flat (N, ...) tensors and cu_seqlens (also of the tail after each mask)."""
     mask = arguments["mask"]
     lengths = [int(m.nonzero().max()) + 1 if m.any() else 0 for m in mask]

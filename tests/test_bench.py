@@ -12,7 +12,7 @@ pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 
 from bench import __main__ as command
-from bench import charts, measure, report, shapes
+from bench import draw, measure, report, shapes
 from bench.cases import OBJECTIVES, Case, count_denormals, problem, tensors, truth
 from bench.entries import ENTRIES, Entry, full_logits, unsloth_module
 from bench.show import Show
@@ -290,7 +290,7 @@ def test_report_shows_reasons_and_wrong_results(tmp_path):
     assert "| absent | needs a CUDA device |" in text
     assert "old" not in text
     assert report.rebuilt(text, tmp_path) == text
-    assert charts.where(rows) in text
+    assert draw.where(rows) in text
 
 
 def test_denormals_are_counted_and_told():
@@ -319,7 +319,7 @@ def test_denormals_are_counted_and_told():
 def test_unsloth_is_loaded_from_its_file_alone(tmp_path, monkeypatch):
     """The package itself wants unsloth and a GPU; without it the entry says so."""
     entry = ENTRIES["unsloth_zoo"]
-    monkeypatch.setattr("bench.entries.installed", lambda package: False)
+    monkeypatch.setattr("bench.entries.is_installed", lambda package: False)
     assert entry.why_not(Case(64, 512, 32), "cpu") == "unsloth_zoo is not installed"
     home = tmp_path / "unsloth_zoo" / "fused_losses"
     home.mkdir(parents=True)

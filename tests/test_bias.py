@@ -30,9 +30,9 @@ def test_runs_of_a_seed_differ_in_the_backward_alone(rows):
 
 def test_what_is_left_out_is_counted(rows):
     task, how = dataclasses.replace(TASK, length=32, groups=4), {"backward": "certified", "row_tolerance": 1.0}
-    _, _, left_out = task.train(task.warmed_up(), 0, "trained", tolerance=10.0, **how)
+    _, _, left_out = task.train(task.warm_up_policy(), 0, "trained", tolerance=10.0, **how)
     assert all(0 < x < 1 for x in left_out)
-    _, _, left_out = task.train(task.warmed_up(), 0, "trained", tolerance=1e-7, **how)
+    _, _, left_out = task.train(task.warm_up_policy(), 0, "trained", tolerance=1e-7, **how)
     assert max(left_out) == 0.0
 
 
@@ -49,14 +49,14 @@ def test_paired_differences():
                 "final_reward": seed, "entropy": [entropy], "left_out": [0.75]}  # fmt: skip
 
     rows = [run("exact", 0, 1.0), run("exact", 1, 2.0), run("auto", 0, 1.5), run("auto", 1, 2.1), run("auto", 2, 9.0)]
-    row = bias.paired(rows, "auto", "lora")
+    row = bias.pair_runs(rows, "auto", "lora")
     assert row["pairs"] == 2
     assert row["final_entropy"] == pytest.approx(0.3)
     assert row["final_entropy_error"] == pytest.approx(0.2)
     assert row["final_reward"] == row["area"] == 0
     assert row["entropy_change"] == pytest.approx(0.2)
     assert row["steps_with_half_left_out"] == 1.0
-    assert bias.paired(rows, "auto", "trained") is None
+    assert bias.pair_runs(rows, "auto", "trained") is None
 
 
 def test_the_picture(rows, tmp_path):

@@ -81,7 +81,7 @@ class Changed(Qwen2ForCausalLM):
         return CausalLMOutput(logits=self.change(self, hidden))
 
 
-def changed(change):
+def build_changed(change):
     torch.manual_seed(3)
     model = Changed(causal_lms.config_of(Qwen2Config), change).eval()
     model.lm_head.weight.data.mul_(30)
@@ -110,7 +110,7 @@ def changed(change):
 )
 def test_what_the_op_would_not_reproduce_is_refused(change):
     with pytest.raises(ValueError, match=r"model's forward must call its LM head once.*asked Changed"):
-        fuse_lm_head(changed(change))
+        fuse_lm_head(build_changed(change))
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_what_the_op_would_not_reproduce_is_refused(change):
     ],
 )
 def test_a_model_from_outside(change, softcap, scale, columns):
-    model = changed(change)
+    model = build_changed(change)
     options, kept = logit_options(model)
     assert options == {"softcap": softcap, "logit_scale": pytest.approx(scale, rel=2e-7)}
     assert kept == columns

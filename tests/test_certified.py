@@ -6,8 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import profiles
 from fastgrpo import linear_logprobs
-from fastgrpo.backends import certified, dense, row_audit
-from fastgrpo.backends import plan as planning
+from fastgrpo.backends import certified_backward, dense, grouping, row_audit
 
 import problems
 
@@ -15,7 +14,7 @@ GRADS = ("hidden", "weight", "bias")
 SIZES = {"torch": (700, 2100, 32), "triton": (150, 700, 32)}
 
 
-def peaked(backend, device="cpu", dtype=torch.float32, seed=0):
+def draw_peaked(backend, device="cpu", dtype=torch.float32, seed=0):
     n, vocab, depth = SIZES[backend]
     return profiles.problem(n, vocab, depth, dtype=dtype, device=device, seed=seed)
 
@@ -52,7 +51,7 @@ def compare(p, backend, limit=1e-4, **options):
 )  # fmt: skip
 def test_close_to_exact(backend, device, options, hint):
     options = dict(options)
-    p = peaked(backend, device)
+    p = draw_peaked(backend, device)
     n, vocab, _ = SIZES[backend]
     if options.pop("bias", False):
         p["bias"] = 0.3 * torch.randn(vocab, device=device)
@@ -70,7 +69,7 @@ def test_close_to_exact(backend, device, options, hint):
 @pytest.mark.parametrize("tolerance", [0.1, 0.01, 1e-3, 1e-6])
 def test_error_follows_the_tolerance(backend, device, tolerance):
     """dlogits within the tolerance (a guarantee); dX and dW far within it (the left-out part is put back evenly)."""
-    compare(peaked(backend, device), backend, limit=0.3 * tolerance + 4e-6, tolerance=tolerance)
+    compare(draw_peaked(backend, device), backend, limit=0.3 * tolerance + 4e-6, tolerance=tolerance)
 
 
 def certificate_of(p, backend, tolerance=0.001, hint=True):
@@ -85,7 +84,7 @@ def certificate_of(p, backend, tolerance=0.001, hint=True):
 
 @pytest.mark.parametrize("hint", [True, False])
 def test_the_certificate_is_the_mass_left_out(backend, device, hint):
-    p = peaked(backend, device)
+    p = draw_peaked(backend, device)
     _, stats, certificate = certificate_of(p, backend, hint=hint)
     order = certificate.order
     assert sorted(order.tolist()) == list(range(order.numel()))
@@ -116,7 +115,7 @@ def test_dlogits_stay_within_the_tolerance():
 
 @pytest.mark.parametrize("hint", [-1e4, 0.0, -50.0, torch.nan, 3.0])
 def test_a_bad_hint_costs_time_only(backend, device, hint):
-    p = peaked(backend, device)
+    p = draw_peaked(backend, device)
     p["old_logprobs"] = torch.full_like(p["old_logprobs"], hint)
     compare(p, backend, limit=1.2e-4)
     p["old_logprobs"] = torch.randn_like(p["old_logprobs"]) * 30
@@ -125,7 +124,7 @@ def test_a_bad_hint_costs_time_only(backend, device, hint):
 
 @pytest.mark.parametrize("hint", [True, False])
 def test_ignored_rows_take_no_part(backend, device, hint):
-    p = peaked(backend, device)
+    p = draw_peaked(backend, device)
     p["targets"][1:40:3] = -100
     got = compare(p, backend, hint=hint)
     assert got["hidden"][p["targets"] == -100].count_nonzero() == 0
@@ -134,7 +133,9 @@ def test_ignored_rows_take_no_part(backend, device, hint):
 def test_flat_logits_go_the_exact_way(backend, device, monkeypatch):
     n, vocab, depth = SIZES[backend]
     p = profiles.problem(n, vocab, depth, "flat", device=device)
-    monkeypatch.setattr(certified.SparseRows, "add", lambda *a: pytest.fail("a flat row was taken for a sparse one"))
+    monkeypatch.setattr(
+        certified_backward.SparseRows, "add", lambda *a: pytest.fail("a flat row was taken for a sparse one")
+    )
     compare(p, backend, limit=1e-6)
 
 
@@ -163,7 +164,7 @@ def test_peaked_logits_skip_most_cells(monkeypatch):
 
 
 def test_entropy_gradient_is_exact(backend, device):
-    p = peaked(backend, device)
+    p = draw_peaked(backend, device)
     grads = []
     for backward in ("exact", "certified"):
         leaf = problems.with_grad({k: p[k] for k in ("hidden", "weight")}, ("hidden", "weight"))
@@ -177,7 +178,7 @@ def test_entropy_gradient_is_exact(backend, device):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_16_bit(backend, device, dtype):
     """Adds less than a quarter of what same-dtype GEMMs add anyway, also to dW summed chunk by chunk."""
-    p = peaked(backend, device, dtype)
+    p = draw_peaked(backend, device, dtype)
     double = {**p, "hidden": p["hidden"].double(), "weight": p["weight"].double()}
     p["upstream"] = p["upstream"] * 100
     double["upstream"] = p["upstream"].double()
@@ -191,7 +192,7 @@ def test_16_bit(backend, device, dtype):
 
 
 def test_padded_batch_and_fp64(device):
-    p = peaked("torch")
+    p = draw_peaked("torch")
     flat = compare(p, "torch", limit=1.2e-4)
     q = {**p, "hidden": p["hidden"].view(7, 100, -1)}
     for name in ("targets", "old_logprobs", "upstream"):
@@ -233,7 +234,7 @@ def test_auto_fp32_keeps_both_gradients_under_1e_4():
 
 
 def test_best_partition_merges_and_gives_up_where_it_pays():
-    plan = planning.best_partition
+    plan = grouping.best_partition
     assert plan([128, 128], [[10, 10], [11]], 48, 1000)[0] == [(0, 2, True)]
     assert plan([128, 128], [[10, 10], [400]], 48, 1000)[0] == [(0, 1, True), (1, 2, True)]
     assert plan([128, 128], [[990, 10], [995]], 48, 1000)[0] == [(0, 1, False), (1, 2, True)]
@@ -347,20 +348,20 @@ def test_entries_that_only_appear_in_tails():
 
 @pytest.mark.parametrize("value", [0, -0.1, 1.5, float("nan"), "much"])
 def test_row_tolerance_is_checked(value):
-    p = peaked("torch")
+    p = draw_peaked("torch")
     with pytest.raises((ValueError, TypeError), match="row_tolerance"):
         linear_logprobs(p["hidden"], p["weight"], p["targets"], row_tolerance=value)
 
 
 def test_the_audit_samples_the_vocabulary_once_and_evenly():
     for vocab in (4096, 32768, 151936):
-        ranking, audited = row_audit.sampled_columns(vocab)
+        ranking, audited = row_audit.sample_entries(vocab)
         both = torch.cat((ranking, audited)).sort().values
         assert len(both.unique()) == len(both) == 3 * len(ranking)
         assert both[0] >= 0
         assert both[-1] < vocab
         assert both.diff().max() <= 2 * (vocab // len(both) + 1)
-    assert torch.equal(row_audit.sampled_columns(300)[1], torch.arange(300))
+    assert torch.equal(row_audit.sample_entries(300)[1], torch.arange(300))
 
 
 def test_fewest_whole_stops_at_the_first_step_that_errs():
@@ -378,8 +379,8 @@ def test_fewest_whole_stops_at_the_first_step_that_errs():
 def test_a_plan_with_tails():
     """A group that keeps most columns makes its tail rows whole; the costs are those of the cells."""
     rows, columns = torch.arange(4), torch.arange(100)
-    group = planning.RowGroup(rows, columns, torch.zeros(4), torch.zeros(4, dtype=torch.bool))
-    plan = planning.Plan([group], torch.tensor([9]))
+    group = grouping.RowGroup(rows, columns, torch.zeros(4), torch.zeros(4, dtype=torch.bool))
+    plan = grouping.Plan([group], torch.tensor([9]))
     assert plan.cells(1000, gemms=3) == 3 * (4 * 100 + 1000)
     tail = torch.tensor([True, False, False, True])
     apart = plan.with_tails(tail, vocab=1000, gemms=3)
@@ -394,7 +395,7 @@ def test_a_plan_with_tails():
 
 @pytest.mark.parametrize("options", [{"softcap": 20.0}, {"temperature": "tensor"}, {"bias": True}], ids=str)
 def test_rows_of_dw_with_options(backend, device, options):
-    options, p = dict(options), peaked(backend, device)
+    options, p = dict(options), draw_peaked(backend, device)
     n, vocab, _ = SIZES[backend]
     names = ("hidden", "weight")
     if options.pop("bias", False):
@@ -463,8 +464,8 @@ def test_auto_does_not_leave_out_what_costs_more(monkeypatch):
     """Where dW would need nearly every row, the exact path is taken."""
     p = contextual()
     monkeypatch.setattr(row_audit.RowAudit, "tail", lambda self, _: torch.ones_like(self.rows, dtype=torch.bool))
-    monkeypatch.setattr(planning, "WORTHWHILE", 0.5)
-    monkeypatch.setattr(certified.SparseRows, "add", lambda *a: pytest.fail("columns were left out"))
+    monkeypatch.setattr(grouping, "WORTHWHILE", 0.5)
+    monkeypatch.setattr(certified_backward.SparseRows, "add", lambda *a: pytest.fail("columns were left out"))
     _, want = gradients(p, "torch", "exact")
     _, got = gradients(p, "torch", "auto")
     assert row_errors(got["weight"], want["weight"]).max() < 1e-5
@@ -472,7 +473,7 @@ def test_auto_does_not_leave_out_what_costs_more(monkeypatch):
 
 def loss_problem(backend, device="cpu", batch=None, sequences=8):
     """grpo_loss arguments on peaked logits; a third of the sequences have no advantage."""
-    p = peaked(backend, device)
+    p = draw_peaked(backend, device)
     n = p["targets"].numel() // sequences * sequences
     shape = (sequences, n // sequences)
     advantages = torch.randn(sequences, device=device)
@@ -491,7 +492,7 @@ def test_loss(backend, device, settings, packed):
     from fastgrpo import GRPOLossConfig, grpo_loss
 
     arguments = loss_problem(backend, device)
-    arguments = problems.packed(arguments) if packed else arguments
+    arguments = problems.pack(arguments) if packed else arguments
     results = []
     for backward in ("exact", "certified"):
         leaf = problems.with_grad(arguments, ("hidden", "weight"))
@@ -546,7 +547,7 @@ def test_nothing_is_skipped_where_every_token_matters(settings):
 
 
 def test_deterministic(backend, device):
-    p = peaked(backend, device)
+    p = draw_peaked(backend, device)
     (first, a), (second, b) = (gradients(p, backend, "certified") for _ in range(2))
     assert torch.equal(first.logprobs, second.logprobs)
     assert all(torch.equal(a[k], b[k]) for k in a)

@@ -227,7 +227,7 @@ def test_trl(cuda):
     assert_alike(*both(cuda, run, HIDDEN, WEIGHT))
 
 
-def moved(model, cuda):
+def move(model, cuda):
     """A copy whose parameters and buffers are on the stand-in."""
     model = copy.deepcopy(model)
     for module in model.modules():
@@ -267,7 +267,7 @@ def test_learner(work, settings, options):
     work.set_old(model, episodes, config)
     loss, want, _ = work.learner_gradients(model, episodes, config, budget=64, **options)
     with StandInCuda() as cuda:
-        there = moved(model, cuda)
+        there = move(model, cuda)
         learner = Learner(there, ACCELERATOR, config, budget=64, **options)
         assert all(x.device.type == "cpu" for x in learner.score(episodes))
         numbers = learner.gradients(episodes)
@@ -286,7 +286,7 @@ def test_generation(work):
     prompts = [[3, 4, 5], [6]]
     want = sampler.generate(model, prompts, sampling, greedy=True)
     with StandInCuda() as cuda:
-        got = sampler.generate(moved(model, cuda), prompts, sampling, greedy=True)
+        got = sampler.generate(move(model, cuda), prompts, sampling, greedy=True)
     for (a,), (b,) in zip(want, got):
         assert a.ids == b.ids
         assert a.logprobs == pytest.approx(b.logprobs, abs=1e-5)
@@ -299,7 +299,7 @@ def test_the_fused_head_and_what_stands_around_it(work):
     labels = ids.masked_fill(torch.arange(9) < 3, -100)
     want = model(ids, labels=labels, fastgrpo=True)
     with StandInCuda() as cuda:
-        there = moved(model, cuda)
+        there = move(model, cuda)
         work.fuse_lm_head(there)
         got = there(cuda.put(ids), labels=cuda.put(labels), fastgrpo=True)
         assert_alike([x.detach() for x in want], [x.detach() for x in got])
@@ -313,7 +313,7 @@ def test_checkpointing_with_offload(work):
     work.set_old(model, episodes, config)
     _, want, _ = work.learner_gradients(model, episodes, config)
     with StandInCuda() as cuda:
-        there = moved(model, cuda).train()
+        there = move(model, cuda).train()
         there.gradient_checkpointing_enable({"use_reentrant": False})
         Learner(there, ACCELERATOR, config, offload=True).gradients(episodes)
         work.assert_close({n: p.grad.inner for n, p in there.named_parameters()}, want)

@@ -38,12 +38,12 @@ class Device:
 )
 def test_counts_are_judged(dry_run, launches, compiles, wrong):
     case = SimpleNamespace(name="a", run=lambda: None, launches=7, compiles=0)
-    assert dry_run.judged(Device(launches, compiles), case)["wrong"] == wrong
+    assert dry_run.judge(Device(launches, compiles), case)["wrong"] == wrong
 
 
 def test_an_exception_is_a_failure(dry_run):
     case = SimpleNamespace(name="a", run=lambda: 1 / 0, launches=None, compiles=None)
-    assert "ZeroDivisionError" in dry_run.judged(Device(0, 0), case)["wrong"][0]
+    assert "ZeroDivisionError" in dry_run.judge(Device(0, 0), case)["wrong"][0]
 
 
 def test_a_child_that_dies_is_a_failure(dry_run, monkeypatch, capsys):

@@ -37,7 +37,7 @@ def head_problem(hidden, weight, targets, bias=None, *, temperature=1.0, softcap
     return HeadProblem(hidden, weight, bias, targets.flatten(), temperature.flatten() if each else None, params)
 
 
-def made(backend, *tensors, **options):
+def run_frozen(backend, *tensors, **options):
     """-> stats (5, N), directions (N, D)."""
     problem = head_problem(*tensors, **options)
     stats, slopes = backends.load(backend).frozen_forward(problem, None, None)
@@ -77,7 +77,7 @@ def test_fp32_against_fp64(backend, device, shape, workspace, options):
     if options.get("temperature") == "tensor":
         options["temperature"] = torch.rand(n, device=device) + 0.5
     tensors = hidden, weight, targets, bias
-    stats, directions = made(backend, *tensors, workspace=workspace, **options)
+    stats, directions = run_frozen(backend, *tensors, workspace=workspace, **options)
     forward = backends.load(backend).forward(head_problem(*tensors, **options))
     naive, want = (autograd(dtype, *tensors, **options) for dtype in (torch.float32, torch.float64))
     for mine, theirs, truth in zip((stats[0], stats[4]), naive, want[: 1 + options.get("return_entropy", False)]):
@@ -103,7 +103,7 @@ def test_16_bit_error_budget(backend, device, dtype, peak, workspace, options):
     hidden, weight, targets, bias = problems.head(32, 600, 64, dtype, device, bias=True, peak=peak)
     options = {**options, "bias": bias if options.get("bias") else None}
     bias = options.pop("bias")
-    stats, directions = made(backend, hidden, weight, targets, bias, workspace=workspace, **options)
+    stats, directions = run_frozen(backend, hidden, weight, targets, bias, workspace=workspace, **options)
     want = autograd(torch.float64, hidden, weight, targets, bias, **options)
     assert (stats[0] - want[0]).abs().max() < 1e-5
     leaf = hidden.float().requires_grad_()  # fp32, so that its gradient is not rounded again
@@ -118,7 +118,7 @@ def test_16_bit_error_budget(backend, device, dtype, peak, workspace, options):
 def test_label_probability_near_one(backend, device):
     """Each row's direction keeps its relative accuracy where 1 - p is 1e-24."""
     hidden, weight, targets = problems.near_certain(device)
-    stats, directions = made(backend, hidden, weight, targets, workspace=SMALL)
+    stats, directions = run_frozen(backend, hidden, weight, targets, workspace=SMALL)
     leaf = hidden.double().requires_grad_()
     z = leaf @ weight.double().T
     others = z.scatter(1, targets[:, None], -torch.inf).logsumexp(1)
@@ -150,7 +150,7 @@ def test_peaks_that_rise_and_fall(backend, device, dtype):
             launched.append(bool((own.view(-1, n) != arguments["running_ptr"][4]).any()))
 
     with report.replaced((frozen,), lambda kernel: Watched(kernel, look)):
-        stats, directions = made(backend, *tensors, workspace=SMALL)
+        stats, directions = run_frozen(backend, *tensors, workspace=SMALL)
     if backend == "triton":
         assert len(launched) > 4
         assert any(launched)
@@ -164,11 +164,11 @@ def test_peaks_that_rise_and_fall(backend, device, dtype):
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
 def test_a_bad_row_stays_alone(backend, device, value):
     hidden, weight, targets, _ = problems.head(20, 300, 16, torch.float32, device)
-    stats, directions = made(backend, hidden, weight, targets, workspace=SMALL)
+    stats, directions = run_frozen(backend, hidden, weight, targets, workspace=SMALL)
     targets[4], targets[9] = 300, -1
     targets[[0, 7]] = -100
     hidden[3, 2], hidden[[0, 7]] = value, value
-    dirty_stats, dirty = made(backend, hidden, weight, targets, workspace=SMALL)
+    dirty_stats, dirty = run_frozen(backend, hidden, weight, targets, workspace=SMALL)
     keep = torch.ones(20, dtype=torch.bool, device=device)
     keep[[0, 3, 4, 7, 9]] = False
     torch.testing.assert_close(dirty[keep], directions[keep], rtol=1e-6, atol=1e-6)
@@ -184,7 +184,7 @@ def test_bias_of_minus_infinity_removes_a_column(backend, device):
     bias[::2] = -torch.inf
     targets = targets // 2 * 2 + 1
     targets[0] = 4  # a removed label
-    stats, directions = made(backend, hidden, weight, targets, bias, temperature=0.5)
+    stats, directions = run_frozen(backend, hidden, weight, targets, bias, temperature=0.5)
     want = autograd(torch.float64, hidden, weight[1::2], targets // 2, bias[1::2], temperature=0.5)
     assert stats[0, 0] == -torch.inf
     torch.testing.assert_close(directions[1:].double(), want[2][1:], rtol=1e-5, atol=1e-5)
@@ -195,11 +195,11 @@ def test_bias_of_minus_infinity_removes_a_column(backend, device):
 def test_strides_and_widths(backend, device):
     """(B, T, D) of a larger tensor, a transposed weight, and a weight wider than what is computed in."""
     hidden, weight, targets, _ = problems.head(24, 200, 24, torch.bfloat16, device)
-    want = made(backend, hidden, weight, targets)
+    want = run_frozen(backend, hidden, weight, targets)
     larger = torch.full((3, 11, 48), torch.nan, dtype=hidden.dtype, device=device)
     larger[:, :8, ::2] = hidden.view(3, 8, 24)
     wide = weight.float().t().contiguous().t()
-    got = made(backend, larger[:, :8, ::2], wide, targets.view(3, 8), compute=torch.bfloat16)
+    got = run_frozen(backend, larger[:, :8, ::2], wide, targets.view(3, 8), compute=torch.bfloat16)
     for a, b in zip(got, want):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
@@ -207,13 +207,13 @@ def test_strides_and_widths(backend, device):
 def test_nothing_to_do(backend, device):
     for n in (0, 3):
         hidden, weight, targets, _ = problems.head(n, 130, 16, torch.float32, device)
-        stats, directions = made(backend, hidden, weight, torch.full_like(targets, -100))
+        stats, directions = run_frozen(backend, hidden, weight, torch.full_like(targets, -100))
         assert stats.shape == (5, n)
         assert directions.shape == (n, 16)
         assert stats.count_nonzero() == directions.count_nonzero() == 0
 
 
-def falling(dtype, device, n=9, vocab=300, depth=16):
+def falling_logits(dtype, device, n=9, vocab=300, depth=16):
     """hidden, weight, targets: each row's logits fall from 0 to -110, those beside the label to denormal numbers."""
     hidden, weight = torch.zeros(n, depth), torch.randn(vocab, depth) / 8
     hidden[:, 0], weight[:, 0] = 1.0, torch.linspace(0.0, -110.0, vocab)
@@ -242,12 +242,12 @@ def operands_of(run):
 @pytest.mark.parametrize("made_in", ["forward", "backward"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_gemms_read_no_denormals(dtype, device, made_in):
-    hidden, weight, targets = falling(dtype, device)
+    hidden, weight, targets = falling_logits(dtype, device)
     leaves = hidden.requires_grad_(), weight.requires_grad_()
 
     def run():
         if made_in == "forward":
-            return made("triton", hidden.detach(), weight.detach(), targets)
+            return run_frozen("triton", hidden.detach(), weight.detach(), targets)
         out = linear_logprobs(hidden, weight, targets, backend="triton", backward="exact")
         return torch.autograd.grad(out.logprobs.sum(), leaves)
 

@@ -15,7 +15,7 @@ OPTIONS = [
 ]  # fmt: skip
 
 
-def given(options, n, vocab):
+def draw_options(options, n, vocab):
     options, g = dict(options), torch.Generator().manual_seed(5)
     if options.get("temperature") == "tensor":
         options["temperature"] = 0.5 + torch.rand(n, generator=g)
@@ -49,7 +49,7 @@ def test_against_the_reference(options, backward, workspace_mb):
     p = profiles.problem(600, 2100, 32)
     targets = p["targets"].clone()
     targets[::9] = -100
-    options = given(options, 600, 2100)
+    options = draw_options(options, 600, 2100)
     logprobs, grad = truth(p, targets, options)
     for hint in (True, False):
         got, d_hidden = ours(p, targets, hint, torch.float32, backward=backward, workspace_mb=workspace_mb,
@@ -63,7 +63,7 @@ def test_against_the_reference(options, backward, workspace_mb):
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_exact_in_float64(options):
     p = profiles.problem(90, 333, 16)
-    options = given(options, 90, 333)
+    options = draw_options(options, 90, 333)
     _, grad = truth(p, p["targets"], options)
     options = {k: double(x) for k, x in options.items()}
     assert problems.relative_error(ours(p, p["targets"], dtype=torch.float64, **options)[1], grad) < 1e-13

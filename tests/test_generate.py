@@ -45,7 +45,7 @@ def lora(model, **options):
 
 
 @torch.no_grad()
-def teacher_forced(model, prompt, ids, temperature=1.0):
+def score_forced(model, prompt, ids, temperature=1.0):
     """Log-probs of ``ids`` behind ``prompt`` by one forward pass."""
     logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1].float()
     return (logits / temperature).log_softmax(-1).gather(-1, torch.tensor(ids)[:, None])[:, 0]
@@ -72,7 +72,7 @@ def test_logprobs_are_those_of_the_model(model, options, peft):
     for prompt, group in zip(PROMPTS, groups):
         for answer in group:
             assert len(answer.ids) == len(answer.logprobs)
-            expected = teacher_forced(model, prompt, answer.ids, sampling.temperature)
+            expected = score_forced(model, prompt, answer.ids, sampling.temperature)
             torch.testing.assert_close(torch.tensor(answer.logprobs), expected, atol=1e-5, rtol=0)
 
 
@@ -214,7 +214,7 @@ def test_a_wrapped_model_and_dropout(model):
     wrapped.eval()
     for prompt, group in zip(PROMPTS, groups):
         for a in group:
-            expected = teacher_forced(wrapped, prompt, a.ids)
+            expected = score_forced(wrapped, prompt, a.ids)
             torch.testing.assert_close(torch.tensor(a.logprobs), expected, atol=1e-5, rtol=0)
 
 

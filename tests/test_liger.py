@@ -324,7 +324,7 @@ def test_entropy_and_logprobs_of_the_last_call():
 def test_packed():
     arguments = problem(torch.float64)
     ours = {v: k for k, v in THEIRS.items()}
-    flat = problems.packed({ours[k]: v for k, v in arguments.items()})
+    flat = problems.pack({ours[k]: v for k, v in arguments.items()})
     flat = {THEIRS.get(k, k): v for k, v in flat.items()}
     row = {k: v[None] if v.shape[:1] == flat["attention_mask"].shape else v for k, v in flat.items()}
     settings = {"loss_type": "grpo", "beta": 0.2}

@@ -24,11 +24,11 @@ CASES = [(backward, frozen, lora) for backward in ("exact", "certified") for fro
 
 
 @functools.cache
-def peaked(n, vocab, depth, dtype):
+def draw_peaked(n, vocab, depth, dtype):
     return profiles.problem(n, vocab, depth, "rl", dtype=dtype)
 
 
-def promised(n, vocab, depth, workspace, lora_columns=0, summed=True):
+def bound_memory(n, vocab, depth, workspace, lora_columns=0, summed=True):
     """
     Bytes. lora_columns: of fp32 LoRA's B, whose 16-bit parts cost 6 bytes a value.
     summed: whether dX is a sum of chunks, or kept by the forward.
@@ -48,7 +48,7 @@ def poisoned_memory():
 def test_torch_backend(backward, frozen, lora, dtype):
     """Its branches on CUDA, with real numbers: 16-bit GEMMs that return fp32, sums of rows, chunks."""
     n, vocab, depth, rank, workspace = 512, 2048, 128, 8, MIB // 2
-    p = peaked(n, vocab, depth, dtype)
+    p = draw_peaked(n, vocab, depth, dtype)
     with StandInCuda() as cuda:
         names = ("hidden", "weight", "targets", "old_logprobs", "upstream")
         hidden, weight, targets, old, upstream = (cuda.put(p[k]) for k in names)
@@ -65,7 +65,7 @@ def test_torch_backend(backward, frozen, lora, dtype):
             grads = torch.autograd.grad(out.logprobs, leaves, upstream)
         kept = sum(x.inner.untyped_storage().nbytes() for x in grads)
         assert all(g.inner.isfinite().all() and g.inner.count_nonzero() for g in grads)
-    bound = promised(n, vocab, depth, workspace, lora_columns=rank * vocab if lora else 0)
+    bound = bound_memory(n, vocab, depth, workspace, lora_columns=rank * vocab if lora else 0)
     assert live.peak - kept <= bound, (live.peak - kept) / bound
 
 
@@ -95,7 +95,7 @@ def test_triton_backend_at_real_size(n, depth, dtype, frozen, lora):
     needs = Gradients(True, not frozen, low=lora, up=lora)
     row = empty(n, dtype=torch.float32)
     low_bytes = 4 * n * rank if lora else 0  # the adapter's own sums, and its 16-bit parts beside hidden
-    bound = promised(n, vocab, depth, workspace, rank * vocab if lora else 0, not frozen or lora) + 6 * low_bytes
+    bound = bound_memory(n, vocab, depth, workspace, rank * vocab if lora else 0, not frozen or lora) + 6 * low_bytes
     with report.recording((forward, frozen_kernels, backward), "sm_90"):
         if frozen and not lora:  # made in the forward: the directions, which the backward turns into the gradient
             with Live() as live:
@@ -128,7 +128,7 @@ def test_host_waits(backward, waits, frozen, monkeypatch):
     monkeypatch.setattr(backends, "choose", lambda backend, hidden: "triton")
     monkeypatch.setattr("fastgrpo.backends.triton_backend.on_device", lambda x: torch.autograd.set_grad_enabled(False))
     monkeypatch.setattr(forward, "processor_count", lambda device: 132)
-    p = peaked(1024, 4096, 256, torch.bfloat16)
+    p = draw_peaked(1024, 4096, 256, torch.bfloat16)
     with StandInCuda() as cuda, report.recording((forward, frozen_kernels, exact_backward), "sm_90") as launches:
         hidden, weight, targets, upstream = (cuda.put(p[k]) for k in ("hidden", "weight", "targets", "upstream"))
         hidden.requires_grad_()

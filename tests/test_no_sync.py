@@ -21,7 +21,7 @@ def test_forward_and_backward(loss_type, packed, device, monkeypatch):
         importance_sampling_level="sequence", max_completion_length=9,
     )  # fmt: skip
     arguments = problems.batch(vocab=20, depth=4)
-    arguments = problems.packed(arguments) if packed else arguments
+    arguments = problems.pack(arguments) if packed else arguments
     arguments = problems.with_grad({k: problems.cast(v, torch.float32, device) for k, v in arguments.items()})
     forbid_lists(monkeypatch)
     with NoSync():

@@ -37,7 +37,7 @@ def test_loss_types(loss_type, level, kl):
             use_bias_correction_kl=corrected, epsilon_high=1.3 if loss_type == "cispo" else 0.3,
         )  # fmt: skip
         arguments = problems.batch(token_advantages=token_advantages)
-        assert_matches_reference(config, problems.packed(arguments) if pack else arguments)
+        assert_matches_reference(config, problems.pack(arguments) if pack else arguments)
 
 
 OPTIONS = {
@@ -69,7 +69,7 @@ def test_options(option, loss_type):
             **{"epsilon_high": 0.8, **settings},
         )  # fmt: skip
         arguments = problems.batch(seed=3)
-        assert_matches_reference(config, problems.packed(arguments) if pack else arguments)
+        assert_matches_reference(config, problems.pack(arguments) if pack else arguments)
 
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
@@ -98,7 +98,7 @@ def test_importance_weight_per_sequence(loss_type, column):
     arguments["importance_weights"] = weights[:, None] if column else weights
     config = GRPOLossConfig(loss_type=loss_type)
     assert_matches_reference(config, arguments)
-    assert_matches_reference(config, problems.packed(arguments))
+    assert_matches_reference(config, problems.pack(arguments))
 
 
 def test_entropy_threshold_replaces_the_quantile():

@@ -157,7 +157,7 @@ def test_loss(backend, device, shape):
     """Masked and ignored positions need no kept ids; advantages of zero and the mask still work."""
     arguments = problems.batch()
     arguments["targets"] = torch.where(arguments["mask"] == 0, -100, arguments["targets"])
-    arguments = problems.packed(arguments) if shape == "packed" else arguments
+    arguments = problems.pack(arguments) if shape == "packed" else arguments
     support = kept_sets(arguments["targets"], 53)
     config = GRPOLossConfig(beta=0.1, entropy_coef=0.05)
     results = []

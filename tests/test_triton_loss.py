@@ -35,7 +35,7 @@ def test_loss_types(loss_type, level, device):
             use_bias_correction_kl=i != 1, epsilon_high=1.3 if loss_type == "cispo" else 0.3,
         )  # fmt: skip
         arguments = problems.batch(seed=i, token_advantages=i == 2)
-        assert_close_to_truth(config, problems.packed(arguments) if i == 1 else arguments, device)
+        assert_close_to_truth(config, problems.pack(arguments) if i == 1 else arguments, device)
 
 
 @pytest.mark.parametrize(

@@ -366,14 +366,14 @@ def test_hint_is_near_the_log_probs_it_stands_for(tmp_path, monkeypatch, models)
 # patched(): TRL's other trainers
 
 
-def given(model):
+def load_if_named(model):
     return load(model) if isinstance(model, str) else model
 
 
 def sft(output, path, **settings):
     rows = [{"prompt": row["prompt"], "completion": row["solution"]} for row in trl_job.problems(24)]
     config = trl.SFTConfig(output_dir=str(output), **{**trl_job.SETTINGS, "max_steps": 3, **settings})
-    return trl.SFTTrainer(given(path), config, train_dataset=trl_job.Dataset.from_list(rows),
+    return trl.SFTTrainer(load_if_named(path), config, train_dataset=trl_job.Dataset.from_list(rows),
                           processing_class=trl_job.tokenizer())  # fmt: skip
 
 
@@ -381,7 +381,7 @@ def dpo(output, path, **settings):
     rows = [{"prompt": row["prompt"], "chosen": row["solution"], "rejected": row["solution"][::-1]}
             for row in trl_job.problems(24)]  # fmt: skip
     config = trl.DPOConfig(output_dir=str(output), **{**trl_job.SETTINGS, "max_steps": 3, **settings})
-    return trl.DPOTrainer(given(path), None, config, train_dataset=trl_job.Dataset.from_list(rows),
+    return trl.DPOTrainer(load_if_named(path), None, config, train_dataset=trl_job.Dataset.from_list(rows),
                           processing_class=trl_job.tokenizer())  # fmt: skip
 
 
@@ -389,7 +389,7 @@ def kto(output, path, **settings):
     rows = [{"prompt": row["prompt"], "completion": row["solution"], "label": i % 3 > 0}
             for i, row in enumerate(trl_job.problems(24))]  # fmt: skip
     config = trl.KTOConfig(output_dir=str(output), **{**trl_job.SETTINGS, "max_steps": 3, **settings})
-    return trl.KTOTrainer(given(path), None, config, train_dataset=trl_job.Dataset.from_list(rows),
+    return trl.KTOTrainer(load_if_named(path), None, config, train_dataset=trl_job.Dataset.from_list(rows),
                           processing_class=trl_job.tokenizer())  # fmt: skip
 
 

@@ -6,13 +6,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from fastgrpo.backends import plan
+from fastgrpo.backends import grouping
 from fastgrpo.integrations.verl import call_as_verl, linear_cross_entropy
 
 import interpreter
 import problems
 
-plan.OVERHEAD_ROWS["cpu"] = (48, 48)  # so few rows are exact at once otherwise
+grouping.OVERHEAD_ROWS["cpu"] = (48, 48)  # so few rows are exact at once otherwise
 RANKS, VOCABULARY, DEPTH = (2, 3), 138, 24
 PASSED = ("softcap", "logit_scale", "backend", "backward", "tolerance", "row_tolerance")
 CERTIFIED = {

@@ -5,7 +5,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bench import entries as peers
+from bench.entries import ENTRIES
 from bench.profiles import PROFILES
 
 
@@ -17,7 +17,7 @@ class Options:
     suites: list[str]
     output: Path
     repeats: int | None = None  # None: the suite's own number
-    entries: list[str] = field(default_factory=lambda: list(peers.ENTRIES))
+    entries: list[str] = field(default_factory=lambda: list(ENTRIES))
     cases: list = field(default_factory=list)  # Case; empty: the suite's own
     time_limit: float = 540.0
     started: float = field(default_factory=time.monotonic)
@@ -31,8 +31,8 @@ class Options:
     def runnable(self, case):
         """-> ({name: Entry}, {name: why not})"""
         nothing = self.late or case.why_not()
-        reasons = {n: nothing or peers.ENTRIES[n].why_not(case, self.device) for n in self.entries}
-        return {n: peers.ENTRIES[n] for n, r in reasons.items() if r is None}, {n: r for n, r in reasons.items() if r}
+        reasons = {n: nothing or ENTRIES[n].why_not(case, self.device) for n in self.entries}
+        return {n: ENTRIES[n] for n, r in reasons.items() if r is None}, {n: r for n, r in reasons.items() if r}
 
 
 def parse_case(text):

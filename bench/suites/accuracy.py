@@ -2,8 +2,7 @@
 
 import torch
 
-from bench import charts as draw
-from bench import measure
+from bench import draw, measure
 from bench.cases import Case, problem, tensors, truth
 from bench.real import TOKENS
 

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 import numpy
 import torch
 
-from bench import charts as draw
-from bench import measure
+from bench import draw, measure
 from bench.cases import Case, Problem, tensors
 from bench.entries import ENTRIES
 from bench.shapes import SHAPES, Shape, build_model
@@ -56,7 +55,7 @@ def plans(device):
 def run(options, show):
     """-> one row a plan, question, entry and card."""
     rows = []
-    answer = measured if options.device == "cuda" else Computed(options, show)
+    answer = measure_cards if options.device == "cuda" else Computed(options, show)
     for plan in plans(options.device):
         show.status(f"fit: {plan.shape}, {plan.tuning}")
         entries, reasons = options.runnable(plan.case)
@@ -276,7 +275,7 @@ def search(fits, guess, limit, step=0.04):
     return low
 
 
-def measured(plan, entries, show, options):
+def measure_cards(plan, entries, show, options):
     """Two uncapped steps give a first guess; each card's answer is then tried under its cap."""
     trainee, reason = measure.attempt(Trainee, plan, catch=(ImportError, torch.OutOfMemoryError))
     rows = []
@@ -319,14 +318,14 @@ def table(rows):
         if all("tokens" not in r for r in mine):
             cells.append((name, mine[0]["reason"]))
             continue
-        found = {r["card"]: shown(r) for r in mine}
+        found = {r["card"]: describe(r) for r in mine}
         cells.append(
             (name, *(found[c] for c in CARDS), "measured" if any(r.get("measured") for r in mine) else "computed")
         )
     return ("entry", *(f"{c} GiB" for c in CARDS), ""), cells
 
 
-def shown(r):
+def describe(r):
     if "tokens" not in r:
         return "-"
     return f">= {r['tokens']}" if r["tokens"] >= LIMIT[r["question"]] else str(r["tokens"])

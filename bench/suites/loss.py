@@ -110,7 +110,7 @@ def run_case(case, data, options, show):
             if options.device == "cuda" and case.memory:
                 rows[name]["peak_mib"] = measure.peak_cuda(functools.partial(measure.step, entry, p))
         if "fastgrpo certified" in good and options.device == "cpu" and case.group in ("base", "models"):
-            rows["fastgrpo certified"]["stages"] = stages.of_certified(p, rows["fastgrpo certified"]["gemm_seconds"])
+            rows["fastgrpo certified"]["stages"] = stages.time_certified(p, rows["fastgrpo certified"]["gemm_seconds"])
     return [rows[name] for name in options.entries]
 
 
@@ -186,7 +186,7 @@ def memory_table(rows):
 
 def charts(rows, stem):
     """-> paths of the pictures written."""
-    from bench import charts as draw
+    from bench import draw
 
     paths = []
     base = [r for r in rows if r["group"] in ("base", "models") and "gemms" in r]

@@ -7,8 +7,7 @@ from statistics import median
 
 import torch
 
-from bench import charts as draw
-from bench import measure, profiles
+from bench import draw, measure, profiles
 from bench.cases import DTYPES, SEQUENCES, Case, problem, truth
 from bench.entries import ENTRIES
 from bench.shapes import SHAPES, build_model
@@ -89,7 +88,7 @@ class Learner:
             hidden = self.states()
             wanted, weight = profiles.rl_entropies(case.N, g), self.weight.detach().float()
             parts = [
-                profiles.shaped(x, weight, w, g)
+                profiles.shape_rows(x, weight, w, g)
                 for x, w in zip(hidden.float().flatten(0, 1).split(profiles.CHUNK), wanted.split(profiles.CHUNK))
             ]
             self.factor, self.offset = (
@@ -97,7 +96,7 @@ class Learner:
             )
             states = self.states().flatten(0, 1)
             targets, logp = profiles.sample(states.float(), weight, g, case.softcap)
-        old = profiles.drifted(logp, g, 0.05)
+        old = profiles.drift_logprobs(logp, g, 0.05)
         advantages = torch.randn(SEQUENCES, generator=g, device=device)
         self.data = {"hidden": states, "targets": targets, "old_logprobs": old, "ref": old, "advantages": advantages}
 

@@ -11,9 +11,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from fastgrpo.backends import certified, dense
-from fastgrpo.backends import plan as planning
-from fastgrpo.backends.problem import RowStats, column_sum, new_gradients
+from fastgrpo.backends import certified, certified_backward, dense, dense_backward, grouping
+from fastgrpo.backends.logits import LogitTiles, Reader, pairs_at_once, row_inverse_temperature
+from fastgrpo.backends.problem import RowStats, new_gradients, sum_entries
 from fastgrpo.inputs import IGNORE, accumulator_dtype
 
 ONE_SPAN = 96  # what adding a few entries alone costs whatever their number, in entries
@@ -54,7 +54,7 @@ def forward(problem, hint=None, moving=None):
 
 
 def leaves_out(problem):
-    return problem.params.tolerance is not None and not dense.Reader(problem).native
+    return problem.params.tolerance is not None and not Reader(problem).native
 
 
 def slopes_like(problem):
@@ -66,15 +66,13 @@ def slopes_like(problem):
 
 
 def exact_forward(problem, rows, sums, stats, hint):
-    running, label = dense.new_running(problem, rows)
-    buffers = 2 + sums.capped
-    for z, slope, index, r, v, columns in dense.logit_tiles(problem, rows, buffers, with_slope=sums.capped):
-        part = slice(r, r + index.numel())
-        local = problem.targets[index] - v
-        z, decay = dense.fold_tile(z, local, running[:, part], label[part], problem.params.entropy)
-        sums.rescale(r, decay)
-        sums.add(r, z if slope is None else z.mul_(slope), columns[0])
-        z = slope = None  # the last tile goes before the next one comes
+    running, label = dense.start_running(problem, rows)
+    for tile in LogitTiles(problem, rows, buffers=2 + sums.capped, with_slope=sums.capped):
+        local = problem.targets[tile.rows] - tile.chunk.span.start
+        weights, decay = dense.fold_tile(tile.z, local, running[:, tile.part], label[tile.part], problem.params.entropy)
+        sums.rescale(tile.part.start, decay)
+        sums.add(tile.part.start, weights if tile.slope is None else weights.mul_(tile.slope), tile.chunk.entries[0])
+        del weights  # they go before the next tile comes
     stats[:, rows] = dense.combine(running, label)
     sums.finish(running[1], stats)
 
@@ -95,7 +93,7 @@ class Sums:
     """Of each row the sum of vocabulary entries' rows of W times shifted exponentials; then d logp / d hidden."""
 
     def __init__(self, problem, rows):
-        self.problem, self.rows, self.reader = problem, rows, dense.Reader(problem)
+        self.problem, self.rows, self.reader = problem, rows, Reader(problem)
         self.capped = problem.params.softcap is not None
         self.values = torch.zeros(
             rows.numel(), problem.weight.shape[1], dtype=self.reader.accumulate, device=rows.device
@@ -109,23 +107,23 @@ class Sums:
         n = self.here(first, len(decay))
         self.values[first : first + n] *= decay[:n, None]
 
-    def add(self, first, weights, columns):
-        """weights: (m, k) of the rows from ``first`` on; columns: (k, D)."""
+    def add(self, first, weights, entries):
+        """weights: (m, k) of the rows from ``first`` on; entries: (k, D)."""
         n = self.here(first, len(weights))
         if n and weights.shape[1]:
-            self.reader.add_mm(self.values[first : first + n], weights[:n].to(self.reader.operand), columns)
+            self.reader.add_mm(self.values[first : first + n], weights[:n].to(self.reader.operand), entries)
 
     def finish(self, total, stats):
         """total: (n,) the sum of all of a row's exponentials; stats: (5, N)."""
         problem, other_mass = self.problem, RowStats(*stats).other_mass[self.rows]
-        inverse = dense.row_inverse_temperature(problem, self.rows)
+        inverse = row_inverse_temperature(problem, self.rows)
         inverse = inverse[:, 0] if isinstance(inverse, torch.Tensor) else 1.0 if inverse is None else inverse
         factor = other_mass * inverse * problem.params.logit_scale
         at_label = factor * certified.label_terms(problem, self.rows)[1] if self.capped else factor
         at_others = torch.where(other_mass > 0, factor / total[: len(self.rows)], factor)  # V = 1: there are none
         targets = problem.targets[self.rows]
         ids = torch.where((targets >= 0) & (targets < problem.weight.shape[0]), targets, 0)
-        at_once = dense.entries_at_once(problem)
+        at_once = pairs_at_once(problem)
         for part in (slice(i, i + at_once) for i in range(0, len(ids), at_once)):
             values = self.values[part]
             label = self.reader.cast(problem.weight[ids[part]]).to(values.dtype).mul_(at_label[part, None])
@@ -139,12 +137,13 @@ class FrozenFold(certified.Fold):
     def __init__(self, problem, label, hint, sums):
         super().__init__(problem, label, hint)
         self.sums, self.vocab = sums, problem.weight.shape[0]
-        self.overhead = planning.overhead_rows(label.device, trained=False)
+        self.overhead = grouping.overhead_rows(label.device, trained=False)
 
     def rescale(self, first, decay):
         self.sums.rescale(first, decay)
 
-    def leave_out(self, z, slope, kept, r, v, columns):
+    def leave_out(self, tile, kept):
+        z, slope, r, entries = tile.z, tile.slope, tile.part.start, tile.chunk.entries[0]
         count = -(-self.sums.here(r, len(z)) // self.block)  # blocks with a row that is summed
         if not count:
             return
@@ -153,8 +152,8 @@ class FrozenFold(certified.Fold):
             (sparse if gathered else whole).append(slice(first * self.block, last * self.block))
         flags = [kept[span.start // self.block : span.stop // self.block].any(0) for span in sparse]
         tails = [torch.mv(z[span], (~flag).to(z.dtype)) for span, flag in zip(sparse, flags)]
-        affordable = self.affordable(sparse, tails, r, len(z), v + z.shape[1])
-        every = column_sum(columns[0], z.dtype) if slope is None and any(affordable) else None
+        affordable = self.affordable(sparse, tails, r, len(z), tile.chunk.span.stop)
+        every = sum_entries(entries, z.dtype) if slope is None and any(affordable) else None
         for span, flag, tail, fits in zip(sparse, flags, tails, affordable):
             if not fits:
                 whole.append(span)
@@ -162,24 +161,24 @@ class FrozenFold(certified.Fold):
             first, ids = r + span.start, flag.nonzero().squeeze(1)
             if every is not None:
                 ids = F.pad(ids, (0, 1))  # room for what is left out, as if spread evenly
-            piece, own = z[span].index_select(1, ids), columns[0].index_select(0, ids)
+            piece, own = z[span].index_select(1, ids), entries.index_select(0, ids)
             if slope is not None:
                 piece[: len(slope[span])] *= slope[span].index_select(1, ids)
             else:
                 piece[:, -1] = tail
-                own[-1] = (every - column_sum(own[:-1], z.dtype)) / max(z.shape[1] - len(own) + 1, 1)
+                own[-1] = (every - sum_entries(own[:-1], z.dtype)) / max(z.shape[1] - len(own) + 1, 1)
             self.sums.add(first, piece, own)
             self.dropped[first : r + span.stop] += tail[: len(self.dropped) - first]
-        for span in merged(whole):
+        for span in merge_spans(whole):
             part = z[span] if slope is None else z[span][: len(slope[span])].mul_(slope[span])
-            self.sums.add(r + span.start, part, columns[0])
+            self.sums.add(r + span.start, part, entries)
 
     def partition(self, kept):
         """[(first block, last block, whether the flagged entries alone are added)], the cheapest."""
-        counts = planning.level_counts(kept, chunk=kept.shape[1])
+        counts = grouping.level_counts(kept, chunk=kept.shape[1])
         rows = [self.block] * len(kept)
         sizes = [(x + ONE_SPAN).tolist() for x in counts]
-        return planning.best_partition(rows, sizes, self.overhead, kept.shape[1])[0]
+        return grouping.best_partition(rows, sizes, self.overhead, kept.shape[1])[0]
 
     def affordable(self, spans, tails, r, rows, seen):
         """[bool]: those that leave out least, as many as the error budget of the ``seen`` first entries allows."""
@@ -205,7 +204,7 @@ class FrozenFold(certified.Fold):
         return torch.nan_to_num(torch.sigmoid(self.shift[span] + self.total[span].log() - self.label[span]))
 
 
-def merged(spans):
+def merge_spans(spans):
     """Neighbouring slices as one."""
     found = []
     for span in sorted(spans, key=lambda span: span.start):
@@ -217,13 +216,13 @@ def merged(spans):
 
 
 def backward(problem, stats, slopes, grad_logp, needs):
-    """Gradients as :func:`fastgrpo.backends.dense.backward`'s."""
+    """Gradients as :func:`fastgrpo.backends.dense_backward.backward`'s."""
     out = new_gradients(problem, needs)
     d_hidden = out.hidden.flatten(0, 1)
     grad, whole = grad_logp, None
     if slopes.rows is not None:  # otherwise nothing is to be decided, nothing waited for
         grad, whole = affordable(problem, stats, slopes, grad_logp)
-    at_once = dense.entries_at_once(problem)
+    at_once = pairs_at_once(problem)
     for part in (slice(i, i + at_once) for i in range(0, len(grad), at_once)):
         g = grad[part, None]
         scaled = torch.where(g != 0, slopes.values[part] * g, 0.0).to(d_hidden.dtype)
@@ -232,7 +231,7 @@ def backward(problem, stats, slopes, grad_logp, needs):
         else:
             d_hidden.index_copy_(0, slopes.rows[part], scaled)
     if whole is not None and whole.numel():
-        dense.add_exact_rows(problem, stats, whole, [grad_logp], out)
+        dense_backward.add_exact_rows(problem, stats, whole, [grad_logp], out)
     return out
 
 
@@ -242,7 +241,7 @@ def affordable(problem, stats, slopes, grad_logp):
     serves = grad != 0
     if slopes.dropped is not None:
         other_mass = RowStats(*stats).other_mass[slopes.rows]
-        serves = certified.within_tolerance(problem, other_mass, grad, slopes.dropped, serves)
+        serves = certified_backward.within_tolerance(problem, other_mass, grad, slopes.dropped, serves)
     whole = (grad_logp != 0) & (problem.targets != IGNORE)
     whole[slopes.rows] &= ~serves
     return torch.where(serves, grad, 0.0), whole.nonzero().squeeze(1)

@@ -1,4 +1,17 @@
-"""What both backends work on, and how they cut it into pieces that fit the workspace."""
+"""What both backends work on, and how they cut it into pieces that fit the workspace.
+
+Words of the op, in all its files:
+    row          one token: a row of hidden, N = B * T of them
+    entry        one id of the vocabulary: a row of the head's weight and its bias, V of them
+    factor       rows and entries whose product is a part of the logits: hidden and weight, LoRA's low and up
+    chunk, tile  a range of entries; the logits of some rows over it, one alive at a time
+    workspace    bytes that a tile may take, with its operands and what is made of it
+    block        neighbouring rows that share their flags
+    flag         of a block and an entry, set where the entry matters to one of the rows: it is kept
+    dropped      of a row, the probability of the entries that are not kept
+    certificate  the order of the rows, their flags and what they drop: made by the forward, bounds the backward's error
+    whole row    one that keeps every entry, because it would drop too much; a tail row: whole for the head's gradient
+"""
 
 import functools
 from dataclasses import dataclass, replace
@@ -9,7 +22,7 @@ import torch
 from fastgrpo import lora
 
 FLOOR = -1e29  # below every real logit; finite, so that an empty sum of exp(z - FLOOR) meets no inf - inf
-NOTHING = -1e30  # a column that must not count: exp(NOTHING - FLOOR) is 0, and so is 0 * NOTHING
+NOTHING = -1e30  # an entry that must not count: exp(NOTHING - FLOOR) is 0, and so is 0 * NOTHING
 ABSENT = -1e20  # a logit below it stands for -inf
 
 
@@ -39,7 +52,7 @@ class Gradients(NamedTuple):
 
     @property
     def of_head(self):
-        """Of the factors' columns: weight and, with LoRA, up."""
+        """Of the factors' entries: weight and, with LoRA, up."""
         return self.weight, self.up
 
 
@@ -57,7 +70,7 @@ class HeadParams:
     scaling: float = 1.0  # of LoRA
     lora_dtype: torch.dtype | None = None  # what LoRA's A and B are cast to; adapters may be wider than the head
     tolerance: float | None = None  # of the certified backward; None: exact
-    row_tolerance: float = 1.0  # of the rows of dW in it; 1: not asked for
+    row_tolerance: float = 1.0  # of each entry's gradient in it; 1: not asked for
     hidden_grad: torch.dtype | None = None  # dtype of dX; None: that of hidden
 
 
@@ -74,7 +87,7 @@ class HeadProblem:
 
     @property
     def factors(self):
-        """[(rows (B, T, D), columns (V, D))], whose products add up to the raw logits: the head's, then LoRA's."""
+        """[(rows (B, T, D), entries (V, D))], whose products add up to the raw logits: the head's, then LoRA's."""
         head = (self.hidden, self.weight)
         return [head] if self.low is None else [head, (self.low, self.up)]
 
@@ -100,8 +113,8 @@ class HeadProblem:
         return torch.zeros(len(RowStats._fields), self.targets.numel(), dtype=dtype, device=self.hidden.device)
 
     def new_partials(self, dtype):
-        """(4, N): peak, sum of exp(z - peak) and of exp(z - peak) * (peak - z) over the columns that are not the label
-        (the last only with ``params.entropy``), here those of no column; the label's logit, NaN where it has none."""
+        """(4, N): peak, sum of exp(z - peak) and of exp(z - peak) * (peak - z) over the entries that are not the label
+        (the last only with ``params.entropy``), here those of no entry; the label's logit, NaN where it has none."""
         partials = self.new_stats(dtype)[:4]
         partials[0].fill_(FLOOR)
         partials[3].fill_(torch.nan)
@@ -119,7 +132,7 @@ def new_gradients(problem, needs):
     )
 
 
-def column_sum(x, dtype):
+def sum_entries(x, dtype):
     """(V, D) -> (D,) in a wider dtype, which x is not copied in whole."""
     if x.dtype == dtype and x.device.type == "cpu":  # there torch's sum over the outer axis takes several times as long
         return torch.mv(x.t(), x.new_ones(len(x)))

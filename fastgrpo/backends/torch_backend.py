@@ -1,6 +1,6 @@
 """Plain torch behind the backends' interface."""
 
-from fastgrpo.backends import certified, dense, frozen
+from fastgrpo.backends import certified, dense, dense_backward, frozen, kept
 from fastgrpo.objective import token_objective
 
 GUESSES_PEAKS = True  # of a certified forward: a sum of exp may leave the trusted range
@@ -11,7 +11,7 @@ certified_forward = certified.forward
 certified_partial_forward = certified.partial_forward
 frozen_forward = frozen.forward
 slopes_like = frozen.slopes_like
-backward = dense.backward
+backward = dense_backward.backward
 
 
 def rows_per_flag(problem):
@@ -20,8 +20,8 @@ def rows_per_flag(problem):
 
 
 counted_rows = dense.counted_rows
-kept_logits = dense.kept_logits
-kept_sums = dense.kept_sums
+kept_logits = kept.kept_logits
+kept_sums = kept.kept_sums
 
 
 def objective(config, logp, old_logp, ref_logp, log_w, log_w_seq, adv, gate):

@@ -23,7 +23,7 @@ from fastgrpo.config import CLIPPED, GRPOLossConfig, Level, LossType
 from fastgrpo.inputs import Backend, Backward
 from fastgrpo.integrations.known_gradients import call, with_gradients
 from fastgrpo.logprobs import linear_logprobs
-from fastgrpo.lora import unpacked
+from fastgrpo.lora import unpack_lora
 from fastgrpo.loss import GRPOLoss, grpo_loss
 from fastgrpo.weights import GLOBALLY_NORMALISED
 
@@ -222,7 +222,7 @@ class FusedLinearGRPOLoss(torch.nn.Module):
             if reference is None:
                 ids = selected_token_ids.to(torch.int64).masked_fill(~counted, inputs.IGNORE)
                 reference = self.reference_logprobs(ids, ref_input, ref_weight, ref_bias)
-        a, b, scaling = unpacked(lora)
+        a, b, scaling = unpack_lora(lora)
         with renamed(NAMES):
             loss = partial(
                 loss_of_head,

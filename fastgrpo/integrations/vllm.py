@@ -141,10 +141,10 @@ class VLLMSampler:
         missing = max(gather_object([len(prompts)])) - len(prompts)
         asked = [*prompts, *missing * (prompts[:1] or [ends[:1]])]
         _, ids, logprobs, _ = self.engine.generate([p for p in asked for _ in range(n)], None, n)
-        rows = [completion(list(i), list(map(drawn, steps)), ends) for i, steps in zip(ids, logprobs)]
+        rows = [completion(list(i), list(map(read_logprob, steps)), ends) for i, steps in zip(ids, logprobs)]
         return [rows[i : i + n] for i in range(0, len(prompts) * n, n)]
 
 
-def drawn(step):
+def read_logprob(step):
     """The drawn token's log-prob; TRL has None for vLLM's NaN."""
     return math.nan if step[0] is None else step[0]

@@ -55,9 +55,9 @@ def main(argv: list[str] | None = None) -> int:
 def make_trainer(source, overrides):
     """A GRPOTrainer from a config and the command line's words."""
     from fastgrpo.trainer import GRPOTrainer  # first: where a package is missing, it names the extra
-    from fastgrpo.trainer import job as jobs
+    from fastgrpo.trainer.job import read
 
-    job, config = jobs.read(source, overrides)
+    job, config = read(source, overrides)
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()

@@ -25,7 +25,7 @@ VERSIONS = ("3.4.0", "3.5.1", "3.6.0", "3.7.1")
 FOLDER = Path(__file__).parents[2] / "build" / "dry-run"
 
 
-def judged(device, case):
+def judge(device, case):
     """Run one case; -> its row."""
     wrong = []
     try:
@@ -50,7 +50,7 @@ def child(capability, everything):
 
     device = gpu.Gpu(capability)
     for case in matrix.cases(everything):
-        print(json.dumps(judged(device, case)), flush=True)
+        print(json.dumps(judge(device, case)), flush=True)
     missing = [name for name, variants in device.compiled.items() if not variants]
     wrong = [f"never launched: {', '.join(missing)}"] if missing else []
     wrong += [f"{device.bad_launches} launches that no GPU takes"] if device.bad_launches else []

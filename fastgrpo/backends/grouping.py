@@ -1,7 +1,7 @@
-"""Which rows and columns the certified backward visits: decisions only, made from counts and masses.
+"""Which rows and entries the certified backward visits: decisions only, made from counts and masses.
 
-dX and dW may keep different rows whole. A :class:`RowGroup` keeps the same columns for both; its ``tail`` rows are
-whole in dW alone, which then also gets the columns the group leaves out.
+dX and dW may keep different rows whole. A :class:`RowGroup` keeps the same entries for both; its ``tail`` rows are
+whole in dW alone, which then also gets the entries the group leaves out.
 """
 
 import math
@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 
 MOSTLY_FLAT = 0.5  # share of rows over the tolerance from which on the exact path is cheaper
-WORTHWHILE = 0.9  # part of the exact path's GEMMs up to which leaving columns out pays
-# What one more kept column of a group costs beside its GEMMs, in rows of them: read for dX alone; read and written for
+WORTHWHILE = 0.9  # part of the exact path's GEMMs up to which leaving entries out pays
+# What one more kept entry of a group costs beside its GEMMs, in rows of them: read for dX alone; read and written for
 # dW too. Measured.
 OVERHEAD_ROWS = {"cpu": (48, 256), "cuda": (256, 256)}
 LEVELS = 4  # groups of up to 2^LEVELS blocks
@@ -20,34 +20,34 @@ LEVELS = 4  # groups of up to 2^LEVELS blocks
 
 @dataclass(frozen=True)
 class RowGroup:
-    """Rows that keep the same columns."""
+    """Rows that keep the same entries."""
 
     rows: torch.Tensor  # (n,) int64
-    columns: torch.Tensor  # (k,) int64, rising
-    dropped: torch.Tensor  # (n,) each row's probability outside the columns
-    tail: torch.Tensor  # (n,) bool: dW gets the columns left out too
+    entries: torch.Tensor  # (k,) int64, rising
+    dropped: torch.Tensor  # (n,) each row's probability outside the entries
+    tail: torch.Tensor  # (n,) bool: dW gets the entries left out too
 
 
 @dataclass(frozen=True)
 class Plan:
     groups: list  # of RowGroup
-    whole: torch.Tensor  # (m,) int64, rising: rows that keep all columns
+    whole: torch.Tensor  # (m,) int64, rising: rows that keep all entries
 
     def with_tails(self, tail, vocab, gemms):
         """The plan whose rows ``tail`` are whole in dW.
 
-        A row that is whole in dW costs ``gemms`` GEMMs over the group's columns and 2 over all of them, recomputed
-        logits and dW; where ``gemms`` over all columns are cheaper, it becomes whole in both.
+        A row that is whole in dW costs ``gemms`` GEMMs over the group's entries and 2 over all of them, recomputed
+        logits and dW; where ``gemms`` over all entries are cheaper, it becomes whole in both.
 
         Args:
             tail: (n,) bool, of the groups' rows one after the other. gemms: 2 or 3, of dX, dW and the logits.
         """
         groups, whole = [], [self.whole]
         for group, chosen in zip(self.groups, tail.split([g.rows.numel() for g in self.groups])):
-            if gemms * vocab < gemms * group.columns.numel() + 2 * vocab:
+            if gemms * vocab < gemms * group.entries.numel() + 2 * vocab:
                 whole.append(group.rows[chosen])
                 stay = ~chosen
-                group = RowGroup(group.rows[stay], group.columns, group.dropped[stay], group.tail[stay])
+                group = RowGroup(group.rows[stay], group.entries, group.dropped[stay], group.tail[stay])
             else:
                 group = replace(group, tail=chosen)
             if group.rows.numel():
@@ -56,7 +56,7 @@ class Plan:
 
     def cells(self, vocab, gemms, overhead=0):
         """What the plan visits, in cells times GEMMs."""
-        kept = sum((g.rows.numel() + overhead) * g.columns.numel() for g in self.groups)
+        kept = sum((g.rows.numel() + overhead) * g.entries.numel() for g in self.groups)
         tails = sum(int(g.tail.sum()) for g in self.groups)
         return gemms * (kept + self.whole.numel() * vocab) + 2 * tails * vocab
 
@@ -80,7 +80,7 @@ def overhead_rows(device, trained):
 def plan_groups(certificate, active, sparse, overhead):
     """:class:`Plan` of the certificate's rows: ``sparse`` ones in groups where that pays, the other active ones whole.
 
-    Neighbouring blocks share a group where the union of their columns costs less than their own, and keep all columns
+    Neighbouring blocks share a group where the union of their entries costs less than their own, and keep all entries
     where that costs less; the best partition of aligned runs of 1, 2, 4, ... blocks is found on the host from counts
     that are copied once.
 
@@ -109,9 +109,9 @@ def plan_groups(certificate, active, sparse, overhead):
             whole[span] = active[span]
         elif sum(rows[first:last]):
             positions = span.start + sparse[span].nonzero().squeeze(1)
-            columns = flags[first:last].any(0).nonzero().squeeze(1)
+            entries = flags[first:last].any(0).nonzero().squeeze(1)
             none = torch.zeros_like(positions, dtype=torch.bool)
-            groups.append(RowGroup(order[positions], columns, certificate.dropped[positions], none))
+            groups.append(RowGroup(order[positions], entries, certificate.dropped[positions], none))
     return Plan(groups, order[whole].sort().values)
 
 
@@ -121,7 +121,7 @@ def exact(certificate, active):
 
 
 def level_counts(flags, chunk=16384):
-    """Kept columns of every aligned run of 2^k blocks: [(ceil(blocks / 2^k),)] for k = 0 .. LEVELS."""
+    """Kept entries of every aligned run of 2^k blocks: [(ceil(blocks / 2^k),)] for k = 0 .. LEVELS."""
     totals = None
     for part in flags.split(chunk, 1):
         counts = []
@@ -135,17 +135,17 @@ def level_counts(flags, chunk=16384):
 
 
 def best_partition(rows, sizes, overhead, vocab):
-    """-> [(first block, last block, whether its columns are gathered)], cost in cells.
+    """-> [(first block, last block, whether its entries are gathered)], cost in cells.
 
-    ``sizes[k][i]``: columns of blocks [i 2^k, (i + 1) 2^k). Gathering costs (rows + overhead) * columns.
+    ``sizes[k][i]``: entries of blocks [i 2^k, (i + 1) 2^k). Gathering costs (rows + overhead) * entries.
     """
     best = []
-    for level, columns_of in enumerate(sizes):
+    for level, entries_of in enumerate(sizes):
         width, merged = 2**level, []
-        for i, columns in enumerate(columns_of):
+        for i, entries in enumerate(entries_of):
             first, last = i * width, min((i + 1) * width, len(rows))
             members = sum(rows[first:last])
-            gathered, whole = (members + overhead) * columns if members else 0, members * vocab
+            gathered, whole = (members + overhead) * entries if members else 0, members * vocab
             own = ([(first, last, gathered <= whole)], min(gathered, whole))
             children = best[2 * i : 2 * i + 2]
             apart = sum(c[1] for c in children) if children else math.inf
