@@ -126,22 +126,15 @@ def scan(problem, rows, with_squares, with_mean):
         (n,) each: the first column of the largest logit (-1 where a logit is NaN), log sum p^2 and the sum of the
         logits (0 where not asked for).
     """
-    reader = dense.Reader(problem)
-    n, vocab = rows.numel(), problem.sizes[1]
-    tile = dense.tiling(problem, n, buffers=1)
-    buffer = torch.zeros(min(tile.rows, n), min(tile.cols, vocab), dtype=reader.accumulate, device=rows.device)
-    peak = buffer.new_full((n,), -torch.inf)
-    first, sums = torch.zeros_like(rows), buffer.new_zeros(3, n)  # sum of exp, of exp^2, of logits
-    for v in range(0, vocab, tile.cols):
-        columns = reader.columns(slice(v, v + tile.cols))
-        bias = None if problem.bias is None else problem.bias[v : v + tile.cols]
-        for r in range(0, n, tile.rows):
-            index, part = rows[r : r + tile.rows], slice(r, r + tile.rows)
-            z = reader.raw_logits(reader.rows(index), columns, buffer[: index.numel(), : columns[0].shape[0]])
-            z, _ = dense.transformed(problem, z, bias, dense.row_inverse_temperature(problem, index))
-            if with_mean:
-                sums[2, part] += z.sum(1)
-            fold(z, v, peak[part], first[part], sums[:2, part] if with_squares else None)
+    dtype = inputs.accumulator_dtype(problem.hidden)
+    peak = torch.full(rows.shape, -torch.inf, dtype=dtype, device=rows.device)
+    first, sums = torch.zeros_like(rows), peak.new_zeros(3, rows.numel())  # sum of exp, of exp^2, of logits
+    for z, _, index, r, v, _ in dense.logit_tiles(problem, rows, buffers=1):
+        part = slice(r, r + index.numel())
+        if with_mean:
+            sums[2, part] += z.sum(1)
+        fold(z, v, peak[part], first[part], sums[:2, part] if with_squares else None)
+        z = None  # the last tile goes before the next one comes
     squares = torch.log(sums[1]) - 2 * torch.log(sums[0]) if with_squares else sums[1]
     return first.masked_fill(peak.isnan(), -1), squares, sums[2]
 

@@ -3,31 +3,17 @@
 The mathematics is ``fastgrpo.objective``'s: its functions are rebound here to ``triton.language`` and jitted.
 """
 
-import types
-
 import torch
 import triton
 import triton.language as tl
 
 from fastgrpo import objective as source
 from fastgrpo.kernels import tiles
+from fastgrpo.kernels.rebind import rebind
 
 OUTPUTS = 7  # loss, d_logp, d_log_w, kl, ratio, low, high
 
-
-def rebind():
-    """Every function of the source, compiled from the same code, with ``tl`` meaning Triton's language."""
-    names = {"tl": tl}
-    for name, value in vars(source).items():
-        if isinstance(value, types.FunctionType) and value.__module__ == source.__name__:
-            clone = types.FunctionType(value.__code__, names, name, value.__defaults__)
-            clone.__annotations__ = dict(value.__annotations__)
-            clone.__module__ = __name__
-            names[name] = triton.jit(clone)
-    return names
-
-
-token_objective = rebind()["token_objective"]
+token_objective = rebind(source)["token_objective"]
 
 
 @triton.jit(do_not_specialize=["N"])

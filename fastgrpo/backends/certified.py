@@ -16,6 +16,7 @@ from fastgrpo.backends import dense, row_audit
 from fastgrpo.backends import plan as planning
 from fastgrpo.backends.problem import FLOOR, RowStats, column_sum, new_gradients
 from fastgrpo.inputs import IGNORE, accumulator_dtype
+from fastgrpo.row_math import rescaled
 
 BLOCK = 128  # rows that share their flags
 CUTOFF_PER_TOLERANCE = 2.0**-7  # columns of p >= tolerance * this are flagged
@@ -164,10 +165,8 @@ class Fold:
         if first:
             seen = torch.maximum(seen, z.amax(1))
         shift = torch.fmax(self.shift[part], seen + self.log_cutoff)
-        step = shift - self.shift[part]
-        decay = torch.exp(-step)
-        self.spread[part] = (self.spread[part] + step * self.total[part]) * decay
-        self.total[part] *= decay
+        moved = rescaled(self.shift[part], self.total[part], self.spread[part], shift)
+        self.total[part], self.spread[part], decay = moved
         self.dropped[part] *= decay
         self.rescale(part.start, decay)
         self.shift[part] = shift
