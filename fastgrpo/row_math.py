@@ -15,9 +15,8 @@ log1p = torch.log1p  # of [0, 1]; the kernels have their own
 
 def rescaled(peak, total, spread, new_peak):
     """-> total and spread beside another peak, and the factor that any sum of exp(z - peak) takes."""
-    step = new_peak - peak
-    decay = tl.exp(-step)
-    return total * decay, (spread + step * total) * decay, decay
+    decay = tl.exp(peak - new_peak)
+    return total * decay, (spread + (new_peak - peak) * total) * decay, decay
 
 
 def softplus(x):

@@ -9,6 +9,7 @@ import triton.language as tl
 
 from fastgrpo import objective as source
 from fastgrpo.kernels import tiles
+from fastgrpo.kernels.common import store_rows
 from fastgrpo.kernels.rebind import rebind
 
 OUTPUTS = 7  # loss, d_logp, d_log_w, kl, ratio, low, high
@@ -59,14 +60,8 @@ def objective_kernel(
         ESTIMATOR,
         CORRECTED,
     )
-    out = out_ptr + offs
-    tl.store(out, loss, mask=mask)
-    tl.store(out + tl.cast(N, tl.int64), d_logp, mask=mask)
-    tl.store(out + 2 * tl.cast(N, tl.int64), d_log_w, mask=mask)
-    tl.store(out + 3 * tl.cast(N, tl.int64), kl, mask=mask)
-    tl.store(out + 4 * tl.cast(N, tl.int64), ratio, mask=mask)
-    tl.store(out + 5 * tl.cast(N, tl.int64), low.to(tl.float32), mask=mask)
-    tl.store(out + 6 * tl.cast(N, tl.int64), high.to(tl.float32), mask=mask)
+    values = (loss, d_logp, d_log_w, kl, ratio, low.to(tl.float32), high.to(tl.float32))
+    store_rows(out_ptr + offs, values, N, mask)
 
 
 def objective(config, logp, old_logp, ref_logp, log_w, log_w_seq, adv, gate):
