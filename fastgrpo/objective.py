@@ -1,26 +1,15 @@
 """The per-token mathematics of every variant, written once for torch and Triton.
 
-The functions use operators and the names of ``tl`` alone. Here ``tl`` is a small namespace over torch;
-``kernels/objective.py`` rebinds the same code to ``triton.language``. Formulas: TRL 1.16's ``_compute_loss`` for the
-loss types, Liu et al. 2025 (GSPO), Ye et al. 2020 (dual clip), Schulman's k1/k2/k3, DPPO (arXiv 2602.04879).
+The functions use operators and the names of ``tl`` alone, here :mod:`fastgrpo.torch_tl`'s; ``kernels/objective.py``
+rebinds the same code to ``triton.language``. Formulas: TRL 1.16's ``_compute_loss`` for the loss types, Liu et al. 2025
+(GSPO), Ye et al. 2020 (dual clip), Schulman's k1/k2/k3, DPPO (arXiv 2602.04879).
 
 Clamps are written with ``where`` so that a NaN log-prob stays a NaN on both sides.
 """
 
-from types import SimpleNamespace
 from typing import NamedTuple
 
-import torch
-
-tl = SimpleNamespace(
-    exp=torch.exp,
-    log=torch.log,
-    abs=torch.abs,
-    where=torch.where,
-    sigmoid=torch.sigmoid,
-    zeros_like=torch.zeros_like,
-    constexpr=None,
-)
+from fastgrpo.torch_tl import tl
 
 
 class HyperParameters(NamedTuple):

@@ -20,6 +20,7 @@ from fastgrpo.config import settings_go_in_config
 from fastgrpo.head import HeadOptions
 from fastgrpo.inputs import IGNORE, Backend, Backward
 from fastgrpo.logprobs import LogProbs
+from fastgrpo.row_math import rescaled
 
 ELSEWHERE = -1  # column of a label that another rank holds
 
@@ -80,9 +81,8 @@ def merge(partials, columns, group):
     peak, total, spread, label = partials
     top = peak.clone()
     dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group)
-    decay = torch.exp(peak - top)
-    rescaled = (total * decay, (spread + (top - peak) * total) * decay, torch.where(columns >= 0, label, 0.0))
-    sums = torch.stack(rescaled)
+    total, spread, _ = rescaled(peak, total, spread, top)
+    sums = torch.stack((total, spread, torch.where(columns >= 0, label, 0.0)))
     dist.all_reduce(sums, group=group)
     return torch.cat((top[None], sums))
 

@@ -1,50 +1,13 @@
-"""Device functions that the forward and the backward kernels share."""
+"""Device functions that several kernels share."""
 
-from typing import NamedTuple
-
+import torch
 import triton
 import triton.language as tl
 
 from fastgrpo.backends import problem
 
-FLOOR, NOTHING, ABSENT = map(tl.constexpr, (problem.FLOOR, problem.NOTHING, problem.ABSENT))
-NEGLIGIBLE = tl.constexpr(2.0**-100)  # beside values near 1
-TO_TRITON = {"torch.bfloat16": tl.bfloat16, "torch.float16": tl.float16, "torch.float32": tl.float32}
-
-
-class Strides(NamedTuple):
-    """In elements, of hidden (B, T, D) and weight (V, D)."""
-
-    hidden_b: int
-    hidden_t: int
-    hidden_d: int
-    weight_v: int
-    weight_d: int
-
-
-def row_strides(x):
-    """Of a (B, T, D) tensor, 0 between sequences where there is one: that number would only be compiled for."""
-    return x.stride(0) if x.shape[0] > 1 else 0, x.stride(1), x.stride(2)
-
-
-class LowRank(NamedTuple):
-    """:class:`fastgrpo.lora.Operands`: low (N, depth), up (V, width), column k of low meets column k % width of up."""
-
-    low_ptr: object
-    up_ptr: object
-    scale_ptr: object  # (1,) factor of the product; never None: Triton 3.6 cannot compile a None in a tuple
-    depth: int
-    width: int
-    stride_v: int
-    stride_r: int
-
-
-class Logits(NamedTuple):
-    """From the raw product to the logit: scale, cap (None: none), divide by the temperature."""
-
-    inv_temperature: float
-    softcap: float
-    logit_scale: float
+FLOOR, NOTHING = map(tl.constexpr, (problem.FLOOR, problem.NOTHING))
+NEGLIGIBLE = tl.constexpr(problem.negligible(torch.float32))
 
 
 @triton.jit
@@ -55,11 +18,11 @@ def grouped(pid, runs, GROUP: tl.constexpr):
 
 
 @triton.jit
-def row_offsets(rows, T, stride_b, stride_t):
+def row_offsets(rows, T, strides):
     """Where each row of a (B, T, D) tensor begins, int64. There are fewer than 2^31: a 64-bit division is a call."""
     b = rows.to(tl.int32) // T
     t = rows.to(tl.int32) - b * T
-    return b.to(tl.int64) * stride_b + t.to(tl.int64) * stride_t
+    return b.to(tl.int64) * strides.b + t.to(tl.int64) * strides.t
 
 
 @triton.jit
@@ -67,6 +30,52 @@ def known_label(targets_ptr, rows, mask, V):
     """The label's column of each row, int32; -1 for a masked row or an id outside the vocabulary."""
     label = tl.load(targets_ptr + rows, mask=mask, other=-1)
     return tl.where((label >= 0) & (label < V), label, -1).to(tl.int32)
+
+
+@triton.jit
+def selected_rows(selection, offs, mask, V):
+    """-> rows, int64, and their labels as :func:`known_label`."""
+    rows = tl.load(selection.rows_ptr + offs, mask=mask, other=0)
+    return rows, known_label(selection.targets_ptr, rows, mask, V)
+
+
+@triton.jit
+def inverse_temperatures(temperature_ptr, rows, mask, logits, BLOCK_N: tl.constexpr):
+    """(BLOCK_N,), of every row its own or all rows' one."""
+    if temperature_ptr is not None:
+        inverse = 1.0 / tl.load(temperature_ptr + rows, mask=mask, other=1.0)
+    else:
+        inverse = tl.full((BLOCK_N,), logits.inv_temperature, tl.float32)
+    return inverse
+
+
+@triton.jit
+def load_stats(stats_ptr, N, rows, mask):
+    """Of some rows the values of :class:`RowStats`, 0 where masked; what is not used is not loaded."""
+    at, step = stats_ptr + rows, tl.cast(N, tl.int64)
+    logp = tl.load(at, mask=mask, other=0.0)
+    peak = tl.load(at + step, mask=mask, other=0.0)
+    offset = tl.load(at + 2 * step, mask=mask, other=0.0)
+    other_mass = tl.load(at + 3 * step, mask=mask, other=0.0)
+    entropy = tl.load(at + 4 * step, mask=mask, other=0.0)
+    return logp, peak, offset, other_mass, entropy
+
+
+@triton.jit
+def load_partials(at, step, mask):
+    """:class:`RowPartials` of a table whose rows are ``step`` apart, of no column where masked."""
+    peak = tl.load(at, mask=mask, other=FLOOR)
+    total = tl.load(at + step, mask=mask, other=0.0)
+    spread = tl.load(at + 2 * step, mask=mask, other=0.0)
+    label = tl.load(at + 3 * step, mask=mask, other=0.0)
+    return peak, total, spread, label
+
+
+@triton.jit
+def store_rows(at, values, step, mask):
+    """values[k] into row k of a table whose rows are ``step`` apart."""
+    for k in tl.static_range(len(values)):
+        tl.store(at + k * tl.cast(step, tl.int64), values[k], mask=mask)
 
 
 @triton.jit
@@ -85,14 +94,12 @@ def up_values(low_rank, columns, k, COMPUTE: tl.constexpr):
 @triton.jit
 def raw_logits(
     hidden_ptrs,  # (BLOCK_N,) first value of each row
-    weight_ptr,  # (V, D)
+    stride_d,  # of hidden
+    head,  # Head
     bias_ptr,  # (V,) or None
     low_rank,  # LowRank or None
     rows,  # (BLOCK_N,) int64
     first_v,  # first column of the tile
-    V,
-    D,
-    strides,
     WHOLE_D: tl.constexpr,  # whether BLOCK_D divides D
     COMPUTE: tl.constexpr,  # operands are cast to it as they are loaded
     BLOCK_N: tl.constexpr,
@@ -105,10 +112,10 @@ def raw_logits(
     """
     offs_v = tl.arange(0, BLOCK_V)
     offs_d = tl.arange(0, BLOCK_D)
-    local_v = tl.where(first_v + offs_v < V, offs_v, 0)
-    weight_base = weight_ptr + tl.cast(first_v, tl.int64) * strides.weight_v
-    h_ptrs = hidden_ptrs[:, None] + offs_d[None, :] * strides.hidden_d
-    w_ptrs = weight_base + local_v[None, :] * tl.cast(strides.weight_v, tl.int64) + offs_d[:, None] * strides.weight_d
+    local_v = tl.where(first_v + offs_v < head.V, offs_v, 0)
+    weight_base = head.weight_ptr + tl.cast(first_v, tl.int64) * head.stride_v
+    h_ptrs = hidden_ptrs[:, None] + offs_d[None, :] * stride_d
+    w_ptrs = weight_base + local_v[None, :] * tl.cast(head.stride_v, tl.int64) + offs_d[:, None] * head.stride_d
     acc = tl.zeros((BLOCK_N, BLOCK_V), dtype=tl.float32)
     if low_rank is not None:
         columns = (first_v + local_v).to(tl.int64)
@@ -117,16 +124,16 @@ def raw_logits(
             up = up_values(low_rank, columns[None, :], (start + offs_d)[:, None], COMPUTE)
             acc = tl.dot(low, up, acc, input_precision="ieee")
         acc *= tl.load(low_rank.scale_ptr)
-    for start in range(0, D, BLOCK_D):
+    for start in range(0, head.D, BLOCK_D):
         if WHOLE_D:
             h = tl.load(h_ptrs)
             w = tl.load(w_ptrs)
         else:
-            h = tl.load(h_ptrs, mask=(start + offs_d < D)[None, :], other=0.0)
-            w = tl.load(w_ptrs, mask=(start + offs_d < D)[:, None], other=0.0)
+            h = tl.load(h_ptrs, mask=(start + offs_d < head.D)[None, :], other=0.0)
+            w = tl.load(w_ptrs, mask=(start + offs_d < head.D)[:, None], other=0.0)
         acc = tl.dot(h.to(COMPUTE), w.to(COMPUTE), acc, input_precision="ieee")
-        h_ptrs += BLOCK_D * strides.hidden_d
-        w_ptrs += BLOCK_D * strides.weight_d
+        h_ptrs += BLOCK_D * stride_d
+        w_ptrs += BLOCK_D * head.stride_d
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + first_v + local_v).to(tl.float32)
         acc += tl.where(bias < NOTHING, NOTHING, bias)[None, :]
@@ -176,12 +183,6 @@ def log1p_unit(y):
     q = s * s
     series = 1.0 + q * (1 / 3 + q * (1 / 5 + q * (1 / 7 + q * (1 / 9 + q * (1 / 11 + q * (1 / 13 + q / 15))))))
     return 2.0 * s * series
-
-
-@triton.jit
-def softplus(x):
-    """log(1 + exp(x)), exp(x) itself far to the left; NaN stays NaN."""
-    return tl.where(x < 0, 0.0, x) + log1p_unit(tl.exp(-tl.abs(x)))
 
 
 @triton.jit

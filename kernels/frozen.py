@@ -12,27 +12,34 @@ import torch
 import triton
 import triton.language as tl
 
-from fastgrpo.backends.problem import plan_tiles
+from fastgrpo.backends.problem import RowPartials, plan_tiles
 from fastgrpo.inputs import IGNORE, compact_rows
 from fastgrpo.kernels import tiles
-from fastgrpo.kernels.backward import add_product, copy_tile, spans
+from fastgrpo.kernels.arguments import TO_TRITON, Selection, has_extras, logit_arguments, row_strides
+from fastgrpo.kernels.combine import combine, fold_runs
 from fastgrpo.kernels.common import (
     FLOOR,
     NOTHING,
-    TO_TRITON,
     cap,
     grouped,
+    inverse_temperatures,
     known_label,
+    load_partials,
+    load_stats,
     raw_logits,
     row_offsets,
+    selected_rows,
     softcap_slope,
+    store_rows,
     without_dust,
 )
-from fastgrpo.kernels.forward import combine, fold_runs, has_extras, logit_arguments
+from fastgrpo.kernels.products import add_product, copy_tile, spans
+from fastgrpo.kernels.row_math import direction_factors
 
-# Of a tile: the forward's peak, sum of exp, spread and label's logit; the reference of its masses, the label's slope.
-PARTIALS = 6
-RUNNING = 6  # the same of all columns so far; the reference is that of the sums
+# Of a tile RowPartials, the reference of its masses and the label's slope; "running" the same of all columns so far,
+# with the reference of their sums.
+PARTIALS = len(RowPartials._fields) + 2
+REFERENCE, SLOPE = map(tl.constexpr, range(PARTIALS - 2, PARTIALS))
 # A row's reference is LOWER nats below its peak so far, and a tile takes its own where its peak is more than HEADROOM
 # above that: masses then lie within fp16's range, and after the first chunks nearly all have the row's reference.
 LOWER, HEADROOM = tl.constexpr(6.0), tl.constexpr(10.0)
@@ -41,23 +48,19 @@ LOWER, HEADROOM = tl.constexpr(6.0), tl.constexpr(10.0)
 @triton.jit(do_not_specialize=["first_row", "last_row", "first_v", "T"])
 def masses_kernel(
     hidden_ptr,  # (B, T, D)
-    weight_ptr,  # (V, D)
+    head,  # Head
     bias_ptr,  # (V,) or None
-    targets_ptr,  # (N,)
+    selection,  # Selection
     temperature_ptr,  # (N,) or None
-    rows_ptr,  # (N,) rows to do
-    count_ptr,  # (1,) how many
-    running_ptr,  # (RUNNING, N), its first row: the peak of the columns before first_v
+    running_ptr,  # (PARTIALS, N), its first row: the peak of the columns before first_v
     masses_ptr,  # (rows, width) out, exp(z - reference) times softcap's slope, 0 at the label
     partials_ptr,  # (PARTIALS, tiles, last_row - first_row) out
     first_row,
     last_row,
     first_v,
     width,  # columns of the chunk, a multiple of every tile
-    V,
-    D,
     T,
-    strides,  # Strides
+    strides,  # RowStrides of hidden
     logits,  # Logits
     ENTROPY: tl.constexpr,
     WHOLE_D: tl.constexpr,
@@ -67,30 +70,25 @@ def masses_kernel(
     BLOCK_D: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    tiles_v = tl.cdiv(tl.minimum(width, V - first_v), BLOCK_V)
+    tiles_v = tl.cdiv(tl.minimum(width, head.V - first_v), BLOCK_V)
     block, tile = grouped(tl.program_id(0), tiles_v, GROUP)
     start = first_row + block * BLOCK_N
-    stop = tl.minimum(tl.load(count_ptr), last_row)
+    stop = tl.minimum(tl.load(selection.count_ptr), last_row)
     if start >= stop:
         return
     offs_n = start + tl.arange(0, BLOCK_N)
     mask_n = offs_n < stop
-    rows = tl.load(rows_ptr + offs_n, mask=mask_n, other=0)
-    label = known_label(targets_ptr, rows, mask_n, V)
-    h_ptrs = hidden_ptr + row_offsets(rows, T, strides.hidden_b, strides.hidden_t)
-    inv_temperature = logits.inv_temperature
-    if temperature_ptr is not None:
-        inv_temperature = (1.0 / tl.load(temperature_ptr + rows, mask=mask_n, other=1.0))[:, None]
+    rows, label = selected_rows(selection, offs_n, mask_n, head.V)
+    h_ptrs = hidden_ptr + row_offsets(rows, T, strides)
+    inv_temperature = inverse_temperatures(temperature_ptr, rows, mask_n, logits, BLOCK_N)
     tile_v = first_v + tile * BLOCK_V
-    raw = raw_logits(
-        h_ptrs, weight_ptr, bias_ptr, None, rows, tile_v, V, D, strides, WHOLE_D, COMPUTE, BLOCK_N, BLOCK_V, BLOCK_D
-    )
+    raw = raw_logits(h_ptrs, strides.d, head, bias_ptr, None, rows, tile_v, WHOLE_D, COMPUTE, BLOCK_N, BLOCK_V, BLOCK_D)
 
-    z = cap(raw, logits) * inv_temperature
+    z = cap(raw, logits) * inv_temperature[:, None]
     offs_v = tile_v + tl.arange(0, BLOCK_V)
     is_label = offs_v[None, :] == label[:, None]
     label_z = tl.sum(tl.where(is_label, z, 0.0), axis=1)
-    z = tl.where(is_label | (offs_v >= V)[None, :], NOTHING, z)
+    z = tl.where(is_label | (offs_v >= head.V)[None, :], NOTHING, z)
     peak = tl.max(z, axis=1)
     row_reference = tl.load(running_ptr + offs_n, mask=mask_n, other=0.0) - LOWER
     reference = tl.where(peak <= row_reference + HEADROOM, row_reference, peak - LOWER)
@@ -98,19 +96,16 @@ def masses_kernel(
     peak = tl.maximum(peak, row_reference, propagate_nan=tl.PropagateNan.ALL)
     to_peak = tl.exp(reference - peak)
     e = tl.exp(z - reference[:, None])
+    total = tl.sum(e, axis=1) * to_peak
+    spread = tl.zeros((BLOCK_N,), tl.float32)
+    if ENTROPY:
+        spread = tl.sum(e * (peak[:, None] - z), axis=1) * to_peak
     out = partials_ptr + tl.cast(tile, tl.int64) * (last_row - first_row) + (offs_n - first_row)
     step = tl.cast(tiles_v, tl.int64) * (last_row - first_row)
-    tl.store(out, peak, mask=mask_n)
-    tl.store(out + step, tl.sum(e, axis=1) * to_peak, mask=mask_n)
-    if ENTROPY:
-        tl.store(out + 2 * step, tl.sum(e * (peak[:, None] - z), axis=1) * to_peak, mask=mask_n)
-    else:
-        tl.store(out + 2 * step, tl.zeros((BLOCK_N,), tl.float32), mask=mask_n)
-    tl.store(out + 3 * step, label_z, mask=mask_n)
-    tl.store(out + 4 * step, reference, mask=mask_n)
+    store_rows(out, (peak, total, spread, label_z, reference), step, mask_n)
     slope = softcap_slope(raw, logits)
     if logits.softcap is not None:
-        tl.store(out + 5 * step, tl.sum(tl.where(is_label, slope, 0.0), axis=1), mask=mask_n)
+        tl.store(out + SLOPE * step, tl.sum(tl.where(is_label, slope, 0.0), axis=1), mask=mask_n)
     local_v = tile * BLOCK_V + tl.arange(0, BLOCK_V)
     at = masses_ptr + (offs_n - first_row).to(tl.int64)[:, None] * width + local_v[None, :]
     tl.store(at, without_dust(e * slope).to(masses_ptr.dtype.element_ty), mask=mask_n[:, None])
@@ -119,7 +114,7 @@ def masses_kernel(
 @triton.jit(do_not_specialize=["first_row", "last_row", "N", "tiles_v"])
 def fold_kernel(
     partials_ptr,  # (PARTIALS, tiles_v, last_row - first_row)
-    running_ptr,  # (RUNNING, N), changed
+    running_ptr,  # (PARTIALS, N), changed
     decay_ptr,  # (N,) out: from the sums' old reference to the new
     count_ptr,  # (1,)
     first_row,
@@ -137,36 +132,31 @@ def fold_kernel(
         return
     mask = offs < stop
     at, n = running_ptr + first_row + offs, tl.cast(N, tl.int64)
-    total = tl.load(at + n, mask=mask, other=0.0)
+    peak, total, spread, label_z = load_partials(at, n, mask)
     peak, total, spread, label_z, _ = fold_runs(
-        partials_ptr, offs, mask, last_row - first_row, tiles_v, tl.load(at, mask=mask, other=0.0), total,
-        tl.load(at + 2 * n, mask=mask, other=0.0), tl.load(at + 3 * n, mask=mask, other=0.0), total, False, RUNS,
-    )  # fmt: skip
+        partials_ptr, offs, mask, last_row - first_row, tiles_v, peak, total, spread, label_z, total, False, RUNS
+    )
     reference = tl.full((BLOCK,), FLOOR, tl.float32)
-    slope = tl.load(at + 5 * n, mask=mask, other=0.0)
+    slope = tl.load(at + SLOPE * n, mask=mask, other=0.0)
     step = tl.cast(tiles_v, tl.int64) * (last_row - first_row)
     for first in range(0, tiles_v, RUNS):
         tile = first + tl.arange(0, RUNS)
-        part = partials_ptr + 4 * step + tile.to(tl.int64)[:, None] * (last_row - first_row) + offs[None, :]
+        part = partials_ptr + REFERENCE * step + tile.to(tl.int64)[:, None] * (last_row - first_row) + offs[None, :]
         inside = (tile < tiles_v)[:, None] & mask[None, :]
         reference = tl.maximum(reference, tl.max(tl.load(part, mask=inside, other=FLOOR), axis=0))
         if logits.softcap is not None:
-            slope += tl.sum(tl.load(part + step, mask=inside, other=0.0), axis=0)
-    old_reference = tl.load(at + 4 * n, mask=mask, other=0.0)
+            slopes = tl.load(part + (SLOPE - REFERENCE) * step, mask=inside, other=0.0)
+            slope += tl.sum(slopes, axis=0)
+    old_reference = tl.load(at + REFERENCE * n, mask=mask, other=0.0)
     tl.store(decay_ptr + first_row + offs, tl.exp(old_reference - reference), mask=mask)
-    tl.store(at, peak, mask=mask)
-    tl.store(at + n, total, mask=mask)
-    tl.store(at + 2 * n, spread, mask=mask)
-    tl.store(at + 3 * n, label_z, mask=mask)
-    tl.store(at + 4 * n, reference, mask=mask)
-    tl.store(at + 5 * n, slope, mask=mask)
+    store_rows(at, (peak, total, spread, label_z, reference, slope), n, mask)
 
 
 @triton.jit(do_not_specialize=["first_row", "last_row", "N", "tiles_v"])
 def level_kernel(
     masses_ptr,  # (rows, width), changed
     partials_ptr,  # (PARTIALS, tiles_v, last_row - first_row)
-    running_ptr,  # (RUNNING, N)
+    running_ptr,  # (PARTIALS, N)
     count_ptr,  # (1,)
     first_row,
     last_row,
@@ -182,8 +172,8 @@ def level_kernel(
     offs = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = offs < tl.minimum(tl.load(count_ptr), last_row) - first_row
     step = tl.cast(tiles_v, tl.int64) * (last_row - first_row)
-    own = partials_ptr + 4 * step + tl.cast(tile, tl.int64) * (last_row - first_row) + offs
-    common = running_ptr + 4 * tl.cast(N, tl.int64) + first_row + offs
+    own = partials_ptr + REFERENCE * step + tl.cast(tile, tl.int64) * (last_row - first_row) + offs
+    common = running_ptr + REFERENCE * tl.cast(N, tl.int64) + first_row + offs
     factor = tl.exp(tl.load(own, mask=mask, other=0.0) - tl.load(common, mask=mask, other=0.0))
     if tl.max((factor != 1.0).to(tl.int32), axis=0) == 0:
         return
@@ -195,49 +185,40 @@ def level_kernel(
 
 @triton.jit(do_not_specialize=["N"])
 def directions_kernel(
-    weight_ptr,  # (V, D)
-    targets_ptr,  # (N,)
+    head,  # Head
+    selection,  # Selection
     temperature_ptr,  # (N,) or None
-    rows_ptr,  # (N,)
-    count_ptr,  # (1,)
-    running_ptr,  # (RUNNING, N)
-    stats_ptr,  # (5, N)
+    running_ptr,  # (PARTIALS, N)
+    stats_ptr,  # (5, N) RowStats
     directions_ptr,  # (N, D) sums of masses times rows of the weight; out: d logp / d hidden, 0 for ignored rows
     N,
-    V,
-    D,
-    stride_weight_v,
-    stride_weight_d,
     logits,  # Logits
     COMPUTE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    tiles_d = tl.cdiv(D, BLOCK_D)
+    tiles_d = tl.cdiv(head.D, BLOCK_D)
     offs_n = tl.program_id(0) // tiles_d * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_d = tl.program_id(0) % tiles_d * BLOCK_D + tl.arange(0, BLOCK_D)
     n = tl.cast(N, tl.int64)
-    counted = offs_n < tl.load(count_ptr)
-    rows = tl.load(rows_ptr + offs_n, mask=offs_n < N, other=0)
-    label = known_label(targets_ptr, rows, counted, V)
+    counted = offs_n < tl.load(selection.count_ptr)
+    rows = tl.load(selection.rows_ptr + offs_n, mask=offs_n < N, other=0)
+    label = known_label(selection.targets_ptr, rows, counted, head.V)
     label = tl.where(label >= 0, label, 0).to(tl.int64)  # of a bad target: other_mass is NaN
-    factor = logits.logit_scale * logits.inv_temperature
-    if temperature_ptr is not None:
-        factor = logits.logit_scale / tl.load(temperature_ptr + rows, mask=counted, other=1.0)
-    factor *= tl.load(stats_ptr + 3 * n + rows, mask=counted, other=0.0)
+    chain = logits.logit_scale * inverse_temperatures(temperature_ptr, rows, counted, logits, BLOCK_N)
+    _, _, _, other_mass, _ = load_stats(stats_ptr, N, rows, counted)
     at = running_ptr + offs_n
-    total = tl.load(at + n, mask=counted, other=0.0)
-    to_peak = tl.exp(tl.load(at + 4 * n, mask=counted, other=0.0) - tl.load(at, mask=counted, other=0.0))
-    share = tl.where(total == 0, 0.0, to_peak / total)  # V = 1: there are no others
-    mask = counted[:, None] & (offs_d < D)[None, :]
-    w_ptrs = weight_ptr + label[:, None] * stride_weight_v + offs_d[None, :] * tl.cast(stride_weight_d, tl.int64)
-    direction = tl.load(w_ptrs, mask=mask, other=0.0).to(COMPUTE).to(tl.float32)
+    peak, total, _, _ = load_partials(at, n, counted)
+    at_label, at_others = direction_factors(chain, other_mass, total)
+    at_others *= tl.exp(tl.load(at + REFERENCE * n, mask=counted, other=FLOOR) - peak)
     if logits.softcap is not None:
-        direction *= tl.load(at + 5 * n, mask=counted, other=0.0)[:, None]
-    out = directions_ptr + rows[:, None] * D + offs_d[None, :]
-    direction -= tl.load(out, mask=mask, other=0.0) * share[:, None]
-    direction = tl.where(mask, direction * factor[:, None], 0.0)
-    tl.store(out, direction, mask=(offs_n < N)[:, None] & (offs_d < D)[None, :])
+        at_label *= tl.load(at + SLOPE * n, mask=counted, other=0.0)
+    mask = counted[:, None] & (offs_d < head.D)[None, :]
+    w_ptrs = head.weight_ptr + label[:, None] * head.stride_v + offs_d[None, :] * tl.cast(head.stride_d, tl.int64)
+    direction = tl.load(w_ptrs, mask=mask, other=0.0).to(COMPUTE).to(tl.float32) * at_label[:, None]
+    out = directions_ptr + rows[:, None] * head.D + offs_d[None, :]
+    direction -= tl.load(out, mask=mask, other=0.0) * at_others[:, None]
+    tl.store(out, tl.where(mask, direction, 0.0), mask=(offs_n < N)[:, None] & (offs_d < head.D)[None, :])
 
 
 def frozen_forward(problem):
@@ -260,7 +241,7 @@ def frozen_forward(problem):
             launch.fold(*rows, *columns)
             launch.level(*rows, *columns)
             launch.add_product(directions, *rows, *columns)
-    combine(problem, launch.running[:, None], launch.rows, launch.count, stats=stats)
+    combine(problem, launch.running[:, None], launch.selection, stats=stats)
     launch.directions(stats, directions)
     return stats, directions
 
@@ -269,8 +250,8 @@ class Launcher:
     """Launches the kernels over one chunk, which it has the buffers of."""
 
     def __init__(self, problem, rows, count):
-        self.problem, self.rows, self.count = problem, rows, count
-        self.strides, self.logits, _ = logit_arguments(problem)
+        self.problem, self.selection = problem, Selection(rows, count, problem.targets)
+        self.head, self.logits, _ = logit_arguments(problem)
         dtype, device = problem.params.compute_dtype, problem.hidden.device
         full = problem.params.entropy or has_extras(problem)
         self.tile = tiles.for_tensor("masses_full" if full else "masses", dtype, device)
@@ -281,8 +262,9 @@ class Launcher:
         self.buffer = torch.empty(held, self.chunk.cols, dtype=dtype, device=device)
         fp32 = {"dtype": torch.float32, "device": device}
         self.partials = torch.empty(PARTIALS, self.tiles_v(0, self.chunk.cols), held, **fp32)
-        self.running = torch.zeros(RUNNING, n, **fp32)
-        self.running[0::4] = FLOOR.value  # peak and reference
+        self.running = torch.zeros(PARTIALS, n, **fp32)
+        RowPartials(*self.running[: REFERENCE.value]).peak.fill_(FLOOR.value)
+        self.running[REFERENCE.value].fill_(FLOOR.value)
         self.decay = torch.empty(n, **fp32)
 
     def tiles_v(self, first_v, last_v):
@@ -290,16 +272,13 @@ class Launcher:
 
     def masses(self, first_row, last_row, first_v, last_v):
         problem, tile = self.problem, self.tile
-        _, vocab, depth = problem.sizes
         blocks = triton.cdiv(triton.cdiv(last_row - first_row, tile.rows), tile.group) * tile.group
         masses_kernel[(blocks * self.tiles_v(first_v, last_v),)](
             hidden_ptr=problem.hidden,
-            weight_ptr=problem.weight,
+            head=self.head,
             bias_ptr=problem.bias,
-            targets_ptr=problem.targets,
+            selection=self.selection,
             temperature_ptr=problem.temperature,
-            rows_ptr=self.rows,
-            count_ptr=self.count,
             running_ptr=self.running,
             masses_ptr=self.buffer,
             partials_ptr=self.partials,
@@ -307,13 +286,11 @@ class Launcher:
             last_row=last_row,
             first_v=first_v,
             width=self.chunk.cols,
-            V=vocab,
-            D=depth,
             T=problem.hidden.shape[1],
-            strides=self.strides,
+            strides=row_strides(problem.hidden),
             logits=self.logits,
             ENTROPY=problem.params.entropy,
-            WHOLE_D=depth % tile.depth == 0,
+            WHOLE_D=problem.hidden.shape[2] % tile.depth == 0,
             COMPUTE=TO_TRITON[str(problem.params.compute_dtype)],
             BLOCK_N=tile.rows,
             BLOCK_V=tile.cols,
@@ -327,7 +304,7 @@ class Launcher:
             partials_ptr=self.partials,
             running_ptr=self.running,
             decay_ptr=self.decay,
-            count_ptr=self.count,
+            count_ptr=self.selection.count_ptr,
             first_row=first_row,
             last_row=last_row,
             N=self.problem.targets.numel(),
@@ -343,7 +320,7 @@ class Launcher:
             masses_ptr=self.buffer,
             partials_ptr=self.partials,
             running_ptr=self.running,
-            count_ptr=self.count,
+            count_ptr=self.selection.count_ptr,
             first_row=first_row,
             last_row=last_row,
             width=self.chunk.cols,
@@ -354,26 +331,20 @@ class Launcher:
         )
 
     def add_product(self, directions, first_row, last_row, first_v, last_v):
-        span = first_row, last_row, first_v, last_v
-        add_product(self.buffer, self.problem.weight, self.count, directions, span, rows=self.rows, decay=self.decay)
+        span, rows, count = (first_row, last_row, first_v, last_v), self.selection.rows_ptr, self.selection.count_ptr
+        add_product(self.buffer, self.problem.weight, count, directions, span, rows=rows, decay=self.decay)
 
     def directions(self, stats, directions):
-        n, vocab, depth = self.problem.sizes
+        n, _, depth = self.problem.sizes
         tile = copy_tile(depth)
         directions_kernel[(triton.cdiv(n, tile.rows) * triton.cdiv(depth, tile.cols),)](
-            weight_ptr=self.problem.weight,
-            targets_ptr=self.problem.targets,
+            head=self.head,
+            selection=self.selection,
             temperature_ptr=self.problem.temperature,
-            rows_ptr=self.rows,
-            count_ptr=self.count,
             running_ptr=self.running,
             stats_ptr=stats,
             directions_ptr=directions,
             N=n,
-            V=vocab,
-            D=depth,
-            stride_weight_v=self.problem.weight.stride(0),
-            stride_weight_d=self.problem.weight.stride(1),
             logits=self.logits,
             COMPUTE=TO_TRITON[str(self.problem.params.compute_dtype)],
             BLOCK_N=tile.rows,

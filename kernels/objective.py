@@ -3,31 +3,18 @@
 The mathematics is ``fastgrpo.objective``'s: its functions are rebound here to ``triton.language`` and jitted.
 """
 
-import types
-
 import torch
 import triton
 import triton.language as tl
 
 from fastgrpo import objective as source
 from fastgrpo.kernels import tiles
+from fastgrpo.kernels.common import store_rows
+from fastgrpo.kernels.rebind import rebind
 
 OUTPUTS = 7  # loss, d_logp, d_log_w, kl, ratio, low, high
 
-
-def rebind():
-    """Every function of the source, compiled from the same code, with ``tl`` meaning Triton's language."""
-    names = {"tl": tl}
-    for name, value in vars(source).items():
-        if isinstance(value, types.FunctionType) and value.__module__ == source.__name__:
-            clone = types.FunctionType(value.__code__, names, name, value.__defaults__)
-            clone.__annotations__ = dict(value.__annotations__)
-            clone.__module__ = __name__
-            names[name] = triton.jit(clone)
-    return names
-
-
-token_objective = rebind()["token_objective"]
+token_objective = rebind(source)["token_objective"]
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -73,14 +60,8 @@ def objective_kernel(
         ESTIMATOR,
         CORRECTED,
     )
-    out = out_ptr + offs
-    tl.store(out, loss, mask=mask)
-    tl.store(out + tl.cast(N, tl.int64), d_logp, mask=mask)
-    tl.store(out + 2 * tl.cast(N, tl.int64), d_log_w, mask=mask)
-    tl.store(out + 3 * tl.cast(N, tl.int64), kl, mask=mask)
-    tl.store(out + 4 * tl.cast(N, tl.int64), ratio, mask=mask)
-    tl.store(out + 5 * tl.cast(N, tl.int64), low.to(tl.float32), mask=mask)
-    tl.store(out + 6 * tl.cast(N, tl.int64), high.to(tl.float32), mask=mask)
+    values = (loss, d_logp, d_log_w, kl, ratio, low.to(tl.float32), high.to(tl.float32))
+    store_rows(out_ptr + offs, values, N, mask)
 
 
 def objective(config, logp, old_logp, ref_logp, log_w, log_w_seq, adv, gate):

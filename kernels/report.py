@@ -85,15 +85,18 @@ class Recorder:
         return lambda **arguments: self.launches.append((self.kernel, arguments))
 
 
-def kernels_of(modules):
-    """-> [(module, name, kernel)]"""
+def all_kernels():
+    """-> [(module, name, kernel)] of every module that launches one."""
+    from fastgrpo.kernels import backward, combine, forward, frozen, objective, products, support
+
+    modules = (forward, combine, frozen, backward, products, objective, support)
     return [(m, name, kernel) for m in modules for name, kernel in vars(m).items() if name.endswith("_kernel")]
 
 
 @contextlib.contextmanager
-def replaced(modules, make):
-    """Inside, ``make(kernel)`` stands in the place of every kernel of the modules."""
-    found = kernels_of(modules)
+def replaced(make):
+    """Inside, ``make(kernel)`` stands in the place of every kernel."""
+    found = all_kernels()
     for module, name, kernel in found:
         setattr(module, name, make(kernel))
     try:
@@ -104,13 +107,13 @@ def replaced(modules, make):
 
 
 @contextlib.contextmanager
-def recording(modules, architecture):
+def recording(architecture):
     from fastgrpo.kernels import tiles
 
     launches, plain = [], tiles.for_tensor
     tiles.for_tensor = lambda kernel, dtype, device: tiles.lookup(kernel, dtype.itemsize, architecture)
     try:
-        with replaced(modules, lambda kernel: Recorder(kernel, launches)):
+        with replaced(lambda kernel: Recorder(kernel, launches)):
             yield launches
     finally:
         tiles.for_tensor = plain
@@ -125,7 +128,7 @@ def recorded_launches(architecture, depths=DEPTHS):
     from fastgrpo.kernels import backward, forward, frozen, objective
     from fastgrpo.kernels import support as support_kernels
 
-    with recording((forward, frozen, backward, objective, support_kernels), architecture) as launches:
+    with recording(architecture) as launches:
         for label, problem, needs in (p for depth in depths for p in problems(depth, architecture, depth == depths[0])):
             del launches[:]
             forward.forward(problem)

@@ -8,7 +8,8 @@ import triton
 import triton.language as tl
 
 from fastgrpo.inputs import IGNORE
-from fastgrpo.kernels.common import TO_TRITON, row_offsets, row_strides
+from fastgrpo.kernels.arguments import TO_TRITON, row_strides
+from fastgrpo.kernels.common import row_offsets
 
 ENTRIES, DEPTH, WARPS = 16, 128, 8  # pairs and values a program reads at once
 
@@ -24,9 +25,7 @@ def kept_logits_kernel(
     entries,
     D,
     T,
-    stride_rows_b,
-    stride_rows_t,
-    stride_rows_d,
+    strides,  # RowStrides of the rows
     stride_columns_v,
     stride_columns_d,
     IGNORED: tl.constexpr,
@@ -41,8 +40,8 @@ def kept_logits_kernel(
     mask_e = inside & (tl.load(targets_ptr + index, mask=inside, other=IGNORED) != IGNORED)
     ids = tl.load(ids_ptr + offs_e, mask=mask_e, other=0)
     offs_d = tl.arange(0, BLOCK_D)
-    row_ptrs = rows_ptr + row_offsets(index, T, stride_rows_b, stride_rows_t)[:, None]
-    row_ptrs += offs_d[None, :] * tl.cast(stride_rows_d, tl.int64)
+    row_ptrs = rows_ptr + row_offsets(index, T, strides)[:, None]
+    row_ptrs += offs_d[None, :] * tl.cast(strides.d, tl.int64)
     column_ptrs = columns_ptr + ids[:, None] * stride_columns_v + offs_d[None, :] * tl.cast(stride_columns_d, tl.int64)
     acc = tl.zeros((BLOCK_E,), dtype=tl.float32)
     for start in range(0, D, BLOCK_D):
@@ -50,7 +49,7 @@ def kept_logits_kernel(
         x = tl.load(row_ptrs, mask=mask, other=0.0)
         w = tl.load(column_ptrs, mask=mask, other=0.0).to(COLUMNS).to(tl.float32)
         acc += tl.sum(x.to(ROWS).to(tl.float32) * w, axis=1)
-        row_ptrs += BLOCK_D * tl.cast(stride_rows_d, tl.int64)
+        row_ptrs += BLOCK_D * tl.cast(strides.d, tl.int64)
         column_ptrs += BLOCK_D * tl.cast(stride_columns_d, tl.int64)
     acc += tl.load(out_ptr + offs_e, mask=mask_e, other=0.0)
     tl.store(out_ptr + offs_e, acc, mask=mask_e)
@@ -65,9 +64,7 @@ def kept_sums_kernel(
     out_ptr,  # (M, D)
     D,
     T,
-    stride_source_b,
-    stride_source_t,
-    stride_source_d,
+    strides,  # RowStrides of the source
     CAST: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -83,8 +80,8 @@ def kept_sums_kernel(
         offs_e = first + tl.arange(0, BLOCK_E)
         coefficients = tl.load(coefficients_ptr + offs_e, mask=offs_e < last, other=0.0)
         index = tl.load(index_ptr + offs_e, mask=offs_e < last, other=0)
-        pointers = source_ptr + row_offsets(index, T, stride_source_b, stride_source_t)[:, None]
-        pointers += offs_d[None, :] * tl.cast(stride_source_d, tl.int64)
+        pointers = source_ptr + row_offsets(index, T, strides)[:, None]
+        pointers += offs_d[None, :] * tl.cast(strides.d, tl.int64)
         x = tl.load(pointers, mask=(coefficients != 0)[:, None] & mask_d[None, :], other=0.0)
         acc += tl.sum(coefficients[:, None] * x.to(CAST).to(tl.float32), axis=0)
     tl.store(out_ptr + m * D + offs_d, acc.to(out_ptr.dtype.element_ty), mask=mask_d)
@@ -101,7 +98,6 @@ def kept_logits(problem, support):
     compute, lora = problem.params.compute_dtype, problem.params.lora_dtype
     casts = [(compute, compute), (torch.float32, lora)]
     for (rows, columns), (to_rows, to_columns) in zip(problem.factors if entries else (), casts):
-        stride_b, stride_t, stride_d = row_strides(rows)
         kept_logits_kernel[(triton.cdiv(entries, ENTRIES),)](
             rows_ptr=rows,
             columns_ptr=columns,
@@ -112,9 +108,7 @@ def kept_logits(problem, support):
             entries=entries,
             D=columns.shape[1],
             T=rows.shape[1],
-            stride_rows_b=stride_b,
-            stride_rows_t=stride_t,
-            stride_rows_d=stride_d,
+            strides=row_strides(rows),
             stride_columns_v=columns.stride(0),
             stride_columns_d=columns.stride(1),
             IGNORED=IGNORE,
@@ -140,7 +134,6 @@ def kept_sums(problem, source, coefficients, index, offsets, cast, dtype):
     out = torch.empty(offsets.numel() - 1, depth, dtype=dtype, device=source.device)
     block = block_depth(depth)
     programs = out.shape[0] * triton.cdiv(depth, block)
-    stride_b, stride_t, stride_d = row_strides(source)
     if programs:
         kept_sums_kernel[(programs,)](
             source_ptr=source,
@@ -150,9 +143,7 @@ def kept_sums(problem, source, coefficients, index, offsets, cast, dtype):
             out_ptr=out,
             D=depth,
             T=length,
-            stride_source_b=stride_b,
-            stride_source_t=stride_t,
-            stride_source_d=stride_d,
+            strides=row_strides(source),
             CAST=TO_TRITON[str(cast)],
             BLOCK_E=ENTRIES,
             BLOCK_D=block,

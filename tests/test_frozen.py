@@ -10,7 +10,7 @@ import problems
 from watchers import Watched
 
 pytest.importorskip("triton")
-from fastgrpo.kernels import backward, frozen, report
+from fastgrpo.kernels import report
 
 OPTIONS = [
     {},
@@ -149,7 +149,7 @@ def test_peaks_that_rise_and_fall(backend, device, dtype):
             own = arguments["partials_ptr"].flatten()[4 * arguments["tiles_v"] * n :][: arguments["tiles_v"] * n]
             launched.append(bool((own.view(-1, n) != arguments["running_ptr"][4]).any()))
 
-    with report.replaced((frozen,), lambda kernel: Watched(kernel, look)):
+    with report.replaced(lambda kernel: Watched(kernel, look)):
         stats, directions = run_frozen(backend, *tensors, workspace=SMALL)
     if backend == "triton":
         assert len(launched) > 4
@@ -234,7 +234,7 @@ def operands_of(run):
             rows, cols = (arguments[f"last_{x}"] - arguments[f"first_{x}"] for x in ("row", "v"))
             seen.append(arguments["dlogits_ptr"][:rows, :cols].clone())
 
-    with report.replaced((backward, frozen), lambda kernel: Watched(kernel, look)):
+    with report.replaced(lambda kernel: Watched(kernel, look)):
         run()
     return seen
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from fastgrpo import linear_logprobs, reference
-from fastgrpo.backends.dense import combine, softplus
+from fastgrpo.backends.dense import combine
 from fastgrpo.backends.problem import FLOOR
+from fastgrpo.row_math import softplus
 
 import problems
 from watchers import Largest

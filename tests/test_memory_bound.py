@@ -96,7 +96,7 @@ def test_triton_backend_at_real_size(n, depth, dtype, frozen, lora):
     row = empty(n, dtype=torch.float32)
     low_bytes = 4 * n * rank if lora else 0  # the adapter's own sums, and its 16-bit parts beside hidden
     bound = bound_memory(n, vocab, depth, workspace, rank * vocab if lora else 0, not frozen or lora) + 6 * low_bytes
-    with report.recording((forward, frozen_kernels, backward), "sm_90"):
+    with report.recording("sm_90"):
         if frozen and not lora:  # made in the forward: the directions, which the backward turns into the gradient
             with Live() as live:
                 made = frozen_kernels.frozen_forward(problem)
@@ -121,15 +121,13 @@ def test_host_waits(backward, waits, frozen, monkeypatch):
     """The Triton backend's exact path, which "auto" takes on CUDA, never waits; the certified one is bounded."""
     report = pytest.importorskip("fastgrpo.kernels.report")
     from fastgrpo import backends
-    from fastgrpo.kernels import backward as exact_backward
     from fastgrpo.kernels import forward
-    from fastgrpo.kernels import frozen as frozen_kernels
 
     monkeypatch.setattr(backends, "choose", lambda backend, hidden: "triton")
     monkeypatch.setattr("fastgrpo.backends.triton_backend.on_device", lambda x: torch.autograd.set_grad_enabled(False))
     monkeypatch.setattr(forward, "processor_count", lambda device: 132)
     p = draw_peaked(1024, 4096, 256, torch.bfloat16)
-    with StandInCuda() as cuda, report.recording((forward, frozen_kernels, exact_backward), "sm_90") as launches:
+    with StandInCuda() as cuda, report.recording("sm_90") as launches:
         hidden, weight, targets, upstream = (cuda.put(p[k]) for k in ("hidden", "weight", "targets", "upstream"))
         hidden.requires_grad_()
         weight.requires_grad_(not frozen)

@@ -40,19 +40,19 @@ class Launch(NamedTuple):
 def launches(contact, depth, hint=True):
     """{kernel: its largest launch} of a forward, a certified and a frozen head's one, and an exact backward."""
     from fastgrpo import linear_logprobs
-    from fastgrpo.kernels import backward, forward, frozen, report
+    from fastgrpo.kernels import report
 
     hidden, weight, targets = contact.head(contact.sizes.tokens, depth)
     hidden.requires_grad_()
     weight.requires_grad_()
     found = {}
-    with report.replaced((forward, backward), lambda kernel: Recorder(kernel, found)):
+    with report.replaced(lambda kernel: Recorder(kernel, found)):
         logp = linear_logprobs(hidden, weight, targets, backend="triton", backward="exact").logprobs
         logp.sum().backward()
         old = logp.detach() if hint else None
         linear_logprobs(hidden, weight, targets, old_logprobs=old, backend="triton", backward="certified")
     made_in_forward = {}
-    with report.replaced((forward, frozen, backward), lambda kernel: Recorder(kernel, made_in_forward)):
+    with report.replaced(lambda kernel: Recorder(kernel, made_in_forward)):
         linear_logprobs(hidden, weight.detach(), targets, backend="triton", backward="exact")
     return made_in_forward | found  # of what both launch, the first's
 
@@ -79,12 +79,14 @@ class Recorder:
 
 def flops_of(name, arguments):
     """2 x multiply-adds of a GEMM kernel's launch; 0 of the others."""
+    head = arguments.get("head")
     if name.startswith("forward"):
-        return 2 * arguments["N"] * arguments["V"] * arguments["D"]
+        return 2 * arguments["N"] * head.V * head.D
     if name in ("dlogits", "dhidden", "dweight", "masses"):
         last_v = arguments["first_v"] + arguments["width"] if name == "masses" else arguments["last_v"]
-        columns = min(last_v, arguments.get("V", last_v)) - arguments["first_v"]
-        return 2 * (arguments["last_row"] - arguments["first_row"]) * columns * arguments["D"]
+        columns = min(last_v, head.V if head else last_v) - arguments["first_v"]
+        depth = head.D if head else arguments["D"]
+        return 2 * (arguments["last_row"] - arguments["first_row"]) * columns * depth
     return 0
 
 

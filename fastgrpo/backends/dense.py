@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from fastgrpo.backends.logits import LogitTiles, row_inverse_temperature, transform
-from fastgrpo.backends.problem import ABSENT, NOTHING, RowStats
+from fastgrpo.backends.problem import NOTHING, RowStats, negligible
 from fastgrpo.inputs import IGNORE, accumulator_dtype
+from fastgrpo.row_math import gradient_at_label, rescaled, row_stats
 
 LOG2_E = math.log2(math.e)
 FAR = -1e4  # a log-probability below it is as good as -inf, and finite times 0
@@ -49,7 +50,7 @@ def fold_vocabulary(problem):
 
 
 def exp_(z):
-    """e^z in place, 0 where that is less than :func:`negligible`.
+    """e^z in place, 0 where that is :func:`fastgrpo.backends.problem.negligible`.
 
     On a CPU by exp2, kept from underflow: torch.exp is 4 times slower, or 30 where it underflows.
     """
@@ -58,14 +59,9 @@ def exp_(z):
     return F.threshold_(z.mul_(LOG2_E), math.log2(negligible(z.dtype)), -math.inf).exp2_()
 
 
-def negligible(dtype):
-    """What cannot matter beside anything else, and times a hidden state or a weight is not yet a denormal number: on
-    Intel CPUs a GEMM over denormals is 40 times slower."""
-    return 2.0**20 * torch.finfo(dtype).tiny
-
-
 def without_denormals(dz):
-    """0 in place of what is :func:`negligible`, in place; a GPU's GEMMs do not mind."""
+    """0 in place of what is negligible, in place: on Intel CPUs a GEMM over denormals is 40 times slower. A GPU's GEMMs
+    do not mind."""
     return torch.ops.aten.hardshrink.out(dz, negligible(dz.dtype), out=dz) if dz.device.type == "cpu" else dz
 
 
@@ -78,17 +74,16 @@ def fold_tile(z, local, running, label, entropy):
     take_label(z, local, label)
     peak, total, spread = running
     new_peak = torch.maximum(peak, z.amax(1))
-    step = new_peak - peak
-    decay = torch.exp(-step)
+    old_total, old_spread, decay = rescaled(peak, total, spread, new_peak)
     z -= new_peak[:, None]
     if entropy:
         weighted = exp_(z.clamp_(min=FAR).clone())
         z *= weighted
-        spread.add_(step * total).mul_(decay).sub_(z.sum(1))
+        torch.sub(old_spread, z.sum(1), out=spread)
         z = weighted
     else:
         exp_(z)
-    total.mul_(decay).add_(z.sum(1))
+    torch.add(old_total, z.sum(1), out=total)
     peak.copy_(new_peak)
     return z, decay
 
@@ -102,42 +97,25 @@ def take_label(z, local, label):
     z.scatter_(1, index, torch.where(inside, NOTHING, found)[:, None])
 
 
-def softplus(x):
-    """log(1 + e^x) to the dtype's relative accuracy, also far out and at +-inf; torch's own drops e^-x beyond 20."""
-    return x.clamp(min=0.0) + torch.log1p(torch.exp(-x.abs()))
-
-
 def combine(running, label):
-    """(5, n) :class:`RowStats` from the running ones; ``gap`` is the others' log-sum-exp minus the label's logit."""
-    peak, total, spread = running
-    label = torch.where(label < ABSENT, -torch.inf, label)
-    log_total = torch.log(total)
-    gap = log_total + (peak - label)
-    logp, other_mass = -softplus(gap), torch.sigmoid(gap)
-    other_entropy = log_total + spread / total
-    # Zero mass outside the label (V = 1): nothing to add, and log(0) is not to be met.
-    rest = torch.where(other_mass > 0, other_mass * (softplus(-gap) + other_entropy), other_mass)
-    entropy = torch.where(logp > -torch.inf, -torch.exp(logp) * logp, 0.0) + rest
-    offset = torch.logaddexp(log_total, label - peak)
-    return torch.stack(RowStats(logp, peak, offset, other_mass, entropy))
+    """(5, n) :class:`RowStats` from the running ones, (n,) each, and the labels' logits."""
+    return torch.stack(row_stats(*running, label))
 
 
 def logits_gradient(problem, z, bias, index, local, stats, grad_logp, grad_entropy=None):
     """d loss / d raw logits of one tile, over z's memory: g (onehot - p) - h p (log p + H), chained to the raw product.
 
-    The label's term is g (1 - p) from the statistics, which does not cancel as p -> 1.
+    The label's term is made of the statistics.
     """
     inv_temperature = row_inverse_temperature(problem, index)
     chain = problem.params.logit_scale * (1.0 if inv_temperature is None else inv_temperature)
     z, slope = transform(problem, z, bias, inv_temperature, with_slope=True)
     rows = RowStats(*stats)
     z.sub_(rows.peak[:, None]).sub_(rows.offset[:, None])
-    at_label = grad_logp * rows.other_mass
+    at_label = gradient_at_label(grad_logp, grad_entropy, rows.logp, rows.other_mass, rows.entropy)
     if grad_entropy is None:
         exp_(z).mul_(-grad_logp[:, None] * chain)
     else:
-        p_label = torch.exp(rows.logp)
-        at_label = at_label - torch.where(p_label == 0, 0.0, grad_entropy * p_label * (rows.logp + rows.entropy))
         p = exp_(z.clamp_(min=FAR).clone())
         z += rows.entropy[:, None]
         z.mul_(-grad_entropy[:, None]).sub_(grad_logp[:, None]).mul_(p).mul_(chain)

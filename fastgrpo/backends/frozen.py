@@ -15,6 +15,7 @@ from fastgrpo.backends import certified, certified_backward, dense, dense_backwa
 from fastgrpo.backends.logits import LogitTiles, Reader, pairs_at_once, row_inverse_temperature
 from fastgrpo.backends.problem import RowStats, new_gradients, sum_entries
 from fastgrpo.inputs import IGNORE, accumulator_dtype
+from fastgrpo.row_math import direction_factors
 
 ONE_SPAN = 96  # what adding a few entries alone costs whatever their number, in entries
 SHARE = 0.7  # of the error budget that the forward spends, before it knows the rows' gradients
@@ -118,9 +119,10 @@ class Sums:
         problem, other_mass = self.problem, RowStats(*stats).other_mass[self.rows]
         inverse = row_inverse_temperature(problem, self.rows)
         inverse = inverse[:, 0] if isinstance(inverse, torch.Tensor) else 1.0 if inverse is None else inverse
-        factor = other_mass * inverse * problem.params.logit_scale
-        at_label = factor * certified.label_terms(problem, self.rows)[1] if self.capped else factor
-        at_others = torch.where(other_mass > 0, factor / total[: len(self.rows)], factor)  # V = 1: there are none
+        chain = inverse * problem.params.logit_scale
+        at_label, at_others = direction_factors(chain, other_mass, total[: len(self.rows)])
+        if self.capped:
+            at_label = at_label * certified.label_terms(problem, self.rows)[1]
         targets = problem.targets[self.rows]
         ids = torch.where((targets >= 0) & (targets < problem.weight.shape[0]), targets, 0)
         at_once = pairs_at_once(problem)

@@ -26,6 +26,11 @@ NOTHING = -1e30  # an entry that must not count: exp(NOTHING - FLOOR) is 0, and 
 ABSENT = -1e20  # a logit below it stands for -inf
 
 
+def negligible(dtype):
+    """What cannot matter beside values near 1, and times a hidden state or a weight is not yet a denormal number."""
+    return 2.0**20 * torch.finfo(dtype).tiny
+
+
 class RowStats(NamedTuple):
     """What the forward knows of each row: ``RowStats(*stats)`` names the rows of the (5, N) tensor that it makes."""
 
@@ -34,6 +39,15 @@ class RowStats(NamedTuple):
     offset: torch.Tensor  # log-sum-exp minus that peak: apart, so that logits of any size keep their accuracy
     other_mass: torch.Tensor  # 1 - p of the label
     entropy: torch.Tensor
+
+
+class RowPartials(NamedTuple):
+    """What is known of each row after some entries, the label's left out: see :meth:`HeadProblem.new_partials`."""
+
+    peak: torch.Tensor
+    total: torch.Tensor  # sum of exp(z - peak)
+    spread: torch.Tensor  # sum of exp(z - peak) * (peak - z), with ``params.entropy`` only
+    label: torch.Tensor  # its logit
 
 
 class Gradients(NamedTuple):
@@ -113,11 +127,10 @@ class HeadProblem:
         return torch.zeros(len(RowStats._fields), self.targets.numel(), dtype=dtype, device=self.hidden.device)
 
     def new_partials(self, dtype):
-        """(4, N): peak, sum of exp(z - peak) and of exp(z - peak) * (peak - z) over the entries that are not the label
-        (the last only with ``params.entropy``), here those of no entry; the label's logit, NaN where it has none."""
-        partials = self.new_stats(dtype)[:4]
-        partials[0].fill_(FLOOR)
-        partials[3].fill_(torch.nan)
+        """(4, N) of :class:`RowPartials`, those of no entry; a label that is nowhere has the logit NaN."""
+        partials = self.new_stats(dtype)[: len(RowPartials._fields)]
+        RowPartials(*partials).peak.fill_(FLOOR)
+        RowPartials(*partials).label.fill_(torch.nan)
         return partials
 
 

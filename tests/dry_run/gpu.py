@@ -47,8 +47,6 @@ class Gpu:
         import triton
         from triton.backends.nvidia import driver as nvidia
 
-        from fastgrpo.kernels import backward, forward, frozen, objective, support
-
         major, minor = map(int, capability.split("."))
 
         class Driver(nvidia.CudaDriver):
@@ -67,8 +65,7 @@ class Gpu:
         self.library = ctypes.CDLL("libcuda.so.1")
         for name in ("launches", "bad_launches"):
             getattr(self.library, f"dry_run_{name}").restype = ctypes.c_long
-        modules = (forward, frozen, backward, objective, support)
-        self.kernels = {name: kernel for _, name, kernel in report.kernels_of(modules)}
+        self.kernels = {name: kernel for _, name, kernel in report.all_kernels()}
         self.patch(f"sm_{major}{minor}", DEVICES[capability][1])
 
     def patch(self, architecture, processors):

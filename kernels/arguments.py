@@ -1,0 +1,86 @@
+"""What the launchers hand to the kernels beside tensors and numbers: named tuples of what belongs together.
+
+No tuple holds a None, which Triton 3.6 cannot compile, nor a number that changes with the batch, which would be
+compiled for.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton.language as tl
+
+TO_TRITON = {"torch.bfloat16": tl.bfloat16, "torch.float16": tl.float16, "torch.float32": tl.float32}
+
+
+class RowStrides(NamedTuple):
+    """Of a (B, T, D) tensor, in elements."""
+
+    b: int
+    t: int
+    d: int
+
+
+class Head(NamedTuple):
+    """The weight (V, D), its sizes and strides."""
+
+    weight_ptr: object
+    V: int
+    D: int
+    stride_v: int
+    stride_d: int
+
+
+class LowRank(NamedTuple):
+    """:class:`fastgrpo.lora.Operands`: low (N, depth), up (V, width), column k of low meets column k % width of up."""
+
+    low_ptr: object
+    up_ptr: object
+    scale_ptr: object  # (1,) factor of the product
+    depth: int
+    width: int
+    stride_v: int
+    stride_r: int
+
+
+class Logits(NamedTuple):
+    """From the raw product to the logit: scale, cap (None: none), divide by the temperature."""
+
+    inv_temperature: float
+    softcap: float
+    logit_scale: float
+
+
+class Selection(NamedTuple):
+    """The rows to do, and every row's label."""
+
+    rows_ptr: object  # (N,)
+    count_ptr: object  # (1,) how many of them
+    targets_ptr: object  # (N,)
+
+
+def row_strides(x):
+    """Of a (B, T, D) tensor, 0 between sequences where there is one: that number would only be compiled for."""
+    return RowStrides(x.stride(0) if x.shape[0] > 1 else 0, x.stride(1), x.stride(2))
+
+
+def low_rank_arguments(operands):
+    """:class:`LowRank` or None."""
+    if operands is None:
+        return None
+    low, up, scale = operands.low, operands.up, operands.scale
+    scale = torch.ones((), device=low.device) if scale is None else scale
+    return LowRank(low, up, scale, low.shape[1], up.shape[1], *up.stride())
+
+
+def logit_arguments(problem):
+    """-> :class:`Head`, :class:`Logits`, :class:`LowRank` or None."""
+    params = problem.params
+    inverse = 1.0 if params.temperature is None else 1.0 / params.temperature
+    head = Head(problem.weight, *problem.weight.shape, *problem.weight.stride())
+    return head, Logits(inverse, params.softcap, params.logit_scale), low_rank_arguments(problem.lora_operands)
+
+
+def has_extras(problem):
+    """Whether a tile of logits needs more than a scalar factor."""
+    params = problem.params
+    return any(x is not None for x in (problem.bias, params.softcap, problem.temperature, problem.low))
