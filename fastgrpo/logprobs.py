@@ -58,14 +58,14 @@ def linear_logprobs(
             than it.
         support: ``(token_ids, offsets)``, the ids each position's sampler kept (top-p, top-k), CSR: integer (K,) and
             (N + 1,), positions in the order of the flattened targets. Log-probs and entropy are then those of the
-            distribution renormalised over the kept ids, and only these columns of the head are touched. A counted
+            distribution renormalised over the kept ids, and only these entries of the head are touched. A counted
             target must be among its ids; a set that is not one is an error on a CPU and NaN on a GPU. The backward is
             exact: nothing kept is left out.
         old_logprobs: shaped like ``targets``, log-probs near the current ones (the sampler's): a hint that makes the
             certified backward faster; the result does not depend on it beyond the tolerance.
         backend: "auto" (Triton on a GPU, else torch), "triton" or "torch".
-        backward: "exact": every column of every row with a gradient. "certified": the columns that matter; every row
-            carries the exact probability mass it leaves out, and rows over the tolerance keep all columns. "auto":
+        backward: "exact": every entry of every row with a gradient. "certified": the entries that matter; every row
+            carries the exact probability mass it leaves out, and rows over the tolerance keep all entries. "auto":
             exact on CUDA and for float64 or small input, certified otherwise. An entropy gradient is exact. Where
             hidden alone wants a gradient (a frozen head, no entropy returned, no LoRA on the head) it is made in the
             forward, in two GEMMs or less, and held until the backward, 4 N D bytes.
@@ -77,7 +77,7 @@ def linear_logprobs(
             vocabulary entry's gradient may be from the exact one, relative to its own size, in (0, 1]. 95 % of the
             entries stay within it and half of them within a fifth; optimisers such as Adam, which divide each weight's
             gradient by its own size, need that. Measured at every backward on a fixed sample of 256 to 1024 entries; as
-            many rows keep all columns in the head's gradient as it takes. None: 0.1. 1: no such promise, cheaper.
+            many rows keep all entries in the head's gradient as it takes. None: 0.1. 1: no such promise, cheaper.
 
     Returns:
         ``LogProbs(logprobs, entropy)``: float32 (float64 for float64 input), shaped like ``targets``, 0 where ignored;

@@ -1,7 +1,7 @@
 """Log-probs and entropy where the vocabulary is cut over the ranks of a process group: each holds rows of the LM head.
 
-Every rank makes the statistics of its own columns; one MAX and one SUM all-reduce merge them. The backward, exact or
-certified, is that of its columns with the merged statistics: dW and db are the rank's own, dX is a sum over the ranks.
+Every rank makes the statistics of its own entries; one MAX and one SUM all-reduce merge them. The backward, exact or
+certified, is that of its entries with the merged statistics: dW and db are the rank's own, dX is a sum over the ranks.
 """
 
 import math
@@ -22,7 +22,7 @@ from fastgrpo.inputs import IGNORE, Backend, Backward
 from fastgrpo.logprobs import LogProbs
 from fastgrpo.row_math import rescaled
 
-ELSEWHERE = -1  # column of a label that another rank holds
+ELSEWHERE = -1  # entry of a label that another rank holds
 
 
 @dataclass(frozen=True)
@@ -35,18 +35,18 @@ class Share:
 
 class VocabParallelLogProbs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, columns, known, temperature, hint, params, share):
+    def forward(ctx, hidden, weight, bias, entries, known, temperature, hint, params, share):
         ctx.set_materialize_grads(False)
-        problem = HeadProblem(hidden, weight, bias, columns, temperature, params)
+        problem = HeadProblem(hidden, weight, bias, entries, temperature, params)
         ctx.params, ctx.share, certificate = params, share, ()
         with torch.autocast(hidden.device.type, enabled=False):
             if params.tolerance is None:
                 partials = backends.load(params.backend).partial_forward(problem)
-                stats = combine_known(merge(partials, columns, share.group), columns, known)
+                stats = combine_known(merge(partials, entries, share.group), entries, known)
             else:
                 stats, certificate = certified_forward(problem, known, hint, share.group)
                 certificate = certificate.tensors
-        ctx.save_for_backward(hidden, weight, bias, columns, temperature, stats, *certificate)
+        ctx.save_for_backward(hidden, weight, bias, entries, temperature, stats, *certificate)
         rows = RowStats(*stats)
         return rows.logp.clone(), rows.entropy.clone() if params.entropy else None
 
@@ -71,41 +71,41 @@ class VocabParallelLogProbs(torch.autograd.Function):
         return d_hidden, grads.weight, grads.bias, None, None, None, None, None, None
 
 
-def merge(partials, columns, group):
+def merge(partials, entries, group):
     """(4, N) peak, sums and label's logit of the whole vocabulary from every rank's: one MAX and one SUM all-reduce.
 
     Args:
-        partials: (4, N) of :meth:`fastgrpo.backends.problem.HeadProblem.new_partials`, of this rank's columns.
-        columns: (N,) the label's column here, IGNORE or ELSEWHERE.
+        partials: (4, N) of :meth:`fastgrpo.backends.problem.HeadProblem.new_partials`, of this rank's entries.
+        entries: (N,) the label's entry here, IGNORE or ELSEWHERE.
     """
     peak, total, spread, label = partials
     top = peak.clone()
     dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group)
     total, spread, _ = rescaled(peak, total, spread, top)
-    sums = torch.stack((total, spread, torch.where(columns >= 0, label, 0.0)))
+    sums = torch.stack((total, spread, torch.where(entries >= 0, label, 0.0)))
     dist.all_reduce(sums, group=group)
     return torch.cat((top[None], sums))
 
 
-def combine_known(merged, columns, known):
+def combine_known(merged, entries, known):
     """(5, N) statistics, 0 at ignored rows; known: (N,) bool, whether any rank has the label."""
     stats = combine(merged[:3], torch.where(known, merged[3], torch.nan))
-    return torch.where(columns == IGNORE, 0.0, stats)
+    return torch.where(entries == IGNORE, 0.0, stats)
 
 
 def certified_forward(problem, known, hint, group):
-    """-> (5, N) statistics of the whole vocabulary and this rank's own certificate, of its columns.
+    """-> (5, N) statistics of the whole vocabulary and this rank's own certificate, of its entries.
 
     The ranks agree on nothing but the statistics: each keeps within its part of the error budget. One more SUM
     all-reduce tells every rank the labels' logits, which place the cutoff.
     """
-    backend, columns = backends.load(problem.params.backend), problem.targets
-    every_row = torch.arange(columns.numel(), device=columns.device)
-    label = torch.where(columns >= 0, certified.label_logits(problem, every_row), 0.0)
+    backend, entries = backends.load(problem.params.backend), problem.targets
+    every_row = torch.arange(entries.numel(), device=entries.device)
+    label = torch.where(entries >= 0, certified.label_logits(problem, every_row), 0.0)
     dist.all_reduce(label, group=group)
     partials, certificate = backend.certified_partial_forward(problem, torch.where(known, label, torch.nan), hint)
-    merged = merge(partials, columns, group)
-    stats = combine_known(merged, columns, known)
+    merged = merge(partials, entries, group)
+    stats = combine_known(merged, entries, known)
     rows = certificate.order
     share = certificate.dropped * torch.exp(partials[0, rows] - merged[0, rows]) / merged[1, rows]
     known_rows = RowStats(*stats[:, rows])
@@ -113,7 +113,7 @@ def certified_forward(problem, known, hint, group):
     dropped = certified.distrust(dropped, known_rows.logp, None if hint is None else hint[rows])
     certificate = replace(certificate, dropped=dropped)
     if backend.GUESSES_PEAKS:
-        repair(problem, known, stats, certificate, certified.find_untrusted(merged[1]) & (columns != IGNORE), group)
+        repair(problem, known, stats, certificate, certified.find_untrusted(merged[1]) & (entries != IGNORE), group)
     return stats, certificate
 
 
@@ -148,15 +148,15 @@ def vocab_parallel_logprobs(
     workspace_mb: float = 128,
     row_tolerance: float | None = None,
 ) -> LogProbs:
-    """:func:`fastgrpo.linear_logprobs` over a vocabulary whose columns the ranks of a group hold, in rank order.
+    """:func:`fastgrpo.linear_logprobs` over a vocabulary whose entries the ranks of a group hold, in rank order.
 
     Every rank calls it with the same hidden, targets and options and gets the same result. Beside the statistics' two
     all-reduces, (N,) and (3, N), the forward sends the shards' sizes unless they are given and, where the backward is
     to be certified, the labels' logits, (N,); the backward sends dX in the accumulator's dtype where hidden wants a
     gradient. The gradients that come in must be the same on every rank.
 
-    The certified backward needs no more: each of R ranks keeps its own columns' error within tolerance / sqrt(R), so
-    that the whole is within the tolerance whatever rows and columns each of them leaves out.
+    The certified backward needs no more: each of R ranks keeps its own entries' error within tolerance / sqrt(R), so
+    that the whole is within the tolerance whatever rows and entries each of them leaves out.
 
     Args:
         hidden: (N, D) or (B, T, D), whole: gather a sequence-parallel one before.
@@ -205,7 +205,7 @@ def vocab_parallel_logprobs(
     flat = targets.reshape(-1)
     logprobs, entropy = VocabParallelLogProbs.apply(
         hidden if hidden.ndim == 3 else hidden[None], weight, None if bias is None else bias.contiguous(),
-        own_columns(flat, first, weight.shape[0]), (flat >= 0) & (flat < vocab),
+        own_entries(flat, first, weight.shape[0]), (flat >= 0) & (flat < vocab),
         options.flat_temperature(hidden, targets),
         None if params.tolerance is None else options.flat_hint(hidden), params,
         Share(group, bool(reduce_hidden_grad)),
@@ -219,7 +219,7 @@ def check_group(group):
 
 
 def place(weight, group, shard_sizes):
-    """-> the rank's first column and the size of the whole vocabulary; 0-dim tensors on a device that must not wait."""
+    """-> the rank's first entry and the size of the whole vocabulary; 0-dim tensors on a device that must not wait."""
     rank, ranks, own = dist.get_rank(group), dist.get_world_size(group), weight.shape[0]
     if shard_sizes is not None:
         sizes = [int(size) for size in shard_sizes]
@@ -235,8 +235,8 @@ def place(weight, group, shard_sizes):
     return sizes[:rank].sum(), sizes.sum()
 
 
-def own_columns(targets, first, count):
-    """(N,) int64: the labels' columns among this rank's ``count``, from column ``first`` on; IGNORE; or ELSEWHERE."""
-    column = targets - first
-    column = torch.where((column >= 0) & (column < count), column, ELSEWHERE)  # so that none becomes -100 by chance
-    return torch.where(targets == IGNORE, IGNORE, column).contiguous()
+def own_entries(targets, first, count):
+    """(N,) int64: the labels' entries among this rank's ``count``, from entry ``first`` on; IGNORE; or ELSEWHERE."""
+    entry = targets - first
+    entry = torch.where((entry >= 0) & (entry < count), entry, ELSEWHERE)  # so that none becomes -100 by chance
+    return torch.where(targets == IGNORE, IGNORE, entry).contiguous()

@@ -44,7 +44,7 @@ def dlogits_kernel(
     grad_logp_ptr,  # (N,)
     grad_entropy_ptr,  # (N,) or None
     scale_ptr,  # (1,) power of two
-    dlogits_ptr,  # (rows, width) out, of the row and column chunk in hand; width a multiple of every tile
+    dlogits_ptr,  # (rows, width) out, of the row and entry chunk in hand; width a multiple of every tile
     first_row,
     last_row,
     first_held,
@@ -95,18 +95,18 @@ def dlogits_kernel(
 
 
 class Factor(NamedTuple):
-    """One of the products that make the logits: rows times columns, and what its gradients' GEMMs need."""
+    """One of the products that make the logits: rows times entries, and what its gradients' GEMMs need."""
 
     rows: torch.Tensor  # (B, T, D), as the GEMMs read them
-    columns: torch.Tensor  # (V, D)
+    entries: torch.Tensor  # (V, D)
     rows_scale: torch.Tensor  # 0-dim, what the sum for its rows is divided by
-    columns_scale: torch.Tensor
+    entries_scale: torch.Tensor
     d_rows: torch.Tensor | None  # (B, T, D) out
-    d_columns: torch.Tensor | None  # (V, D) out
+    d_entries: torch.Tensor | None  # (V, D) out
 
     @property
     def depth(self):
-        return self.columns.shape[1]
+        return self.entries.shape[1]
 
 
 def make_factors(problem, scale, out):
@@ -122,13 +122,13 @@ def make_factors(problem, scale, out):
 
 class Chunks:
     """The chunks one backward goes through, and its buffers: sized to the workspace, plus the fp32 sum of all rows'
-    gradients where columns have gradients too.
+    gradients where entries have gradients too.
 
     Attributes:
         dlogits: (rows, cols) of the chunk in hand.
         gathered: of each factor that a GEMM reads rows of, (held, D): those rows, densely; None for the others. All
             rows' stand where their gradient will be written at the end, so that they need no memory of their own.
-        row_sums: of each factor whose rows have a gradient, (held, D) fp32. column_sums: (cols, D) fp32, or None.
+        row_sums: of each factor whose rows have a gradient, (held, D) fp32. entry_sums: (cols, D) fp32, or None.
     """
 
     def __init__(self, problem, factors):
@@ -136,17 +136,15 @@ class Chunks:
         self.n, self.vocab, self.factors = n, vocab, factors
         self.device = problem.hidden.device
         # With a frozen head a row chunk is finished before the next: its fp32 sum is a chunk's, not (N, D).
-        self.rows_outside = all(f.d_columns is None for f in factors)
+        self.rows_outside = all(f.d_entries is None for f in factors)
         plan = self.plan(problem.params)
         self.rows, self.cols = min(plan.rows, n), plan.cols
         self.dlogits = self.new(self.rows, self.cols, problem.params.compute_dtype)
         self.gathered = [self.room_for_rows(k) for k in range(len(factors))]
         held = self.rows if self.rows_outside else n
         self.row_sums = [self.new(held, f.depth) if f.d_rows is not None else None for f in factors]
-        apart = self.rows < n  # a chunk of columns is summed over several chunks of rows
-        self.column_sums = [
-            self.new(self.cols, f.depth) if apart and f.d_columns is not None else None for f in factors
-        ]
+        apart = self.rows < n  # a chunk of entries is summed over several chunks of rows
+        self.entry_sums = [self.new(self.cols, f.depth) if apart and f.d_entries is not None else None for f in factors]
 
     def new(self, rows, cols, dtype=torch.float32):
         return torch.empty(rows, cols, dtype=dtype, device=self.device)
@@ -155,19 +153,19 @@ class Chunks:
         per_row = sum(f.depth * f.rows.element_size() for k, f in enumerate(self.factors) if self.copies_a_chunk(k))
         if self.rows_outside:
             per_row += sum(4 * f.depth for f in self.factors if f.d_rows is not None)
-        per_col = sum(4 * f.depth for f in self.factors if f.d_columns is not None)
+        per_col = sum(4 * f.depth for f in self.factors if f.d_entries is not None)
         plan = functools.partial(
             plan_tiles, self.n, self.vocab, params.workspace, params.compute_dtype.itemsize, per_row,
             multiple=tiles.WIDTH,
         )  # fmt: skip
         whole = plan(0)
-        if whole.rows < self.n or whole.cols < min(self.vocab, 1024):  # rows in chunks: dW needs sums of its columns
+        if whole.rows < self.n or whole.cols < min(self.vocab, 1024):  # rows in chunks: dW needs sums of its entries
             return plan(per_col)
         return whole
 
     def is_read(self, k):
         """Whether a GEMM reads factor k's rows: the logits' the head's, dW's its own."""
-        return k == 0 or self.factors[k].d_columns is not None
+        return k == 0 or self.factors[k].d_entries is not None
 
     def copies_a_chunk(self, k):
         return self.is_read(k) and (self.rows_outside or self.factors[k].d_rows is None)
@@ -215,20 +213,20 @@ def backward(problem, stats, grad_logp, grad_entropy, needs):
     launch = Launcher(problem, stats, grads, *compact_rows(active), scale, chunks)
     launch.gather_all(0, chunks.n, a_chunk=False)
     in_hand = None
-    for first_row, last_row, *columns in chunks:
+    for first_row, last_row, *entries in chunks:
         rows = first_row, last_row
         if rows != in_hand:
             launch.gather_all(*rows, a_chunk=True)
             in_hand = rows
-        launch.dlogits(*rows, *columns)
+        launch.dlogits(*rows, *entries)
         for k, factor in enumerate(factors):
             if factor.d_rows is not None:
-                launch.dhidden(k, *rows, *columns)
-            if factor.d_columns is not None:
-                launch.dweight(k, *rows, *columns)
+                launch.dhidden(k, *rows, *entries)
+            if factor.d_entries is not None:
+                launch.dweight(k, *rows, *entries)
         if d_bias is not None:
-            launch.dbias(d_bias, *rows, *columns)
-        if chunks.rows_outside and columns[1] == chunks.vocab:
+            launch.dbias(d_bias, *rows, *entries)
+        if chunks.rows_outside and entries[1] == chunks.vocab:
             launch.scatter_all(*rows)
     if not chunks.rows_outside:
         launch.scatter_all(0, chunks.n)
@@ -311,7 +309,7 @@ class Launcher:
         total = self.chunks.row_sums[k]
         held = self.chunks.first_held(first_row, total)
         span = first_row, last_row, first_v, last_v
-        add_product(self.chunks.dlogits, self.chunks.factors[k].columns, self.count, total, span, first_held=held)
+        add_product(self.chunks.dlogits, self.chunks.factors[k].entries, self.count, total, span, first_held=held)
 
     def dweight(self, k, first_row, last_row, first_v, last_v):
         factor, x, tile = self.chunks.factors[k], self.chunks.gathered[k], self.tile("dweight")
@@ -319,9 +317,9 @@ class Launcher:
             dlogits_ptr=self.chunks.dlogits,
             x_ptr=x,
             count_ptr=self.count,
-            scale_ptr=factor.columns_scale,
-            sum_ptr=self.chunks.column_sums[k],
-            dweight_ptr=factor.d_columns,
+            scale_ptr=factor.entries_scale,
+            sum_ptr=self.chunks.entry_sums[k],
+            dweight_ptr=factor.d_entries,
             first_row=first_row,
             last_row=last_row,
             first_held=self.chunks.first_held(first_row, x),

@@ -1,4 +1,4 @@
-"""From partial results to statistics: those of a row's tiles or runs of columns become one, then its log-prob."""
+"""From partial results to statistics: those of a row's tiles or runs of entries become one, then its log-prob."""
 
 import triton
 import triton.language as tl

@@ -12,7 +12,7 @@ NEGLIGIBLE = tl.constexpr(problem.negligible(torch.float32))
 
 @triton.jit
 def grouped(pid, runs, GROUP: tl.constexpr):
-    """-> block of rows, run of columns: GROUP blocks share a run of the weight in L2 before the next run comes."""
+    """-> block of rows, run of entries: GROUP blocks share a run of the weight in L2 before the next run comes."""
     in_group = pid % (GROUP * runs)
     return pid // (GROUP * runs) * GROUP + in_group % GROUP, in_group // GROUP
 
@@ -27,7 +27,7 @@ def row_offsets(rows, T, strides):
 
 @triton.jit
 def known_label(targets_ptr, rows, mask, V):
-    """The label's column of each row, int32; -1 for a masked row or an id outside the vocabulary."""
+    """The label's entry of each row, int32; -1 for a masked row or an id outside the vocabulary."""
     label = tl.load(targets_ptr + rows, mask=mask, other=-1)
     return tl.where((label >= 0) & (label < V), label, -1).to(tl.int32)
 
@@ -63,7 +63,7 @@ def load_stats(stats_ptr, N, rows, mask):
 
 @triton.jit
 def load_partials(at, step, mask):
-    """:class:`RowPartials` of a table whose rows are ``step`` apart, of no column where masked."""
+    """:class:`RowPartials` of a table whose rows are ``step`` apart, of no entry where masked."""
     peak = tl.load(at, mask=mask, other=FLOOR)
     total = tl.load(at + step, mask=mask, other=0.0)
     spread = tl.load(at + 2 * step, mask=mask, other=0.0)
@@ -85,9 +85,9 @@ def low_values(low_rank, rows, k, COMPUTE: tl.constexpr):
 
 
 @triton.jit
-def up_values(low_rank, columns, k, COMPUTE: tl.constexpr):
-    """up[columns, k % width]; columns int64."""
-    pointers = low_rank.up_ptr + columns * low_rank.stride_v + (k % low_rank.width).to(tl.int64) * low_rank.stride_r
+def up_values(low_rank, entries, k, COMPUTE: tl.constexpr):
+    """up[entries, k % width]; entries int64."""
+    pointers = low_rank.up_ptr + entries * low_rank.stride_v + (k % low_rank.width).to(tl.int64) * low_rank.stride_r
     return tl.load(pointers, mask=k < low_rank.depth, other=0.0).to(COMPUTE)
 
 
@@ -99,7 +99,7 @@ def raw_logits(
     bias_ptr,  # (V,) or None
     low_rank,  # LowRank or None
     rows,  # (BLOCK_N,) int64
-    first_v,  # first column of the tile
+    first_v,  # first entry of the tile
     WHOLE_D: tl.constexpr,  # whether BLOCK_D divides D
     COMPUTE: tl.constexpr,  # operands are cast to it as they are loaded
     BLOCK_N: tl.constexpr,
@@ -108,7 +108,7 @@ def raw_logits(
 ):
     """hidden @ weight.T + low @ up.T + bias of one tile, (BLOCK_N, BLOCK_V) in fp32.
 
-    Columns beyond V repeat column 0's product.
+    Entries beyond V repeat entry 0's product.
     """
     offs_v = tl.arange(0, BLOCK_V)
     offs_d = tl.arange(0, BLOCK_D)
@@ -118,10 +118,10 @@ def raw_logits(
     w_ptrs = weight_base + local_v[None, :] * tl.cast(head.stride_v, tl.int64) + offs_d[:, None] * head.stride_d
     acc = tl.zeros((BLOCK_N, BLOCK_V), dtype=tl.float32)
     if low_rank is not None:
-        columns = (first_v + local_v).to(tl.int64)
+        entries = (first_v + local_v).to(tl.int64)
         for start in range(0, low_rank.depth, BLOCK_D):
             low = low_values(low_rank, rows[:, None], (start + offs_d)[None, :], COMPUTE)
-            up = up_values(low_rank, columns[None, :], (start + offs_d)[:, None], COMPUTE)
+            up = up_values(low_rank, entries[None, :], (start + offs_d)[:, None], COMPUTE)
             acc = tl.dot(low, up, acc, input_precision="ieee")
         acc *= tl.load(low_rank.scale_ptr)
     for start in range(0, head.D, BLOCK_D):

@@ -1,4 +1,4 @@
-"""Fused forward: a program owns a block of rows and a run of vocabulary columns; logits stay in fp32 registers."""
+"""Fused forward: a program owns a block of rows and a run of vocabulary entries; logits stay in fp32 registers."""
 
 import math
 from dataclasses import replace
@@ -76,16 +76,16 @@ def forward_kernel(
     selection,  # Selection
     temperature_ptr,  # (N,) or None
     hint_ptr,  # (N,) log-probs near the current ones, or None
-    label_ptr,  # (N,) logits of the labels, some of them other ranks' columns; None: all are columns here
-    flags_ptr,  # (blocks, V) out: columns some row of the block keeps; None: not certified
+    label_ptr,  # (N,) logits of the labels, some of them other ranks' entries; None: all are entries here
+    flags_ptr,  # (blocks, V) out: entries some row of the block keeps; None: not certified
     partials_ptr,  # (4, runs, N) out, RowPartials; certified: (5, runs, N)
     N,
     T,
-    run,  # columns a program does, a multiple of BLOCK_V
+    run,  # entries a program does, a multiple of BLOCK_V
     runs,
     strides,  # RowStrides of hidden
     logits,  # Logits
-    log_cutoff,  # a column is kept where log p reaches it
+    log_cutoff,  # an entry is kept where log p reaches it
     ENTROPY: tl.constexpr,
     WHOLE_D: tl.constexpr,
     COMPUTE: tl.constexpr,
@@ -156,13 +156,13 @@ def forward_kernel(
         tl.store(out + DROPPED * step, dropped, mask=mask_n)
 
 
-def vocabulary_runs(blocks, columns, block_v, device):
-    """-> how many runs to cut the vocabulary into, and the columns of one.
+def vocabulary_runs(blocks, entries, block_v, device):
+    """-> how many runs to cut the vocabulary into, and the entries of one.
 
     Enough programs for eight waves, but 16 partial results a row at most, unless that leaves processors without work.
     """
     processors = processor_count(device)
-    tiles_v = triton.cdiv(columns, block_v)
+    tiles_v = triton.cdiv(entries, block_v)
     wanted, needed = (triton.cdiv(waves * processors, max(blocks, 1)) for waves in (8, 2))
     runs = min(max(min(wanted, 16), needed), tiles_v)
     return triton.cdiv(tiles_v, triton.cdiv(tiles_v, runs)), triton.cdiv(tiles_v, runs) * block_v
@@ -203,7 +203,7 @@ def certified_partial_forward(problem: HeadProblem, label, hint):
     """As :func:`fastgrpo.backends.certified.partial_forward`, with true peaks.
 
     Args:
-        label: (N,) float32 logit of each row's label, wherever its column is.
+        label: (N,) float32 logit of each row's label, wherever its entry is.
     """
     merged = problem.new_partials(torch.float32)
     return merged, run_certified(problem, hint, label=label, merged=merged)

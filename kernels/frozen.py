@@ -3,7 +3,7 @@
 d logp / d hidden = chain (1 - p_y) (s_y W_y - E[s_v W_v]), s softcap's slope, E over v != y with p renormalised without
 the label. So nothing cancels as p_y -> 1, and a backward only multiplies rows by the gradient of their log-prob.
 
-A chunk of columns at a time: a kernel writes each tile's masses exp(z - reference) s and statistics, a second folds the
+A chunk of entries at a time: a kernel writes each tile's masses exp(z - reference) s and statistics, a second folds the
 statistics into those so far, a third brings tiles that have a reference of their own to their row's, and the GEMM of
 the exact backward adds masses @ W. A last kernel makes the directions of the sums, in place.
 """
@@ -36,7 +36,7 @@ from fastgrpo.kernels.common import (
 from fastgrpo.kernels.products import add_product, copy_tile, spans
 from fastgrpo.kernels.row_math import direction_factors
 
-# Of a tile RowPartials, the reference of its masses and the label's slope; "running" the same of all columns so far,
+# Of a tile RowPartials, the reference of its masses and the label's slope; "running" the same of all entries so far,
 # with the reference of their sums.
 PARTIALS = len(RowPartials._fields) + 2
 REFERENCE, SLOPE = map(tl.constexpr, range(PARTIALS - 2, PARTIALS))
@@ -52,13 +52,13 @@ def masses_kernel(
     bias_ptr,  # (V,) or None
     selection,  # Selection
     temperature_ptr,  # (N,) or None
-    running_ptr,  # (PARTIALS, N), its first row: the peak of the columns before first_v
+    running_ptr,  # (PARTIALS, N), its first row: the peak of the entries before first_v
     masses_ptr,  # (rows, width) out, exp(z - reference) times softcap's slope, 0 at the label
     partials_ptr,  # (PARTIALS, tiles, last_row - first_row) out
     first_row,
     last_row,
     first_v,
-    width,  # columns of the chunk, a multiple of every tile
+    width,  # entries of the chunk, a multiple of every tile
     T,
     strides,  # RowStrides of hidden
     logits,  # Logits
@@ -164,7 +164,7 @@ def level_kernel(
     N,
     tiles_v,
     BLOCK_N: tl.constexpr,
-    BLOCK_V: tl.constexpr,  # columns of a tile
+    BLOCK_V: tl.constexpr,  # entries of a tile
 ):
     """Every tile's masses to their rows' reference."""
     blocks = tl.cdiv(last_row - first_row, BLOCK_N)
@@ -236,11 +236,11 @@ def frozen_forward(problem):
         return stats, directions
     launch = Launcher(problem, *compact_rows(problem.targets != IGNORE))
     for rows in spans(n, launch.chunk.rows):
-        for columns in spans(vocab, launch.chunk.cols):
-            launch.masses(*rows, *columns)
-            launch.fold(*rows, *columns)
-            launch.level(*rows, *columns)
-            launch.add_product(directions, *rows, *columns)
+        for entries in spans(vocab, launch.chunk.cols):
+            launch.masses(*rows, *entries)
+            launch.fold(*rows, *entries)
+            launch.level(*rows, *entries)
+            launch.add_product(directions, *rows, *entries)
     combine(problem, launch.running[:, None], launch.selection, stats=stats)
     launch.directions(stats, directions)
     return stats, directions

@@ -47,7 +47,7 @@ def dhidden_kernel(
     count_ptr,  # (1,)
     rows_ptr,  # (N,) where in sum each row stands; None: in their order
     decay_ptr,  # (N,) fp32, in the rows' order, factor of the sum so far; None: 1
-    sum_ptr,  # (held, D) fp32, the columns before first_v; nothing where first_v is 0
+    sum_ptr,  # (held, D) fp32, the entries before first_v; nothing where first_v is 0
     first_row,
     last_row,
     first_held,

@@ -17,7 +17,7 @@ ENTRIES, DEPTH, WARPS = 16, 128, 8  # pairs and values a program reads at once
 @triton.jit(do_not_specialize=["entries", "T"])
 def kept_logits_kernel(
     rows_ptr,  # (B, T, D)
-    columns_ptr,  # (V, D)
+    head_ptr,  # (V, D)
     index_ptr,  # (K,) position of each entry
     ids_ptr,  # (K,)
     targets_ptr,  # (N,) an ignored position's entries are not read
@@ -26,11 +26,11 @@ def kept_logits_kernel(
     D,
     T,
     strides,  # RowStrides of the rows
-    stride_columns_v,
-    stride_columns_d,
+    stride_head_v,
+    stride_head_d,
     IGNORED: tl.constexpr,
     ROWS: tl.constexpr,  # dtype that the rows are cast to
-    COLUMNS: tl.constexpr,
+    HEAD: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -42,15 +42,15 @@ def kept_logits_kernel(
     offs_d = tl.arange(0, BLOCK_D)
     row_ptrs = rows_ptr + row_offsets(index, T, strides)[:, None]
     row_ptrs += offs_d[None, :] * tl.cast(strides.d, tl.int64)
-    column_ptrs = columns_ptr + ids[:, None] * stride_columns_v + offs_d[None, :] * tl.cast(stride_columns_d, tl.int64)
+    head_ptrs = head_ptr + ids[:, None] * stride_head_v + offs_d[None, :] * tl.cast(stride_head_d, tl.int64)
     acc = tl.zeros((BLOCK_E,), dtype=tl.float32)
     for start in range(0, D, BLOCK_D):
         mask = mask_e[:, None] & (start + offs_d < D)[None, :]
         x = tl.load(row_ptrs, mask=mask, other=0.0)
-        w = tl.load(column_ptrs, mask=mask, other=0.0).to(COLUMNS).to(tl.float32)
+        w = tl.load(head_ptrs, mask=mask, other=0.0).to(HEAD).to(tl.float32)
         acc += tl.sum(x.to(ROWS).to(tl.float32) * w, axis=1)
         row_ptrs += BLOCK_D * tl.cast(strides.d, tl.int64)
-        column_ptrs += BLOCK_D * tl.cast(stride_columns_d, tl.int64)
+        head_ptrs += BLOCK_D * tl.cast(stride_head_d, tl.int64)
     acc += tl.load(out_ptr + offs_e, mask=mask_e, other=0.0)
     tl.store(out_ptr + offs_e, acc, mask=mask_e)
 
@@ -97,25 +97,25 @@ def kept_logits(problem, support):
     out = torch.zeros(entries, dtype=torch.float32, device=problem.hidden.device)
     compute, lora = problem.params.compute_dtype, problem.params.lora_dtype
     casts = [(compute, compute), (torch.float32, lora)]
-    for (rows, columns), (to_rows, to_columns) in zip(problem.factors if entries else (), casts):
+    for (rows, head), (to_rows, to_head) in zip(problem.factors if entries else (), casts):
         kept_logits_kernel[(triton.cdiv(entries, ENTRIES),)](
             rows_ptr=rows,
-            columns_ptr=columns,
+            head_ptr=head,
             index_ptr=support.rows,
             ids_ptr=support.ids,
             targets_ptr=problem.targets,
             out_ptr=out,
             entries=entries,
-            D=columns.shape[1],
+            D=head.shape[1],
             T=rows.shape[1],
             strides=row_strides(rows),
-            stride_columns_v=columns.stride(0),
-            stride_columns_d=columns.stride(1),
+            stride_head_v=head.stride(0),
+            stride_head_d=head.stride(1),
             IGNORED=IGNORE,
             ROWS=TO_TRITON[str(to_rows)],
-            COLUMNS=TO_TRITON[str(to_columns)],
+            HEAD=TO_TRITON[str(to_head)],
             BLOCK_E=ENTRIES,
-            BLOCK_D=block_depth(columns.shape[1]),
+            BLOCK_D=block_depth(head.shape[1]),
             num_warps=WARPS,
         )
     return out

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from fastgrpo import backends, reference
 from fastgrpo.integrations import verl
 from fastgrpo.integrations.verl import linear_cross_entropy
-from fastgrpo.vocab_parallel import own_columns, vocab_parallel_logprobs
+from fastgrpo.vocab_parallel import own_entries, vocab_parallel_logprobs
 
 import problems
 from problems import relative_error
@@ -234,9 +234,9 @@ def test_unknown_ids_and_no_waiting(group, backend, backward, monkeypatch):
     assert hidden.grad.isfinite().all()
 
 
-def test_no_column_is_taken_for_an_ignored_one():
-    columns = own_columns(torch.tensor([0, 20, 119, 120, 137, 138, -1, -100]), 120, 18)
-    assert columns.tolist() == [-1, -1, -1, 0, 17, -1, -1, -100]
+def test_no_entry_is_taken_for_an_ignored_one():
+    entries = own_entries(torch.tensor([0, 20, 119, 120, 137, 138, -1, -100]), 120, 18)
+    assert entries.tolist() == [-1, -1, -1, 0, 17, -1, -1, -100]
 
 
 def test_gradient_once(group):

@@ -120,8 +120,8 @@ def logits_gradient(problem, z, bias, index, local, stats, grad_logp, grad_entro
         z += rows.entropy[:, None]
         z.mul_(-grad_entropy[:, None]).sub_(grad_logp[:, None]).mul_(p).mul_(chain)
     inside = (local >= 0) & (local < z.shape[1])
-    column = local.clamp(0, z.shape[1] - 1)[:, None]
-    z.scatter_(1, column, torch.where(inside[:, None], at_label[:, None] * chain, z.gather(1, column)))
+    place = local.clamp(0, z.shape[1] - 1)[:, None]
+    z.scatter_(1, place, torch.where(inside[:, None], at_label[:, None] * chain, z.gather(1, place)))
     return without_denormals(z if slope is None else z.mul_(slope))
 
 

@@ -174,9 +174,9 @@ def run_function(forward, function, *args, **kwargs):
     if kwargs.get("labels") is not None:
         raise ValueError("labels must be None where fastgrpo is a function, which has targets of its own")
     kwargs.setdefault("use_cache", False)
-    options, columns = model._fastgrpo_logits
+    options, entries = model._fastgrpo_logits
     inside = scoring_in_graph if torch.compiler.is_compiling() and is_traceable(model) else scoring
-    with inside(model, partial(function, **options), columns) as results:
+    with inside(model, partial(function, **options), entries) as results:
         outputs = forward.plain(*args, **kwargs)
     if len(results) != 1:
         raise ValueError(
@@ -203,7 +203,7 @@ def label_scores(hidden, weight, *, targets, **options):
 
 
 @contextmanager
-def scoring(model, function, columns):
+def scoring(model, function, entries):
     """Inside, one call of the head is a call of ``function`` whose result enters the list that is yielded.
 
     The caller of the head gets logits of no rows. They take the result's place in the last hook of the head, so that
@@ -217,17 +217,17 @@ def scoring(model, function, columns):
 
     hook = fuse_head(model).register_forward_hook(torch.compiler.disable(take))
     try:
-        with scored(model, Scorer(function, columns, None)):
+        with scored(model, Scorer(function, entries, None)):
             yield results
     finally:
         hook.remove()
 
 
 @contextmanager
-def scoring_in_graph(model, function, columns):
+def scoring_in_graph(model, function, entries):
     """The same for a head without hooks: torch.compile traces neither their coming nor their going."""
     results = []
-    with scored(model, Scorer(function, columns, results)):
+    with scored(model, Scorer(function, entries, results)):
         yield results
 
 
@@ -235,7 +235,7 @@ class Scorer(NamedTuple):
     """What stands in for the head's product."""
 
     function: Any
-    columns: int | None  # of the vocabulary that the model keeps
+    entries: int | None  # of the vocabulary that the model keeps
     results: list | None  # where to put what the function returns; None: return it
 
 
@@ -268,16 +268,16 @@ def no_logits(head, hidden):
 
 
 def score(head, scorer, hidden):
-    columns, options = scorer.columns, {"bias": head.bias, **lora_options(head)}
-    # PEFT's layers lend the weight of the layer they wrap; columns cuts the vocabulary's padding, as the model does
-    return scorer.function(hidden, head.weight[:columns], **{name: cut(x, columns) for name, x in options.items()})
+    entries, options = scorer.entries, {"bias": head.bias, **lora_options(head)}
+    # PEFT's layers lend the weight of the layer they wrap; entries cuts the vocabulary's padding, as the model does
+    return scorer.function(hidden, head.weight[:entries], **{name: cut(x, entries) for name, x in options.items()})
 
 
-def cut(option, columns):
-    """Bias (V,) or LoRA (A, B, scaling) of the first columns alone."""
+def cut(option, entries):
+    """Bias (V,) or LoRA (A, B, scaling) of the first entries alone."""
     if isinstance(option, tuple):
-        return option[0], option[1][:columns], option[2]
-    return None if option is None else option[:columns]
+        return option[0], option[1][:entries], option[2]
+    return None if option is None else option[:entries]
 
 
 def without_logits(outputs):
