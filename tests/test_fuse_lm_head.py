@@ -30,6 +30,7 @@ def make(tied=False, family="Qwen2", **options):
     return causal_lms.make(kind, model_class, tie_word_embeddings=tied, **options)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("tied", [False, True])
 def test_logprobs_entropy_and_gradients(tied):
     assert_same(fuse_lm_head(make(tied)), tokens())
@@ -48,6 +49,7 @@ def test_ignored_labels_and_generate():
     torch.testing.assert_close(plain.loss, -whole.logprobs.mean(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.quick
 def test_grpo_loss_in_the_head():
     model, ids = fuse_lm_head(make()), tokens()
     targets = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-100)
@@ -115,6 +117,7 @@ def lora(model, **options):
     return wrapped.eval()
 
 
+@pytest.mark.quick
 @pytest.mark.works("transformers", "fuse_lm_head: PEFT's LoRA on the layers and on the head, modules_to_save")
 @pytest.mark.parametrize("fuse_first", [False, True])
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["q_proj", "lm_head"]])
@@ -399,6 +402,7 @@ def assert_independent(original, twin):
     assert_same(twin, ids)
 
 
+@pytest.mark.quick
 @pytest.mark.works("transformers", "fuse_lm_head: deepcopy, pickle and torch.save of a fused model")
 @pytest.mark.parametrize("copied", COPIES)
 @pytest.mark.parametrize("tied", [False, True])

@@ -80,6 +80,7 @@ if not torch.cuda.is_available():
     ]
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(("settings", "message"), MISTAKES, ids=[str(m[0]) for m in MISTAKES])
 def test_mistakes_in_the_config(settings, message):
     with pytest.raises(ValueError, match=message):
@@ -329,6 +330,7 @@ def test_the_order_of_prompts_has_no_state():
     assert draw(10, 8, 14, 0, shuffle=False) == [8, 9, *range(10), 0, 1]
 
 
+@pytest.mark.quick
 def test_chat_prompts_and_scores():
     tokenizer = examples.tiny_tokenizer(examples.WORLDS["sort"])
     tokenizer.chat_template = (
@@ -458,6 +460,7 @@ def test_sampler_s_logprobs_are_the_policy_s(tmp_path):
         assert (e.old - logp).abs().max() < 1e-5
 
 
+@pytest.mark.quick
 def test_the_reference_moves(tmp_path):
     """Every second step the reference becomes the policy, so the next rollout starts without KL."""
     settings = {"ref_model_sync_steps": 2, "ref_model_mixup_alpha": 1.0, "steps_per_generation": 2, "num_iterations": 1}
@@ -619,6 +622,7 @@ def code_lines(path):
     return len(lines) - sum(ast.get_docstring(node) is not None for node in blocks)
 
 
+@pytest.mark.quick
 def test_the_trainer_is_thin():
     folder = Path(trainer_job.examples.__file__).parent
     assert sum(code_lines(folder / f"{name}.py") for name in COUNTED) <= 600
