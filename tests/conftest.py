@@ -26,7 +26,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The dearest files, dearest first: workers take whole files in this order, and so end at about the same time.
 DEAREST = [
     f"test_{name}.py"
-    for name in ("trl", "certified", "examples", "logprobs", "trainer", "distributed", "verl", "device_placement")
+    for name in ("certified", "trl", "examples", "logprobs", "verl", "distributed", "bench", "checkpoint")
 ]
 
 
