@@ -102,7 +102,7 @@ def test_16_bit_log_probs_are_exact_and_gradients_as_good_as_gemms(backend, devi
 def test_each_combination_of_gradients(backend, device, needs, backward):
     tensors, targets = make(70, 300, 24, 4, device=device)
     options = {"backend": backend, "backward": backward, "tolerance": 1e-4}
-    whole = run(linear_logprobs, tensors, targets, backend=backend)[2]
+    whole = run(linear_logprobs, tensors, targets, backend="torch")[2]
     part = run(linear_logprobs, tensors, targets, needs, **options)[2]
     for name in needs:
         assert problems.relative_error(part[name], whole[name]) < 2e-5

@@ -11,7 +11,7 @@ import problems
 from watchers import Largest, NoSync, forbid_lists
 
 NAMES = ("hidden", "weight", "bias")
-SHAPES = [(33, 1000, 40), (17, 1408, 300), (5, 1, 8)]
+SHAPES = [(33, 200, 40), (17, 211, 300), (5, 1, 8)]  # dW has a program for each entry of the vocabulary
 EVERYTHING = {"temperature": "tensor", "softcap": 5.0, "logit_scale": 0.5, "return_entropy": True}
 
 
@@ -149,10 +149,10 @@ def test_an_ignored_position_may_list_anything(backend, device):
 
 
 def test_no_logits(backend, device):
-    tensors, targets, support = make(256, 4096, 8, device=device)
+    tensors, targets, support = make(256, 1024, 8, device=device)
     with Largest() as seen:
         run(linear_logprobs, tensors, targets, support, backend=backend)
-    assert seen.numel <= 4 * 4096 * 8  # the interpreter counts in bytes
+    assert seen.numel <= 4 * 1024 * 8  # the interpreter counts in bytes
 
 
 @pytest.mark.parametrize("shape", ["padded", "packed"])
