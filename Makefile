@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: demo test bench kernel-report gpu-dry-run lint clean
+.PHONY: demo test quick bench kernel-report gpu-dry-run lint clean
 
 $(READY): requirements.txt pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -16,8 +16,15 @@ $(READY): requirements.txt pyproject.toml setup.py
 demo: $(READY)
 	$(BIN)/fastgrpo demo $(ARGS)
 
+# A worker gets whole files, so that what a file's tests share is made once; tests/conftest.py has their order.
+PYTEST := PYTEST_TIMEOUT=600 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
 test: $(READY)
-	PYTEST_TIMEOUT=600 $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+	$(PYTEST) $(ARGS)
+
+# A minute's part of the tests, of every file some.
+quick: $(READY)
+	$(PYTEST) -m quick $(ARGS)
 
 bench: $(READY)
 	$(BIN)/python -m bench $(ARGS)

@@ -10,7 +10,8 @@ from transformers.utils import logging
 from fastgrpo.integrations.transformers import fuse_lm_head
 
 SIZES = {
-    "vocab_size": 97, "hidden_size": 32, "d_model": 32, "n_embd": 32, "embed_dim": 32, "hidden_size_global": 32,
+    "vocab_size": 97, "vocab_size_per_layer_input": 97, "encoder_hash_byte_group_vocab": 97,
+    "hidden_size": 32, "d_model": 32, "n_embd": 32, "embed_dim": 32, "hidden_size_global": 32,
     "num_hidden_layers": 2,
     "n_layer": 2, "n_layers": 2, "num_layers": 2, "decoder_layers": 2, "encoder_layers": 1, "num_decoder_layers": 2,
     "num_attention_heads": 4, "n_head": 4, "n_heads": 4, "num_heads": 4, "decoder_attention_heads": 4,

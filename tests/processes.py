@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 
-def run_ranks(script, ranks, output, timeout=240, **environment):
+def run_ranks(script, ranks, output, timeout=500, **environment):
     """Run ``script output`` in so many processes; one that fails fails the test, with the end of what it said."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))

@@ -5,6 +5,8 @@ from hypothesis import strategies as st
 
 from fastgrpo import group_advantages
 
+pytestmark = pytest.mark.quick
+
 
 @settings(max_examples=60, deadline=None)
 @given(

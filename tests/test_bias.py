@@ -17,6 +17,7 @@ def rows():
     return list(bias.training_runs(TASK, seeds=2, arms=ARMS))
 
 
+@pytest.mark.quick
 def test_runs_of_a_seed_differ_in_the_backward_alone(rows):
     assert [(r["seed"], r["head"], r["arm"]) for r in rows[:4]] == [
         (0, "trained", "exact"), (0, "trained", "auto"), (0, "lora", "exact"), (0, "lora", "auto")

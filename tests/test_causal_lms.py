@@ -43,6 +43,7 @@ def test_gradients(family):
     causal_lms.assert_same(fuse_lm_head(make(family)), causal_lms.tokens())
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("family", FAMILIES)
 def test_pickle(family):
     """What comes back is fused, answers alike, and neither has another signature than the class."""
@@ -88,6 +89,7 @@ def build_changed(change):
     return model
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     "change",
     [
@@ -113,6 +115,7 @@ def test_what_the_op_would_not_reproduce_is_refused(change):
         fuse_lm_head(build_changed(change))
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("change", "softcap", "scale", "columns"),
     [
@@ -148,6 +151,7 @@ def test_numbers_come_from_the_config_without_rounding():
         assert logit_options(model)[0]["logit_scale"] == scale
 
 
+@pytest.mark.quick
 def test_on_the_meta_device():
     """Fused before its weights exist, as a launcher that shards them at once does."""
     with torch.device("meta"):

@@ -97,6 +97,7 @@ def test_a_kill_in_the_middle_of_a_save(whole, tmp_path, function, call):
     assert not list(tmp_path.glob("*.part"))
 
 
+@pytest.mark.quick
 def test_a_log_that_was_cut_in_the_middle_of_a_line(whole, tmp_path):
     shutil.copytree(whole / "checkpoint-5", tmp_path / "checkpoint-5")
     lines = (whole / "log.jsonl").read_text().splitlines(keepends=True)

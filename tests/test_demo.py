@@ -27,11 +27,11 @@ def run(output, *options):
 
 
 def test_the_reward_rises(tmp_path):
-    rows, evaluations = run(tmp_path, "--max_steps", "90")
+    rows, evaluations = run(tmp_path, "--max_steps", "75")
     first, last = (sum(r["reward"] for r in part) / 10 for part in (rows[:10], rows[-10:]))
     assert last > first + 0.25
     assert evaluations[-1]["eval/reward"] > evaluations[0]["eval/reward"] + 0.2
-    assert [r["step"] for r in rows] == list(range(1, 91))
+    assert [r["step"] for r in rows] == list(range(1, 76))
     names = {"reward", "kl", "entropy", "clip_fraction", "skipped", "tokens_per_second", "grad_norm", "learning_rate"}
     assert names <= rows[0].keys()
     assert rows[0]["entropy"] > rows[-1]["entropy"] > 0.05
@@ -67,6 +67,7 @@ def test_triton_path_gives_the_same_steps(tmp_path, monkeypatch):
             assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-6), name
 
 
+@pytest.mark.quick
 def test_missing_extra_is_named():
     with pytest.raises(ImportError, match=r"pip install 'fastgrpo\[train\]'"):
         checks.need("a_package_nobody_has")

@@ -9,6 +9,8 @@ from fastgrpo.diagnostics import NAMES, token_diagnostics
 import problems
 from watchers import Largest
 
+pytestmark = pytest.mark.quick
+
 OPTIONS = {
     "plain": {}, "scale and temperature": {"logit_scale": 0.3, "temperature": 0.7}, "softcap": {"softcap": 2.0},
     "all": {"softcap": 3.0, "logit_scale": 2.0, "temperature": 1.3},

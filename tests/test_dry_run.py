@@ -9,6 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 
+pytestmark = pytest.mark.quick
+
 pytest.importorskip("triton")
 FOLDER = Path(__file__).parent / "dry_run"
 

@@ -1,5 +1,6 @@
 """The first command on a GPU, rehearsed without one: in the interpreter, where numbers are real."""
 
+import functools
 import json
 import time
 
@@ -36,6 +37,7 @@ def test_a_step_runs_small(rows, step):
 
 
 def test_every_kind_of_comparison_passes_and_can_fail(rows, monkeypatch):
+    monkeypatch.setattr(correct, "compare_loss", functools.partial(correct.compare_loss, vocab=300))  # as the op's
     status, found = rows("correct")
     assert status == 0
     assert len(found) == 4
@@ -52,8 +54,9 @@ def test_tiles_are_timed_and_the_fastest_written(rows, tmp_path, monkeypatch, ca
     monkeypatch.setattr(tiles, "architecture", lambda device: "sm_90")
     monkeypatch.setattr(kernels, "candidates", lambda kernel, architecture: [tile, tile._replace(depth=16)])
     monkeypatch.setattr(kernels, "TUNED", ("forward", "dweight"))
-    assert rows("compile_tiles")[0] == 0
-    status, found = rows("tiles_timed")
+    small = REHEARSAL._replace(vocab=64)
+    assert rows("compile_tiles", small)[0] == 0
+    status, found = rows("tiles_timed", small)
     assert status == 0
     assert sum("ms" in row for row in found) == 4
     assert first_contact.summary(tmp_path, {}) == 0
@@ -92,6 +95,7 @@ def test_steps_are_processes_that_may_hang(tmp_path, monkeypatch, capsys):
     assert json.loads((tmp_path / "first-contact.jsonl").read_text().splitlines()[-1])["torch"] == torch.__version__
 
 
+@pytest.mark.quick
 def test_it_fits_nine_minutes():
     """Even if every step takes all it may, the parent stops in time."""
     assert first_contact.TIME_LIMIT + 10 < 540

@@ -115,6 +115,7 @@ def test_16_bit_error_budget(backend, device, dtype, peak, workspace, options):
     assert mine < 2e-3
 
 
+@pytest.mark.quick
 def test_label_probability_near_one(backend, device):
     """Each row's direction keeps its relative accuracy where 1 - p is 1e-24."""
     hidden, weight, targets = problems.near_certain(device)
@@ -192,6 +193,7 @@ def test_bias_of_minus_infinity_removes_a_column(backend, device):
     torch.testing.assert_close(directions[0], 2 * (weight[4] - p @ weight[1::2]), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.quick
 def test_strides_and_widths(backend, device):
     """(B, T, D) of a larger tensor, a transposed weight, and a weight wider than what is computed in."""
     hidden, weight, targets, _ = problems.head(24, 200, 24, torch.bfloat16, device)
@@ -204,6 +206,7 @@ def test_strides_and_widths(backend, device):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.quick
 def test_nothing_to_do(backend, device):
     for n in (0, 3):
         hidden, weight, targets, _ = problems.head(n, 130, 16, torch.float32, device)

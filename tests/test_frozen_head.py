@@ -60,6 +60,7 @@ def test_against_the_reference(options, backward, workspace_mb):
         assert d_hidden[::9].count_nonzero() == 0
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_exact_in_float64(options):
     p = profiles.problem(90, 333, 16)
@@ -123,6 +124,7 @@ def test_an_entropy_gradient_and_a_second_backward():
         assert torch.equal(pair[0], pair[2])
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("hint", [-1e4, 0.0, -50.0, torch.nan])
 def test_a_bad_hint_costs_time_only(hint):
     p = profiles.problem(600, 2100, 32)

@@ -30,6 +30,7 @@ def make(tied=False, family="Qwen2", **options):
     return causal_lms.make(kind, model_class, tie_word_embeddings=tied, **options)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("tied", [False, True])
 def test_logprobs_entropy_and_gradients(tied):
     assert_same(fuse_lm_head(make(tied)), tokens())
@@ -48,6 +49,7 @@ def test_ignored_labels_and_generate():
     torch.testing.assert_close(plain.loss, -whole.logprobs.mean(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.quick
 def test_grpo_loss_in_the_head():
     model, ids = fuse_lm_head(make()), tokens()
     targets = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-100)
@@ -115,6 +117,7 @@ def lora(model, **options):
     return wrapped.eval()
 
 
+@pytest.mark.quick
 @pytest.mark.works("transformers", "fuse_lm_head: PEFT's LoRA on the layers and on the head, modules_to_save")
 @pytest.mark.parametrize("fuse_first", [False, True])
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["q_proj", "lm_head"]])
@@ -257,7 +260,7 @@ def compiled(model, whole, **options):
 def test_compile(whole, fuse_first):
     """Lengths 5 to 9: one graph for the first, one with a dynamic length for all others."""
     torch._dynamo.reset()
-    eager, model = fuse_lm_head(make()), make()
+    eager, model = fuse_lm_head(make(num_hidden_layers=1)), make(num_hidden_layers=1)  # a layer takes 5 s to trace
     model = compiled(fuse_lm_head(model), whole) if fuse_first else fuse_lm_head(compiled(model, whole))
     counts = []
     for length in range(5, 10):
@@ -399,6 +402,7 @@ def assert_independent(original, twin):
     assert_same(twin, ids)
 
 
+@pytest.mark.quick
 @pytest.mark.works("transformers", "fuse_lm_head: deepcopy, pickle and torch.save of a fused model")
 @pytest.mark.parametrize("copied", COPIES)
 @pytest.mark.parametrize("tied", [False, True])

@@ -51,6 +51,7 @@ def score_forced(model, prompt, ids, temperature=1.0):
     return (logits / temperature).log_softmax(-1).gather(-1, torch.tensor(ids)[:, None])[:, 0]
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     "options",
     [
@@ -95,6 +96,7 @@ def test_greedy_is_the_argmax_loop(model):
         assert answer.ids == ids
 
 
+@pytest.mark.quick
 def test_stops(model):
     """Every end token stops, the cut answer holds it, and only its last position."""
     model.generation_config.eos_token_id = [7, 9]

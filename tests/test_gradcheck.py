@@ -83,12 +83,14 @@ def test_every_entry_of_the_jacobian(loss_type, monkeypatch):
     check(GRPOLossConfig(loss_type=loss_type, beta=0.3), small_batch(seed=9), monkeypatch, fast=False)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("extra", [{"delta": 1.25}, {"dual_clip": 1.1}, {"divergence_mask": "tv"}], ids=str)
 def test_bounds(extra, monkeypatch):
     for level in IMPORTANCE_SAMPLING_LEVELS:
         check(GRPOLossConfig(importance_sampling_level=level, **extra), small_batch(), monkeypatch)
 
 
+@pytest.mark.quick
 def test_a_wrong_gradient_is_found(monkeypatch):
     """The check itself can fail: an objective whose derivative is off by 1 % does not pass."""
     from fastgrpo.backends import torch_backend

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.quick
+
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = {"fastgrpo": ROOT / "fastgrpo", "fastgrpo.kernels": ROOT / "kernels", "bench": ROOT / "bench"}
 

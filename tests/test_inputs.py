@@ -47,6 +47,7 @@ OP_ERRORS = {
 }  # fmt: skip
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", OP_ERRORS)
 def test_linear_logprobs(name):
     change, kind, message = OP_ERRORS[name]
@@ -116,6 +117,7 @@ LOSS_ERRORS = {
 }  # fmt: skip
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", LOSS_ERRORS)
 def test_grpo_loss(name):
     change, kind, message = LOSS_ERRORS[name]
@@ -214,6 +216,7 @@ CONFIG_ERRORS = [
 ]
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(("settings", "message"), CONFIG_ERRORS, ids=str)
 def test_config(settings, message):
     with pytest.raises(ValueError, match=message):

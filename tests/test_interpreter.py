@@ -13,6 +13,7 @@ def bits(x):
     return x.view(torch.int16).numpy().view("uint16")
 
 
+@pytest.mark.quick
 def test_rounding_matches_torch():
     g = torch.Generator().manual_seed(0)
     patterns = torch.randint(-(2**31), 2**31, (200_000,), generator=g).to(torch.int32)

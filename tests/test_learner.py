@@ -115,6 +115,7 @@ WAYS = {
 }  # fmt: skip
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_skipping_and_packing_keep_the_gradients(loss_type, level):

@@ -117,6 +117,7 @@ def test_equals_liger(loss_type, level, variant):
     assert_like_liger(settings, arguments)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("loss_type", [loss for loss in CLIPPED if loss != "luspo"])
 def test_two_sided_clipping(loss_type, level):
@@ -266,6 +267,7 @@ MORE = {
 }  # fmt: skip
 
 
+@pytest.mark.quick
 @pytest.mark.works("Liger's slot", "FusedLinearGRPOLoss: softcap, entropy and the objectives Liger has not, in fp64")
 @pytest.mark.parametrize("case", MORE)
 def test_what_liger_has_not(case):

@@ -45,7 +45,8 @@ def doubled(tensors):
 
 @pytest.mark.parametrize(("softcap", "entropy"), list(itertools.product((None, 4.0), (False, True))))
 def test_gradcheck(backend, device, softcap, entropy):
-    tensors, targets = make(10, 37, 7, 3, torch.float64, device)
+    size = (6, 13, 4, 2) if backend == "torch" else (10, 37, 7, 3)  # in full mode every entry is moved, twice
+    tensors, targets = make(*size, torch.float64, device)
 
     def op(function, **options):
         def call(h, w, bias, a, b):
@@ -101,7 +102,7 @@ def test_16_bit_log_probs_are_exact_and_gradients_as_good_as_gemms(backend, devi
 def test_each_combination_of_gradients(backend, device, needs, backward):
     tensors, targets = make(70, 300, 24, 4, device=device)
     options = {"backend": backend, "backward": backward, "tolerance": 1e-4}
-    whole = run(linear_logprobs, tensors, targets, backend=backend)[2]
+    whole = run(linear_logprobs, tensors, targets, backend="torch")[2]
     part = run(linear_logprobs, tensors, targets, needs, **options)[2]
     for name in needs:
         assert problems.relative_error(part[name], whole[name]) < 2e-5
@@ -114,6 +115,7 @@ def test_a_frozen_head_is_never_copied():
     assert seen.numel < 8192 * 64 / 2
 
 
+@pytest.mark.quick
 def test_an_ignored_row_may_hold_anything(backend, device):
     tensors, targets = make(9, 50, 8, 2, device=device)
     want = run(linear_logprobs, tensors, targets, backend=backend)
@@ -124,6 +126,7 @@ def test_an_ignored_row_may_hold_anything(backend, device):
         torch.testing.assert_close(got[2][name], want[2][name])
 
 
+@pytest.mark.quick
 def test_strides_and_three_dimensions(backend, device):
     tensors, targets = make(12, 50, 8, 3, device=device)
     want = run(linear_logprobs, tensors, targets, backend=backend)

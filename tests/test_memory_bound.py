@@ -146,6 +146,7 @@ def test_host_waits(backward, waits, frozen, monkeypatch):
         assert cuda.waits == [], cuda.waits
 
 
+@pytest.mark.quick
 def test_the_counter_counts():
     with Live() as live:
         a = torch.zeros(1000, dtype=torch.float32)

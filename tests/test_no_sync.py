@@ -49,6 +49,7 @@ def test_frozen_forward(workspace, device, monkeypatch):
     assert slopes.values.isfinite().all()
 
 
+@pytest.mark.quick
 def test_the_check_can_fail(monkeypatch):
     with monkeypatch.context() as m:
         forbid_lists(m)

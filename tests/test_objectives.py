@@ -72,6 +72,7 @@ def test_options(option, loss_type):
         assert_matches_reference(config, problems.pack(arguments) if pack else arguments)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 @pytest.mark.parametrize(
     "missing", ["old_logprobs", "sampling_logprobs", "importance_weights", "num_items", "mask", "bias"]
@@ -173,6 +174,7 @@ def test_unscored_sampling_tokens_are_no_evidence():
     assert_matches_reference(config, arguments)
 
 
+@pytest.mark.quick
 def test_metrics_are_sums_and_counts():
     arguments = problems.batch(batch_size=12, seed=6)
     config = GRPOLossConfig(beta=0.1, epsilon=0.1)
@@ -212,6 +214,7 @@ def test_zero_advantage_tokens_are_skipped():
     assert with_kl["active_tokens"] == with_kl["tokens"]
 
 
+@pytest.mark.quick
 def test_empty_batches():
     config = GRPOLossConfig(loss_type="grpo", entropy_coef=0.1, top_entropy_quantile=0.5)
     arguments = problems.batch()

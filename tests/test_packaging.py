@@ -65,24 +65,19 @@ def test_wheel_imports(wheel, tmp_path):
     ]  # fmt: skip
 
 
-def test_source_checkout_finds_the_kernels():
-    done = run_python("import fastgrpo.kernels.tiles as t; print(t.__file__)", ROOT)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == str(ROOT / "kernels" / "tiles.py")
-
-
-def test_transformers_loads_a_model_from_the_repository_root(tmp_path):
-    """A top-level package named ``kernels`` would shadow Hugging Face's and break this."""
+def test_the_repository_root_finds_the_kernels_and_shadows_nothing(tmp_path):
+    """A top-level package named ``kernels`` would shadow Hugging Face's, and transformers load no model."""
     code = (
         "from transformers import AutoModelForCausalLM, Qwen2Config;"
         "c = Qwen2Config(vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1,"
         " num_attention_heads=1, num_key_value_heads=1);"
         f"AutoModelForCausalLM.from_config(c).save_pretrained({str(tmp_path)!r});"
-        f"print(type(AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})).__name__)"
+        f"print(type(AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})).__name__);"
+        "import fastgrpo.kernels.tiles as t; print(t.__file__)"
     )
     done = run_python(code, ROOT)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "Qwen2ForCausalLM"
+    assert done.stdout.splitlines() == ["Qwen2ForCausalLM", str(ROOT / "kernels" / "tiles.py")]
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
@@ -102,6 +97,7 @@ def test_the_op_imports_nothing_optional():
     assert done.stdout.strip() == "True"
 
 
+@pytest.mark.quick
 def test_pinned_requirements_cover_what_the_project_declares():
     import re
 
@@ -116,6 +112,7 @@ def test_pinned_requirements_cover_what_the_project_declares():
         assert name in pinned, name
 
 
+@pytest.mark.quick
 def test_version_stands_in_one_number():
     import tomllib
 

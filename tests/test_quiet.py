@@ -23,8 +23,10 @@ class Noise:
 sys.meta_path.insert(0, Noise())
 """
 HELP = "import sys; from fastgrpo.trainer.cli import main; sys.argv[1:] = ['train', '--help']; main()"
-IMPORT = "from fastgrpo.trainer import GRPOConfig, GRPOTrainer"
-AFTERWARDS = f"{IMPORT}; import logging; logging.getLogger('bitsandbytes').warning('mine')"
+AFTERWARDS = (
+    "from fastgrpo.trainer import GRPOConfig, GRPOTrainer;"
+    "import logging; logging.getLogger('bitsandbytes').warning('mine')"
+)
 
 
 def run(folder, code):
@@ -36,16 +38,17 @@ def run(folder, code):
     return done
 
 
-@pytest.mark.parametrize("code", [IMPORT, HELP])
-def test_nothing_but_what_was_asked_for(tmp_path, code):
-    done = run(tmp_path, code)
+def test_nothing_but_the_help_that_was_asked_for(tmp_path):
+    done = run(tmp_path, HELP)
     assert done.stderr == ""
-    assert done.stdout.startswith("usage: fastgrpo train CONFIG") if code == HELP else done.stdout == ""
+    assert done.stdout.startswith("usage: fastgrpo train CONFIG")
 
 
 def test_the_noise_can_be_heard(tmp_path):
     assert "Failed to load kernels" in run(tmp_path, "import bitsandbytes").stderr
 
 
-def test_later_warnings_are_heard(tmp_path):
-    assert run(tmp_path, AFTERWARDS).stderr == "mine\n"
+def test_nothing_of_an_import_but_later_warnings_are_heard(tmp_path):
+    done = run(tmp_path, AFTERWARDS)
+    assert done.stdout == ""
+    assert done.stderr == "mine\n"

@@ -19,6 +19,7 @@ def example(heading, language="python"):
     return re.search(rf"```{language}\n(.*?)```", section, re.DOTALL)[1]
 
 
+@pytest.mark.quick
 def test_op_example(capsys):
     code, scope = example("Drop in"), {}
     assert code.count("\n") <= 12
@@ -125,6 +126,7 @@ def test_yaml_example(tmp_path):
     assert config.beta == 0.04
 
 
+@pytest.mark.quick
 def test_every_line_of_what_works_is_a_test():
     """The versions are checked where the tests end (works.py); a line that no test stands for is found here."""
     import works
@@ -134,6 +136,7 @@ def test_every_line_of_what_works_is_a_test():
     assert [text for text in lines if tuple(cell.strip() for cell in text.split("|")[1:3]) not in claims] == []
 
 
+@pytest.mark.quick
 def test_every_figure_comes_from_the_results():
     """README's tables are what ``python -m bench report`` makes of the committed rows."""
     from bench import report

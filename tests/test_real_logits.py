@@ -190,6 +190,7 @@ def test_without_answers_a_case_says_how_to_get_them(empty, monkeypatch, capsys)
         tensors(Case.real("real", 512), "cpu")
 
 
+@pytest.mark.quick
 def test_sizes_and_softcap_that_are_not_the_models(small):
     collect("real", 8 * 8)
     assert Case(64, *small, profile="real").why_not() is None
@@ -200,6 +201,7 @@ def test_sizes_and_softcap_that_are_not_the_models(small):
         parse_case("8,16,4,profile=unreal")
 
 
+@pytest.mark.quick
 def test_the_command(small, capsys):
     real.main(["--tokens", "90"])
     out = " ".join(capsys.readouterr().out.split())

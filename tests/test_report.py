@@ -15,6 +15,7 @@ ROW = {
 }  # fmt: skip
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [

@@ -6,6 +6,8 @@ import torch
 from fastgrpo.trainer import rewards
 from fastgrpo.trainer.rewards import evaluate, final_answer, last_number, resolve
 
+pytestmark = pytest.mark.quick
+
 
 def chat(text):
     return [{"role": "assistant", "content": text}]

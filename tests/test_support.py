@@ -11,7 +11,7 @@ import problems
 from watchers import Largest, NoSync, forbid_lists
 
 NAMES = ("hidden", "weight", "bias")
-SHAPES = [(33, 1000, 40), (17, 1408, 300), (5, 1, 8)]
+SHAPES = [(33, 200, 40), (17, 211, 300), (5, 1, 8)]  # dW has a program for each entry of the vocabulary
 EVERYTHING = {"temperature": "tensor", "softcap": 5.0, "logit_scale": 0.5, "return_entropy": True}
 
 
@@ -49,8 +49,9 @@ def run(op, tensors, targets, support, needs=NAMES, temperature=1.0, **options):
 
 @pytest.mark.parametrize(("softcap", "entropy"), list(itertools.product((None, 4.0), (False, True))))
 def test_gradcheck(backend, device, softcap, entropy):
-    tensors, targets, support = make(10, 37, 7, torch.float64, device)
-    a, b = (torch.randn(*shape, dtype=torch.float64, device=device) for shape in ((2, 7), (37, 2)))
+    n, vocab, depth = (6, 13, 4) if backend == "torch" else (10, 37, 7)  # in full mode every entry is moved, twice
+    tensors, targets, support = make(n, vocab, depth, torch.float64, device)
+    a, b = (torch.randn(*shape, dtype=torch.float64, device=device) for shape in ((2, depth), (vocab, 2)))
 
     def op(function, **options):
         def call(h, w, bias, a, b):
@@ -107,6 +108,7 @@ def test_a_narrow_head_does_not_round_a_wide_gradient(backend, device):
     torch.testing.assert_close(got["hidden"], want["hidden"])
 
 
+@pytest.mark.quick
 def test_the_whole_vocabulary_is_the_plain_op(backend, device):
     tensors, targets, _ = make(12, 40, 16, device=device)
     every = torch.arange(40, device=device).repeat(12), torch.arange(13, device=device) * 40
@@ -131,6 +133,7 @@ def test_only_the_kept_columns_are_touched(backend, device):
     assert got[2]["weight"][other].count_nonzero() == 0
 
 
+@pytest.mark.quick
 def test_an_ignored_position_may_list_anything(backend, device):
     """Its ids are not looked at, and nothing is read for them."""
     tensors, targets, (ids, offsets) = make(12, 400, 16, device=device)
@@ -146,10 +149,10 @@ def test_an_ignored_position_may_list_anything(backend, device):
 
 
 def test_no_logits(backend, device):
-    tensors, targets, support = make(256, 4096, 8, device=device)
+    tensors, targets, support = make(256, 1024, 8, device=device)
     with Largest() as seen:
         run(linear_logprobs, tensors, targets, support, backend=backend)
-    assert seen.numel <= 4 * 4096 * 8  # the interpreter counts in bytes
+    assert seen.numel <= 4 * 1024 * 8  # the interpreter counts in bytes
 
 
 @pytest.mark.parametrize("shape", ["padded", "packed"])

@@ -80,6 +80,7 @@ if not torch.cuda.is_available():
     ]
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(("settings", "message"), MISTAKES, ids=[str(m[0]) for m in MISTAKES])
 def test_mistakes_in_the_config(settings, message):
     with pytest.raises(ValueError, match=message):
@@ -244,19 +245,25 @@ def test_help_lists_the_settings(capsys):
 
 
 def test_a_command_without_its_packages_names_the_extra(tmp_path):
-    """As after a plain ``pip install .``."""
+    """As after a plain ``pip install .``; one process imports torch, and forks for each command."""
     import subprocess
     import sys
 
+    commands = (["demo"], ["train", "x.yaml"], ["train", "--help"])
     code = (
-        "import sys\n"
+        "import os, sys\n"
         "for name in ('yaml', 'rich', 'accelerate', 'matplotlib', 'datasets', 'peft'): sys.modules[name] = None\n"
-        "from fastgrpo.trainer.cli import main; main(sys.argv[1:])"
+        "from fastgrpo.trainer.cli import main\n"
+        f"for command in {commands}:\n"
+        "    if os.fork() == 0: sys.exit(main(command))\n"
+        "    os.wait()\n"
+        "    for stream in (sys.stdout, sys.stderr): print('#', file=stream, flush=True)"
     )
-    for command in (["demo"], ["train", "x.yaml"], ["train", "--help"]):
-        done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, cwd=tmp_path)
-        assert "needed here: pip install 'fastgrpo[train]'" in done.stdout + done.stderr, command
-        assert "Traceback" not in done.stderr
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    said = [out + err for out, err in zip(done.stdout.split("#\n"), done.stderr.split("#\n"), strict=True)]
+    for command, text in zip(commands, said[:3], strict=True):
+        assert "needed here: pip install 'fastgrpo[train]'" in text, command
+    assert "Traceback" not in done.stderr
 
 
 def test_yaml_and_overrides(tmp_path):
@@ -329,6 +336,7 @@ def test_the_order_of_prompts_has_no_state():
     assert draw(10, 8, 14, 0, shuffle=False) == [8, 9, *range(10), 0, 1]
 
 
+@pytest.mark.quick
 def test_chat_prompts_and_scores():
     tokenizer = examples.tiny_tokenizer(examples.WORLDS["sort"])
     tokenizer.chat_template = (
@@ -458,6 +466,7 @@ def test_sampler_s_logprobs_are_the_policy_s(tmp_path):
         assert (e.old - logp).abs().max() < 1e-5
 
 
+@pytest.mark.quick
 def test_the_reference_moves(tmp_path):
     """Every second step the reference becomes the policy, so the next rollout starts without KL."""
     settings = {"ref_model_sync_steps": 2, "ref_model_mixup_alpha": 1.0, "steps_per_generation": 2, "num_iterations": 1}
@@ -619,6 +628,7 @@ def code_lines(path):
     return len(lines) - sum(ast.get_docstring(node) is not None for node in blocks)
 
 
+@pytest.mark.quick
 def test_the_trainer_is_thin():
     folder = Path(trainer_job.examples.__file__).parent
     assert sum(code_lines(folder / f"{name}.py") for name in COUNTED) <= 600

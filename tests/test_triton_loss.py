@@ -54,6 +54,7 @@ def test_options(settings, device):
         assert (got.entropy is None) == (settings == {"log_entropy": False})
 
 
+@pytest.mark.quick
 def test_softcap_scale_and_token_temperature(device):
     arguments = problems.batch(seed=8)
     temperature = torch.rand(4, 7, dtype=torch.float64) + 0.5
@@ -66,6 +67,7 @@ def test_softcap_scale_and_token_temperature(device):
         assert problems.relative_error(single[name].grad, double[name].grad) < 1e-5
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_16_bit(dtype, device, backend):
     """bf16 and fp16: at most twice the gradient error of same-dtype full logits."""

@@ -342,6 +342,7 @@ def test_certified_backward_and_its_hint(tmp_path, monkeypatch, models):
         torch.testing.assert_close(calls[0]["old_logprobs"][:, -want.shape[1] - 1 : -1], near)
 
 
+@pytest.mark.quick
 def test_hint_is_near_the_log_probs_it_stands_for(tmp_path, monkeypatch, models):
     """In chunks of a batch too: each chunk gets its own rows."""
     trainer = grpo(FastGRPOTrainer, tmp_path, models(), beta=0.0)
@@ -448,6 +449,7 @@ def test_patched_bf16(tmp_path, models, make, mixed):
             assert ours[name] == pytest.approx(theirs[name], rel=2e-2, abs=5e-3), name
 
 
+@pytest.mark.quick
 def test_patched_is_undone():
     plain = utils._ChunkedLogProbFunction
 
@@ -464,6 +466,7 @@ def test_patched_is_undone():
     assert utils._ChunkedLogProbFunction is plain
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("outputs", [(), ("is_top1",), ("entropy", "is_top1"), integration.OUTPUTS], ids=str)
 def test_the_op_in_their_place(outputs, dtype):
@@ -533,6 +536,7 @@ def test_another_version_is_refused(monkeypatch):
         pass
 
 
+@pytest.mark.quick
 def test_another_signature_is_refused(monkeypatch):
     class Other:
         @staticmethod

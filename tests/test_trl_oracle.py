@@ -118,12 +118,14 @@ def test_options(loss_type):
         compare(GRPOLossConfig(loss_type=loss_type, delta=1.6, max_completion_length=9))
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "sapo", "luspo"])
 def test_entropy_bonus(loss_type):
     compare(GRPOLossConfig(loss_type=loss_type, entropy_coef=0.05, max_completion_length=9))
     compare(GRPOLossConfig(loss_type=loss_type, entropy_coef=0.05, top_entropy_quantile=0.45, max_completion_length=9))
 
 
+@pytest.mark.quick
 def test_metrics():
     ours, theirs = compare(GRPOLossConfig(beta=0.1, epsilon=0.1, loss_type="grpo"))
     tokens = ours["tokens"].item()
