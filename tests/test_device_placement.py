@@ -385,7 +385,7 @@ def test_what_fits_is_measured_under_a_cap(work, monkeypatch, tuning, size):
     monkeypatch.setattr(fit.Trainee, "step", counted)
     options = Options("cuda", ["fit"], output=None)
     with StandInCuda(), Show(quiet=True) as show:
-        rows = fit.measured(plan, {"ours": SimpleNamespace(run_loss=run_loss)}, show, options)
+        rows = fit.measure_cards(plan, {"ours": SimpleNamespace(run_loss=run_loss)}, show, options)
     assert asked
     assert card.cap == 1.0  # as it was
     for row in rows:
