@@ -190,8 +190,8 @@ def ceiling(code, tile, device, resident, length, fed=False):
     tensor = 2 * code.products / device.flops
     moved = 0 if fed else 2 * (tile.rows + tile.cols) * tile.depth * code.products / size / device.l2
     loop, epilogue = (pipe_cycles(part, tile.warps, device) for part in (code.loop, code.epilogue))
-    hidden = device.latency / code.ahead if code.ahead else device.latency
-    alone = max(tensor, moved, hidden, *loop.values())
+    late = device.latency / code.ahead if code.ahead else device.latency
+    alone = max(tensor, moved, late, *loop.values())
     serial = trips * alone + max(epilogue.values()) + (3 if code.one_tile else 1) * device.latency
     busiest = max(trips * loop[pipe] + epilogue[pipe] for pipe in loop)
     useful = length / tile.depth * size / code.products
@@ -300,10 +300,10 @@ def complaints(rows, committed, architectures):
         if now["triton"] != before["triton"]:
             found.append(f"{name}: the committed ceilings are of Triton {before['triton']}, see --update")
         found += [
-            f"{name}: {kind} at D {depth} is {100 * now[kind][depth]:.1f} %, was {100 * share:.1f} %"
+            f"{name}: {kind} at D {depth} is {100 * now[kind].get(depth, 0):.1f} %, was {100 * share:.1f} %"
             for kind in KINDS
             for depth, share in before[kind].items()
-            if now[kind][depth] < (1 - SLACK) * share
+            if now[kind].get(depth, 0) < (1 - SLACK) * share
         ]
     return found
 

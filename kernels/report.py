@@ -192,7 +192,8 @@ def compile_all(architecture, disassemble):
     seen, hot = set(), {}
     for label, kernel, arguments in recorded_launches(architecture):
         compiled = kernel.warmup(**arguments, grid=(1,))
-        ceilings.collect(hot, label, kernel, arguments, compiled)
+        if disassemble:
+            ceilings.collect(hot, label, kernel, arguments, compiled)
         if compiled.hash in seen:
             continue
         seen.add(compiled.hash)
@@ -202,8 +203,7 @@ def compile_all(architecture, disassemble):
             "architecture": architecture, "triton": triton.__version__, "kernel": kernel.fn.__name__, "variant": label,
             "tile": "x".join(map(str, blocks)), **options, "shared": compiled.metadata.shared, **usage(compiled),
         }  # fmt: skip
-    if disassemble:
-        yield from ceilings.measure(architecture, hot)
+    yield from ceilings.measure(architecture, hot)
 
 
 def nvidia_usage(compiled):
