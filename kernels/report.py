@@ -1,4 +1,5 @@
-"""Compile every kernel with every tile we ship, for every architecture, without a GPU; fail on a spill.
+"""Compile every kernel with every tile we ship, for every architecture, without a GPU; fail on a spill, or where a
+ceiling on tensor-core use is lower than the one committed (:mod:`fastgrpo.kernels.ceilings`).
 
 ``python -m fastgrpo.kernels.report`` (``make kernel-report``). The launchers run on meta tensors with the kernels
 replaced by recorders, and Triton's own binder decides what to compile for their arguments, so it is exactly what they
@@ -14,9 +15,10 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from fastgrpo.kernels import ceilings
 
 SHARED_LIMIT = {
     "sm_80": 166912, "sm_86": 101376, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448, "sm_120": 101376,
@@ -181,15 +183,17 @@ class Target:
         return 0
 
 
-def compile_all(architecture):
-    """-> one row a compiled kernel."""
+def compile_all(architecture, disassemble):
+    """-> one row a compiled kernel, then one a hot kernel of what :mod:`fastgrpo.kernels.ceilings` reads."""
     import triton
 
     triton.runtime.driver.set_active(Target(architecture))
     usage = amd_usage if architecture.startswith("gfx") else nvidia_usage
-    seen = set()
+    seen, hot = set(), {}
     for label, kernel, arguments in recorded_launches(architecture):
         compiled = kernel.warmup(**arguments, grid=(1,))
+        if disassemble:
+            ceilings.collect(hot, label, kernel, arguments, compiled)
         if compiled.hash in seen:
             continue
         seen.add(compiled.hash)
@@ -199,16 +203,11 @@ def compile_all(architecture):
             "architecture": architecture, "triton": triton.__version__, "kernel": kernel.fn.__name__, "variant": label,
             "tile": "x".join(map(str, blocks)), **options, "shared": compiled.metadata.shared, **usage(compiled),
         }  # fmt: skip
+    yield from ceilings.measure(architecture, hot)
 
 
 def nvidia_usage(compiled):
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
-        f.write(compiled.asm["cubin"])
-        f.flush()
-        text = subprocess.run([tool, "-res-usage", f.name], capture_output=True, text=True, check=True).stdout
+    text = ceilings.cuobjdump(compiled, "-res-usage")
     numbers = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text))
     spills = int(numbers["STACK"]) + int(numbers["LOCAL"])
     tensor_core = len(TENSOR_CORE.findall(compiled.asm["ptx"]))
@@ -247,9 +246,15 @@ def environment(version):
     return {**inherited, "PYTHONPATH": os.pathsep.join(map(str, path))}
 
 
+def reads_ceilings(architecture, version):
+    return version == importlib.metadata.version("triton") and architecture in ceilings.DEVICES
+
+
 def child(architecture, version):
     """Compile in a process of its own; -> rows, error text or None."""
     command = [sys.executable, "-m", "fastgrpo.kernels.report", "--child", architecture]
+    if reads_ceilings(architecture, version):
+        command.append("--disassemble")
     done = subprocess.run(command, capture_output=True, text=True, env=environment(version))
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     error = None if done.returncode == 0 else f"exit status {done.returncode}: {done.stderr.strip()[-2000:]}"
@@ -259,7 +264,6 @@ def child(architecture, version):
 
 
 def table(rows):
-    from rich.console import Console
     from rich.table import Table
 
     out = Table(title="Compiled ahead of time, no GPU needed")
@@ -269,10 +273,12 @@ def table(rows):
         out.add_column(name.replace("num_", "").replace("_", " "), justify="left" if name in columns[:5] else "right")
     for row in rows:
         out.add_row(*(str(row.get(name, "")) for name in columns), style="red" if complaints(row) else None)
-    Console(width=170).print(out)
+    return out
 
 
 def main(argv=None):
+    from rich.console import Console
+
     from fastgrpo.kernels.tiles import ARCHITECTURES
 
     own = importlib.metadata.version("triton")
@@ -280,25 +286,34 @@ def main(argv=None):
     parser.add_argument("--architectures", nargs="+", default=ARCHITECTURES, choices=ARCHITECTURES)
     parser.add_argument("--triton", nargs="+", default=[own, OTHER_TRITON], help="versions; installed where missing")
     parser.add_argument("--json", type=Path, help="also write the rows here, one JSON object a line")
+    parser.add_argument("--update", action="store_true", help=f"write the ceilings to {ceilings.COMMITTED.name}")
     parser.add_argument("--child", choices=ARCHITECTURES, help=argparse.SUPPRESS)
+    parser.add_argument("--disassemble", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.child:
-        for row in compile_all(options.child):
+        for row in compile_all(options.child, options.disassemble):
             print(json.dumps(row), flush=True)
         return 0
     for version in options.triton:
         triton_folder(version)  # installed before any is run
     jobs = [(a, v) for v in dict.fromkeys(options.triton) for a in options.architectures
             if v != OTHER_TRITON or not a.startswith("gfx")]  # fmt: skip
-    rows, failures = [], []
+    rows, shares, disassembled, failures = [], [], [], []
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        for (name, version), (found, error) in zip(jobs, pool.map(lambda job: child(*job), jobs)):
-            name = f"{name}, Triton {version}"
+        for (architecture, version), (found, error) in zip(jobs, pool.map(lambda job: child(*job), jobs)):
+            name = f"{architecture}, Triton {version}"
+            ceiling, found = ([r for r in found if ("ceiling" in r) == hot] for hot in (True, False))
             print(f"{name}: {len(found)} kernels compiled{', FAILED' if error else ''}", flush=True)
             rows += found
+            shares += ceiling
             if error or not found:
                 failures.append(f"{name}: {error or 'nothing was compiled'}")
-    table(rows)
+            elif reads_ceilings(architecture, version):
+                disassembled.append(architecture)
+    if options.update:
+        ceilings.save(shares)
+    Console(width=170).print(table(rows), ceilings.table(shares))
+    failures += ceilings.complaints(shares, ceilings.load(), disassembled)
     failures += [
         f"{r['architecture']} {r['kernel']} ({r['variant']}, Triton {r['triton']}): {c}"
         for r in rows

@@ -60,6 +60,7 @@ def test_one_architecture_compiles():
 
 
 def test_a_failed_compilation_is_a_failure(monkeypatch):
+    monkeypatch.setattr(report.ceilings, "load", dict)
     monkeypatch.setattr(report, "child", lambda architecture, version: ([], "exit status 134: abort"))
     assert report.main(["--architectures", "sm_80", "--triton", OWN]) == 1
     monkeypatch.setattr(report, "child", lambda architecture, version: ([{**ROW, "spill_bytes": 4}], None))
