@@ -1,4 +1,4 @@
-"""Skipping and packing change the cost of a learner step, never its gradients."""
+"""Skipping, packing and shared prompts change the cost of a learner step, never its gradients."""
 
 import copy
 from itertools import pairwise
@@ -112,6 +112,7 @@ def assert_close(grads, want, tolerance=1e-5):
 WAYS = {
     "packed": {"packed": True, "budget": 64}, "sorted": {"budget": 64}, "one": {"budget": 10**6},
     "one packed": {"packed": True, "budget": 10**6}, "all single": {"budget": 1},
+    "shared": {"share_prompts": True, "budget": 64}, "one shared": {"share_prompts": True, "budget": 10**6},
 }  # fmt: skip
 
 
@@ -128,7 +129,7 @@ def test_skipping_and_packing_keep_the_gradients(loss_type, level):
         set_old(model, episodes, config)
         num_items = 100 if settings else None
         loss, want = padded_gradients(model, episodes, config, num_items)
-        for way in WAYS.values() if not settings else [WAYS["packed"], WAYS["sorted"]]:
+        for way in WAYS.values() if not settings else [WAYS["packed"], WAYS["sorted"], WAYS["shared"]]:
             ours, grads, numbers = learner_gradients(model, episodes, config, num_items, **way)
             assert ours == pytest.approx(loss, rel=1e-5, abs=1e-6), way
             assert_close(grads, want)
@@ -144,7 +145,7 @@ def test_what_needs_every_sequence_skips_none(loss_type):
         model, episodes = make_model(), make_episodes()
         set_old(model, episodes, config)
         loss, want = padded_gradients(model, episodes, config)
-        for way in (WAYS["packed"], WAYS["sorted"]):
+        for way in (WAYS["packed"], WAYS["sorted"], WAYS["shared"]):
             ours, grads, numbers = learner_gradients(model, episodes, config, **way)
             assert ours == pytest.approx(loss, rel=2e-5, abs=1e-6)
             assert_close(grads, want, 2e-5 if "entropy_coef" in settings else 1e-5)
@@ -171,11 +172,11 @@ def test_without_old_logprobs_the_ratio_is_one():
     assert numbers["ratio_min"] == numbers["ratio_max"] == 1
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_scores_are_the_model_s_logprobs(packed):
+@pytest.mark.parametrize("way", [{}, {"packed": True}, {"share_prompts": True}])
+def test_scores_are_the_model_s_logprobs(way):
     model, episodes = make_model(), make_episodes()
     config = GRPOLossConfig(temperature=0.7)
-    learner = Learner(model, Accelerator(cpu=True), config, packed=packed, budget=50)
+    learner = Learner(model, Accelerator(cpu=True), config, budget=50, **way)
     model.train()
     scores, entropies = learner.score(episodes), learner.score(episodes, entropy=True)
     assert model.training

@@ -43,8 +43,10 @@ class GRPOConfig(Sampling, GRPOLossConfig, ModelOptions, VLLMOptions):
     Args:
         token_budget: tokens of a micro-batch; "auto" finds it: 8192 at first, more while a GPU has room, halved when
             memory runs out.
-        packing: micro-batches without padding, in blocks of ``position_ids``; "auto": where flash-attn is used.
-            Otherwise answers are sorted by length and padded.
+        share_prompts: the answers of a group go through the model behind one copy of their prompt, packed; "auto":
+            where its layers allow it (SDPA, full attention or windows longer than a sequence), else it says why not.
+        packing: where prompts are not shared, micro-batches without padding, in blocks of ``position_ids``; "auto":
+            where flash-attn is used. Otherwise answers are sorted by length and padded.
         skip_zero_advantages: leave out of the learner what cannot have a gradient.
         recompute_old_logprobs: score a rollout again instead of taking the sampler's log-probs for the policy's; None:
             with vLLM, and in 16 bits where a rollout serves several optimiser steps.
@@ -78,6 +80,7 @@ class GRPOConfig(Sampling, GRPOLossConfig, ModelOptions, VLLMOptions):
     num_generations: GroupSize = 8
     num_iterations: Count = 1
     token_budget: Count | Literal["auto"] = "auto"
+    share_prompts: Literal["auto", True, False] = "auto"
     packing: Literal["auto", True, False] = "auto"
     skip_zero_advantages: bool = True
     recompute_old_logprobs: bool | None = None

@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from fastgrpo import GRPOLossConfig, grpo_loss, linear_logprobs
 from fastgrpo.inputs import IGNORE, Backend, Backward
 from fastgrpo.integrations.transformers import check_fused
+from fastgrpo.trainer import shared_prompts
 from fastgrpo.weights import Totals, share_of_batch
 
 AUTO_BUDGET = 8192  # tokens of a micro-batch that "auto" starts from
@@ -74,15 +75,20 @@ def tokens(batch, packed):
     return sum(e.length for e in batch) if packed else batch[0].length * len(batch)
 
 
-def collate(episodes: list[Episode], packed: bool, device: torch.device) -> tuple[dict[str, Any], dict[str, Any]]:
+def collate(
+    episodes: list[Episode], packed: bool, device: torch.device, share: bool = False
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """-> inputs of the model, and keyword arguments of ``grpo_loss``: position t predicts the token at t + 1.
 
     Padded (B, T): padding is on the right, where a causal model needs no mask. Packed (1, N): ``position_ids`` start
-    again at every episode, from which transformers makes block-diagonal attention (or flash-attn's lengths).
+    again at every episode, from which transformers makes block-diagonal attention (or flash-attn's lengths). Packed and
+    ``share``: the row of :mod:`fastgrpo.trainer.shared_prompts`.
     """
+    row = shared_prompts.pieces(episodes) if share else []
+    starts = [piece.prompt if piece.shared else 0 for piece in row] or [0] * len(episodes)
 
     def join(rows, fill=0):
-        rows = [torch.as_tensor(row) for row in rows]
+        rows = [torch.as_tensor(row)[start:] for row, start in zip(rows, starts)]
         joined = torch.cat(rows)[None] if packed else pad_sequence(rows, batch_first=True, padding_value=fill)
         return joined.to(device, non_blocking=True)
 
@@ -94,7 +100,7 @@ def collate(episodes: list[Episode], packed: bool, device: torch.device) -> tupl
             [torch.cat((v.new_zeros(len(e.prompt_ids) - 1), v, v.new_zeros(1))) for e, v in zip(episodes, values)]
         )
 
-    inputs = {"input_ids": join([e.prompt_ids + e.completion_ids for e in episodes])}
+    inputs: dict[str, Any] = {"input_ids": join([e.prompt_ids + e.completion_ids for e in episodes])}
     targets = [
         [IGNORE] * (len(e.prompt_ids) - 1)
         + (e.completion_ids if e.counts else [IGNORE] * len(e.completion_ids))
@@ -111,8 +117,10 @@ def collate(episodes: list[Episode], packed: bool, device: torch.device) -> tupl
     }
     if packed:
         inputs["position_ids"] = join([torch.arange(e.length) for e in episodes])
-        lengths = torch.tensor([0] + [e.length for e in episodes], device=device)
+        lengths = torch.tensor([0] + [e.length - start for e, start in zip(episodes, starts)], device=device)
         known["cu_seqlens"] = lengths.cumsum(0).to(torch.int32)
+    if share:
+        inputs["shared_prompts"] = shared_prompts.lay_out(row, device)
     return inputs, known
 
 
@@ -125,6 +133,8 @@ class Learner:
         budget: tokens of a micro-batch, or "auto": grows on a GPU while its memory allows.
         packed: see :func:`collate`. skip: leave out what cannot have a gradient.
         offload: keep activations in host memory until the backward.
+        share_prompts: a group's answers behind one copy of their prompt, packed; "auto": where the model can.
+        longest: tokens of a prompt and its answer.
     """
 
     def __init__(
@@ -138,8 +148,10 @@ class Learner:
         offload: bool = False,
         backend: Backend = "auto",
         backward: Backward = "auto",
+        share_prompts: shared_prompts.Share = False,
+        longest: int = 0,
     ) -> None:
-        self.model, self.accelerator, self.config, self.packed = model, accelerator, config, packed
+        self.model, self.accelerator, self.config = model, accelerator, config
         self.skip, self.offload, self.auto, self.limit = skip, offload, budget == "auto", math.inf
         self.budget: int = AUTO_BUDGET if budget == "auto" else budget
         self.largest, self.cut = 0, False
@@ -147,11 +159,18 @@ class Learner:
         self.ddp = isinstance(model, DistributedDataParallel)
         self.inner: Any = model.module if self.ddp else model  # passes through it wait for no other rank
         check_fused(self.inner)
+        self.share = shared_prompts.decide(share_prompts, self.inner, longest, accelerator.print)
+        self.packed = packed or self.share
 
     def plan(self, episodes):
         """Micro-batches, as many on every rank (at least one): the missing ones hold a token that does not count."""
-        batches = micro_batches(episodes, self.budget, self.packed)
-        self.cut, self.largest = len(batches) > 1, max((tokens(b, self.packed) for b in batches), default=1)
+        if self.share:
+            batches = shared_prompts.micro_batches(episodes, self.budget)
+            sizes = [shared_prompts.count_tokens(batch) for batch in batches]
+        else:
+            batches = micro_batches(episodes, self.budget, self.packed)
+            sizes = [tokens(batch, self.packed) for batch in batches]
+        self.cut, self.largest = len(batches) > 1, max(sizes, default=1)
         most = max(gather_object([len(batches), 1]))
         return batches + [uncounted_batch()] * (most - len(batches))
 
@@ -196,7 +215,7 @@ class Learner:
         def work(plan):
             values = {}
             for batch in plan:
-                inputs, known = collate([replace(e, counts=True) for e in batch], self.packed, self.accelerator.device)
+                inputs, known = self.collate([replace(e, counts=True) for e in batch])
                 targets = known["targets"]
                 score = partial(
                     linear_logprobs, targets=targets, temperature=temperature, return_entropy=entropy, backend=backend
@@ -211,7 +230,8 @@ class Learner:
         mode = scorer.training
         scorer.eval()
         try:
-            return self.within_memory(work, episodes)
+            with self.attention(scorer):
+                return self.within_memory(work, episodes)
         finally:
             scorer.train(mode)
 
@@ -244,14 +264,21 @@ class Learner:
                     accumulate(total, result)
             return total
 
-        total = self.within_memory(work, active)
-        if self.ddp:  # only now do ranks wait for each other: a token that adds nothing, and DDP reduces all gradients
-            self.backward(self.model, uncounted_batch(), Totals(1, 0, 0), whole, num_items, threshold)
+        with self.attention(self.inner):
+            total = self.within_memory(work, active)
+            if self.ddp:  # only now do ranks wait for each other: a token that adds nothing, and DDP reduces gradients
+                self.backward(self.model, uncounted_batch(), Totals(1, 0, 0), whole, num_items, threshold)
         return total
+
+    def attention(self, model):
+        return shared_prompts.sharing(model) if self.share else nullcontext()
+
+    def collate(self, batch):
+        return collate(batch, self.packed, self.accelerator.device, self.share)
 
     def backward(self, model, batch, part, whole, num_items, threshold):
         scale, coefficient = share_of_batch(self.config, part, whole)
-        inputs, known = collate(batch, self.packed, self.accelerator.device)
+        inputs, known = self.collate(batch)
         loss = partial(
             grpo_loss,
             **known,

@@ -79,12 +79,12 @@ class GRPOTrainer:
         set_seed(config.seed)
         model = models.load_model(model, config, self.accelerator.device)
         models.check_room(model, longest, config.max_completion_length)
-        self.setup(model, peft_config)
+        self.setup(model, peft_config, longest + config.max_completion_length)
         self.step = self.used = self.position = 0  # optimiser steps; those taken on the rollout in hand; prompts drawn
         self.rollout = []
         set_seed(config.seed, device_specific=True)
 
-    def setup(self, model, peft_config):
+    def setup(self, model, peft_config, longest):
         """Model, frozen reference, optimiser, schedule, sampler and learner, on this rank's device."""
         config, accelerator = self.config, self.accelerator
         self.reference: Any = copy.deepcopy(model) if config.beta > 0 and not config.use_peft else None
@@ -100,17 +100,18 @@ class GRPOTrainer:
         self.total = config.max_steps if config.max_steps > 0 else rollouts * self.uses
         self.schedule = models.make_schedule(self.optimizer, config, self.total)
         self.sampler = make_sampler(config, self.tokenizer)
-        packed = "flash" in str(model.config._attn_implementation) if config.packing == "auto" else config.packing
         self.learner = Learner(
             self.model,
             accelerator,
             config.part(GRPOLossConfig),
             budget=config.token_budget,
-            packed=packed,
+            packed="flash" in str(model.config._attn_implementation) if config.packing == "auto" else config.packing,
             skip=config.skip_zero_advantages,
             offload=config.activation_offloading,
             backend=config.backend,
             backward=config.backward,
+            share_prompts=config.share_prompts,
+            longest=longest,
         )
         rounded = config.mixed_precision != "no" or any(p.dtype != torch.float32 for p in model.parameters())
         differs, asked = config.use_vllm or (rounded and self.uses > 1), config.recompute_old_logprobs

@@ -260,11 +260,16 @@ def freeze(model, accelerator):
 @torch.no_grad()
 def move(reference, policy, share):
     """The reference becomes ``share * policy + (1 - share) * reference``."""
-    for module in reference.modules():
-        if isinstance(module, FSDPModule):  # without a backward pass the root stays gathered
-            module.reshard()
+    reshard(reference)
     for old, new in zip(reference.parameters(), policy.parameters()):
         old.lerp_(new, share)
+
+
+def reshard(model):
+    """After passes without a backward, behind which FSDP2 keeps the root gathered."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def lora(config):
