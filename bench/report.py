@@ -125,7 +125,7 @@ def figures(folder):
     return "\n\n".join(parts)
 
 
-def rebuilt(readme, folder):
+def rebuild(readme, folder):
     """README's text with its figures as the results have them."""
     head, rest = readme.split(START)
     return f"{head}{START}\n{figures(folder)}\n{END}{rest.split(END)[1]}"
@@ -136,7 +136,7 @@ def main(argv=None):
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if README would change")
     options = parser.parse_args(argv)
     path = ROOT / "README.md"
-    text = rebuilt(path.read_text(), ROOT / "bench/results")
+    text = rebuild(path.read_text(), ROOT / "bench/results")
     if not options.check:
         path.write_text(text)
     elif text != path.read_text():

@@ -63,8 +63,8 @@ class LinearLogProbs(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.params, ctx.strategy = params, strategy
         stats, kept = run_forward(HeadTensors(*tensors), given, params, strategy)
-        ctx.save_for_backward(stats, *tensors, *given.support, *kept)
-        ctx.entries = len(given.support)
+        ctx.save_for_backward(stats, *tensors, *given.entries, *kept)
+        ctx.entries = len(given.entries)
         rows = RowStats(*stats)
         return rows.logp.clone(), rows.entropy.clone() if params.entropy else None
 
@@ -73,7 +73,7 @@ class LinearLogProbs(torch.autograd.Function):
     def backward(ctx, grad_logp, grad_entropy):
         grads = (None,) * DIFFERENTIABLE
         if grad_logp is not None or grad_entropy is not None:
-            stats, tensors, support, kept = saved(ctx)
+            stats, tensors, support, kept = unpack_saved(ctx)
             needs = ctx.needs_input_grad[:DIFFERENTIABLE]
             grads = run_backward(
                 tensors, support, ctx.params, ctx.strategy, stats, kept, grad_logp, grad_entropy, needs
@@ -81,7 +81,7 @@ class LinearLogProbs(torch.autograd.Function):
         return *grads, *[None] * 5
 
 
-def saved(ctx):
+def unpack_saved(ctx):
     """-> stats, tensors, support, kept."""
     stats, *rest = ctx.saved_tensors
     first = len(HeadTensors._fields)
@@ -100,13 +100,13 @@ CALL = f"Tensor[] support, str strategy, {ops.schema(HeadParams)}"
 )
 def forward_op(*arguments):
     tensors, (hint, moving, support, name, *params) = split(arguments)
-    params, strategy = HeadParams(*params), strategies.named(name)
+    params, strategy = HeadParams(*params), strategies.find(name)
     inputs.check_targets(tensors.targets, tensors.weight.shape[0])  # tracing saw none
     given = strategies.Given(hint, moving, support)
     stats, kept = run_forward(tensors, given, params, strategy)
     like = kept_like(tensors, support, params, strategy)
     padded = [ops.pad(x, most[0]) for x, most in zip(kept, like) if most is not None]
-    counts = [torch.tensor([len(x) for x in kept if x is not None], dtype=torch.int64)] if ragged(params) else []
+    counts = [torch.tensor([len(x) for x in kept if x is not None], dtype=torch.int64)] if is_ragged(params) else []
     rows = RowStats(*stats)
     return rows.logp.clone(), rows.entropy.clone() if params.entropy else stats.new_empty(0), stats, padded + counts
 
@@ -117,7 +117,7 @@ def split(arguments):
     return HeadTensors(*arguments[:first]), arguments[first:]
 
 
-def ragged(params):
+def is_ragged(params):
     """Whether what is kept may have fewer rows than in a graph, where shapes must be known: their numbers are kept."""
     return params.backend == "torch"
 
@@ -135,10 +135,10 @@ def kept_like(tensors, support, params, strategy):
 def fake_forward(*arguments):
     tensors, (_, _, support, name, *params) = split(arguments)
     params, hidden, n = HeadParams(*params), tensors.hidden, tensors.targets.shape[0]
-    like = kept_like(tensors, support, params, strategies.named(name))
+    like = kept_like(tensors, support, params, strategies.find(name))
     row = hidden.new_empty(n, dtype=inputs.accumulator_dtype(hidden))
     kept = [hidden.new_empty(x[0], dtype=x[1]) for x in like if x is not None]
-    counts = [torch.empty(len(kept), dtype=torch.int64, device="cpu")] if ragged(params) else []
+    counts = [torch.empty(len(kept), dtype=torch.int64, device="cpu")] if is_ragged(params) else []
     entropy = torch.empty_like(row) if params.entropy else row.new_empty(0)
     return torch.empty_like(row), entropy, row.new_empty(len(RowStats._fields), n), kept + counts
 
@@ -151,8 +151,8 @@ def fake_forward(*arguments):
 def backward_op(grad_logp, grad_entropy, stats, kept, needs, *arguments):
     """The gradients that are needed."""
     tensors, (support, name, *params) = split(arguments)
-    params, strategy = HeadParams(*params), strategies.named(name)
-    if ragged(params):
+    params, strategy = HeadParams(*params), strategies.find(name)
+    if is_ragged(params):
         kept = [x[:count] for x, count in zip(kept, kept[-1].tolist())]
     if grad_entropy is not None and inputs.checks_values(stats.device) and not grad_entropy.any():
         grad_entropy = None  # AOT autograd makes zeros of what nobody differentiated
@@ -179,7 +179,7 @@ def setup_context(ctx, inputs, output):
 
 
 def backward(ctx, grad_logp, grad_entropy, *_):
-    stats, tensors, support, kept = saved(ctx)
+    stats, tensors, support, kept = unpack_saved(ctx)
     needs = [bool(need) for need in ctx.needs_input_grad[:DIFFERENTIABLE]]
     grads = [None] * DIFFERENTIABLE
     if grad_logp is not None or (grad_entropy is not None and grad_entropy.numel()):

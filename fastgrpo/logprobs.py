@@ -6,11 +6,11 @@ from typing import NamedTuple
 import torch
 
 from fastgrpo import head_op, inputs, strategies
-from fastgrpo import lora as low_rank
-from fastgrpo import support as sampling_support
 from fastgrpo.config import settings_go_in_config
 from fastgrpo.head import HeadOptions, compute_dtype
 from fastgrpo.inputs import Backend, Backward
+from fastgrpo.lora import check_lora
+from fastgrpo.support import check_support
 
 
 class LogProbs(NamedTuple):
@@ -114,8 +114,8 @@ def head_logprobs(hidden, weight, targets, options):
     bias, support = options.bias, options.support
     if support is not None:
         options = replace(options, backward="exact")
-        support = sampling_support.check_support(support, targets, weight.shape[0])
-    lora = low_rank.check_lora(options.lora, hidden, weight)
+        support = check_support(support, targets, weight.shape[0])
+    lora = check_lora(options.lora, hidden, weight)
     head = weight, bias, lora.A, lora.B
     params = options.params(
         hidden,

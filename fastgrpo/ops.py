@@ -43,7 +43,7 @@ def values(instance) -> list:
 
 
 @functools.lru_cache(maxsize=64)
-def rebuilt(cls, *arguments):
+def rebuild(cls, *arguments):
     """The dataclass of such arguments."""
     return cls(**dict(zip((f.name for f in dataclasses.fields(cls)), arguments)))
 

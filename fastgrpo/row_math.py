@@ -13,7 +13,7 @@ from fastgrpo.torch_tl import tl
 log1p = torch.log1p  # of [0, 1]; the kernels have their own
 
 
-def rescaled(peak, total, spread, new_peak):
+def rescale(peak, total, spread, new_peak):
     """-> total and spread beside another peak, and the factor that any sum of exp(z - peak) takes."""
     decay = tl.exp(peak - new_peak)
     return total * decay, (spread + (new_peak - peak) * total) * decay, decay

@@ -1,9 +1,9 @@
 """The ways from log-probs back to gradients: what each keeps from its forward, and what its backward makes of it.
 
 A strategy has ``forward(problem, backend, given)``, which returns the (5, N) statistics of
-:class:`fastgrpo.backends.problem.RowStats` and the tensors to keep; ``kept_like(problem, backend, support)``,
+:class:`fastgrpo.backends.problem.RowStats` and the tensors to keep; ``kept_like(problem, backend, entries)``,
 which returns the shapes and dtypes of these, at the most rows that they can have; and ``backward(problem, backend,
-support, stats, kept, grad_logp, grad_entropy, needs)``, which returns :class:`fastgrpo.backends.problem.Gradients`.
+entries, stats, kept, grad_logp, grad_entropy, needs)``, which returns :class:`fastgrpo.backends.problem.Gradients`.
 ``grad_entropy`` may be None.
 """
 
@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from fastgrpo import support as sampling_support
+from fastgrpo import support
 from fastgrpo.backends import certified, certified_backward, frozen
 from fastgrpo.inputs import accumulator_dtype
 
@@ -22,7 +22,7 @@ class Given(NamedTuple):
 
     hint: torch.Tensor | None  # (N,) log-probs near the current ones
     moving: torch.Tensor | None  # (N,) bool, where a log-prob may have a gradient
-    support: Sequence[torch.Tensor]  # a :class:`fastgrpo.support.Support`, or nothing
+    entries: Sequence[torch.Tensor]  # a :class:`fastgrpo.support.Support`, or nothing
 
 
 class Exact:
@@ -33,11 +33,11 @@ class Exact:
         return backend.forward(problem), ()
 
     @staticmethod
-    def kept_like(problem, backend, support):
+    def kept_like(problem, backend, entries):
         return ()
 
     @staticmethod
-    def backward(problem, backend, support, stats, kept, grad_logp, grad_entropy, needs):
+    def backward(problem, backend, entries, stats, kept, grad_logp, grad_entropy, needs):
         return backend.backward(problem, stats, grad_logp, grad_entropy, needs)
 
 
@@ -50,13 +50,13 @@ class Certified:
         return stats, certificate.tensors
 
     @staticmethod
-    def kept_like(problem, backend, support):
+    def kept_like(problem, backend, entries):
         n, vocab, _ = problem.sizes
         block = backend.rows_per_flag(problem)
         return ((n,), torch.int64), ((-(-n // block), vocab), torch.bool), ((n,), accumulator_dtype(problem.hidden))
 
     @staticmethod
-    def backward(problem, backend, support, stats, kept, grad_logp, grad_entropy, needs):
+    def backward(problem, backend, entries, stats, kept, grad_logp, grad_entropy, needs):
         if grad_entropy is not None:  # the certificate does not speak of the entropy
             return backend.backward(problem, stats, grad_logp, grad_entropy, needs)
         certificate = certified.Certificate(*kept, block=backend.rows_per_flag(problem))
@@ -71,11 +71,11 @@ class Frozen:
         return backend.frozen_forward(problem, given.hint, given.moving)
 
     @staticmethod
-    def kept_like(problem, backend, support):
+    def kept_like(problem, backend, entries):
         return backend.slopes_like(problem)
 
     @staticmethod
-    def backward(problem, backend, support, stats, kept, grad_logp, grad_entropy, needs):
+    def backward(problem, backend, entries, stats, kept, grad_logp, grad_entropy, needs):
         if grad_entropy is not None:
             return backend.backward(problem, stats, grad_logp, grad_entropy, needs)
         return frozen.backward(problem, stats, frozen.Slopes(*kept), grad_logp, needs)
@@ -86,21 +86,20 @@ class Supported:
 
     @staticmethod
     def forward(problem, backend, given):
-        stats, raw = sampling_support.forward(problem, sampling_support.Support(*given.support), backend)
+        stats, raw = support.forward(problem, support.Support(*given.entries), backend)
         return stats, (raw,)
 
     @staticmethod
-    def kept_like(problem, backend, support):
-        return ((sampling_support.Support(*support).ids.shape, accumulator_dtype(problem.hidden)),)
+    def kept_like(problem, backend, entries):
+        return ((support.Support(*entries).ids.shape, accumulator_dtype(problem.hidden)),)
 
     @staticmethod
-    def backward(problem, backend, support, stats, kept, grad_logp, grad_entropy, needs):
-        entries = sampling_support.Support(*support)
-        (raw,) = kept
-        return sampling_support.backward(problem, entries, backend, stats, raw, grad_logp, grad_entropy, needs)
+    def backward(problem, backend, entries, stats, kept, grad_logp, grad_entropy, needs):
+        (raw,), entries = kept, support.Support(*entries)
+        return support.backward(problem, entries, backend, stats, raw, grad_logp, grad_entropy, needs)
 
 
-def named(name):
+def find(name):
     """The strategy of that name."""
     return {s.__name__: s for s in (Exact, Certified, Frozen, Supported)}[name]
 
@@ -115,9 +114,9 @@ def choose(hidden, head, params, with_support, entropy_grad):
         return Supported
     if not entropy_grad and frozen.applies(hidden, head, params):
         return Frozen
-    return trained(params)
+    return choose_trained(params)
 
 
-def trained(params):
+def choose_trained(params):
     """Of a head that wants a gradient, or a part of one."""
     return Exact if params.tolerance is None else Certified

@@ -160,7 +160,7 @@ PER_TOKEN = ("mask", "measured", "moving", "advantages", "old", "ref", "sampling
 )
 def objective_op(logprobs, entropy, *arguments):
     *tensors, count, length, offsets, ids, backend = arguments[: len(PER_TOKEN) + 7]
-    config = ops.rebuilt(GRPOLossConfig, *arguments[len(PER_TOKEN) + 7 :])
+    config = ops.rebuild(GRPOLossConfig, *arguments[len(PER_TOKEN) + 7 :])
     batch = Batch(*tensors, Segments(count, length, offsets, ids))
     batch.check_values(config)  # tracing saw none
     with torch.autocast(logprobs.device.type, enabled=False):
@@ -171,7 +171,7 @@ def objective_op(logprobs, entropy, *arguments):
 
 @objective_op.register_fake
 def fake_objective(logprobs, entropy, *arguments):
-    config = ops.rebuilt(GRPOLossConfig, *arguments[len(PER_TOKEN) + 7 :])
+    config = ops.rebuild(GRPOLossConfig, *arguments[len(PER_TOKEN) + 7 :])
     row = torch.empty_like(logprobs)
     d_entropy = torch.empty_like(row) if config.entropy_coef != 0.0 else row.new_empty(0)
     flags = (torch.empty_like(row, dtype=torch.bool) for _ in range(2))

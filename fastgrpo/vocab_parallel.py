@@ -20,7 +20,7 @@ from fastgrpo.config import settings_go_in_config
 from fastgrpo.head import HeadOptions
 from fastgrpo.inputs import IGNORE, Backend, Backward
 from fastgrpo.logprobs import LogProbs
-from fastgrpo.row_math import rescaled
+from fastgrpo.row_math import rescale
 
 ELSEWHERE = -1  # entry of a label that another rank holds
 
@@ -61,7 +61,7 @@ class VocabParallelLogProbs(torch.autograd.Function):
         with torch.autocast(stats.device.type, enabled=False):
             problem = HeadProblem(*tensors, params=ctx.params)
             backend, certificate = backends.load(ctx.params.backend), ctx.saved_tensors[6:]
-            grads = strategies.trained(ctx.params).backward(
+            grads = strategies.choose_trained(ctx.params).backward(
                 problem, backend, (), stats, certificate, grad_logp, grad_entropy, needs
             )
         d_hidden = grads.hidden
@@ -81,7 +81,7 @@ def merge(partials, entries, group):
     peak, total, spread, label = partials
     top = peak.clone()
     dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group)
-    total, spread, _ = rescaled(peak, total, spread, top)
+    total, spread, _ = rescale(peak, total, spread, top)
     sums = torch.stack((total, spread, torch.where(entries >= 0, label, 0.0)))
     dist.all_reduce(sums, group=group)
     return torch.cat((top[None], sums))

@@ -6,7 +6,7 @@ import triton.language as tl
 from fastgrpo.backends.problem import RowPartials
 from fastgrpo.kernels import tiles
 from fastgrpo.kernels.common import FLOOR, load_partials, selected_rows, store_rows
-from fastgrpo.kernels.row_math import rescaled, row_stats
+from fastgrpo.kernels.row_math import rescale, row_stats
 
 DROPPED = tl.constexpr(len(RowPartials._fields))  # behind them, where certified: sum of exp outside the flags
 
@@ -35,8 +35,8 @@ def fold_runs(
         run_peak, run_total, run_spread, run_label = load_partials(part, step, inside)
         label_z += tl.sum(run_label, axis=0)
         new_peak = tl.maximum(peak, tl.max(run_peak, axis=0), propagate_nan=tl.PropagateNan.ALL)
-        total, spread, decay = rescaled(peak, total, spread, new_peak)
-        run_total, run_spread, run_decay = rescaled(run_peak, run_total, run_spread, new_peak[None, :])
+        total, spread, decay = rescale(peak, total, spread, new_peak)
+        run_total, run_spread, run_decay = rescale(run_peak, run_total, run_spread, new_peak[None, :])
         total += tl.sum(run_total, axis=0)
         spread += tl.sum(run_spread, axis=0)
         if CERTIFIED:

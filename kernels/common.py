@@ -11,7 +11,7 @@ NEGLIGIBLE = tl.constexpr(problem.negligible(torch.float32))
 
 
 @triton.jit
-def grouped(pid, runs, GROUP: tl.constexpr):
+def group_blocks(pid, runs, GROUP: tl.constexpr):
     """-> block of rows, run of entries: GROUP blocks share a run of the weight in L2 before the next run comes."""
     in_group = pid % (GROUP * runs)
     return pid // (GROUP * runs) * GROUP + in_group % GROUP, in_group // GROUP

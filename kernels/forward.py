@@ -17,7 +17,7 @@ from fastgrpo.kernels.common import (
     FLOOR,
     NOTHING,
     cap,
-    grouped,
+    group_blocks,
     inverse_temperatures,
     low_values,
     raw_logits,
@@ -26,7 +26,7 @@ from fastgrpo.kernels.common import (
     store_rows,
     up_values,
 )
-from fastgrpo.kernels.row_math import rescaled
+from fastgrpo.kernels.row_math import rescale
 
 
 @triton.jit
@@ -94,7 +94,7 @@ def forward_kernel(
     BLOCK_D: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    block, this_run = grouped(tl.program_id(0), runs, GROUP)
+    block, this_run = group_blocks(tl.program_id(0), runs, GROUP)
     count = tl.load(selection.count_ptr)
     if block * BLOCK_N >= count:
         return
@@ -139,7 +139,7 @@ def forward_kernel(
         new_peak = tl.maximum(peak, tl.max(z, axis=1), propagate_nan=tl.PropagateNan.ALL)
         below = z - new_peak[:, None]
         e = tl.exp(below)
-        old_total, old_spread, decay = rescaled(peak, total, spread, new_peak)
+        old_total, old_spread, decay = rescale(peak, total, spread, new_peak)
         if ENTROPY:
             spread = old_spread - tl.sum(e * below, axis=1)
         total = old_total + tl.sum(e, axis=1)

@@ -21,7 +21,7 @@ from fastgrpo.kernels.common import (
     FLOOR,
     NOTHING,
     cap,
-    grouped,
+    group_blocks,
     inverse_temperatures,
     known_label,
     load_partials,
@@ -71,7 +71,7 @@ def masses_kernel(
     GROUP: tl.constexpr,
 ):
     tiles_v = tl.cdiv(tl.minimum(width, head.V - first_v), BLOCK_V)
-    block, tile = grouped(tl.program_id(0), tiles_v, GROUP)
+    block, tile = group_blocks(tl.program_id(0), tiles_v, GROUP)
     start = first_row + block * BLOCK_N
     stop = tl.minimum(tl.load(selection.count_ptr), last_row)
     if start >= stop:

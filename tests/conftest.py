@@ -23,10 +23,22 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# The dearest files, dearest first: workers take whole files in this order, and so end at about the same time.
+# The dearest files, dearest first: workers take whole files in this order, and so end at about the same time. Before
+# them the one whose made-up GPU wants a process that torch.compile has not been used in.
 DEAREST = [
     f"test_{name}.py"
-    for name in ("certified", "trl", "graph", "examples", "logprobs", "verl", "distributed", "bench", "checkpoint")
+    for name in (
+        "device_placement",
+        "certified",
+        "trl",
+        "graph",
+        "examples",
+        "logprobs",
+        "verl",
+        "distributed",
+        "bench",
+        "checkpoint",
+    )
 ]
 
 

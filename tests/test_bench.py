@@ -292,14 +292,14 @@ def test_report_shows_reasons_and_wrong_results(tmp_path):
         {**common, "entry": "absent", "reason": "needs a CUDA device"},
     ]
     (tmp_path / "loss-cpu.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    text = report.rebuilt(f"before{report.START}old{report.END}after", tmp_path)
+    text = report.rebuild(f"before{report.START}old{report.END}after", tmp_path)
     assert text.startswith("before")
     assert text.endswith("after")
     assert "| good | 1.25, 12 MiB |" in text
     assert "| bad | wrong |" in text
     assert "| absent | needs a CUDA device |" in text
     assert "old" not in text
-    assert report.rebuilt(text, tmp_path) == text
+    assert report.rebuild(text, tmp_path) == text
     assert draw.where(rows) in text
 
 

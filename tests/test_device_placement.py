@@ -245,6 +245,7 @@ def move(model, cuda):
 
 
 ACCELERATOR = SimpleNamespace(
+    print=print,
     device=DEVICE, num_processes=1, autocast=nullcontext, no_sync=lambda model: nullcontext(),
     backward=torch.Tensor.backward,
 )  # fmt: skip

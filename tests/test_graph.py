@@ -27,24 +27,24 @@ def in_one_graph(function, dynamic=True):
     return torch.compile(function, fullgraph=True, backend=counter, dynamic=dynamic), counter
 
 
-def head(tokens, seed=0, dtype=torch.float32):
-    g = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(tokens, DEPTH, generator=g, dtype=dtype)
-    weight, bias = torch.randn(VOCAB, DEPTH, generator=g, dtype=dtype), torch.randn(VOCAB, generator=g, dtype=dtype)
-    targets = torch.randint(0, VOCAB, (tokens,), generator=g)
+def head(tokens, vocab=VOCAB):
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(tokens, DEPTH, generator=g)
+    weight, bias = torch.randn(vocab, DEPTH, generator=g), torch.randn(vocab, generator=g)
+    targets = torch.randint(0, vocab, (tokens,), generator=g)
     targets[::7] = -100
     return hidden, weight, bias, targets
 
 
-def kept_ids(targets):
+def kept_ids(targets, vocab):
     """support= of three ids a position, the target among them."""
-    ids = (targets.clamp(min=0)[:, None] + torch.tensor([0, 5, 9])) % VOCAB
+    ids = (targets.clamp(min=0)[:, None] + torch.tensor([0, 5, 9])) % vocab
     return ids.flatten(), torch.arange(len(targets) + 1) * 3
 
 
-def adapter(dtype=torch.float32):
+def adapter(vocab):
     g = torch.Generator().manual_seed(1)
-    a, b = torch.randn(4, DEPTH, generator=g, dtype=dtype), torch.randn(VOCAB, 4, generator=g, dtype=dtype)
+    a, b = torch.randn(4, DEPTH, generator=g), torch.randn(vocab, 4, generator=g)
     return a.requires_grad_(), b.requires_grad_(), 0.1
 
 
@@ -68,17 +68,17 @@ def scores(frozen, hidden, weight, bias, targets, lora=None, support=None, **opt
     return loss if out.entropy is None else loss + 0.3 * out.entropy.sum(), *out[: 1 + (out.entropy is not None)]
 
 
-def make_call(name, tokens, backend="torch"):
+def make_call(name, tokens, backend="torch", vocab=VOCAB):
     """-> a function of no argument, and the tensors that want a gradient."""
     options = dict(STRATEGIES[name], backend=backend)
     frozen, lora, support = (options.pop(key, False) for key in ("frozen", "lora", "support"))
-    hidden, weight, bias, targets = head(tokens)
+    hidden, weight, bias, targets = head(tokens, vocab)
     leaves = [x.requires_grad_() for x in ((hidden,) if frozen else (hidden, weight, bias))]
     if lora:
-        options["lora"] = adapter()
+        options["lora"] = adapter(vocab)
         leaves += options["lora"][:2]
     if support:
-        options["support"] = kept_ids(targets)
+        options["support"] = kept_ids(targets, vocab)
     return functools.partial(scores, frozen, hidden, weight, bias, targets, **options), leaves
 
 
@@ -117,13 +117,10 @@ def test_a_target_outside_the_vocabulary_is_refused_in_a_graph():
         compiled(hidden, weight, targets)
 
 
+# In a graph the loss types differ inside the op alone, which is eager's: these cover what is traced around it.
 OBJECTIVES = {
-    "dapo": ({"beta": 0.05}, {"num_items": 31.0}),
-    "grpo, packed": ({"loss_type": "grpo"}, {"packed": True}),
-    "bnpo, entropy": ({"loss_type": "bnpo", "entropy_coef": 0.02}, {}),
-    "dr_grpo, GSPO": ({"loss_type": "dr_grpo", "importance_sampling_level": "sequence", "beta": 0.1}, {}),
-    "luspo, off-policy mask": ({"loss_type": "luspo", "off_policy_mask_threshold": 0.1}, {}),
-    "cispo, quantile": ({"loss_type": "cispo", "top_entropy_quantile": 0.5, "epsilon_high": 5.0}, {}),
+    "dapo, KL": ({"beta": 0.05, "importance_sampling_level": "sequence"}, {"num_items": 31.0}),
+    "bnpo, entropy": ({"loss_type": "bnpo", "entropy_coef": 0.02, "top_entropy_quantile": 0.5}, {}),
     "sapo, skip": ({"loss_type": "sapo", "log_entropy": False}, {"return_logprobs": False}),
     "vespo, packed": ({"loss_type": "vespo"}, {"packed": True, "num_items": torch.tensor(40)}),
 }
@@ -218,7 +215,7 @@ def leaf(x):
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_opcheck(name, backend, calls):
-    call, leaves = make_call(name, 9, backend)
+    call, leaves = make_call(name, 9, backend, vocab=40)
     results(call, leaves)
     assert [op._qualname for op, _ in calls] == ["fastgrpo::linear_logprobs", "fastgrpo::linear_logprobs_backward"]
     with mock.patch("torch.compiler.is_compiling", return_value=False):
@@ -278,7 +275,7 @@ def make_model(name):
     return fuse_lm_head(model)
 
 
-@pytest.mark.parametrize("name", ["Llama", "Gemma2", "LoRA"])
+@pytest.mark.parametrize("name", ["Gemma2", "LoRA"])
 def test_a_fused_model_in_one_graph(name):
     model = make_model(name)
     compiled, counter = in_one_graph(model)
@@ -297,8 +294,10 @@ def test_a_fused_model_in_one_graph(name):
             torch.testing.assert_close(mine, want, rtol=1e-4, atol=1e-6)
         compilations = compilations or counter.frame_count
     assert counter.frame_count == compilations
-    if name != "Llama":
-        return
-    labelled = in_one_graph(lambda ids: model(ids, labels=ids, fastgrpo=True).logprobs)[0](ids)
-    torch.testing.assert_close(labelled, model(ids, labels=ids, fastgrpo=True).logprobs)
     assert model(ids).logits.shape == (*ids.shape, 128)  # the head is itself again
+
+
+def test_labels_in_one_graph():
+    model, ids = make_model("Llama"), torch.randint(0, 128, (2, 9))
+    compiled, _ = in_one_graph(lambda ids: model(ids, labels=ids, fastgrpo=True).logprobs)
+    torch.testing.assert_close(compiled(ids), model(ids, labels=ids, fastgrpo=True).logprobs)

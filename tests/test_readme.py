@@ -141,7 +141,7 @@ def test_every_figure_comes_from_the_results():
     """README's tables are what ``python -m bench report`` makes of the committed rows."""
     from bench import report
 
-    assert report.rebuilt(README, report.ROOT / "bench/results") == README
+    assert report.rebuild(README, report.ROOT / "bench/results") == README
     rows = [r for suite in report.SECTIONS for r in report.load(report.ROOT / "bench/results", suite, "cpu")]
     assert rows
     assert all({"device", "torch", "date", "command", "entry"} <= set(r) for r in rows)

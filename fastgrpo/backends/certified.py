@@ -14,7 +14,7 @@ from fastgrpo.backends import dense
 from fastgrpo.backends.logits import LogitTiles, Reader, pairs_at_once, row_inverse_temperature, transform
 from fastgrpo.backends.problem import FLOOR, RowStats
 from fastgrpo.inputs import IGNORE, accumulator_dtype
-from fastgrpo.row_math import rescaled
+from fastgrpo.row_math import rescale
 
 BLOCK = 128  # rows that share their flags
 CUTOFF_PER_TOLERANCE = 2.0**-7  # entries of p >= tolerance * this are flagged
@@ -161,7 +161,7 @@ class Fold:
         if first:
             seen = torch.maximum(seen, z.amax(1))
         shift = torch.fmax(self.shift[part], seen + self.log_cutoff)
-        moved = rescaled(self.shift[part], self.total[part], self.spread[part], shift)
+        moved = rescale(self.shift[part], self.total[part], self.spread[part], shift)
         self.total[part], self.spread[part], decay = moved
         self.dropped[part] *= decay
         self.rescale(part.start, decay)

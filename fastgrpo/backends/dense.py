@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from fastgrpo.backends.logits import LogitTiles, row_inverse_temperature, transform
 from fastgrpo.backends.problem import NOTHING, RowStats, negligible
 from fastgrpo.inputs import IGNORE, accumulator_dtype
-from fastgrpo.row_math import gradient_at_label, rescaled, row_stats
+from fastgrpo.row_math import gradient_at_label, rescale, row_stats
 
 LOG2_E = math.log2(math.e)
 FAR = -1e4  # a log-probability below it is as good as -inf, and finite times 0
@@ -74,7 +74,7 @@ def fold_tile(z, local, running, label, entropy):
     take_label(z, local, label)
     peak, total, spread = running
     new_peak = torch.maximum(peak, z.amax(1))
-    old_total, old_spread, decay = rescaled(peak, total, spread, new_peak)
+    old_total, old_spread, decay = rescale(peak, total, spread, new_peak)
     z -= new_peak[:, None]
     if entropy:
         weighted = exp_(z.clamp_(min=FAR).clone())

@@ -217,7 +217,7 @@ def scoring(model, function, entries):
 
     hook = fuse_head(model).register_forward_hook(torch.compiler.disable(take))
     try:
-        with scored(model, Scorer(function, entries, None)):
+        with stand_in(model, Scorer(function, entries, None)):
             yield results
     finally:
         hook.remove()
@@ -227,7 +227,7 @@ def scoring(model, function, entries):
 def scoring_in_graph(model, function, entries):
     """The same for a head without hooks: torch.compile traces neither their coming nor their going."""
     results = []
-    with scored(model, Scorer(function, entries, results)):
+    with stand_in(model, Scorer(function, entries, results)):
         yield results
 
 
@@ -240,7 +240,7 @@ class Scorer(NamedTuple):
 
 
 @contextmanager
-def scored(model, scorer):
+def stand_in(model, scorer):
     for module in head_modules(model):
         module._fastgrpo = scorer
     try:
