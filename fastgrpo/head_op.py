@@ -194,7 +194,7 @@ forward_op.register_autograd(backward, setup_context=setup_context)
 
 def log_probs(tensors, given, params, strategy):
     """-> (N,) log-probs, (N,) entropy or None; differentiable in the first five of :class:`HeadTensors`."""
-    if not ops.in_graph():
+    if not torch.compiler.is_compiling():
         return LinearLogProbs.apply(*tensors, given, params, strategy)
     hint, moving, support = given
     logp, entropy, _, _ = forward_op(*tensors, hint, moving, list(support), strategy.__name__, *ops.values(params))

@@ -20,11 +20,6 @@ SCHEMA_TYPES = {
 }
 
 
-def in_graph() -> bool:
-    """Whether torch is tracing: tensors have shapes then, and no values."""
-    return torch.compiler.is_compiling()
-
-
 def schema(cls) -> str:
     """The fields of a dataclass or named tuple as arguments of an op, in their order."""
     return ", ".join(f"{schema_type(hint)} {name}" for name, hint in typing.get_type_hints(cls).items())

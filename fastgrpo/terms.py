@@ -139,7 +139,7 @@ class Objective(torch.autograd.Function):
 
 def objective(config, batch, logprobs, entropy, backend) -> Terms:
     """:func:`evaluate` with a loss that is differentiable in log-probs and entropy. backend: its name."""
-    if ops.in_graph():
+    if torch.compiler.is_compiling():
         return objective_in_graph(config, batch, logprobs, entropy, backend)
     with torch.no_grad(), torch.autocast(logprobs.device.type, enabled=False):
         known = None if entropy is None else entropy.detach()
@@ -159,9 +159,7 @@ PER_TOKEN = ("mask", "measured", "moving", "advantages", "old", "ref", "sampling
     f"({', '.join(f'Tensor {name}' for name in Terms._fields)})",
 )
 def objective_op(logprobs, entropy, *arguments):
-    *tensors, count, length, offsets, ids, backend = arguments[: len(PER_TOKEN) + 7]
-    config = ops.rebuild(GRPOLossConfig, *arguments[len(PER_TOKEN) + 7 :])
-    batch = Batch(*tensors, Segments(count, length, offsets, ids))
+    batch, backend, config = split(arguments)
     batch.check_values(config)  # tracing saw none
     with torch.autocast(logprobs.device.type, enabled=False):
         terms = evaluate(config, batch, logprobs, entropy, backends.load(backend))
@@ -169,9 +167,17 @@ def objective_op(logprobs, entropy, *arguments):
     return terms._replace(d_entropy=d_entropy, kl=terms.kl.clone(), ratio=terms.ratio.clone())  # rows of one tensor
 
 
+def split(arguments):
+    """-> :class:`Batch`, the backend's name, the config."""
+    given = len(PER_TOKEN) + 7
+    *tensors, count, length, offsets, ids, backend = arguments[:given]
+    config = ops.rebuild(GRPOLossConfig, *arguments[given:])
+    return Batch(*tensors, Segments(count, length, offsets, ids)), backend, config
+
+
 @objective_op.register_fake
 def fake_objective(logprobs, entropy, *arguments):
-    config = ops.rebuild(GRPOLossConfig, *arguments[len(PER_TOKEN) + 7 :])
+    _, _, config = split(arguments)
     row = torch.empty_like(logprobs)
     d_entropy = torch.empty_like(row) if config.entropy_coef != 0.0 else row.new_empty(0)
     flags = (torch.empty_like(row, dtype=torch.bool) for _ in range(2))

@@ -175,7 +175,7 @@ def run_function(forward, function, *args, **kwargs):
         raise ValueError("labels must be None where fastgrpo is a function, which has targets of its own")
     kwargs.setdefault("use_cache", False)
     options, entries = model._fastgrpo_logits
-    inside = scoring_in_graph if torch.compiler.is_compiling() and is_traceable(model) else scoring
+    inside = scoring_in_graph if torch.compiler.is_compiling() else scoring
     with inside(model, partial(function, **options), entries) as results:
         outputs = forward.plain(*args, **kwargs)
     if len(results) != 1:
@@ -258,7 +258,7 @@ class FusedHead(FusedForward):
         if scorer is None:
             return self.plain(hidden, *args, **kwargs)
         if scorer.results is None:
-            return torch.compiler.disable(score)(module, scorer, hidden)  # pyright: ignore[reportCallIssue]
+            return untraced_score(module, scorer, hidden)  # pyright: ignore[reportCallIssue]
         scorer.results.append(score(module, scorer, hidden))
         return no_logits(module, hidden)
 
@@ -271,6 +271,9 @@ def score(head, scorer, hidden):
     entries, options = scorer.entries, {"bias": head.bias, **lora_options(head)}
     # PEFT's layers lend the weight of the layer they wrap; entries cuts the vocabulary's padding, as the model does
     return scorer.function(hidden, head.weight[:entries], **{name: cut(x, entries) for name, x in options.items()})
+
+
+untraced_score = torch.compiler.disable(score)
 
 
 def cut(option, entries):
