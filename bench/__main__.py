@@ -4,6 +4,7 @@
 """
 
 import argparse
+import functools
 import importlib
 import json
 import os
@@ -18,7 +19,7 @@ def arguments(argv):
     import torch
 
     from bench import entries
-    from bench.suites import parse_case
+    from bench.suites import loss, parse_case
 
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("--suite", nargs="+", choices=(*SUITES, "all"), default=["all"])
@@ -32,6 +33,9 @@ def arguments(argv):
         metavar="N,V,D[,KEY=VALUE...]",
         help="for loss and accuracy, repeatable: profile (rl, flat, real, real-0.6), head, objective, dtype, softcap, "
         "zero_share",
+    )
+    parser.add_argument(
+        "--groups", nargs="+", choices=loss.GROUPS, default=[], help="of the loss suite's cases; base: the headline"
     )
     parser.add_argument("--repeats", type=int, help="default: the suite's own")
     parser.add_argument("--output", type=Path, default=RESULTS, help=f"default: {os.path.relpath(RESULTS)}")
@@ -57,7 +61,15 @@ def run_suites(chosen):
 
     names = SUITES if "all" in chosen.suite else tuple(dict.fromkeys(chosen.suite))
     options = Options(
-        chosen.device, list(names), chosen.output, chosen.repeats, chosen.entries, chosen.case, chosen.time_limit
+        chosen.device,
+        list(names),
+        chosen.output,
+        chosen.repeats,
+        chosen.entries,
+        chosen.case,
+        chosen.groups,
+        apart=chosen.device == "cuda",
+        time_limit=chosen.time_limit,
     )
     about = measure.machine(chosen.device, " ".join(["python -m bench", *sys.argv[1:]]))
     chosen.output.mkdir(parents=True, exist_ok=True)
@@ -66,9 +78,12 @@ def run_suites(chosen):
         show.console.print(f"{about['device']}, torch {about['torch']}, {about['versions']}")
         for name in names:
             suite = importlib.import_module(f"bench.suites.{name}")
-            rows = [{**about, **row} for row in suite.run(options, show)]
             stem = chosen.output / f"{name}-{chosen.device}{'-' + chosen.tag if chosen.tag else ''}"
-            path = Path(f"{stem}.jsonl")
+            path, part = Path(f"{stem}.jsonl"), Path(f"{stem}.part.jsonl")
+            part.unlink(missing_ok=True)
+            show.keep = functools.partial(append, part, about)
+            rows = [{**about, **row} for row in suite.run(options, show)]
+            part.unlink(missing_ok=True)
             if path.exists() and all(row.get("reason", "").startswith("not run") for row in rows):
                 show.console.print(f"kept: {os.path.relpath(path)}, as the time limit left nothing to put in its place")
                 continue
@@ -80,6 +95,12 @@ def run_suites(chosen):
             why = row.get("reason", "wrong")
             show.console.print(f"{row['suite']}: {row['entry']}: {row['title']}: {why}", style="red")
     return 1 if failed else 0
+
+
+def append(path, about, rows):
+    """The rows of a finished case, on disk at once: what is there if the suite is stopped."""
+    with path.open("a") as file:
+        file.write("".join(json.dumps({**about, **row}) + "\n" for row in rows))
 
 
 def fine(row):

@@ -170,6 +170,7 @@ class Truth:
     d_hidden: torch.Tensor  # (N, D)
     d_weight: torch.Tensor | None  # (V, D), None for a frozen head
     denormals: float  # share of the (N, V) dlogits that the case's dtype can only hold as denormal numbers
+    far_from_clip: tuple | None = None  # see measure.far_from_clip
 
 
 def truth(p, chunk=256):

@@ -107,6 +107,7 @@ def full_logits(p, entropy):
 
 @functools.cache
 def compile_logits():
+    torch._dynamo.config.recompile_limit = 64  # beyond it, a suite's many cases would silently be eager's
     return torch.compile(full_logits, dynamic=True)
 
 

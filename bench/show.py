@@ -11,6 +11,7 @@ class Show:
         self.console = Console(width=150, quiet=quiet)
         self.line = self.console.status("starting")
         self.started = time.monotonic()
+        self.keep = lambda rows: None  # what a caller does with the rows of each finished case
 
     def __enter__(self):
         self.line.start()
@@ -26,6 +27,7 @@ class Show:
         """``table(rows)`` -> (columns, cells); a short line of cells is an entry and why it has no figures."""
         if not rows:
             return
+        self.keep(rows)
         columns, cells = table(rows)
         shown = Table(title=f"[{time.monotonic() - self.started:.0f} s] {title}", title_justify="left")
         for i, column in enumerate(columns):

@@ -1,7 +1,9 @@
 """The benchmarks: their truth, their gate, their rows; no entry is lost, and no wrong figure is shown."""
 
 import json
+import os
 import sys
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -13,10 +15,11 @@ pytest.importorskip("matplotlib")
 
 from bench import __main__ as command
 from bench import draw, measure, report, shapes
-from bench.cases import OBJECTIVES, Case, count_denormals, problem, tensors, truth
+from bench.cases import OBJECTIVES, Case, Problem, count_denormals, problem, tensors, truth
 from bench.entries import ENTRIES, Entry, full_logits, unsloth_module
 from bench.show import Show
 from bench.suites import Options, accuracy, fit, loss, parse_case, step
+from bench.worker import Worker
 from fastgrpo import reference
 
 SMALL = Case(128, 1000, 64)
@@ -104,6 +107,20 @@ def test_a_wrong_entry_gets_no_time(options, monkeypatch):
     assert [c[1] for c in cells[:3]] == ["wrong"] * 3
 
 
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_the_gate_forgives_rounded_logits_and_no_half_gradient(objective):
+    """In bf16 rounding crosses the clip's edge: plain torch is then as far from the truth as half a gradient."""
+    p = make(replace(SMALL, dtype="bf16", objective=objective))
+    want, half = truth(p), Entry("half", "torch", None, lambda p: halved(full(p)))
+    assert measure.errors(ENTRIES["full logits"], p, want)["correct"]
+    found = measure.errors(half, p, want)
+    assert not found["correct"]
+    assert found["far_from_clip"]["d_hidden_error"] == pytest.approx(0.5, abs=0.05)
+    exact = measure.errors(ENTRIES["fastgrpo exact"], p, want)
+    assert exact["correct"]
+    assert "far_from_clip" not in exact
+
+
 def full(p):
     return ENTRIES["full logits"].run_loss(p)
 
@@ -163,6 +180,142 @@ def test_sweeps_have_pictures_and_shared_points_are_measured_once(options, tmp_p
     assert names >= {"x-time-over-N.png", "x-time-over-V.png", "x-objectives.png"}
 
 
+def obey(request, say):
+    """What the workers of the test below do."""
+    say(f"at {request}")
+    if request == "crash":
+        os._exit(3)
+    if request == "hang":
+        time.sleep(600)
+    if request == "raise":
+        raise RuntimeError("an illegal access")
+    return request
+
+
+def make_obedient():
+    return obey
+
+
+def test_a_worker_is_lost_and_replaced():
+    heard, worker = [], Worker(make_obedient, silence=20.0)  # seconds that a process may take to start
+    for request, said in (("crash", "ended with 3"), ("raise", "an illegal access"), ("hang", "no word in")):
+        assert worker.ask("fine", heard.append) == ("fine", None)
+        worker.silence = 1.0 if request == "hang" else 20.0
+        answer, why = worker.ask(request, heard.append)
+        assert answer is None
+        assert said in why
+        assert heard[-1] == f"at {request}"
+    worker.close()
+
+
+def test_an_entry_that_takes_its_process_down_loses_no_other(options):
+    """As on a GPU: the rows come from a worker."""
+    options.apart, options.cases = True, [{"N": 64, "V": 512, "D": 32, "head": h} for h in ("trained", "frozen")]
+    with Show(quiet=True) as show:
+        rows = loss.run(options, show)
+    assert [r["entry"] for r in rows] == [*QUICK, *QUICK]
+    assert all(r["correct"] and r["gemms"] > 0 for r in rows if r["entry"] != "CCE")
+
+    class Worker:
+        """Dies whenever a certain entry runs."""
+
+        def ask(self, request, hear):
+            case, broken = request
+            for name in (n for n in QUICK if n not in broken):
+                hear(f"loss: {case.title}: {name}")
+                if name == QUICK[1]:
+                    return None, "failed: its process ended with -6"
+            return [{"entry": n, "reason": broken.get(n)} for n in QUICK], None
+
+    runner = loss.ApartRunner(options)
+    runner.worker = Worker()
+    for case in (SMALL, replace(SMALL, head="frozen")):
+        reasons = {r["entry"]: r["reason"] for r in runner(case, SimpleNamespace(status=lambda text: None))}
+        assert reasons.pop(QUICK[1]) == f"failed: its process ended with -6 ({SMALL.title})"
+        assert not any(reasons.values())
+    runner.worker = SimpleNamespace(ask=lambda request, hear: (None, "failed: out of memory"))
+    assert {r["reason"] for r in runner(SMALL, None)} == {"failed: out of memory"}
+
+
+def test_an_entry_that_fails_while_it_is_timed_gets_no_time():
+    runs = []
+
+    def fails(p):
+        runs.append(p)
+        if len(runs) > 1:
+            raise torch.OutOfMemoryError
+        return full(p)
+
+    entries = {"full logits": ENTRIES["full logits"], "fails": Entry("fails", "torch", None, fails)}
+    samples, gemms, lost = measure.timings(entries, make(SMALL), 3)
+    assert list(samples) == ["full logits"]
+    assert lost == {"fails": "out of memory"}
+    assert len(samples["full logits"]) == len(gemms) == 3
+    assert len(runs) == 2
+
+
+def test_rows_are_on_disk_before_the_suite_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["bench"])
+    plain = loss.run_case
+
+    def stopped(case, *arguments):
+        if case.N == 32:
+            raise KeyboardInterrupt
+        return plain(case, *arguments)
+
+    monkeypatch.setattr(loss, "run_case", stopped)
+    arguments = ["--suite", "loss", "--case", "64,512,32", "--case", "32,512,32", "--entries", "full logits"]
+    with pytest.raises(KeyboardInterrupt):
+        command.main([*arguments, "--output", str(tmp_path)])
+    (row,) = map(json.loads, (tmp_path / "loss-cpu.part.jsonl").read_text().splitlines())
+    assert row["N"] == 64
+    assert row["gemms"] > 0
+    assert "device" in row
+
+
+class FakeEvent:
+    """Of a device that is always done."""
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        self.at = time.perf_counter()
+
+    def elapsed_time(self, later):
+        return 1e3 * (later.at - self.at)
+
+
+def test_gpu_branches_of_a_case(options, monkeypatch):
+    """On a made-up card: events, the bare product before each entry, the time from idle, memory."""
+    memory = {"memory_allocated": lambda: 0, "max_memory_allocated": lambda: 1 << 30}
+    nothing = dict.fromkeys(("synchronize", "reset_peak_memory_stats", "empty_cache"), lambda: None)
+    for name, fake in {"Event": FakeEvent, **memory, **nothing}.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(Problem, "device", "cuda")
+    monkeypatch.setattr(measure, "FRONT", 3e7)  # two bare products of the case
+    options.device, options.repeats, options.entries = "cuda", 3, list(QUICK[:3])
+    rows = loss.run_case(SMALL, tensors(SMALL, "cpu"), options, SimpleNamespace(status=lambda text: None))
+    for r in rows:
+        assert r["correct"]
+        assert r["repeats"] == 3
+        assert 0 < r["gemm_low"] <= r["gemm_seconds"] <= r["gemm_high"]
+        assert r["both_seconds"] > max(r["forward_low"], r["backward_low"])
+        assert r["wall_seconds"] > 0
+        assert 1000 < r["peak_mib"] < 1024
+
+
+@pytest.mark.quick
+def test_headline_cases_of_a_gpu():
+    base = [c for c in loss.cuda_cases() if c.group == "base" and not c.zero_share]
+    assert {(c.N, c.V, c.D, c.profile, c.head, c.dtype) for c in base} == {
+        (n, 151936, d, profile, head, "bf16")
+        for n, d in ((16384, 1536), (8192, 4096)) for profile in ("rl", "flat") for head in ("trained", "frozen")
+    }  # fmt: skip
+    assert len(base) == 8
+    assert {c.group for c in loss.cuda_cases()} == set(loss.GROUPS)
+
+
 @pytest.mark.quick
 def test_accuracy_suite(options, tmp_path):
     options.cases = [{"N": 128, "V": 1000, "D": 64, "dtype": "bf16"}]
@@ -202,7 +355,7 @@ def test_learner_step(options, monkeypatch, tuning):
 @pytest.mark.quick
 def test_shapes_are_the_published_ones():
     published = {"Qwen2.5-0.5B": 494.0, "Qwen2.5-1.5B": 1543.7, "Qwen2.5-7B": 7615.6, "Qwen3-0.6B": 596.0,
-                 "Qwen3-4B": 4022.5, "Llama-3-8B": 8030.3, "Gemma-2-2B": 2614.3}  # fmt: skip
+                 "Qwen3-4B": 4022.5, "Qwen3-8B": 8190.7, "Llama-3-8B": 8030.3, "Gemma-2-2B": 2614.3}  # fmt: skip
     assert set(published) == set(shapes.SHAPES)
     for name, millions in published.items():
         assert shapes.parameter_count(shapes.SHAPES[name]) / 1e6 == pytest.approx(millions, abs=0.06), name

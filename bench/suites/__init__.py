@@ -19,6 +19,9 @@ class Options:
     repeats: int | None = None  # None: the suite's own number
     entries: list[str] = field(default_factory=lambda: list(ENTRIES))
     cases: list = field(default_factory=list)  # Case; empty: the suite's own
+    groups: list[str] = field(default_factory=list)  # of the loss suite's own cases; empty: all
+    apart: bool = False  # the loss suite's cases run in a process of their own, see bench.worker
+    broken: dict = field(default_factory=dict)  # {entry: why it is not tried again}
     time_limit: float = 540.0
     started: float = field(default_factory=time.monotonic)
 
@@ -31,7 +34,7 @@ class Options:
     def runnable(self, case):
         """-> ({name: Entry}, {name: why not})"""
         nothing = self.late or case.why_not()
-        reasons = {n: nothing or ENTRIES[n].why_not(case, self.device) for n in self.entries}
+        reasons = {n: nothing or self.broken.get(n) or ENTRIES[n].why_not(case, self.device) for n in self.entries}
         return {n: ENTRIES[n] for n, r in reasons.items() if r is None}, {n: r for n, r in reasons.items() if r}
 
 

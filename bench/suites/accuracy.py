@@ -54,7 +54,6 @@ def accuracy(entry, p, want):
         logp, _ = entry.logprobs(p, False)
         difference = logp.reshape(-1).double() - want.logprobs
         ratio = difference.exp()
-        row["logp_rms_error"] = float(difference.square().mean().sqrt())
         row["outside_ratio"] = float(((ratio < RATIO[0]) | (ratio > RATIO[1])).double().mean())
         sure = want.logprobs > -1e-3  # where most tokens of RL live, and where log-probs cancel
         if sure.any():

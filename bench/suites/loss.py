@@ -1,12 +1,17 @@
 """The loss head: forward, backward, log-probs alone; memory; sweeps of N, V, D; named shapes; every objective."""
 
+import contextlib
 import functools
 from dataclasses import replace
+from types import SimpleNamespace
 
 from bench import measure, stages
 from bench.cases import OBJECTIVES, SEQUENCES, Case, problem, tensors, truth
+from bench.entries import ENTRIES
 from bench.real import TEMPERATURES, TOKENS
+from bench.worker import Worker
 
+GROUPS = ("base", "models", "N", "V", "D", "objectives")
 DENORMALS = 1e-3  # share of the dlogits from which a note says so
 SKIPPING = 0.5  # share of the sequences with advantage 0 in the case that shows what skipping them saves
 
@@ -34,13 +39,16 @@ def cpu_cases():
 
 def cuda_cases():
     models = ("Qwen2.5-0.5B", "Qwen2.5-1.5B", "Qwen2.5-7B", "Qwen3-0.6B", "Qwen3-4B", "Llama-3-8B", "Gemma-2-2B")
-    base = Case.of("Qwen2.5-1.5B", 8192, dtype="bf16")
+    narrow, wide = Case.of("Qwen2.5-1.5B", 16384, dtype="bf16"), Case.of("Qwen3-8B", 8192, dtype="bf16")
     sweep = {"dtype": "bf16"}
     return [
-        base,
-        replace(base, head="frozen"),
-        replace(base, zero_share=SKIPPING),
-        *(replace(base, profile="flat", head=head) for head in ("trained", "frozen")),
+        *(
+            replace(case, profile=profile, head=head)
+            for profile in ("rl", "flat")
+            for case in (narrow, wide)
+            for head in ("trained", "frozen")
+        ),
+        replace(narrow, zero_share=SKIPPING),
         *(Case.of(m, 8192, dtype="bf16", group="models") for m in models),
         *(Case.real(name, TOKENS, group="models", dtype="bf16") for name in TEMPERATURES),
         *(Case.of("Qwen2.5-1.5B", n, dtype="bf16", group="N") for n in (2048, 4096, 8192, 16384, 32768)),
@@ -50,24 +58,61 @@ def cuda_cases():
     ]
 
 
+class Runner:
+    """Runs cases one after the other; neighbours that differ in head or objective share their data."""
+
+    def __init__(self, options):
+        self.options, self.key, self.data = options, None, None
+
+    def __call__(self, case, show):
+        if self.key != case.data_key and not (self.options.late or case.why_not()):
+            self.data = None  # both at once may not fit
+            self.key, self.data = case.data_key, tensors(case, self.options.device)
+        return run_case(case, self.data, self.options, show)
+
+    def close(self):
+        self.data = None
+
+
+def make_runner(options):
+    """What :class:`bench.worker.Worker` starts in its process."""
+    runner = Runner(options)
+
+    def answer(request, say):
+        case, options.broken = request
+        return runner(case, SimpleNamespace(status=say))
+
+    return answer
+
+
+class ApartRunner:
+    """The same in another process; an entry that takes it down is not tried again, the others are."""
+
+    def __init__(self, options):
+        self.options, self.worker, self.at = options, Worker(make_runner, options), None
+        self.close = self.worker.close
+
+    def __call__(self, case, show):
+        def hear(text):
+            self.at = text.rpartition(": ")[2]  # of an entry its name
+            show.status(text)
+
+        while True:
+            self.at = None
+            rows, lost = self.worker.ask((case, self.options.broken), hear)
+            if not lost:
+                return rows
+            if self.at not in ENTRIES:  # the case itself, before any entry ran
+                return [{**common_row(case, self.options), "entry": n, "reason": lost} for n in self.options.entries]
+            self.options.broken[self.at] = f"{lost} ({case.title})"
+
+
 def run(options, show):
     """-> one row a case and entry."""
-    todo = [Case(**{"group": "base", **c}) for c in options.cases] or cases(options.device)
-    rows, jobs, held = [], [], (None, None)
-    for number, case in enumerate(todo, 1):
-        show.status(f"loss {number}/{len(todo)}: {case.title}")
-        known = [r for r in rows if r["title"] == case.title]
-        if known:  # a point of two sweeps is measured once
-            rows += [{**r, "group": case.group} for r in known]
-            continue
-        possible = not (options.late or case.why_not())
-        if held[0] != case.data_key and possible:
-            held = case.data_key, tensors(case, options.device)
-        new = run_case(case, held[1], options, show)
-        show.rows(case.title, new, table)
-        rows += new
-        if case.memory and options.device == "cpu" and possible:
-            jobs.append((case, held[1]))
+    todo = [Case(**{"group": "base", **c}) for c in options.cases]
+    todo = todo or [c for c in cases(options.device) if not options.groups or c.group in options.groups]
+    with contextlib.closing((ApartRunner if options.apart else Runner)(options)) as runner:
+        rows, jobs = run_cases(todo, runner, options, show)
     if jobs:
         show.status(f"loss: peak memory of {len(jobs)} cases, a process an entry")
         add_memory(rows, jobs)
@@ -75,9 +120,26 @@ def run(options, show):
     return rows
 
 
-def run_case(case, data, options, show):
-    entries, reasons = options.runnable(case)
-    common = {
+def run_cases(todo, runner, options, show):
+    """-> rows; (case, data) of those whose memory is to be measured apart, on a CPU"""
+    rows, jobs = [], []
+    for number, case in enumerate(todo, 1):
+        show.status(f"loss {number}/{len(todo)}: {case.title}")
+        known = [r for r in rows if r["title"] == case.title]
+        if known:  # a point of two sweeps is measured once
+            rows += [{**r, "group": case.group} for r in known]
+            continue
+        possible = not (options.late or case.why_not())
+        new = runner(case, show)
+        show.rows(case.title, new, table)
+        rows += new
+        if case.memory and options.device == "cpu" and not options.apart and possible:
+            jobs.append((case, runner.data))
+    return rows, jobs
+
+
+def common_row(case, options):
+    return {
         "suite": "loss",
         "kind": options.device,
         **case.row(),
@@ -87,6 +149,11 @@ def run_case(case, data, options, show):
         "floor_bytes": case.input_bytes,
         "memory_bound_mib": case.memory_bound_mib,
     }
+
+
+def run_case(case, data, options, show):
+    entries, reasons = options.runnable(case)
+    common = common_row(case, options)
     rows = {name: {**common, "entry": name, "reason": reason} for name, reason in reasons.items()}
     good = {}
     if entries:
@@ -104,12 +171,21 @@ def run_case(case, data, options, show):
     if good:
         show.status(f"loss: {case.title}: timing")
         repeats = options.repeats or (5 if options.device == "cuda" else 3 if case.gemm_flops < 5e10 else 2)
-        samples, gemms = measure.timings(good, p, repeats)
-        for name, entry in good.items():
-            rows[name] |= measure.statistics_row(samples[name], gemms, case)
+
+        def tell(name):
+            show.status(f"loss: {case.title}: timing: {name}")
+
+        samples, gemms, lost = measure.timings(good, p, repeats, tell)
+        for name, reason in lost.items():
+            rows[name]["reason"] = reason
+        for name, values in samples.items():
+            rows[name] |= measure.statistics_row(values, gemms, case)
+            if options.device == "cuda":
+                tell(name)
+                rows[name]["wall_seconds"] = measure.from_idle(good[name], p)
             if options.device == "cuda" and case.memory:
-                rows[name]["peak_mib"] = measure.peak_cuda(functools.partial(measure.step, entry, p))
-        if "fastgrpo certified" in good and options.device == "cpu" and case.group in ("base", "models"):
+                rows[name]["peak_mib"] = measure.peak_cuda(functools.partial(measure.step, good[name], p))
+        if "fastgrpo certified" in samples and options.device == "cpu" and case.group in ("base", "models"):
             rows["fastgrpo certified"]["stages"] = stages.time_certified(p, rows["fastgrpo certified"]["gemm_seconds"])
     return [rows[name] for name in options.entries]
 
