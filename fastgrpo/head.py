@@ -12,7 +12,8 @@ from fastgrpo.backends.problem import HeadParams
 TOLERANCE = 0.005  # adds less than a quarter of what bf16 GEMMs add to the gradients' errors anyway
 AUTO_FP32_TOLERANCE = 0.0007  # the most that keeps both gradients within 1e-4 on every profile of bench/
 ROW_TOLERANCE = 0.1
-CERTIFIED_FROM = (256, 4096, 256)  # tokens, vocabulary and width from which "auto" certifies
+# Tokens, vocabulary and width from which "auto" certifies; on a GPU launches cost more than a small case's GEMMs.
+CERTIFIED_FROM = {"cpu": (256, 4096, 256), "cuda": (4096, 32768, 512)}
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def certified_tolerance(backward, tolerance, compute, sizes, with_grad, device):
 
 
 def is_worthwhile(compute, sizes, device):
-    """Whether "auto" certifies. On CUDA that is still many small launches of torch's, and the host waits."""
-    if compute == torch.float64 or device.type == "cuda":
-        return False
-    return all(a >= b for a, b in zip(sizes[::-1], CERTIFIED_FROM[::-1]))  # tokens last: a graph is bound to the answer
+    """Whether "auto" certifies."""
+    least = CERTIFIED_FROM.get(device.type, CERTIFIED_FROM["cuda"])
+    # tokens last: a graph is bound to the answer
+    return compute != torch.float64 and all(a >= b for a, b in zip(sizes[::-1], least[::-1]))

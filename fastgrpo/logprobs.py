@@ -66,9 +66,10 @@ def linear_logprobs(
         backend: "auto" (Triton on a GPU, else torch), "triton" or "torch".
         backward: "exact": every entry of every row with a gradient. "certified": the entries that matter; every row
             carries the exact probability mass it leaves out, and rows over the tolerance keep all entries. "auto":
-            exact on CUDA and for float64 or small input, certified otherwise. An entropy gradient is exact. Where
+            exact for float64 and small input, certified otherwise. An entropy gradient is exact. Where
             hidden alone wants a gradient (a frozen head, no entropy returned, no LoRA on the head) it is made in the
-            forward, in two GEMMs or less, and held until the backward, 4 N D bytes.
+            forward, in two GEMMs or less, and held until the backward, 4 N D bytes; not by the Triton backend's
+            certified backward, which makes it from the kept entries.
         tolerance: of the certified backward: bound on the relative error of d loss / d logits (Frobenius norm). None:
             0.005, which adds less than a quarter of what bf16 GEMMs add anyway; 0.0007 for fp32 under "auto". The
             gradients' own errors are about ten times smaller.

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from fastgrpo import support
-from fastgrpo.backends import certified, certified_backward, frozen
+from fastgrpo.backends import frozen
 from fastgrpo.inputs import accumulator_dtype
 
 
@@ -51,16 +51,13 @@ class Certified:
 
     @staticmethod
     def kept_like(problem, backend, entries):
-        n, vocab, _ = problem.sizes
-        block = backend.rows_per_flag(problem)
-        return ((n,), torch.int64), ((-(-n // block), vocab), torch.bool), ((n,), accumulator_dtype(problem.hidden))
+        return backend.certificate_like(problem)
 
     @staticmethod
     def backward(problem, backend, entries, stats, kept, grad_logp, grad_entropy, needs):
         if grad_entropy is not None:  # the certificate does not speak of the entropy
             return backend.backward(problem, stats, grad_logp, grad_entropy, needs)
-        certificate = certified.Certificate(*kept, block=backend.rows_per_flag(problem))
-        return certified_backward.backward(problem, stats, certificate, grad_logp, needs)
+        return backend.certified_backward(problem, stats, kept, grad_logp, needs)
 
 
 class Frozen:

@@ -197,7 +197,7 @@ def vocab_parallel_logprobs(
     targets = options.check(hidden, weight, targets)
     sizes = (targets.numel(), math.inf, weight.shape[1])  # shards differ, the decision may not
     hidden_grad = inputs.accumulator_dtype(hidden) if reduce_hidden_grad else None
-    params = options.params(hidden, weight, (hidden, weight, bias), sizes, hidden_grad=hidden_grad)
+    params = options.params(hidden, weight, (hidden, weight, bias), sizes, hidden_grad=hidden_grad, shard=True)
     if params.tolerance is not None:
         params = replace(params, tolerance=params.tolerance / dist.get_world_size(group) ** 0.5)
     first, vocab = place(weight, group, shard_sizes)

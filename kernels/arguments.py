@@ -8,6 +8,9 @@ from typing import NamedTuple
 
 import torch
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from fastgrpo.kernels import tiles
 
 TO_TRITON = {"torch.bfloat16": tl.bfloat16, "torch.float16": tl.float16, "torch.float32": tl.float32}
 
@@ -84,3 +87,28 @@ def has_extras(problem):
     """Whether a tile of logits needs more than a scalar factor."""
     params = problem.params
     return any(x is not None for x in (problem.bias, params.softcap, problem.temperature, problem.low))
+
+
+def describable(device, dtype, *matrices):
+    """Whether tensor descriptors can bring tiles of these (n, m) matrices, which the kernel then takes as they are.
+
+    They need 16-byte rows of the dtype that is computed in, and hardware that copies tiles.
+    """
+    return tiles.has_descriptors(device) and all(
+        x.dtype == dtype and dtype.itemsize == 2 and x.stride(1) == 1 and 2 * x.stride(0) % 16 == 0
+        and x.data_ptr() % 16 == 0
+        for x in matrices
+    )  # fmt: skip
+
+
+def describe(x, rows, cols):
+    """Descriptor of a matrix that is read in tiles of rows x cols."""
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, cols])
+
+
+def pick_tile(kernel, problem):
+    """-> Tile of a kernel that makes logits of dense rows, and whether its operands come by descriptors."""
+    device, dtype = problem.hidden.device, problem.params.compute_dtype
+    dense = problem.hidden.dtype == dtype and problem.hidden.shape[2] % 8 == 0
+    described = dense and describable(device, dtype, problem.weight)
+    return tiles.for_tensor(kernel, dtype, device, described), described

@@ -1,77 +1,113 @@
-"""Exact backward: a tile of logits is recomputed, turned into dlogits in a bounded buffer, and fed to two GEMMs."""
+"""The dense backward: tiles of logits are made again, turned into dlogits in a bounded buffer, and fed to two GEMMs.
 
-import functools
+It goes up a staircase: :class:`fastgrpo.backends.staircase.Staircase` says in which order rows and entries come, and
+how many of the rows each panel of entries needs. The exact backward needs all of them everywhere, the certified one
+what its certificate kept. The host knows none of these numbers and never waits for them.
+"""
+
+import math
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from fastgrpo.backends.problem import new_gradients, plan_tiles, row_scale
+from fastgrpo.backends import staircase
+from fastgrpo.backends.problem import new_gradients, row_scale, sum_entries
 from fastgrpo.inputs import IGNORE, compact_rows
 from fastgrpo.kernels import tiles
-from fastgrpo.kernels.arguments import TO_TRITON, Selection, has_extras, logit_arguments, row_strides
+from fastgrpo.kernels.arguments import (
+    TO_TRITON,
+    Selection,
+    describable,
+    describe,
+    has_extras,
+    logit_arguments,
+    pick_tile,
+)
 from fastgrpo.kernels.common import (
     cap,
     cap_slope,
+    chunk_panels,
+    group_blocks,
+    has_label,
     inverse_temperatures,
     load_stats,
+    panel_pointers,
     raw_logits,
     selected_rows,
     without_dust,
 )
+from fastgrpo.kernels.panels import Cut, Panels
 from fastgrpo.kernels.products import (
     add_product,
     copy_tile,
     dbias_kernel,
     dweight_kernel,
-    gather_kernel,
+    gather_rows,
     scatter_kernel,
     spans,
 )
 from fastgrpo.kernels.row_math import gradient_at_label
+from fastgrpo.kernels.tiles import cdiv
+from fastgrpo.lora import has_native, mm16
+
+LOG2E = tl.constexpr(math.log2(math.e))
 
 
-@triton.jit(do_not_specialize=["first_row", "last_row", "first_held", "first_v", "last_v", "N"])
+@triton.jit(do_not_specialize=["first_row", "last_row", "first_held", "chunk", "N"])
 def dlogits_kernel(
     x_ptr,  # (held, D) rows of hidden, gathered
+    x_desc,  # of it, and
+    w_desc,  # of the weight, or with ids of the chunk's entries; None: by pointers
     head,  # Head
     bias_ptr,  # (V,) or None
     low_rank,  # LowRank or None
-    selection,  # Selection of the rows with a gradient
+    ids_ptr,  # (V,) the entry at each position; None: in their order
+    selection,  # Selection of the rows with a gradient; targets are positions
     temperature_ptr,  # (N,) or None
     stats_ptr,  # (5, N) RowStats
     grad_logp_ptr,  # (N,)
     grad_entropy_ptr,  # (N,) or None
     scale_ptr,  # (1,) power of two
-    dlogits_ptr,  # (rows, width) out, of the row and entry chunk in hand; width a multiple of every tile
+    cuts_ptr,  # (chunks + 1,)
+    stops_ptr,  # (panels,) rows that need them
+    dlogits_ptr,  # out, the chunk's panels
+    sums_ptr,  # (tiles, rows of a panel) fp32 out, sums of the rows of each tile; None: not wanted
     first_row,
     last_row,
     first_held,
-    first_v,
-    last_v,
-    width,
+    chunk,
     N,
     logits,  # Logits
     WHOLE_D: tl.constexpr,
     COMPUTE: tl.constexpr,
+    PANEL: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
-    blocks = tl.cdiv(last_row - first_row, BLOCK_N)
-    block = tl.program_id(0) % blocks
-    tile_v = first_v + tl.program_id(0) // blocks * BLOCK_V
-    stop = tl.minimum(tl.load(selection.count_ptr), last_row)
-    start = first_row + block * BLOCK_N
-    if start >= stop:
+    first, last, height = chunk_panels(cuts_ptr, stops_ptr, chunk, first_row, last_row, PANEL)
+    across = (last - first) * (PANEL // BLOCK_V)
+    block, tile = group_blocks(tl.program_id(0), tl.maximum(across, 1), GROUP)
+    if block * BLOCK_N >= height:
         return
+    local_v = tile * BLOCK_V
+    panel = local_v // PANEL
+    stop = tl.minimum(tl.load(stops_ptr + first + panel), last_row)
+    if first_row + block * BLOCK_N // PANEL * PANEL >= stop:  # the GEMMs read PANELs of rows
+        return
+    start = first_row + block * BLOCK_N
+    first_v = first * PANEL + local_v
     offs_n = start + tl.arange(0, BLOCK_N)
     mask_n = offs_n < stop
     rows, label = selected_rows(selection, offs_n, mask_n, head.V)
-    x_ptrs = x_ptr + (tl.where(mask_n, offs_n, start) - first_held).to(tl.int64) * head.D
-    raw = raw_logits(x_ptrs, 1, head, bias_ptr, low_rank, rows, tile_v, WHOLE_D, COMPUTE, BLOCK_N, BLOCK_V, BLOCK_D)
-
+    first_w = first_v if ids_ptr is None else local_v
+    value = raw_logits(
+        x_ptr, x_desc, w_desc, head, bias_ptr, low_rank, ids_ptr, rows, start - first_held, stop - 1 - first_held,
+        first_v, first_w, WHOLE_D, COMPUTE, BLOCK_N, BLOCK_V, BLOCK_D,
+    )  # fmt: skip
     inv_temperature = inverse_temperatures(temperature_ptr, rows, mask_n, logits, BLOCK_N)
     row_factor = inv_temperature * tl.load(scale_ptr)
     grad_logp = tl.load(grad_logp_ptr + rows, mask=mask_n, other=0.0) * row_factor
@@ -81,17 +117,20 @@ def dlogits_kernel(
     logp, peak, offset, other_mass, entropy = load_stats(stats_ptr, N, rows, mask_n)
     at_label = gradient_at_label(grad_logp, grad_entropy, logp, other_mass, entropy)
 
-    log_p = cap(raw, logits) * inv_temperature[:, None] - peak[:, None] - offset[:, None]
-    p = tl.exp(log_p)
-    dz = -grad_logp[:, None] * p
+    log_p = cap(value, logits) * inv_temperature[:, None] - peak[:, None] - offset[:, None]
+    dz = -grad_logp[:, None] * tl.math.exp2(log_p * LOG2E)
     if grad_entropy_ptr is not None:
-        dz -= grad_entropy[:, None] * p * (log_p + entropy[:, None])
-    offs_v = tile_v + tl.arange(0, BLOCK_V)
-    dz = tl.where(offs_v[None, :] == label[:, None], at_label[:, None], dz) * cap_slope(raw, logits)
-    dz = tl.where((offs_v < last_v)[None, :], dz, 0.0)  # the GEMMs read whole tiles
-    local_v = tl.program_id(0) // blocks * BLOCK_V + tl.arange(0, BLOCK_V)
-    out = dlogits_ptr + (offs_n - first_row).to(tl.int64)[:, None] * width + local_v[None, :]
-    tl.store(out, without_dust(dz).to(dlogits_ptr.dtype.element_ty), mask=mask_n[:, None])
+        dz -= grad_entropy[:, None] * tl.math.exp2(log_p * LOG2E) * (log_p + entropy[:, None])
+    local = label - first_v
+    offs_v = tl.arange(0, BLOCK_V)
+    if has_label(local, BLOCK_V) | (first_v + BLOCK_V > head.V) | (start + BLOCK_N > stop):
+        dz = tl.where(offs_v[None, :] == local[:, None], at_label[:, None], dz)
+        dz = tl.where((first_v + offs_v < head.V)[None, :] & mask_n[:, None], dz, 0.0)  # the GEMMs read whole tiles
+    dz = without_dust(dz * cap_slope(value, logits))
+    if sums_ptr is not None:
+        tl.store(sums_ptr + tile * height + block * BLOCK_N + tl.arange(0, BLOCK_N), tl.sum(dz, axis=1))
+    out = panel_pointers(dlogits_ptr, height, block * BLOCK_N, local_v, PANEL, BLOCK_N, BLOCK_V)
+    tl.store(out, dz.to(dlogits_ptr.dtype.element_ty))
 
 
 class Factor(NamedTuple):
@@ -120,48 +159,58 @@ def make_factors(problem, scale, out):
     return factors
 
 
-class Chunks:
-    """The chunks one backward goes through, and its buffers: sized to the workspace, plus the fp32 sum of all rows'
-    gradients where entries have gradients too.
+def mean_entries(entries):
+    """(D,) fp32. By a GEMM where it may be: torch's mean takes 128 MiB and more for partial sums."""
+    count = entries.shape[0]
+    if has_native(entries) and entries.dtype.itemsize == 2:
+        return mm16(entries.new_ones(1, count), entries)[0] / count
+    return sum_entries(entries, torch.float32) / count
+
+
+class Work:
+    """What one backward goes through: its panels, and its rows as the GEMMs read and write them.
 
     Attributes:
-        dlogits: (rows, cols) of the chunk in hand.
         gathered: of each factor that a GEMM reads rows of, (held, D): those rows, densely; None for the others. All
             rows' stand where their gradient will be written at the end, so that they need no memory of their own.
-        row_sums: of each factor whose rows have a gradient, (held, D) fp32. entry_sums: (cols, D) fp32, or None.
+        row_sums: of each factor whose rows have a gradient, (held, D) fp32. entry_sums: (entries of a chunk, D) fp32,
+            or None.
     """
 
-    def __init__(self, problem, factors):
-        n, vocab, _ = problem.sizes
-        self.n, self.vocab, self.factors = n, vocab, factors
-        self.device = problem.hidden.device
-        # With a frozen head a row chunk is finished before the next: its fp32 sum is a chunk's, not (N, D).
-        self.rows_outside = all(f.d_entries is None for f in factors)
-        plan = self.plan(problem.params)
-        self.rows, self.cols = min(plan.rows, n), plan.cols
-        self.dlogits = self.new(self.rows, self.cols, problem.params.compute_dtype)
+    def __init__(self, problem, factors, plan, described, spread):
+        self.problem, self.factors, self.spread = problem, factors, spread
+        self.n, vocab, _ = problem.sizes
+        self.device, dtype = problem.hidden.device, problem.params.compute_dtype
+        # With a frozen head a row chunk is finished before the next: its fp32 sum is a chunk's, not (N, D). Entries in
+        # an order of their own are copied chunk by chunk, and that not once more for each chunk of rows.
+        self.rows_outside = plan.entries is None and all(f.d_entries is None for f in factors)
+        copies = plan.entries is not None and described
+        cut = self.cut(dtype.itemsize, copies)
+        self.panels = Panels(cut, vocab, dtype, self.device, plan.stops_head, plan.stops_hidden, plan.entries)
+        if copies:
+            self.panels.copy_entries(problem.weight)
+        self.rows = min(cut.rows, self.n)
         self.gathered = [self.room_for_rows(k) for k in range(len(factors))]
-        held = self.rows if self.rows_outside else n
+        held = self.rows if self.rows_outside else self.n
         self.row_sums = [self.new(held, f.depth) if f.d_rows is not None else None for f in factors]
-        apart = self.rows < n  # a chunk of entries is summed over several chunks of rows
-        self.entry_sums = [self.new(self.cols, f.depth) if apart and f.d_entries is not None else None for f in factors]
+        apart, entries = self.rows < self.n, cut.most * tiles.WIDTH  # entries summed over several chunks of rows
+        self.entry_sums = [self.new(entries, f.depth) if apart and f.d_entries is not None else None for f in factors]
+        self.means = [None] * len(factors)
+        if spread:
+            self.means = [None if f.d_rows is None else mean_entries(f.entries) for f in factors]
 
     def new(self, rows, cols, dtype=torch.float32):
         return torch.empty(rows, cols, dtype=dtype, device=self.device)
 
-    def plan(self, params):
-        per_row = sum(f.depth * f.rows.element_size() for k, f in enumerate(self.factors) if self.copies_a_chunk(k))
+    def cut(self, itemsize, copies):
+        factors, problem = self.factors, self.problem
+        per_row = sum(f.depth * f.rows.element_size() for k, f in enumerate(factors) if self.copies_a_chunk(k))
         if self.rows_outside:
-            per_row += sum(4 * f.depth for f in self.factors if f.d_rows is not None)
-        per_col = sum(4 * f.depth for f in self.factors if f.d_entries is not None)
-        plan = functools.partial(
-            plan_tiles, self.n, self.vocab, params.workspace, params.compute_dtype.itemsize, per_row,
-            multiple=tiles.WIDTH,
-        )  # fmt: skip
-        whole = plan(0)
-        if whole.rows < self.n or whole.cols < min(self.vocab, 1024):  # rows in chunks: dW needs sums of its entries
-            return plan(per_col)
-        return whole
+            per_row += sum(4 * f.depth for f in factors if f.d_rows is not None)
+        summed = sum(4 * f.depth for f in factors if f.d_entries is not None)
+        copied = problem.weight.shape[1] * problem.weight.element_size() if copies else 0
+        cell = itemsize + (8 / tiles.WIDTH if self.spread else 0)
+        return Cut(self.n, problem.sizes[1], problem.params.workspace, cell, per_row, copied, summed)
 
     def is_read(self, k):
         """Whether a GEMM reads factor k's rows: the logits' the head's, dW's its own."""
@@ -183,11 +232,11 @@ class Chunks:
         return first_row if buffer.shape[0] < self.n else 0
 
     def __iter__(self):
-        """-> first_row, last_row, first_v, last_v."""
-        rows, cols = spans(self.n, self.rows), spans(self.vocab, self.cols)
+        """-> first_row, last_row, chunk of entries."""
+        rows, chunks = spans(self.n, self.rows), range(self.panels.chunks)
         if self.rows_outside:
-            return iter([(*r, *v) for r in rows for v in cols])
-        return iter([(*r, *v) for v in cols for r in rows])
+            return iter([(*r, chunk) for r in rows for chunk in chunks])
+        return iter([(*r, chunk) for chunk in chunks for r in rows])
 
 
 def backward(problem, stats, grad_logp, grad_entropy, needs):
@@ -198,38 +247,60 @@ def backward(problem, stats, grad_logp, grad_entropy, needs):
         grad_logp: (N,) float32. grad_entropy: (N,) float32 or None.
         needs: :class:`Gradients` of bools; the result has None where one is False.
     """
+    grads = [g.contiguous() for g in (grad_logp, grad_entropy) if g is not None]
+    active = (problem.targets != IGNORE) & torch.stack([g != 0 for g in grads]).any(0)
+    return climb(problem, stats, grads, active, needs, lambda: staircase.exact(
+        active, *compact_rows(active), problem.weight.shape[0]))  # fmt: skip
+
+
+def certified_backward(problem, stats, certificate, grad_logp, needs):
+    """As :func:`backward`, of the entries that matter: within the certificate's tolerances, without waiting either."""
+    grad_logp = grad_logp.contiguous()
+    active = (problem.targets != IGNORE) & (grad_logp != 0)
+    return climb(problem, stats, [grad_logp], active, needs, lambda: staircase.make(
+        problem, stats, certificate, grad_logp, needs))  # fmt: skip
+
+
+def climb(problem, stats, grads, active, needs, make_plan):
     out = new_gradients(problem, needs)
     if problem.targets.numel() == 0 or not any(needs):
         for x in out.of_head:
             if x is not None:
                 x.zero_()
         return out
+    plan = make_plan()
     d_bias = torch.zeros(problem.bias.shape, dtype=torch.float32, device=problem.bias.device) if needs.bias else None
-    grads = [g.contiguous() for g in (grad_logp, grad_entropy) if g is not None]
-    active = (problem.targets != IGNORE) & torch.stack([g != 0 for g in grads]).any(0)
     scale = row_scale(*(torch.where(active, g, 0.0) for g in grads))
     factors = make_factors(problem, scale, out)
-    chunks = Chunks(problem, factors)
-    launch = Launcher(problem, stats, grads, *compact_rows(active), scale, chunks)
-    launch.gather_all(0, chunks.n, a_chunk=False)
-    in_hand = None
-    for first_row, last_row, *entries in chunks:
+    # A row's dlogits add up to 0, so what those made lack of it is what was left out: put back as if spread evenly.
+    sums_to_0 = problem.params.softcap is None and not problem.params.shard
+    spread = plan.entries is not None and sums_to_0 and any(needs.of_rows)
+    kernel = "dlogits_full" if len(grads) > 1 or has_extras(problem) else "dlogits"
+    tile, described = pick_tile(kernel, problem)
+    work = Work(problem, factors, plan, described, spread)
+    launch = Launcher(problem, stats, grads, plan, scale, work, tile, described)
+    launch.gather_all(0, work.n, a_chunk=False)
+    rows_in_hand = chunk_in_hand = None
+    for first_row, last_row, chunk in work:
         rows = first_row, last_row
-        if rows != in_hand:
+        if rows != rows_in_hand:
             launch.gather_all(*rows, a_chunk=True)
-            in_hand = rows
-        launch.dlogits(*rows, *entries)
+            rows_in_hand = rows
+        if chunk != chunk_in_hand:
+            work.panels.copy_chunk(problem.weight, chunk)
+            chunk_in_hand = chunk
+        launch.dlogits(*rows, chunk)
         for k, factor in enumerate(factors):
             if factor.d_rows is not None:
-                launch.dhidden(k, *rows, *entries)
+                launch.dhidden(k, *rows, chunk)
             if factor.d_entries is not None:
-                launch.dweight(k, *rows, *entries)
+                launch.dweight(k, *rows, chunk)
         if d_bias is not None:
-            launch.dbias(d_bias, *rows, *entries)
-        if chunks.rows_outside and entries[1] == chunks.vocab:
+            launch.dbias(d_bias, *rows, chunk)
+        if work.rows_outside and chunk == work.panels.chunks - 1:
             launch.scatter_all(*rows)
-    if not chunks.rows_outside:
-        launch.scatter_all(0, chunks.n)
+    if not work.rows_outside:
+        launch.scatter_all(0, work.n)
     if d_bias is not None:
         out.bias.copy_(d_bias)
     return out
@@ -238,134 +309,164 @@ def backward(problem, stats, grad_logp, grad_entropy, needs):
 class Launcher:
     """Launches the backward's kernels over one chunk."""
 
-    def __init__(self, problem, stats, grads, rows, count, scale, chunks):
-        self.problem, self.stats, self.grads = problem, stats, grads
-        self.rows, self.count, self.scale, self.chunks = rows, count, scale, chunks
+    def __init__(self, problem, stats, grads, plan, scale, work, tile, described):
+        self.problem, self.stats, self.grads, self.plan = problem, stats, grads, plan
+        self.scale, self.work, self.tile = scale, work, tile
         self.head, self.logits, self.low_rank = logit_arguments(problem)
         self.compute = TO_TRITON[str(problem.params.compute_dtype)]
+        self.selection = Selection(plan.rows, plan.count, self.target_positions())
+        if work.spread:
+            work.panels.sum_rows(tile)
+        self.operands = None, None
+        if described:
+            x, weight = work.gathered[0], work.panels.described(problem.weight, True)
+            self.operands = describe(x, tile.rows, tile.depth), describe(weight, tile.cols, tile.depth)
+        self.products = [self.dweight_tile(k) for k in range(len(work.factors))]
 
-    def tile(self, kernel):
-        return tiles.for_tensor(kernel, self.problem.params.compute_dtype, self.problem.hidden.device)
+    def target_positions(self):
+        """(N,) where each target's entry is in the plan's order; what is no entry stays as it is."""
+        targets, entries = self.problem.targets, self.plan.entries
+        if entries is None:
+            return targets
+        positions = torch.empty_like(entries).scatter_(0, entries, torch.arange(len(entries), device=entries.device))
+        inside = (targets >= 0) & (targets < len(entries))
+        return torch.where(inside, positions[torch.where(inside, targets, 0)], targets)
 
     def gather_all(self, first_row, last_row, a_chunk):
         """Some rows of each factor that a GEMM reads rows of, into buffers of a chunk or into those of all rows."""
-        for k in range(len(self.chunks.factors)):
-            if self.chunks.is_read(k) and self.chunks.copies_a_chunk(k) == a_chunk:
-                self.gather(k, first_row, last_row)
+        for k, (factor, out) in enumerate(zip(self.work.factors, self.work.gathered)):
+            if self.work.is_read(k) and self.work.copies_a_chunk(k) == a_chunk:
+                held = self.work.first_held(first_row, out)
+                gather_rows(factor.rows, self.plan.rows, self.plan.count, out, first_row, last_row, held)
 
-    def gather(self, k, first_row, last_row):
-        factor, out = self.chunks.factors[k], self.chunks.gathered[k]
-        tile = copy_tile(factor.depth)
-        gather_kernel[(triton.cdiv(last_row - first_row, tile.rows) * triton.cdiv(factor.depth, tile.cols),)](
-            source_ptr=factor.rows,
-            rows_ptr=self.rows,
-            count_ptr=self.count,
-            out_ptr=out,
-            first_row=first_row,
-            last_row=last_row,
-            first_held=self.chunks.first_held(first_row, out),
-            D=factor.depth,
-            T=factor.rows.shape[1],
-            strides=row_strides(factor.rows),
-            BLOCK_N=tile.rows,
-            BLOCK_D=tile.cols,
-            num_warps=tile.warps,
-        )
-
-    def dlogits(self, first_row, last_row, first_v, last_v):
-        problem, x = self.problem, self.chunks.gathered[0]
-        tile = self.tile("dlogits_full" if len(self.grads) > 1 or has_extras(problem) else "dlogits")
+    def dlogits(self, first_row, last_row, chunk):
+        problem, work, tile = self.problem, self.work, self.tile
+        x, panels = work.gathered[0], work.panels
         n, _, depth = problem.sizes
-        grid = triton.cdiv(last_row - first_row, tile.rows) * triton.cdiv(last_v - first_v, tile.cols)
-        dlogits_kernel[(grid,)](
+        dlogits_kernel[(self.grid(tile),)](
             x_ptr=x,
+            x_desc=self.operands[0],
+            w_desc=self.operands[1],
             head=self.head,
             bias_ptr=problem.bias,
             low_rank=self.low_rank,
-            selection=Selection(self.rows, self.count, problem.targets),
+            ids_ptr=panels.ids,
+            selection=self.selection,
             temperature_ptr=problem.temperature,
             stats_ptr=self.stats,
             grad_logp_ptr=self.grads[0],
             grad_entropy_ptr=self.grads[1] if len(self.grads) > 1 else None,
             scale_ptr=self.scale,
-            dlogits_ptr=self.chunks.dlogits,
+            cuts_ptr=panels.cuts,
+            stops_ptr=panels.stops,
+            dlogits_ptr=panels.dlogits,
+            sums_ptr=panels.sums,
             first_row=first_row,
             last_row=last_row,
-            first_held=self.chunks.first_held(first_row, x),
-            first_v=first_v,
-            last_v=last_v,
-            width=self.chunks.cols,
+            first_held=work.first_held(first_row, x),
+            chunk=chunk,
             N=n,
             logits=self.logits,
             WHOLE_D=depth % tile.depth == 0,
             COMPUTE=self.compute,
+            PANEL=tiles.WIDTH,
             BLOCK_N=tile.rows,
             BLOCK_V=tile.cols,
             BLOCK_D=tile.depth,
+            GROUP=tile.group,
             **tile.options,
         )
 
-    def dhidden(self, k, first_row, last_row, first_v, last_v):
-        total = self.chunks.row_sums[k]
-        held = self.chunks.first_held(first_row, total)
-        span = first_row, last_row, first_v, last_v
-        add_product(self.chunks.dlogits, self.chunks.factors[k].entries, self.count, total, span, first_held=held)
+    def grid(self, tile):
+        """Programs for the most tiles that a chunk can have, in whole groups of row blocks."""
+        panels, width = self.work.panels, tiles.WIDTH
+        units = min(panels.dlogits.shape[0] // width, panels.rows // width * panels.most)
+        groups = cdiv(panels.rows // tile.rows, tile.group)
+        spare = tile.group * panels.most * (width // tile.cols)  # a last group that is not full
+        return min(units * (width // tile.rows) * (width // tile.cols) + spare, groups * spare)
 
-    def dweight(self, k, first_row, last_row, first_v, last_v):
-        factor, x, tile = self.chunks.factors[k], self.chunks.gathered[k], self.tile("dweight")
-        dweight_kernel[(triton.cdiv(last_v - first_v, tile.rows) * triton.cdiv(factor.depth, tile.cols),)](
-            dlogits_ptr=self.chunks.dlogits,
+    def dhidden(self, k, first_row, last_row, chunk):
+        work, factor = self.work, self.work.factors[k]
+        total = work.row_sums[k]
+        add_product(
+            work.panels, factor.entries, total, self.plan.count, first_row, last_row, chunk,
+            first_held=work.first_held(first_row, total), mean=work.means[k], copied=k == 0,
+        )  # fmt: skip
+
+    def dweight_tile(self, k):
+        """-> Tile of dlogits times factor k's rows, descriptors of both or None."""
+        work, x, dlogits = self.work, self.work.gathered[k], self.work.panels.dlogits
+        if work.factors[k].d_entries is None:
+            return None
+        described = describable(work.device, dlogits.dtype, x)
+        wide = described and work.entry_sums[k] is None  # sums that are read leave no room for wide tiles
+        tile = tiles.for_tensor("dweight", dlogits.dtype, work.device, wide)
+        if not described:
+            return tile, None, None
+        return tile, describe(dlogits, tile.depth, tile.rows), describe(x, tile.depth, tile.cols)
+
+    def dweight(self, k, first_row, last_row, chunk):
+        work, factor, x = self.work, self.work.factors[k], self.work.gathered[k]
+        panels, (tile, dlogits_desc, x_desc) = work.panels, self.products[k]
+        dweight_kernel[(panels.most * (tiles.WIDTH // tile.rows) * cdiv(factor.depth, tile.cols),)](
+            dlogits_ptr=panels.dlogits,
+            dlogits_desc=dlogits_desc,
+            x_desc=x_desc,
             x_ptr=x,
-            count_ptr=self.count,
+            ids_ptr=panels.ids,
+            cuts_ptr=panels.cuts,
+            stops_ptr=panels.stops,
             scale_ptr=factor.entries_scale,
-            sum_ptr=self.chunks.entry_sums[k],
+            sum_ptr=work.entry_sums[k],
             dweight_ptr=factor.d_entries,
             first_row=first_row,
             last_row=last_row,
-            first_held=self.chunks.first_held(first_row, x),
-            final=int(last_row == self.chunks.n),
-            first_v=first_v,
-            last_v=last_v,
-            width=self.chunks.cols,
+            first_held=work.first_held(first_row, x),
+            final=int(last_row == work.n),
+            chunk=chunk,
+            V=panels.vocab,
             D=factor.depth,
             COMPUTE=self.compute,
+            PANEL=tiles.WIDTH,
             BLOCK_V=tile.rows,
             BLOCK_D=tile.cols,
             BLOCK_N=tile.depth,
             **tile.options,
         )
 
-    def dbias(self, d_bias, first_row, last_row, first_v, last_v):
-        block = 64
-        dbias_kernel[(triton.cdiv(last_v - first_v, block),)](
-            dlogits_ptr=self.chunks.dlogits,
-            count_ptr=self.count,
+    def dbias(self, d_bias, first_row, last_row, chunk):
+        panels, block = self.work.panels, 64
+        dbias_kernel[(panels.most * (tiles.WIDTH // block),)](
+            dlogits_ptr=panels.dlogits,
+            ids_ptr=panels.ids,
+            cuts_ptr=panels.cuts,
+            stops_ptr=panels.stops,
             scale_ptr=self.scale,
             dbias_ptr=d_bias,
             first_row=first_row,
             last_row=last_row,
-            first_v=first_v,
-            last_v=last_v,
-            width=self.chunks.cols,
+            chunk=chunk,
+            V=panels.vocab,
+            PANEL=tiles.WIDTH,
             BLOCK_N=32,
             BLOCK_V=block,
         )
 
     def scatter_all(self, first_row, last_row):
         """The finished sums of some rows into their gradients, over what was gathered there."""
-        for factor, total in zip(self.chunks.factors, self.chunks.row_sums):
+        for factor, total in zip(self.work.factors, self.work.row_sums):
             if total is None:
                 continue
             tile = copy_tile(factor.depth)
-            scatter_kernel[(triton.cdiv(last_row - first_row, tile.rows) * triton.cdiv(factor.depth, tile.cols),)](
+            scatter_kernel[(cdiv(last_row - first_row, tile.rows) * cdiv(factor.depth, tile.cols),)](
                 sum_ptr=total,
-                rows_ptr=self.rows,
-                count_ptr=self.count,
+                rows_ptr=self.plan.rows,
+                count_ptr=self.plan.count,
                 scale_ptr=factor.rows_scale,
                 out_ptr=factor.d_rows,
                 first_row=first_row,
                 last_row=last_row,
-                first_held=self.chunks.first_held(first_row, total),
+                first_held=self.work.first_held(first_row, total),
                 D=factor.depth,
                 BLOCK_N=tile.rows,
                 BLOCK_D=tile.cols,

@@ -18,7 +18,7 @@ Assumptions, each for a measurement to refute (ncu, at a clock that is held):
 - A tile exposes one latency, the first copies'; a program of one tile three: count, row numbers, copies.
 - Both operands of a step come from L2, at ``l2`` bytes a cycle and SM; nothing is shared between SMs or left in L1, and
   DRAM keeps up. That figure is the least certain, so each ceiling is also given without it ("fed").
-- dhidden sums over a chunk's columns, dweight over its rows, as the launchers cut 4096 rows; the others over D.
+- dhidden sums over a chunk's entries, dweight over its rows, of the exact backward; the others over D.
 - The grid fills the device to the end. Padding of D to whole steps counts as loss.
 
 So it is a ceiling: a measured share above it refutes a figure here, one far below it an assumption.
@@ -35,6 +35,7 @@ from typing import NamedTuple
 
 COMMITTED = Path(__file__).with_name("ceilings.json")
 DEPTHS = (896, 1536, 4096)
+CHUNK = 4096  # entries that dhidden sums over, of 16384 rows in 128 MiB
 SLACK = 0.05  # of a committed ceiling that may be lost
 KINDS = ("ceiling", "fed")
 REGISTERS, RESERVED = 65536, 1024  # of an SM; bytes of shared memory that the driver takes of each CTA
@@ -206,13 +207,13 @@ def hot_launch(kernel, label, arguments):
     depth, a = int(found[1]), arguments
     if kernel == "forward_kernel" and a["flags_ptr"] is None:
         return "forward", depth, depth
-    if kernel == "forward_kernel" and a["hint_ptr"] is not None and a["label_ptr"] is None:
+    if kernel == "forward_kernel" and a["hint_ptr"] is not None:
         return "forward certified", depth, depth
-    if kernel in ("masses_kernel", "dlogits_kernel"):
+    if kernel in ("masses_kernel", "dlogits_kernel") and a.get("ids_ptr") is None:
         return kernel.removesuffix("_kernel"), depth, depth
-    if kernel == "dhidden_kernel" and a["decay_ptr"] is None:
-        return "dhidden", depth, a["last_v"] - a["first_v"]
-    if kernel == "dweight_kernel":
+    if kernel == "dhidden_kernel" and a["decay_ptr"] is None and a["ids_ptr"] is None:
+        return "dhidden", depth, CHUNK
+    if kernel == "dweight_kernel" and a["ids_ptr"] is None:
         return "dweight", depth, a["last_row"] - a["first_row"]
     return None
 

@@ -7,6 +7,7 @@ from fastgrpo.backends.problem import RowPartials
 from fastgrpo.kernels import tiles
 from fastgrpo.kernels.common import FLOOR, load_partials, selected_rows, store_rows
 from fastgrpo.kernels.row_math import rescale, row_stats
+from fastgrpo.kernels.tiles import cdiv
 
 DROPPED = tl.constexpr(len(RowPartials._fields))  # behind them, where certified: sum of exp outside the flags
 
@@ -88,7 +89,7 @@ def combine_kernel(
 def combine(problem, partials, selection, dropped=None, merged=None, stats=None):
     """partials (4 or 5, runs, N) into ``merged`` (4, N) or ``stats`` (5, N)."""
     n, vocab, _ = problem.sizes
-    combine_kernel[(triton.cdiv(n, tiles.COMBINE_BLOCK),)](
+    combine_kernel[(cdiv(n, tiles.COMBINE_BLOCK),)](
         partials_ptr=partials,
         selection=selection,
         dropped_ptr=dropped,

@@ -92,52 +92,102 @@ def up_values(low_rank, entries, k, COMPUTE: tl.constexpr):
 
 
 @triton.jit
+def entry_ids(ids_ptr, first, offs, V):
+    """The entries at positions ``first + offs``, int64; some entry where there is none."""
+    at = tl.minimum(first, V - 1) + tl.where(first + offs < V, offs, 0)
+    return tl.load(ids_ptr + at).to(tl.int64) if ids_ptr is not None else at.to(tl.int64)
+
+
+@triton.jit
 def raw_logits(
-    hidden_ptrs,  # (BLOCK_N,) first value of each row
-    stride_d,  # of hidden
+    x_ptr,  # (held, D) rows of hidden, dense
+    x_desc,  # of it, tiles of (BLOCK_N, BLOCK_D), and
+    w_desc,  # of the weight or the chunk's entries of it, (BLOCK_V, BLOCK_D); None: by pointers
     head,  # Head
     bias_ptr,  # (V,) or None
     low_rank,  # LowRank or None
-    rows,  # (BLOCK_N,) int64
-    first_v,  # first entry of the tile
+    ids_ptr,  # (V,) entry at each position; None: in their order
+    rows,  # (BLOCK_N,) int64, of N: LoRA's
+    at_x,  # the tile's first row of x
+    last_x,  # its last row that counts; later ones may be anything
+    first_v,  # the tile's first position
+    first_w,  # its row of w_desc
     WHOLE_D: tl.constexpr,  # whether BLOCK_D divides D
     COMPUTE: tl.constexpr,  # operands are cast to it as they are loaded
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """hidden @ weight.T + low @ up.T + bias of one tile, (BLOCK_N, BLOCK_V) in fp32.
-
-    Entries beyond V repeat entry 0's product.
-    """
+    """hidden @ weight.T + low @ up.T + bias of one tile, (BLOCK_N, BLOCK_V) in fp32; anything beyond V."""
     offs_v = tl.arange(0, BLOCK_V)
     offs_d = tl.arange(0, BLOCK_D)
-    local_v = tl.where(first_v + offs_v < head.V, offs_v, 0)
-    weight_base = head.weight_ptr + tl.cast(first_v, tl.int64) * head.stride_v
-    h_ptrs = hidden_ptrs[:, None] + offs_d[None, :] * stride_d
-    w_ptrs = weight_base + local_v[None, :] * tl.cast(head.stride_v, tl.int64) + offs_d[:, None] * head.stride_d
     acc = tl.zeros((BLOCK_N, BLOCK_V), dtype=tl.float32)
     if low_rank is not None:
-        entries = (first_v + local_v).to(tl.int64)
+        entries = entry_ids(ids_ptr, first_v, offs_v, head.V)
         for start in range(0, low_rank.depth, BLOCK_D):
             low = low_values(low_rank, rows[:, None], (start + offs_d)[None, :], COMPUTE)
             up = up_values(low_rank, entries[None, :], (start + offs_d)[:, None], COMPUTE)
             acc = tl.dot(low, up, acc, input_precision="ieee")
         acc *= tl.load(low_rank.scale_ptr)
-    for start in range(0, head.D, BLOCK_D):
-        if WHOLE_D:
-            h = tl.load(h_ptrs)
-            w = tl.load(w_ptrs)
+    if w_desc is not None:
+        for start in range(0, head.D, BLOCK_D):
+            x = x_desc.load([at_x, start])
+            w = w_desc.load([first_w, start])
+            acc = tl.dot(x, w.T, acc)
+    else:
+        offs_x = at_x + tl.arange(0, BLOCK_N)
+        offs_x = tl.where(offs_x <= last_x, offs_x, at_x).to(tl.int64)
+        x_ptrs = x_ptr + offs_x[:, None] * head.D + offs_d[None, :]
+        if ids_ptr is not None:
+            entries = entry_ids(ids_ptr, first_v, offs_v, head.V)
+            w_ptrs = head.weight_ptr + entries[None, :] * head.stride_v + offs_d[:, None] * head.stride_d
         else:
-            h = tl.load(h_ptrs, mask=(start + offs_d < head.D)[None, :], other=0.0)
-            w = tl.load(w_ptrs, mask=(start + offs_d < head.D)[:, None], other=0.0)
-        acc = tl.dot(h.to(COMPUTE), w.to(COMPUTE), acc, input_precision="ieee")
-        h_ptrs += BLOCK_D * stride_d
-        w_ptrs += BLOCK_D * head.stride_d
+            local_v = tl.where(first_v + offs_v < head.V, offs_v, 0)
+            weight_base = head.weight_ptr + tl.cast(tl.minimum(first_v, head.V - 1), tl.int64) * head.stride_v
+            w_ptrs = weight_base + local_v[None, :] * tl.cast(head.stride_v, tl.int64)
+            w_ptrs = w_ptrs + offs_d[:, None] * head.stride_d
+        for start in range(0, head.D, BLOCK_D):
+            if WHOLE_D:
+                x = tl.load(x_ptrs)
+                w = tl.load(w_ptrs)
+            else:
+                x = tl.load(x_ptrs, mask=(start + offs_d < head.D)[None, :], other=0.0)
+                w = tl.load(w_ptrs, mask=(start + offs_d < head.D)[:, None], other=0.0)
+            acc = tl.dot(x.to(COMPUTE), w.to(COMPUTE), acc, input_precision="ieee")
+            x_ptrs += BLOCK_D
+            w_ptrs += BLOCK_D * head.stride_d
     if bias_ptr is not None:
-        bias = tl.load(bias_ptr + first_v + local_v).to(tl.float32)
+        bias = tl.load(bias_ptr + entry_ids(ids_ptr, first_v, offs_v, head.V)).to(tl.float32)
         acc += tl.where(bias < NOTHING, NOTHING, bias)[None, :]
     return acc
+
+
+@triton.jit
+def has_label(local, BLOCK_V: tl.constexpr):
+    """Whether one of the labels, counted from a tile's first position, is in the tile: of most tiles none is."""
+    return tl.max(((local >= 0) & (local < BLOCK_V)).to(tl.int32), axis=0) > 0
+
+
+@triton.jit
+def chunk_panels(cuts_ptr, stops_ptr, chunk, first_row, last_row, PANEL: tl.constexpr):
+    """-> first panel of a chunk of entries, the one after its last, and the rows that each of its panels holds.
+
+    A panel is (rows, PANEL) of dlogits, dense; a chunk's stand one after the other. Rows come in whole PANELs, those of
+    the chunk's first panel, which needs the most.
+    """
+    first = tl.load(cuts_ptr + chunk)
+    last = tl.load(cuts_ptr + chunk + 1)
+    stop = tl.load(stops_ptr + first, mask=first < last, other=0)
+    rows = tl.maximum(tl.minimum(stop, last_row) - first_row, 0)
+    return first, last, tl.cdiv(rows, PANEL) * PANEL
+
+
+@triton.jit
+def panel_pointers(panels_ptr, height, row, local_v, PANEL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr):
+    """Of a tile's rows, from ``row`` on, and columns: one wide offset, the others in 32 bits."""
+    first = panels_ptr + tl.cast(local_v // PANEL * height + row, tl.int64) * PANEL
+    first = first + tl.multiple_of(local_v % PANEL, BLOCK_V)
+    return first + tl.arange(0, BLOCK_N)[:, None] * PANEL + tl.arange(0, BLOCK_V)[None, :]
 
 
 @triton.jit

@@ -7,11 +7,11 @@ import torch
 import triton
 import triton.language as tl
 
-from fastgrpo.backends.certified import Certificate, cutoff, distrust
+from fastgrpo.backends.certified import cutoff, distrust
 from fastgrpo.backends.problem import HeadProblem, RowStats
 from fastgrpo.inputs import IGNORE, compact_rows
 from fastgrpo.kernels import tiles
-from fastgrpo.kernels.arguments import TO_TRITON, Selection, has_extras, logit_arguments, row_strides
+from fastgrpo.kernels.arguments import TO_TRITON, Selection, describe, has_extras, logit_arguments, pick_tile
 from fastgrpo.kernels.combine import DROPPED, combine
 from fastgrpo.kernels.common import (
     FLOOR,
@@ -21,69 +21,116 @@ from fastgrpo.kernels.common import (
     inverse_temperatures,
     low_values,
     raw_logits,
-    row_offsets,
     selected_rows,
     store_rows,
     up_values,
 )
+from fastgrpo.kernels.flags import PackedCertificate
+from fastgrpo.kernels.products import gather_rows, spans
 from fastgrpo.kernels.row_math import rescale
+from fastgrpo.kernels.tiles import cdiv
+
+LOG2E = tl.constexpr(math.log2(math.e))
+WIDEST = tl.constexpr(256)  # entries of a tile: a block's flags are padded to it
 
 
-@triton.jit
-def label_logits(
-    hidden_ptrs,  # (BLOCK_N,)
-    stride_d,  # of hidden
-    label,  # (BLOCK_N,) int64 ids inside [0, V)
+@triton.jit(do_not_specialize=["first_row", "last_row"])
+def label_kernel(
+    x_ptr,  # (held, D) the chunk's rows of hidden, dense
     head,  # Head
     bias_ptr,  # (V,) or None
     low_rank,  # LowRank or None
-    rows,  # (BLOCK_N,) int64
+    selection,  # Selection
+    temperature_ptr,  # (N,) or None
+    label_ptr,  # (N,) out, of the rows whose label is an entry
+    first_row,
+    last_row,
+    logits,  # Logits
     COMPUTE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """hidden . weight[label] + low . up[label] + bias[label] of each row, fp32."""
-    offs_d = tl.arange(0, BLOCK_D)
-    h_ptrs = hidden_ptrs[:, None] + offs_d[None, :] * stride_d
-    w_ptrs = head.weight_ptr + label[:, None] * head.stride_v + offs_d[None, :] * tl.cast(head.stride_d, tl.int64)
+    """Each label's logit, fp32: by multiply-adds, which round less than tensor cores, and once."""
+    start = first_row + tl.program_id(0) * BLOCK_N
+    stop = tl.minimum(tl.load(selection.count_ptr), last_row)
+    if start >= stop:
+        return
+    offs_n, offs_d = start + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    mask_n = offs_n < stop
+    rows, label = selected_rows(selection, offs_n, mask_n, head.V)
+    inside = mask_n & (label >= 0)
+    entries = tl.where(inside, label, 0).to(tl.int64)
+    x_ptrs = x_ptr + tl.where(mask_n, offs_n - first_row, 0).to(tl.int64)[:, None] * head.D + offs_d[None, :]
+    w_ptrs = head.weight_ptr + entries[:, None] * head.stride_v + offs_d[None, :] * tl.cast(head.stride_d, tl.int64)
     acc = tl.zeros((BLOCK_N,), dtype=tl.float32)
-    for start in range(0, head.D, BLOCK_D):
-        mask_d = (start + offs_d < head.D)[None, :]
-        h = tl.load(h_ptrs, mask=mask_d, other=0.0).to(COMPUTE).to(tl.float32)
-        w = tl.load(w_ptrs, mask=mask_d, other=0.0).to(COMPUTE).to(tl.float32)
-        acc += tl.sum(h * w, axis=1)
-        h_ptrs += BLOCK_D * stride_d
+    for start_d in range(0, head.D, BLOCK_D):
+        mask = inside[:, None] & (start_d + offs_d < head.D)[None, :]
+        x = tl.load(x_ptrs, mask=mask, other=0.0).to(COMPUTE).to(tl.float32)
+        w = tl.load(w_ptrs, mask=mask, other=0.0).to(COMPUTE).to(tl.float32)
+        acc += tl.sum(x * w, axis=1)
+        x_ptrs += BLOCK_D
         w_ptrs += BLOCK_D * head.stride_d
     if low_rank is not None:
         product = tl.zeros((BLOCK_N,), dtype=tl.float32)
-        for start in range(0, low_rank.depth, BLOCK_D):
-            k = start + offs_d
+        for start_d in range(0, low_rank.depth, BLOCK_D):
+            k = start_d + offs_d
             low = low_values(low_rank, rows[:, None], k[None, :], COMPUTE)
-            up = up_values(low_rank, label[:, None], k[None, :], COMPUTE)
+            up = up_values(low_rank, entries[:, None], k[None, :], COMPUTE)
             product += tl.sum(low.to(tl.float32) * up.to(tl.float32), axis=1)
         acc += product * tl.load(low_rank.scale_ptr)
     if bias_ptr is not None:
-        acc += tl.load(bias_ptr + label).to(tl.float32)
-    return acc
+        acc += tl.load(bias_ptr + entries).to(tl.float32)
+    z = cap(acc, logits) * inverse_temperatures(temperature_ptr, rows, mask_n, logits, BLOCK_N)
+    tl.store(label_ptr + rows, z, mask=inside)
 
 
-@triton.jit(do_not_specialize=["N", "T", "run", "runs"])
+@triton.jit
+def either(a, b):
+    return a | b
+
+
+@triton.jit
+def pack_flags(hit, local, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr):
+    """(BLOCK_V // 32,) int32: of each entry of the tile whether some row hits it or has it as its label.
+
+    Column c is bit c // W of word c % W, W the number of words: the bits of a word are in one thread's registers.
+    """
+    W: tl.constexpr = BLOCK_V // 32
+    bits = tl.reshape(hit.to(tl.int32), (BLOCK_N, 32, W)) << tl.arange(0, 32)[None, :, None]
+    bits = tl.sum(bits, axis=1)
+    here = (local >= 0) & (local < BLOCK_V)
+    own = here[:, None] & ((local % W)[:, None] == tl.arange(0, W)[None, :])
+    bits |= tl.where(own, (1 << (local // W))[:, None], 0)
+    return tl.reduce(bits, 0, either)
+
+
+@triton.jit
+def sum_unflagged(e, words, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr):
+    """(BLOCK_N,) sum over the entries that are not flagged."""
+    W: tl.constexpr = BLOCK_V // 32
+    kept = (words[None, None, :] & (1 << tl.arange(0, 32))[None, :, None]) != 0
+    return tl.sum(tl.sum(tl.where(kept, 0.0, tl.reshape(e, (BLOCK_N, 32, W))), axis=1), axis=1)
+
+
+@triton.jit(do_not_specialize=["N", "first_row", "last_row", "run", "runs"])
 def forward_kernel(
-    hidden_ptr,  # (B, T, D)
+    x_ptr,  # (held, D) the chunk's rows of hidden, dense
+    x_desc,  # of it, and
+    w_desc,  # of the weight, see raw_logits; None: by pointers
     head,  # Head
     bias_ptr,  # (V,) or None
     low_rank,  # LowRank or None
     selection,  # Selection
     temperature_ptr,  # (N,) or None
     hint_ptr,  # (N,) log-probs near the current ones, or None
-    label_ptr,  # (N,) logits of the labels, some of them other ranks' entries; None: all are entries here
-    flags_ptr,  # (blocks, V) out: entries some row of the block keeps; None: not certified
+    label_ptr,  # (N,) logits of the labels, some of them other ranks' entries
+    flags_ptr,  # (blocks, words of V) int32 out: entries some row of the block keeps; None: not certified
     partials_ptr,  # (4, runs, N) out, RowPartials; certified: (5, runs, N)
     N,
-    T,
+    first_row,  # of the chunk, a multiple of BLOCK_N
+    last_row,
     run,  # entries a program does, a multiple of BLOCK_V
     runs,
-    strides,  # RowStrides of hidden
     logits,  # Logits
     log_cutoff,  # an entry is kept where log p reaches it
     ENTROPY: tl.constexpr,
@@ -95,65 +142,73 @@ def forward_kernel(
     GROUP: tl.constexpr,
 ):
     block, this_run = group_blocks(tl.program_id(0), runs, GROUP)
-    count = tl.load(selection.count_ptr)
-    if block * BLOCK_N >= count:
+    stop = tl.minimum(tl.load(selection.count_ptr), last_row)
+    start = first_row + block * BLOCK_N
+    if start >= stop:
         return
-    offs_n = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_n = offs_n < count
+    offs_n = start + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < stop
     rows, label = selected_rows(selection, offs_n, mask_n, head.V)
-    h_ptrs = hidden_ptr + row_offsets(rows, T, strides)
-    inv_temperature = inverse_temperatures(temperature_ptr, rows, mask_n, logits, BLOCK_N)
+    at_x = block * BLOCK_N
+    # z = value * unit: what a tile's rows share is multiplied after their differences are taken
+    unit = inverse_temperatures(temperature_ptr, rows, mask_n, logits, BLOCK_N)
 
-    peak = tl.full((BLOCK_N,), FLOOR, tl.float32)
+    peak = tl.full((BLOCK_N,), FLOOR, tl.float32)  # of the values
     total = tl.zeros((BLOCK_N,), tl.float32)
     spread = tl.zeros((BLOCK_N,), tl.float32)
-    label_z = tl.zeros((BLOCK_N,), tl.float32)
     dropped = tl.zeros((BLOCK_N,), tl.float32)
     threshold = tl.zeros((BLOCK_N,), tl.float32)
+    W: tl.constexpr = BLOCK_V // 32
     if flags_ptr is not None:
-        if label_ptr is not None:
-            guess = tl.load(label_ptr + rows, mask=mask_n, other=0.0)
-        else:
-            known = tl.where(label >= 0, label, 0).to(tl.int64)
-            guess = label_logits(h_ptrs, strides.d, known, head, bias_ptr, low_rank, rows, COMPUTE, BLOCK_N, BLOCK_D)
-            guess = cap(guess, logits) * inv_temperature
+        guess = tl.load(label_ptr + rows, mask=mask_n, other=0.0)
         if hint_ptr is not None:
-            hint = tl.load(hint_ptr + rows, mask=mask_n, other=0.0)
-            guess -= hint
-        threshold = tl.where(guess == guess, guess, 0.0) + log_cutoff
+            guess -= tl.load(hint_ptr + rows, mask=mask_n, other=0.0)
+        threshold = (tl.where(guess == guess, guess, 0.0) + log_cutoff) / unit
         threshold = tl.where(mask_n, threshold, float("inf"))  # rows that are not there flag nothing
     for first_v in range(this_run * run, tl.minimum(head.V, (this_run + 1) * run), BLOCK_V):
-        z = raw_logits(
-            h_ptrs, strides.d, head, bias_ptr, low_rank, rows, first_v, WHOLE_D, COMPUTE, BLOCK_N, BLOCK_V, BLOCK_D
-        )
-        z = cap(z, logits) * inv_temperature[:, None]
-        offs_v = first_v + tl.arange(0, BLOCK_V)
-        is_label = offs_v[None, :] == label[:, None]
-        label_z += tl.sum(tl.where(is_label, z, 0.0), axis=1)
+        value = raw_logits(
+            x_ptr, x_desc, w_desc, head, bias_ptr, low_rank, None, rows, at_x, stop - 1 - first_row, first_v, first_v,
+            WHOLE_D, COMPUTE, BLOCK_N, BLOCK_V, BLOCK_D,
+        )  # fmt: skip
+        value = cap(value, logits)
+        local = label - first_v
         if flags_ptr is not None:
-            hit = (z >= threshold[:, None]) | is_label
-            kept = tl.max(hit.to(tl.int32), axis=0)
-            flags = flags_ptr + tl.cast(block, tl.int64) * head.V + offs_v
-            tl.store(flags, kept.to(tl.uint8), mask=offs_v < head.V)
-        z = tl.where(is_label | (offs_v >= head.V)[None, :], NOTHING, z)
-        new_peak = tl.maximum(peak, tl.max(z, axis=1), propagate_nan=tl.PropagateNan.ALL)
-        below = z - new_peak[:, None]
-        e = tl.exp(below)
-        old_total, old_spread, decay = rescale(peak, total, spread, new_peak)
+            words = pack_flags(value >= threshold[:, None], local, BLOCK_N, BLOCK_V)
+            at_words = block_words(head.V, start // BLOCK_N, first_v, BLOCK_V)
+            tl.store(flags_ptr + at_words + tl.arange(0, W), words)
+        offs_v = tl.arange(0, BLOCK_V)
+        value = tl.where((offs_v[None, :] == local[:, None]) | (first_v + offs_v >= head.V)[None, :], NOTHING, value)
+        new_peak = tl.maximum(peak, tl.max(value, axis=1), propagate_nan=tl.PropagateNan.ALL)
+        below = value - new_peak[:, None]
+        e = tl.math.exp2(below * (unit * LOG2E)[:, None])
+        old_total, old_spread, decay = rescale((peak - new_peak) * unit, total, spread, 0.0)
         if ENTROPY:
-            spread = old_spread - tl.sum(e * below, axis=1)
-        total = old_total + tl.sum(e, axis=1)
+            spread = old_spread - tl.sum(e * below, axis=1) * unit
+        here = tl.sum(e, axis=1)
+        total = old_total + here
         peak = new_peak
         if flags_ptr is not None:
-            dropped = dropped * decay + tl.sum(tl.where((kept == 0)[None, :], e, 0.0), axis=1)
+            dropped *= decay
+            dropped += sum_unflagged(e, words, BLOCK_N, BLOCK_V)
             if hint_ptr is None:  # the running value serves
-                threshold = tl.maximum(threshold, peak + tl.log(total) + log_cutoff)
+                threshold = tl.maximum(threshold, peak + (tl.log(total) + log_cutoff) / unit)
 
     out = partials_ptr + this_run.to(tl.int64) * N + offs_n
     step = tl.cast(runs, tl.int64) * N
-    store_rows(out, (peak, total, spread, label_z), step, mask_n)
+    # read again: within the loop every register counts
+    rows, label = selected_rows(selection, offs_n, mask_n, head.V)
+    label_z = tl.load(label_ptr + rows, mask=mask_n, other=0.0)
+    mine = (label >= this_run * run) & (label < (this_run + 1) * run)
+    store_rows(out, (peak * unit, total, spread, tl.where(mine, label_z, 0.0)), step, mask_n)
     if flags_ptr is not None:
         tl.store(out + DROPPED * step, dropped, mask=mask_n)
+
+
+@triton.jit
+def block_words(V, block, first_v, BLOCK_V: tl.constexpr):
+    """Where a tile's words of flags begin, int64."""
+    words = tl.cdiv(V, WIDEST) * (WIDEST // 32)
+    return tl.cast(block, tl.int64) * words + first_v // BLOCK_V * (BLOCK_V // 32)
 
 
 def vocabulary_runs(blocks, entries, block_v, device):
@@ -162,10 +217,10 @@ def vocabulary_runs(blocks, entries, block_v, device):
     Enough programs for eight waves, but 16 partial results a row at most, unless that leaves processors without work.
     """
     processors = processor_count(device)
-    tiles_v = triton.cdiv(entries, block_v)
-    wanted, needed = (triton.cdiv(waves * processors, max(blocks, 1)) for waves in (8, 2))
+    tiles_v = cdiv(entries, block_v)
+    wanted, needed = (cdiv(waves * processors, max(blocks, 1)) for waves in (8, 2))
     runs = min(max(min(wanted, 16), needed), tiles_v)
-    return triton.cdiv(tiles_v, triton.cdiv(tiles_v, runs)), triton.cdiv(tiles_v, runs) * block_v
+    return cdiv(tiles_v, cdiv(tiles_v, runs)), cdiv(tiles_v, runs) * block_v
 
 
 def processor_count(device):
@@ -210,63 +265,101 @@ def certified_partial_forward(problem: HeadProblem, label, hint):
 
 
 def run_certified(problem, hint, **arguments):
-    n, vocab, _ = problem.sizes
+    n = problem.targets.numel()
     device = problem.hidden.device
     counted = problem.targets != IGNORE
     _, count = compact_rows(counted)
     # a permutation of all rows, the ignored ones last: the backward looks at every position
     rows = torch.where(counted, 0.0 if hint is None else hint, torch.inf).argsort(stable=True)
-    block = forward_tile(problem, certified=True).rows
-    flags = torch.zeros(triton.cdiv(n, block), vocab, dtype=torch.uint8, device=device)
+    block, words = flag_shape(problem)
+    flags = torch.zeros(cdiv(n, block), words, dtype=torch.int32, device=device)
     dropped = torch.zeros(n, dtype=torch.float32, device=device)
     run_forward(problem, rows, count, hint, flags, dropped, **arguments)
-    return Certificate(rows, flags.view(torch.bool), dropped, block)
+    return PackedCertificate(rows, flags, dropped, block, flag_tile(problem))
 
 
-def forward_tile(problem, certified):
+def flag_tile(problem):
+    """Entries that share their words of flags."""
+    return pick_tile(forward_name(problem, certified=True), problem)[0].cols
+
+
+def flag_shape(problem):
+    """-> rows that share their flags, int32 words of a block's: of every tile's width, so that a graph knows it."""
+    name = forward_name(problem, certified=True)
+    tile = tiles.for_tensor(name, problem.params.compute_dtype, problem.hidden.device)
+    return tile.rows, cdiv(problem.weight.shape[0], WIDEST.value) * (WIDEST.value // 32)
+
+
+def forward_name(problem, certified):
     name = "forward_certified" if certified else "forward"
-    name += "_full" if problem.params.entropy or has_extras(problem) else ""
-    return tiles.for_tensor(name, problem.params.compute_dtype, problem.hidden.device)
+    return name + "_full" if problem.params.entropy or has_extras(problem) else name
 
 
 def run_forward(problem, rows, count, hint=None, flags=None, dropped=None, label=None, merged=None, stats=None):
-    """Both kernels, into ``merged`` (4, N) or ``stats`` (5, N)."""
+    """The kernels, into ``merged`` (4, N) or ``stats`` (5, N): rows are gathered, as many as the workspace holds, and
+    go over the vocabulary."""
     n, vocab, depth = problem.sizes
     if n == 0:
         return
-    device = problem.hidden.device
-    tile = forward_tile(problem, certified=flags is not None)
-    blocks = triton.cdiv(n, tile.rows)
-    runs, run = vocabulary_runs(blocks, vocab, tile.cols, device)
+    hidden = problem.hidden
+    tile, described = pick_tile(forward_name(problem, certified=flags is not None), problem)
+    held = max(problem.params.workspace // (depth * hidden.element_size()) // tile.rows, 1) * tile.rows
+    held = min(held, n)
+    x = torch.empty(held, depth, dtype=hidden.dtype, device=hidden.device)
+    blocks = cdiv(held, tile.rows)
+    runs, run = vocabulary_runs(blocks, vocab, tile.cols, hidden.device)
     kinds = DROPPED.value + (flags is not None)
-    partials = torch.empty(kinds, runs, n, dtype=torch.float32, device=device)
+    partials = torch.empty(kinds, runs, n, dtype=torch.float32, device=hidden.device)
     head, logits, low_rank = logit_arguments(problem)
     selection = Selection(rows, count, problem.targets)
-    forward_kernel[(triton.cdiv(blocks, tile.group) * tile.group * runs,)](
-        hidden_ptr=problem.hidden,
-        head=head,
-        bias_ptr=problem.bias,
-        low_rank=low_rank,
-        selection=selection,
-        temperature_ptr=problem.temperature,
-        hint_ptr=hint,
-        label_ptr=label,
-        flags_ptr=flags,
-        partials_ptr=partials,
-        N=n,
-        T=problem.hidden.shape[1],
-        run=run,
-        runs=runs,
-        strides=row_strides(problem.hidden),
-        logits=logits,
-        log_cutoff=0.0 if flags is None else math.log(cutoff(problem.params.tolerance)),
-        ENTROPY=problem.params.entropy,
-        WHOLE_D=depth % tile.depth == 0,
-        COMPUTE=TO_TRITON[str(problem.params.compute_dtype)],
-        BLOCK_N=tile.rows,
-        BLOCK_V=tile.cols,
-        BLOCK_D=tile.depth,
-        GROUP=tile.group,
-        **tile.options,
-    )
+    known = label is not None
+    label = torch.empty(n, dtype=torch.float32, device=hidden.device) if label is None else label
+    for first_row, last_row in spans(n, held):
+        gather_rows(hidden, rows, count, x, first_row, last_row, first_row)
+        if not known:
+            label_kernel[(cdiv(last_row - first_row, tiles.LABELS.rows),)](
+                x_ptr=x,
+                head=head,
+                bias_ptr=problem.bias,
+                low_rank=low_rank,
+                selection=selection,
+                temperature_ptr=problem.temperature,
+                label_ptr=label,
+                first_row=first_row,
+                last_row=last_row,
+                logits=logits,
+                COMPUTE=TO_TRITON[str(problem.params.compute_dtype)],
+                BLOCK_N=tiles.LABELS.rows,
+                BLOCK_D=tiles.LABELS.cols,
+                num_warps=tiles.LABELS.warps,
+            )
+        forward_kernel[(cdiv(blocks, tile.group) * tile.group * runs,)](
+            x_ptr=x,
+            x_desc=describe(x, tile.rows, tile.depth) if described else None,
+            w_desc=describe(problem.weight, tile.cols, tile.depth) if described else None,
+            head=head,
+            bias_ptr=problem.bias,
+            low_rank=low_rank,
+            selection=selection,
+            temperature_ptr=problem.temperature,
+            hint_ptr=hint,
+            label_ptr=label,
+            flags_ptr=flags,
+            partials_ptr=partials,
+            N=n,
+            first_row=first_row,
+            last_row=last_row,
+            run=run,
+            runs=runs,
+            logits=logits,
+            log_cutoff=0.0 if flags is None else math.log(cutoff(problem.params.tolerance)),
+            ENTROPY=problem.params.entropy,
+            WHOLE_D=depth % tile.depth == 0,
+            COMPUTE=TO_TRITON[str(problem.params.compute_dtype)],
+            BLOCK_N=tile.rows,
+            BLOCK_V=tile.cols,
+            BLOCK_D=tile.depth,
+            GROUP=tile.group,
+            **tile.options,
+        )
     combine(problem, partials, selection, dropped, merged, stats)

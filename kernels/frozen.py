@@ -12,29 +12,33 @@ import torch
 import triton
 import triton.language as tl
 
-from fastgrpo.backends.problem import RowPartials, plan_tiles
+from fastgrpo.backends.problem import RowPartials
 from fastgrpo.inputs import IGNORE, compact_rows
 from fastgrpo.kernels import tiles
-from fastgrpo.kernels.arguments import TO_TRITON, Selection, has_extras, logit_arguments, row_strides
+from fastgrpo.kernels.arguments import TO_TRITON, Selection, describe, has_extras, logit_arguments, pick_tile
 from fastgrpo.kernels.combine import combine, fold_runs
 from fastgrpo.kernels.common import (
     FLOOR,
     NOTHING,
     cap,
+    chunk_panels,
     group_blocks,
+    has_label,
     inverse_temperatures,
     known_label,
     load_partials,
     load_stats,
+    panel_pointers,
     raw_logits,
-    row_offsets,
     selected_rows,
     softcap_slope,
     store_rows,
     without_dust,
 )
-from fastgrpo.kernels.products import add_product, copy_tile, spans
+from fastgrpo.kernels.panels import Cut, Panels
+from fastgrpo.kernels.products import add_product, copy_tile, gather_rows, spans
 from fastgrpo.kernels.row_math import direction_factors
+from fastgrpo.kernels.tiles import cdiv
 
 # Of a tile RowPartials, the reference of its masses and the label's slope; "running" the same of all entries so far,
 # with the reference of their sums.
@@ -45,32 +49,35 @@ REFERENCE, SLOPE = map(tl.constexpr, range(PARTIALS - 2, PARTIALS))
 LOWER, HEADROOM = tl.constexpr(6.0), tl.constexpr(10.0)
 
 
-@triton.jit(do_not_specialize=["first_row", "last_row", "first_v", "T"])
+@triton.jit(do_not_specialize=["first_row", "last_row", "first_v", "tiles_v", "chunk"])
 def masses_kernel(
-    hidden_ptr,  # (B, T, D)
+    x_ptr,  # (rows, D) the chunk's rows of hidden, dense
+    x_desc,  # of it, and
+    w_desc,  # of the weight; None: by pointers
     head,  # Head
     bias_ptr,  # (V,) or None
     selection,  # Selection
     temperature_ptr,  # (N,) or None
     running_ptr,  # (PARTIALS, N), its first row: the peak of the entries before first_v
-    masses_ptr,  # (rows, width) out, exp(z - reference) times softcap's slope, 0 at the label
-    partials_ptr,  # (PARTIALS, tiles, last_row - first_row) out
+    cuts_ptr,  # (chunks + 1,) panels
+    stops_ptr,  # (panels,) rows that need them: all
+    masses_ptr,  # panels out, exp(z - reference) times softcap's slope, 0 at the label
+    partials_ptr,  # (PARTIALS, tiles_v, last_row - first_row) out
     first_row,
     last_row,
     first_v,
-    width,  # entries of the chunk, a multiple of every tile
-    T,
-    strides,  # RowStrides of hidden
+    tiles_v,  # of the chunk
+    chunk,
     logits,  # Logits
     ENTROPY: tl.constexpr,
     WHOLE_D: tl.constexpr,
     COMPUTE: tl.constexpr,
+    PANEL: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    tiles_v = tl.cdiv(tl.minimum(width, head.V - first_v), BLOCK_V)
     block, tile = group_blocks(tl.program_id(0), tiles_v, GROUP)
     start = first_row + block * BLOCK_N
     stop = tl.minimum(tl.load(selection.count_ptr), last_row)
@@ -79,16 +86,20 @@ def masses_kernel(
     offs_n = start + tl.arange(0, BLOCK_N)
     mask_n = offs_n < stop
     rows, label = selected_rows(selection, offs_n, mask_n, head.V)
-    h_ptrs = hidden_ptr + row_offsets(rows, T, strides)
     inv_temperature = inverse_temperatures(temperature_ptr, rows, mask_n, logits, BLOCK_N)
     tile_v = first_v + tile * BLOCK_V
-    raw = raw_logits(h_ptrs, strides.d, head, bias_ptr, None, rows, tile_v, WHOLE_D, COMPUTE, BLOCK_N, BLOCK_V, BLOCK_D)
+    raw = raw_logits(
+        x_ptr, x_desc, w_desc, head, bias_ptr, None, None, rows, block * BLOCK_N, stop - 1 - first_row, tile_v, tile_v,
+        WHOLE_D, COMPUTE, BLOCK_N, BLOCK_V, BLOCK_D,
+    )  # fmt: skip
 
     z = cap(raw, logits) * inv_temperature[:, None]
     offs_v = tile_v + tl.arange(0, BLOCK_V)
-    is_label = offs_v[None, :] == label[:, None]
-    label_z = tl.sum(tl.where(is_label, z, 0.0), axis=1)
-    z = tl.where(is_label | (offs_v >= head.V)[None, :], NOTHING, z)
+    label_z = tl.zeros((BLOCK_N,), tl.float32)
+    if has_label(label - tile_v, BLOCK_V) | (tile_v + BLOCK_V > head.V):
+        is_label = offs_v[None, :] == label[:, None]
+        label_z = tl.sum(tl.where(is_label, z, 0.0), axis=1)
+        z = tl.where(is_label | (offs_v >= head.V)[None, :], NOTHING, z)
     peak = tl.max(z, axis=1)
     row_reference = tl.load(running_ptr + offs_n, mask=mask_n, other=0.0) - LOWER
     reference = tl.where(peak <= row_reference + HEADROOM, row_reference, peak - LOWER)
@@ -105,10 +116,11 @@ def masses_kernel(
     store_rows(out, (peak, total, spread, label_z, reference), step, mask_n)
     slope = softcap_slope(raw, logits)
     if logits.softcap is not None:
-        tl.store(out + SLOPE * step, tl.sum(tl.where(is_label, slope, 0.0), axis=1), mask=mask_n)
-    local_v = tile * BLOCK_V + tl.arange(0, BLOCK_V)
-    at = masses_ptr + (offs_n - first_row).to(tl.int64)[:, None] * width + local_v[None, :]
-    tl.store(at, without_dust(e * slope).to(masses_ptr.dtype.element_ty), mask=mask_n[:, None])
+        at_label = tl.sum(tl.where(offs_v[None, :] == label[:, None], slope, 0.0), axis=1)
+        tl.store(out + SLOPE * step, at_label, mask=mask_n)
+    _, _, height = chunk_panels(cuts_ptr, stops_ptr, chunk, first_row, last_row, PANEL)
+    at = panel_pointers(masses_ptr, height, block * BLOCK_N, tile * BLOCK_V, PANEL, BLOCK_N, BLOCK_V)
+    tl.store(at, without_dust(e * slope).to(masses_ptr.dtype.element_ty))  # rows that are not there are not read
 
 
 @triton.jit(do_not_specialize=["first_row", "last_row", "N", "tiles_v"])
@@ -152,17 +164,20 @@ def fold_kernel(
     store_rows(at, (peak, total, spread, label_z, reference, slope), n, mask)
 
 
-@triton.jit(do_not_specialize=["first_row", "last_row", "N", "tiles_v"])
+@triton.jit(do_not_specialize=["first_row", "last_row", "N", "tiles_v", "chunk"])
 def level_kernel(
-    masses_ptr,  # (rows, width), changed
+    masses_ptr,  # panels, changed
     partials_ptr,  # (PARTIALS, tiles_v, last_row - first_row)
     running_ptr,  # (PARTIALS, N)
     count_ptr,  # (1,)
+    cuts_ptr,  # (chunks + 1,) panels
+    stops_ptr,  # (panels,)
     first_row,
     last_row,
-    width,
     N,
     tiles_v,
+    chunk,
+    PANEL: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,  # entries of a tile
 ):
@@ -177,8 +192,9 @@ def level_kernel(
     factor = tl.exp(tl.load(own, mask=mask, other=0.0) - tl.load(common, mask=mask, other=0.0))
     if tl.max((factor != 1.0).to(tl.int32), axis=0) == 0:
         return
-    offs_v = tile * BLOCK_V + tl.arange(0, BLOCK_V)
-    at = masses_ptr + offs.to(tl.int64)[:, None] * width + offs_v[None, :]
+    _, _, height = chunk_panels(cuts_ptr, stops_ptr, chunk, first_row, last_row, PANEL)
+    row = tl.program_id(0) % blocks * BLOCK_N
+    at = panel_pointers(masses_ptr, height, row, tile * BLOCK_V, PANEL, BLOCK_N, BLOCK_V)
     masses = tl.load(at, mask=mask[:, None], other=0.0).to(tl.float32) * factor[:, None]
     tl.store(at, without_dust(masses).to(masses_ptr.dtype.element_ty), mask=mask[:, None])
 
@@ -235,12 +251,13 @@ def frozen_forward(problem):
     if n == 0:
         return stats, directions
     launch = Launcher(problem, *compact_rows(problem.targets != IGNORE))
-    for rows in spans(n, launch.chunk.rows):
-        for entries in spans(vocab, launch.chunk.cols):
-            launch.masses(*rows, *entries)
+    for rows in spans(n, launch.panels.rows):
+        gather_rows(problem.hidden, launch.selection.rows_ptr, launch.selection.count_ptr, launch.x, *rows, rows[0])
+        for chunk, entries in enumerate(spans(vocab, launch.width)):
+            launch.masses(*rows, *entries, chunk)
             launch.fold(*rows, *entries)
-            launch.level(*rows, *entries)
-            launch.add_product(directions, *rows, *entries)
+            launch.level(*rows, *entries, chunk)
+            launch.add_product(directions, *rows, chunk)
     combine(problem, launch.running[:, None], launch.selection, stats=stats)
     launch.directions(stats, directions)
     return stats, directions
@@ -254,44 +271,55 @@ class Launcher:
         self.head, self.logits, _ = logit_arguments(problem)
         dtype, device = problem.params.compute_dtype, problem.hidden.device
         full = problem.params.entropy or has_extras(problem)
-        self.tile = tiles.for_tensor("masses_full" if full else "masses", dtype, device)
-        n, vocab, _ = problem.sizes
+        self.tile, self.described = pick_tile("masses_full" if full else "masses", problem)
+        n, vocab, depth = problem.sizes
         cell = dtype.itemsize + 4 * PARTIALS / self.tile.cols
-        self.chunk = plan_tiles(n, vocab, problem.params.workspace, cell, 0, 0, multiple=tiles.WIDTH)
-        held = min(self.chunk.rows, n)
-        self.buffer = torch.empty(held, self.chunk.cols, dtype=dtype, device=device)
+        cut = Cut(n, vocab, problem.params.workspace, cell, depth * problem.hidden.element_size(), 0, 0)
+        # All rows need all entries: the host may cut them, and give each tile's statistics a place.
+        panels = cdiv(cut.panels, cut.chunks)
+        self.width = panels * tiles.WIDTH
+        cuts = (torch.arange(cut.chunks + 1, dtype=torch.int32, device=device) * panels).clamp_(max=cut.panels)
+        stops = count.to(torch.int32).expand(cut.panels).contiguous()
+        self.panels = Panels(cut, vocab, dtype, device, stops, cuts=cuts)
+        held = min(cut.rows, n)
+        self.x = torch.empty(held, depth, dtype=problem.hidden.dtype, device=device)
         fp32 = {"dtype": torch.float32, "device": device}
-        self.partials = torch.empty(PARTIALS, self.tiles_v(0, self.chunk.cols), held, **fp32)
+        self.partials = torch.empty(PARTIALS * self.tiles_v(0, min(self.width, vocab)) * held, **fp32)
         self.running = torch.zeros(PARTIALS, n, **fp32)
         RowPartials(*self.running[: REFERENCE.value]).peak.fill_(FLOOR.value)
         self.running[REFERENCE.value].fill_(FLOOR.value)
         self.decay = torch.empty(n, **fp32)
 
     def tiles_v(self, first_v, last_v):
-        return triton.cdiv(last_v - first_v, self.tile.cols)
+        return cdiv(last_v - first_v, self.tile.cols)
 
-    def masses(self, first_row, last_row, first_v, last_v):
-        problem, tile = self.problem, self.tile
-        blocks = triton.cdiv(triton.cdiv(last_row - first_row, tile.rows), tile.group) * tile.group
-        masses_kernel[(blocks * self.tiles_v(first_v, last_v),)](
-            hidden_ptr=problem.hidden,
+    def masses(self, first_row, last_row, first_v, last_v, chunk):
+        problem, tile, panels = self.problem, self.tile, self.panels
+        blocks = cdiv(cdiv(last_row - first_row, tile.rows), tile.group) * tile.group
+        tiles_v = self.tiles_v(first_v, last_v)
+        masses_kernel[(blocks * tiles_v,)](
+            x_ptr=self.x,
+            x_desc=describe(self.x, tile.rows, tile.depth) if self.described else None,
+            w_desc=describe(problem.weight, tile.cols, tile.depth) if self.described else None,
             head=self.head,
             bias_ptr=problem.bias,
             selection=self.selection,
             temperature_ptr=problem.temperature,
             running_ptr=self.running,
-            masses_ptr=self.buffer,
+            cuts_ptr=panels.cuts,
+            stops_ptr=panels.stops,
+            masses_ptr=panels.dlogits,
             partials_ptr=self.partials,
             first_row=first_row,
             last_row=last_row,
             first_v=first_v,
-            width=self.chunk.cols,
-            T=problem.hidden.shape[1],
-            strides=row_strides(problem.hidden),
+            tiles_v=tiles_v,
+            chunk=chunk,
             logits=self.logits,
             ENTROPY=problem.params.entropy,
             WHOLE_D=problem.hidden.shape[2] % tile.depth == 0,
             COMPUTE=TO_TRITON[str(problem.params.compute_dtype)],
+            PANEL=tiles.WIDTH,
             BLOCK_N=tile.rows,
             BLOCK_V=tile.cols,
             BLOCK_D=tile.depth,
@@ -300,7 +328,7 @@ class Launcher:
         )
 
     def fold(self, first_row, last_row, first_v, last_v):
-        fold_kernel[(triton.cdiv(last_row - first_row, tiles.COMBINE_BLOCK),)](
+        fold_kernel[(cdiv(last_row - first_row, tiles.COMBINE_BLOCK),)](
             partials_ptr=self.partials,
             running_ptr=self.running,
             decay_ptr=self.decay,
@@ -314,30 +342,35 @@ class Launcher:
             BLOCK=tiles.COMBINE_BLOCK,
         )
 
-    def level(self, first_row, last_row, first_v, last_v):
+    def level(self, first_row, last_row, first_v, last_v, chunk):
         tiles_v, block = self.tiles_v(first_v, last_v), tiles.LEVEL_ROWS
-        level_kernel[(triton.cdiv(last_row - first_row, block) * tiles_v,)](
-            masses_ptr=self.buffer,
+        level_kernel[(cdiv(last_row - first_row, block) * tiles_v,)](
+            masses_ptr=self.panels.dlogits,
             partials_ptr=self.partials,
             running_ptr=self.running,
             count_ptr=self.selection.count_ptr,
+            cuts_ptr=self.panels.cuts,
+            stops_ptr=self.panels.stops,
             first_row=first_row,
             last_row=last_row,
-            width=self.chunk.cols,
             N=self.problem.targets.numel(),
             tiles_v=tiles_v,
+            chunk=chunk,
+            PANEL=tiles.WIDTH,
             BLOCK_N=block,
             BLOCK_V=self.tile.cols,
         )
 
-    def add_product(self, directions, first_row, last_row, first_v, last_v):
-        span, rows, count = (first_row, last_row, first_v, last_v), self.selection.rows_ptr, self.selection.count_ptr
-        add_product(self.buffer, self.problem.weight, count, directions, span, rows=rows, decay=self.decay)
+    def add_product(self, directions, first_row, last_row, chunk):
+        rows, count = self.selection.rows_ptr, self.selection.count_ptr
+        add_product(
+            self.panels, self.problem.weight, directions, count, first_row, last_row, chunk, rows=rows, decay=self.decay
+        )
 
     def directions(self, stats, directions):
         n, _, depth = self.problem.sizes
         tile = copy_tile(depth)
-        directions_kernel[(triton.cdiv(n, tile.rows) * triton.cdiv(depth, tile.cols),)](
+        directions_kernel[(cdiv(n, tile.rows) * cdiv(depth, tile.cols),)](
             head=self.head,
             selection=self.selection,
             temperature_ptr=self.problem.temperature,

@@ -11,6 +11,7 @@ from fastgrpo import objective as source
 from fastgrpo.kernels import tiles
 from fastgrpo.kernels.common import store_rows
 from fastgrpo.kernels.rebind import rebind
+from fastgrpo.kernels.tiles import cdiv
 
 OUTPUTS = 7  # loss, d_logp, d_log_w, kl, ratio, low, high
 
@@ -73,7 +74,7 @@ def objective(config, logp, old_logp, ref_logp, log_w, log_w_seq, adv, gate):
         return None if x is None else x.contiguous()
 
     if n:
-        objective_kernel[(triton.cdiv(n, tiles.ROW_BLOCK),)](
+        objective_kernel[(cdiv(n, tiles.ROW_BLOCK),)](
             logp_ptr=flat(logp),
             old_ptr=flat(old_logp),
             ref_ptr=flat(ref_logp),

@@ -1,102 +1,196 @@
 """The GEMMs of a gradient, and the rows they read and write: kernels that know of no logits.
 
-They are our own because the number of rows with a gradient is known on the device only: cuBLAS would need the host to
-wait for it. They read the rows from a dense copy, gathered once, and no kernel of a GEMM's size looks a row up. No
-atomics; every sum has a fixed order.
+They are our own because how many rows need an entry is known on the device only: cuBLAS would need the host to wait
+for it. dlogits stand in panels, see :func:`fastgrpo.kernels.common.chunk_panels`; rows and entries are read from dense
+copies, gathered once. No atomics; every sum has a fixed order.
 """
 
 import triton
 import triton.language as tl
 
 from fastgrpo.kernels import tiles
-from fastgrpo.kernels.arguments import TO_TRITON
-from fastgrpo.kernels.common import row_offsets
+from fastgrpo.kernels.arguments import TO_TRITON, row_strides
+from fastgrpo.kernels.common import chunk_panels, entry_ids, row_offsets
+from fastgrpo.kernels.tiles import cdiv
 
 
-@triton.jit(do_not_specialize=["first_row", "last_row", "first_held", "T"])
+@triton.jit(do_not_specialize=["chunks", "panels", "room", "most", "rows"])
+def cut_kernel(
+    stops_ptr,  # (panels,) leading rows that each panel's entries need, not rising
+    cuts_ptr,  # (chunks + 1,) out: the first panel of each chunk
+    chunks,
+    panels,
+    room,  # rows of panels that the buffer holds
+    most,  # panels of a chunk at most
+    rows,  # of a panel at most
+    PANEL: tl.constexpr,
+):
+    """As many panels a chunk as fit, by the rows that its first one needs; chunks that are left over are empty."""
+    at = 0
+    tl.store(cuts_ptr, at)
+    for chunk in range(chunks):
+        stop = tl.load(stops_ptr + at, mask=at < panels, other=1)
+        height = tl.cdiv(tl.maximum(tl.minimum(stop, rows), 1), PANEL) * PANEL
+        at = tl.minimum(at + tl.maximum(tl.minimum(room // height, most), 1), panels)
+        tl.store(cuts_ptr + chunk + 1, at)
+
+
+@triton.jit(do_not_specialize=["first_row", "last_row", "first_held", "T", "chunk"])
 def gather_kernel(
     source_ptr,  # (B, T, D)
     rows_ptr,  # (N,) rows in the order they are worked on
-    count_ptr,  # (1,) how many have a gradient
+    count_ptr,  # (1,) how many of them count; None: all
+    cuts_ptr,  # (chunks + 1,) panels: the rows of chunk ``chunk``, not those from first_row on; or None
     out_ptr,  # (held, D) out
     first_row,
     last_row,
-    first_held,  # the row of rows_ptr that out's first one holds
+    first_held,  # the row of rows_ptr that out's first one holds; with cuts the chunk's first
+    chunk,
     D,
     T,
     strides,  # RowStrides of the source
+    PANEL: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """out = source[rows], those with a gradient."""
+    """out = source[rows], 0 for those that do not count."""
+    stop = last_row
+    if cuts_ptr is not None:
+        first_row = tl.load(cuts_ptr + chunk) * PANEL
+        stop = tl.load(cuts_ptr + chunk + 1) * PANEL  # a panel's last rows may lie beyond last_row: they are 0
+        first_held = first_row
     tiles_d = tl.cdiv(D, BLOCK_D)
     offs_n = first_row + tl.program_id(0) // tiles_d * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_d = tl.program_id(0) % tiles_d * BLOCK_D + tl.arange(0, BLOCK_D)
-    mask_n = offs_n < tl.minimum(tl.load(count_ptr), last_row)
-    mask = mask_n[:, None] & (offs_d < D)[None, :]
+    inside = (offs_n < stop)[:, None] & (offs_d < D)[None, :]
+    mask_n = offs_n < tl.minimum(stop, last_row)
+    if count_ptr is not None:
+        mask_n &= offs_n < tl.load(count_ptr)
     rows = tl.load(rows_ptr + offs_n, mask=mask_n, other=0)
     pointers = source_ptr + row_offsets(rows, T, strides)[:, None]
-    x = tl.load(pointers + offs_d[None, :] * tl.cast(strides.d, tl.int64), mask=mask)
-    tl.store(out_ptr + (offs_n - first_held).to(tl.int64)[:, None] * D + offs_d[None, :], x, mask=mask)
+    x = tl.load(pointers + offs_d[None, :] * tl.cast(strides.d, tl.int64), mask=inside & mask_n[:, None], other=0.0)
+    tl.store(out_ptr + (offs_n - first_held).to(tl.int64)[:, None] * D + offs_d[None, :], x, mask=inside)
 
 
-@triton.jit(do_not_specialize=["first_row", "last_row", "first_held", "first_v", "last_v"])
+@triton.jit
+def panels_needed(stops_ptr, first, last, row):
+    """The panel after the last of a chunk's that ``row`` needs; stops do not rise."""
+    needed = first
+    for at in range(first, last, 128):
+        offs = at + tl.arange(0, 128)
+        stops = tl.load(stops_ptr + offs, mask=offs < last, other=0)
+        needed += tl.sum((stops > row).to(tl.int32), axis=0)
+    return needed
+
+
+@triton.jit
+def sum_panels(sums_ptr, count, height, offs_n, mask_n, BLOCK_N: tl.constexpr):
+    """(BLOCK_N,) sum of some rows of dlogits, from those of its tiles (tiles, height)."""
+    total = tl.zeros((BLOCK_N,), tl.float32)
+    for first in range(0, count, 16):
+        tile = first + tl.arange(0, 16)
+        at = sums_ptr + tile[:, None] * height + offs_n[None, :]
+        total += tl.sum(tl.load(at, mask=(tile < count)[:, None] & mask_n[None, :], other=0.0), axis=0)
+    return total
+
+
+@triton.jit
+def sum_so_far(total_ptrs, mask, decay_ptr, at, mask_n, chunk):
+    """decay * sum, 0 in the first chunk."""
+    total = tl.load(total_ptrs, mask=mask & (chunk > 0), other=0.0)
+    if decay_ptr is not None:
+        total *= tl.load(decay_ptr + at, mask=mask_n, other=0.0)[:, None]
+    return total
+
+
+@triton.jit(do_not_specialize=["first_row", "last_row", "first_held", "chunk", "V"])
 def dhidden_kernel(
-    dlogits_ptr,  # (rows, width)
-    weight_ptr,  # (V, D)
+    dlogits_ptr,  # panels of the chunk
+    dlogits_desc,  # of them as (rows, PANEL), and
+    w_desc,  # of the entries, or with ids of the chunk's ones; None: by pointers
+    entries_ptr,  # (V, D)
+    ids_ptr,  # (V,) the entry at each position; None: in their order
+    cuts_ptr,  # (chunks + 1,)
+    head_stops_ptr,  # (panels,) rows that panels hold
+    stops_ptr,  # (panels,) rows that need them here
     count_ptr,  # (1,)
     rows_ptr,  # (N,) where in sum each row stands; None: in their order
     decay_ptr,  # (N,) fp32, in the rows' order, factor of the sum so far; None: 1
-    sum_ptr,  # (held, D) fp32, the entries before first_v; nothing where first_v is 0
+    sums_ptr,  # (tiles, rows of a panel) fp32 sums of the rows of dlogits tiles; or None
+    mean_ptr,  # (D,) fp32 mean of the entries, in whose direction goes what a row's dlogits lack of a sum of 0
+    sum_ptr,  # (held, D) fp32, the chunks before; nothing in the first
     first_row,
     last_row,
     first_held,
-    first_v,
-    last_v,
-    width,
+    chunk,
+    V,
     D,
-    stride_weight_v,
-    stride_weight_d,
+    stride_v,
+    stride_d,
     COMPUTE: tl.constexpr,
+    PANEL: tl.constexpr,
+    SUMS_A_PANEL: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """sum = decay * sum + dlogits @ weight[first_v:last_v]."""
+    """sum = decay * sum + dlogits @ entries of the chunk."""
     tiles_d = tl.cdiv(D, BLOCK_D)
     block = tl.program_id(0) // tiles_d
-    offs_d = tl.program_id(0) % tiles_d * BLOCK_D + tl.arange(0, BLOCK_D)
+    first_d = tl.program_id(0) % tiles_d * BLOCK_D
     stop = tl.minimum(tl.load(count_ptr), last_row)
     start = first_row + block * BLOCK_N
     if start >= stop:
         return
+    first, last, height = chunk_panels(cuts_ptr, head_stops_ptr, chunk, first_row, last_row, PANEL)
+    needed = panels_needed(stops_ptr, first, last, start)
+    if (needed == first) & (chunk > 0):
+        return
     local = block * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = first_row + local < stop
-    mask_d = offs_d < D
-    offs_v = tl.arange(0, BLOCK_V)
-    safe = tl.where(mask_n, local, 0).to(tl.int64)
-    dz_ptrs = dlogits_ptr + safe[:, None] * width + offs_v[None, :]
-    w_ptrs = weight_ptr + tl.cast(first_v, tl.int64) * stride_weight_v
-    w_ptrs = w_ptrs + offs_v[:, None] * tl.cast(stride_weight_v, tl.int64)
-    w_ptrs = w_ptrs + offs_d[None, :] * tl.cast(stride_weight_d, tl.int64)
-    acc = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
-    for v in range(0, last_v - first_v, BLOCK_V):
-        dz = tl.load(dz_ptrs)
-        w = tl.load(w_ptrs, mask=(v + offs_v < last_v - first_v)[:, None] & mask_d[None, :], other=0.0)
-        acc = tl.dot(dz, w.to(COMPUTE), acc, input_precision="ieee")
-        dz_ptrs += BLOCK_V
-        w_ptrs += BLOCK_V * tl.cast(stride_weight_v, tl.int64)
-    mask = mask_n[:, None] & mask_d[None, :]
-    place = (first_row - first_held + local).to(tl.int64)
+    offs_d = first_d + tl.arange(0, BLOCK_D)
+    mask = mask_n[:, None] & (offs_d < D)[None, :]
     if rows_ptr is not None:
         place = tl.load(rows_ptr + first_row + local, mask=mask_n, other=0)
-    sum_ptrs = sum_ptr + place[:, None] * D + offs_d[None, :]
-    if first_v > 0:
-        before = tl.load(sum_ptrs, mask=mask, other=0.0)
-        if decay_ptr is not None:
-            before *= tl.load(decay_ptr + first_row + local, mask=mask_n, other=0.0)[:, None]
-        acc += before
-    tl.store(sum_ptrs, acc, mask=mask)
+        total_ptrs = sum_ptr + place[:, None] * D + offs_d[None, :]
+    else:
+        total_ptrs = sum_ptr + tl.cast(start - first_held, tl.int64) * D
+        total_ptrs = total_ptrs + tl.arange(0, BLOCK_N)[:, None] * D + offs_d[None, :]
+    first_v = first * PANEL
+    length = tl.minimum((needed - first) * PANEL, V - first_v)
+    if w_desc is not None:  # the sum so far is read first: beside a wide tile there is no room for it
+        acc = sum_so_far(total_ptrs, mask, decay_ptr, first_row + local, mask_n, chunk)
+        first_w = first_v if ids_ptr is None else 0
+        for v in range(0, length, BLOCK_V):
+            dz = dlogits_desc.load([v // PANEL * height + block * BLOCK_N, v % PANEL])
+            w = w_desc.load([first_w + v, first_d])
+            acc = tl.dot(dz, w, acc)
+    else:
+        acc = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
+        offs_v = tl.arange(0, BLOCK_V)
+        dz_ptrs = dlogits_ptr + tl.cast(block * BLOCK_N, tl.int64) * PANEL
+        dz_ptrs = dz_ptrs + tl.arange(0, BLOCK_N)[:, None] * PANEL + offs_v[None, :]
+        to_next_panel = (tl.cast(height, tl.int64) - 1) * PANEL
+        w_ptrs = entries_ptr + offs_d[None, :] * tl.cast(stride_d, tl.int64)
+        if ids_ptr is None:
+            w_ptrs = w_ptrs + (first_v + offs_v).to(tl.int64)[:, None] * stride_v
+        for v in range(0, length, BLOCK_V):
+            dz = tl.load(dz_ptrs)
+            mask_w = (v + offs_v < length)[:, None] & (offs_d < D)[None, :]
+            if ids_ptr is not None:
+                ids = entry_ids(ids_ptr, first_v + v, offs_v, V)
+                w = tl.load(w_ptrs + ids[:, None] * stride_v, mask=mask_w, other=0.0)
+            else:
+                w = tl.load(w_ptrs, mask=mask_w, other=0.0)
+                w_ptrs += BLOCK_V * tl.cast(stride_v, tl.int64)
+            acc = tl.dot(dz, w.to(COMPUTE), acc, input_precision="ieee")
+            step = tl.where((v + BLOCK_V) % PANEL == 0, to_next_panel, 0) + BLOCK_V
+            dz_ptrs += tl.multiple_of(step, 16)
+        acc += sum_so_far(total_ptrs, mask, decay_ptr, first_row + local, mask_n, chunk)
+    if mean_ptr is not None:
+        lacking = sum_panels(sums_ptr, (needed - first) * SUMS_A_PANEL, height, local, mask_n, BLOCK_N)
+        acc -= lacking[:, None] * tl.load(mean_ptr + offs_d, mask=offs_d < D, other=0.0)[None, :]
+    tl.store(total_ptrs, acc, mask=mask)
 
 
 @triton.jit(do_not_specialize=["first_row", "last_row", "first_held"])
@@ -126,110 +220,182 @@ def scatter_kernel(
     tl.store(out, total.to(out_ptr.dtype.element_ty), mask=mask_n[:, None] & mask_d[None, :])
 
 
-@triton.jit(do_not_specialize=["first_row", "last_row", "first_held", "final", "first_v", "last_v"])
+@triton.jit(do_not_specialize=["first_row", "last_row", "first_held", "final", "chunk", "V"])
 def dweight_kernel(
-    dlogits_ptr,  # (rows, width)
+    dlogits_ptr,  # panels of the chunk
+    dlogits_desc,  # of them as (rows, PANEL), and
+    x_desc,  # of the rows; None: by pointers
     x_ptr,  # (held, D) rows gathered
-    count_ptr,  # (1,)
+    ids_ptr,  # (V,) the entry at each position; None: in their order
+    cuts_ptr,  # (chunks + 1,)
+    stops_ptr,  # (panels,) rows that need them
     scale_ptr,  # (1,)
-    sum_ptr,  # (width, D) fp32, the rows before first_row; None when one chunk does it all
-    dweight_ptr,  # (V, D) out, written with the last chunk
+    sum_ptr,  # (entries of a chunk, D) fp32, the rows before first_row; None when one chunk does it all
+    dweight_ptr,  # (V, D) out, written with the last chunk of rows
     first_row,
     last_row,
     first_held,
     final,  # whether this is the last chunk of rows
-    first_v,
-    last_v,
-    width,
+    chunk,
+    V,
     D,
     COMPUTE: tl.constexpr,
+    PANEL: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """dweight[first_v:last_v] += dlogits.T @ x."""
+    """dweight of the chunk's entries += dlogits.T @ x."""
     tiles_d = tl.cdiv(D, BLOCK_D)
-    local_v = tl.program_id(0) // tiles_d * BLOCK_V + tl.arange(0, BLOCK_V)
-    offs_d = tl.program_id(0) % tiles_d * BLOCK_D + tl.arange(0, BLOCK_D)
-    mask_v = local_v < last_v - first_v
-    mask_d = offs_d < D
-    offs_n = tl.arange(0, BLOCK_N)
-    stop = tl.minimum(tl.load(count_ptr), last_row)
-    dz_ptrs = dlogits_ptr + local_v[:, None] + offs_n.to(tl.int64)[None, :] * width
-    x_ptrs = x_ptr + (first_row - first_held + offs_n).to(tl.int64)[:, None] * D + offs_d[None, :]
-    acc = tl.zeros((BLOCK_V, BLOCK_D), dtype=tl.float32)
-    for n in range(first_row, stop, BLOCK_N):
-        mask_n = n + offs_n < stop
-        x = tl.load(x_ptrs, mask=mask_n[:, None] & mask_d[None, :], other=0.0)
-        dz = tl.load(dz_ptrs, mask=mask_n[None, :], other=0.0)
-        acc = tl.dot(dz, x.to(COMPUTE), acc, input_precision="ieee")
-        dz_ptrs += BLOCK_N * tl.cast(width, tl.int64)
-        x_ptrs += BLOCK_N * tl.cast(D, tl.int64)
-    mask = mask_v[:, None] & mask_d[None, :]
-    sum_ptrs = sum_ptr
+    local = tl.program_id(0) // tiles_d * BLOCK_V
+    first_d = tl.program_id(0) % tiles_d * BLOCK_D
+    first, last, height = chunk_panels(cuts_ptr, stops_ptr, chunk, first_row, last_row, PANEL)
+    panel = local // PANEL
+    if first + panel >= last:
+        return
+    length = tl.minimum(tl.load(stops_ptr + first + panel), last_row) - first_row
+    at_x = first_row - first_held
+    offs_d = first_d + tl.arange(0, BLOCK_D)
+    offs_v = tl.arange(0, BLOCK_V)
+    mask = (first * PANEL + local + offs_v < V)[:, None] & (offs_d < D)[None, :]
     if sum_ptr is not None:
-        sum_ptrs = sum_ptr + local_v.to(tl.int64)[:, None] * D + offs_d[None, :]
-        if first_row > 0:
-            acc += tl.load(sum_ptrs, mask=mask, other=0.0)
-        tl.store(sum_ptrs, acc, mask=mask & (final == 0))
-    out = dweight_ptr + (first_v + local_v).to(tl.int64)[:, None] * D + offs_d[None, :]
+        sum_ptrs = sum_ptr + tl.cast(local, tl.int64) * D + offs_v[:, None] * D + offs_d[None, :]
+        acc = tl.load(sum_ptrs, mask=mask & (first_row > 0), other=0.0)
+    else:
+        acc = tl.zeros((BLOCK_V, BLOCK_D), dtype=tl.float32)
+    if x_desc is not None:
+        for n in range(0, length, BLOCK_N):
+            dz = dlogits_desc.load([panel * height + n, local % PANEL])
+            x = x_desc.load([at_x + n, first_d])
+            acc = tl.dot(dz.T, x, acc)
+    else:
+        offs_n = tl.arange(0, BLOCK_N)
+        dz_ptrs = dlogits_ptr + panel * tl.cast(height, tl.int64) * PANEL
+        dz_ptrs = dz_ptrs + tl.multiple_of(local % PANEL, BLOCK_V)
+        dz_ptrs = dz_ptrs + tl.arange(0, BLOCK_V)[:, None] + offs_n[None, :] * PANEL
+        x_ptrs = x_ptr + (at_x + offs_n).to(tl.int64)[:, None] * D + offs_d[None, :]
+        for n in range(0, length, BLOCK_N):
+            mask_n = n + offs_n < length
+            x = tl.load(x_ptrs, mask=mask_n[:, None] & (offs_d < D)[None, :], other=0.0)
+            dz = tl.load(dz_ptrs, mask=mask_n[None, :], other=0.0)
+            acc = tl.dot(dz, x.to(COMPUTE), acc, input_precision="ieee")
+            dz_ptrs += BLOCK_N * PANEL
+            x_ptrs += BLOCK_N * tl.cast(D, tl.int64)
+    if sum_ptr is not None:  # noqa: SIM102
+        if final == 0:
+            sum_ptrs = sum_ptr + tl.cast(local, tl.int64) * D + offs_v[:, None] * D + offs_d[None, :]
+            tl.store(sum_ptrs, acc, mask=mask)
+            return
     acc = acc / tl.load(scale_ptr)
-    tl.store(out, acc.to(dweight_ptr.dtype.element_ty), mask=mask & (final != 0))
+    if ids_ptr is not None:
+        out = dweight_ptr + entry_ids(ids_ptr, first * PANEL + local, offs_v, V)[:, None] * D + offs_d[None, :]
+    else:
+        out = dweight_ptr + tl.cast(first * PANEL + local, tl.int64) * D + offs_v[:, None] * D + offs_d[None, :]
+    tl.store(out, acc.to(dweight_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["first_row", "last_row", "first_v", "last_v"])
+@triton.jit(do_not_specialize=["first_row", "last_row", "chunk", "V"])
 def dbias_kernel(
-    dlogits_ptr,  # (rows, width)
-    count_ptr,  # (1,)
+    dlogits_ptr,  # panels of the chunk
+    ids_ptr,  # (V,) the entry at each position; None: in their order
+    cuts_ptr,  # (chunks + 1,)
+    stops_ptr,  # (panels,) rows that need them
     scale_ptr,  # (1,)
     dbias_ptr,  # (V,) fp32, added to
     first_row,
     last_row,
-    first_v,
-    last_v,
-    width,
+    chunk,
+    V,
+    PANEL: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    local_v = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
-    mask_v = local_v < last_v - first_v
-    offs_n = tl.arange(0, BLOCK_N)
-    stop = tl.minimum(tl.load(count_ptr), last_row) - first_row
+    local = tl.program_id(0) * BLOCK_V
+    first, last, height = chunk_panels(cuts_ptr, stops_ptr, chunk, first_row, last_row, PANEL)
+    panel = local // PANEL
+    if first + panel >= last:
+        return
+    length = tl.minimum(tl.load(stops_ptr + first + panel), last_row) - first_row
+    offs_n, offs_v = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_V)
+    dz_ptrs = dlogits_ptr + panel * tl.cast(height, tl.int64) * PANEL + local % PANEL + offs_v[None, :]
     acc = tl.zeros((BLOCK_V,), dtype=tl.float32)
-    for n in range(0, stop, BLOCK_N):
-        offs = (n + offs_n).to(tl.int64)[:, None] * width + local_v[None, :]
-        dz = tl.load(dlogits_ptr + offs, mask=(n + offs_n < stop)[:, None] & mask_v[None, :], other=0.0)
-        acc += tl.sum(dz.to(tl.float32), axis=0)
-    out = dbias_ptr + first_v + local_v
+    for n in range(0, length, BLOCK_N):
+        at = dz_ptrs + (n + offs_n)[:, None] * PANEL
+        acc += tl.sum(tl.load(at, mask=(n + offs_n < length)[:, None], other=0.0).to(tl.float32), axis=0)
+    mask_v = first * PANEL + local + offs_v < V
+    out = dbias_ptr + entry_ids(ids_ptr, first * PANEL + local, offs_v, V)
     total = tl.load(out, mask=mask_v, other=0.0) + acc / tl.load(scale_ptr)
     tl.store(out, total, mask=mask_v)
 
 
-def add_product(dlogits, weight, count, total, span, first_held=0, rows=None, decay=None):
-    """total = decay * total + dlogits @ weight of a chunk, see :func:`dhidden_kernel`.
+def gather_rows(source, rows, count, out, first_row, last_row, first_held):
+    """Rows ``rows[first_row:last_row]`` of a (B, T, D) source into out, whose first is ``first_held``."""
+    gather(source, rows, count, out, None, 0, first_row, last_row, first_held, last_row - first_row)
+
+
+def gather_entries(entries, ids, out, cuts, chunk):
+    """A chunk's entries (V, D) into out, in the order of ids."""
+    gather(entries[None], ids, None, out, cuts, chunk, 0, ids.numel(), 0, out.shape[0])
+
+
+def gather(source, rows, count, out, cuts, chunk, first_row, last_row, first_held, most):
+    depth, tile = source.shape[2], copy_tile(source.shape[2])
+    gather_kernel[(cdiv(most, tile.rows) * cdiv(depth, tile.cols),)](
+        source_ptr=source,
+        rows_ptr=rows,
+        count_ptr=count,
+        cuts_ptr=cuts,
+        out_ptr=out,
+        first_row=first_row,
+        last_row=last_row,
+        first_held=first_held,
+        chunk=chunk,
+        D=depth,
+        T=source.shape[1],
+        strides=row_strides(source),
+        PANEL=tiles.WIDTH,
+        BLOCK_N=tile.rows,
+        BLOCK_D=tile.cols,
+        num_warps=tile.warps,
+    )
+
+
+def add_product(panels, entries, total, count, first_row, last_row, chunk, first_held=0, rows=None, decay=None,
+                mean=None, copied=True):  # fmt: skip
+    """total = decay * total + dlogits @ entries of a chunk, see :func:`dhidden_kernel`.
 
     Args:
-        dlogits: (rows, width) in the dtype the GEMM computes in. span: first_row, last_row, first_v, last_v.
+        panels: :class:`fastgrpo.kernels.panels.Panels`. copied: whether it copies these entries, if any.
     """
-    first_row, last_row, first_v, last_v = span
-    depth, tile = weight.shape[1], tiles.for_tensor("dhidden", dlogits.dtype, dlogits.device)
-    dhidden_kernel[(triton.cdiv(last_row - first_row, tile.rows) * triton.cdiv(depth, tile.cols),)](
+    depth, dlogits = entries.shape[1], panels.dlogits
+    tile, dlogits_desc, w_desc = panels.product_tile(entries, copied)
+    blocks = cdiv(min(last_row - first_row, panels.rows), tile.rows)
+    dhidden_kernel[(blocks * cdiv(depth, tile.cols),)](
         dlogits_ptr=dlogits,
-        weight_ptr=weight,
+        dlogits_desc=dlogits_desc,
+        w_desc=w_desc,
+        entries_ptr=entries,
+        ids_ptr=panels.ids,
+        cuts_ptr=panels.cuts,
+        head_stops_ptr=panels.stops,
+        stops_ptr=panels.stops_hidden,
         count_ptr=count,
         rows_ptr=rows,
         decay_ptr=decay,
+        sums_ptr=None if mean is None else panels.sums,
+        mean_ptr=mean,
         sum_ptr=total,
         first_row=first_row,
         last_row=last_row,
         first_held=first_held,
-        first_v=first_v,
-        last_v=last_v,
-        width=dlogits.shape[1],
+        chunk=chunk,
+        V=panels.vocab,
         D=depth,
-        stride_weight_v=weight.stride(0),
-        stride_weight_d=weight.stride(1),
+        stride_v=entries.stride(0),
+        stride_d=entries.stride(1),
         COMPUTE=TO_TRITON[str(dlogits.dtype)],
+        PANEL=tiles.WIDTH,
+        SUMS_A_PANEL=panels.sums_a_panel,
         BLOCK_N=tile.rows,
         BLOCK_D=tile.cols,
         BLOCK_V=tile.depth,

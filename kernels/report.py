@@ -48,8 +48,9 @@ def problems(depth, architecture, chunked):
     import torch
 
     from fastgrpo.backends.problem import Gradients, HeadParams, HeadProblem
+    from fastgrpo.kernels import tiles
 
-    def make(dtype, full, entropy=False, lora=False, rows=N, workspace=2**27):
+    def make(dtype, full, entropy=False, lora=False, rows=N, workspace=2**27, padding=0):
         def empty(*shape, dtype=dtype):
             return torch.empty(shape, dtype=dtype, device="meta")
 
@@ -58,7 +59,8 @@ def problems(depth, architecture, chunked):
             compute_dtype=dtype, lora_dtype=dtype, entropy=full or entropy, backend="triton", workspace=workspace,
         )  # fmt: skip
         return HeadProblem(
-            empty(1, rows, depth), empty(V, depth), empty(V) if full else None, empty(rows, dtype=torch.int64),
+            empty(1, rows, depth), empty(V, depth + padding)[:, :depth], empty(V) if full else None,
+            empty(rows, dtype=torch.int64),
             empty(rows, dtype=torch.float32) if full else None, params,
             empty(1, rows, RANK, dtype=torch.float32) if full or lora else None,
             empty(V, RANK) if full or lora else None,
@@ -70,6 +72,9 @@ def problems(depth, architecture, chunked):
         yield f"{name}", make(dtype, full=False), Gradients(True, True)
         yield f"{name} all options", make(dtype, full=True), Gradients(*[True] * 5)
         yield f"{name} LoRA", make(dtype, full=False, lora=True), Gradients(True, False, low=True, up=True)
+        if dtype == torch.bfloat16 and architecture in tiles.DESCRIBED:  # what descriptors cannot read
+            yield f"{name} by pointers", make(dtype, full=False, padding=1), Gradients(True, True)
+            yield f"{name} all options, by pointers", make(dtype, full=True, padding=1), Gradients(*[True] * 5)
         if dtype == torch.bfloat16:
             yield f"{name} entropy", make(dtype, full=False, entropy=True), Gradients(False, False)
             yield f"{name} frozen head", make(dtype, full=False), Gradients(True, False)
@@ -89,9 +94,9 @@ class Recorder:
 
 def all_kernels():
     """-> [(module, name, kernel)] of every module that launches one."""
-    from fastgrpo.kernels import backward, combine, forward, frozen, objective, products, support
+    from fastgrpo.kernels import backward, combine, flags, forward, frozen, objective, panels, products, support
 
-    modules = (forward, combine, frozen, backward, products, objective, support)
+    modules = (forward, flags, combine, frozen, backward, panels, products, objective, support)
     return [(m, name, kernel) for m in modules for name, kernel in vars(m).items() if name.endswith("_kernel")]
 
 
@@ -112,13 +117,16 @@ def replaced(make):
 def recording(architecture):
     from fastgrpo.kernels import tiles
 
-    launches, plain = [], tiles.for_tensor
-    tiles.for_tensor = lambda kernel, dtype, device: tiles.lookup(kernel, dtype.itemsize, architecture)
+    names = ("architecture", "interpreting", "measured")
+    launches, plain = [], {name: getattr(tiles, name) for name in names}
+    for name, instead in zip(names, (lambda device: architecture, lambda: False, lambda device: {})):
+        setattr(tiles, name, instead)
     try:
         with replaced(lambda kernel: Recorder(kernel, launches)):
             yield launches
     finally:
-        tiles.for_tensor = plain
+        for name, function in plain.items():
+            setattr(tiles, name, function)
 
 
 def recorded_launches(architecture, depths=DEPTHS):
@@ -144,6 +152,9 @@ def recorded_launches(architecture, depths=DEPTHS):
             grad = torch.empty(problem.targets.shape, dtype=torch.float32, device="meta")
             stats = problem.new_stats(torch.float32)
             backward.backward(problem, stats, grad, grad if "all" in label else None, needs)
+            if hasattr(backward.staircase, "make"):
+                certificate = forward.certified_forward(certified, row)[1]
+                backward.certified_backward(certified, stats, certificate, grad, needs)
             entries = torch.empty(6 * N, dtype=torch.int64, device="meta")
             offsets = torch.empty(problem.targets.numel() + 1, dtype=torch.int64, device="meta")
             kept = support.Support(entries, entries, offsets, entries, None)

@@ -10,6 +10,7 @@ import triton.language as tl
 from fastgrpo.inputs import IGNORE
 from fastgrpo.kernels.arguments import TO_TRITON, row_strides
 from fastgrpo.kernels.common import row_offsets
+from fastgrpo.kernels.tiles import cdiv
 
 ENTRIES, DEPTH, WARPS = 16, 128, 8  # pairs and values a program reads at once
 
@@ -98,7 +99,7 @@ def kept_logits(problem, support):
     compute, lora = problem.params.compute_dtype, problem.params.lora_dtype
     casts = [(compute, compute), (torch.float32, lora)]
     for (rows, head), (to_rows, to_head) in zip(problem.factors if entries else (), casts):
-        kept_logits_kernel[(triton.cdiv(entries, ENTRIES),)](
+        kept_logits_kernel[(cdiv(entries, ENTRIES),)](
             rows_ptr=rows,
             head_ptr=head,
             index_ptr=support.rows,
@@ -133,7 +134,7 @@ def kept_sums(problem, source, coefficients, index, offsets, cast, dtype):
     length, depth = source.shape[1:]
     out = torch.empty(offsets.numel() - 1, depth, dtype=dtype, device=source.device)
     block = block_depth(depth)
-    programs = out.shape[0] * triton.cdiv(depth, block)
+    programs = out.shape[0] * cdiv(depth, block)
     if programs:
         kept_sums_kernel[(programs,)](
             source_ptr=source,

@@ -1,5 +1,13 @@
-"""Tile sizes per kernel, operand width and architecture; every entry here is compiled by ``make kernel-report``."""
+"""Tile sizes per kernel, operand width and architecture; every entry here is compiled by ``make kernel-report``.
 
+Where ``python -m bench.tune`` has measured a device, measured/<its name>.json comes first: read once, never written
+here, and no training step times anything.
+"""
+
+import functools
+import json
+import re
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -23,7 +31,8 @@ class Tile(NamedTuple):
         return {name: value for name, value in named.items() if value is not None}
 
 
-# {kernel: {operand bytes: {architecture: Tile}}}; "default" serves architectures without a line of their own.
+# {kernel: {operand bytes: {architecture: Tile}}}; "default" serves architectures without a line of their own, and
+# "sm_90 TMA" Hopper where both operands come by tensor descriptors: measured on an H200, see CONTRIBUTING.md.
 # sm_86, sm_89 and sm_120 have 99 KB of shared memory; fp32 runs in IEEE fp32, whose register tile is smaller.
 FP32 = {"default": Tile(64, 64, 32, 4, 2)}
 FP32_NARROW = {"default": Tile(64, 32, 16, 4, 1)}  # with LoRA 64 x 64 spills 16-56 bytes on sm_80, 90, 100 and 120
@@ -39,48 +48,80 @@ NARROW = {
     "sm_100": Tile(128, 64, 64, 8, 3),
     "gfx942": Tile(128, 64, 32, 8, 2),
 }
+TMA = "sm_90 TMA"
+WIDE = {TMA: Tile(128, 256, 64, 8, 3)}
 LOGITS = {**SQUARE, "sm_80": Tile(128, 128, 64, 8, 3)}
+TWO_AN_SM = {TMA: Tile(128, 128, 64, 4, 3)}  # one computes while the other stores
 TILES = {
-    "forward": {2: LOGITS, 4: FP32},
+    "forward": {2: {**LOGITS, **WIDE}, 4: FP32},
     # bias, softcap, LoRA, per-token temperature or entropy: more values live at once (sm_100 spills at 128 columns)
     "forward_full": {
-        2: {**LOGITS, "sm_100": Tile(128, 64, 64, 8, 3)},
+        2: {**SQUARE, TMA: SQUARE["sm_90"], **dict.fromkeys(("sm_90", "sm_100"), Tile(128, 64, 64, 8, 3))},
         4: {**FP32_NARROW, "sm_100": Tile(64, 32, 16, 4, 2)},  # without a second buffer Triton 3.6 spills
     },
     "forward_certified": {
-        2: {**LOGITS, "sm_100": Tile(128, 64, 64, 8, 3)},
-        4: FP32,
+        2: {
+            **LOGITS,
+            **WIDE,
+            "sm_80": Tile(128, 128, 32, 8, 4),
+            "sm_100": Tile(128, 64, 64, 8, 3),
+        },
+        4: {**FP32, **dict.fromkeys(("sm_86", "sm_89"), Tile(64, 64, 32, 4, 1))},
     },
     "forward_certified_full": {
         2: NARROW,
         4: {**FP32_NARROW, "sm_90": Tile(32, 32, 16, 4, 2)},
     },
-    "dlogits": {2: LOGITS, 4: {**FP32, **dict.fromkeys(("sm_90", "sm_100", "sm_120"), Tile(64, 64, 16, 4, 2))}},
-    "dlogits_full": {2: NARROW, 4: FP32_NARROW},
-    "masses": {2: LOGITS, 4: FP32},
+    "dlogits": {
+        2: {**LOGITS, **TWO_AN_SM},
+        4: {"default": Tile(64, 64, 16, 8, 2)},
+    },
+    "dlogits_full": {
+        2: {**NARROW, **dict.fromkeys(("sm_86", "sm_89", "sm_120"), Tile(64, 64, 32, 4, 3))},
+        4: FP32_NARROW,
+    },
+    "masses": {2: {**LOGITS, **TWO_AN_SM}, 4: FP32},
     "masses_full": {2: NARROW, 4: FP32_NARROW},
-    "dhidden": {2: SQUARE, 4: {**FP32, "sm_100": Tile(64, 64, 16, 4, 2)}},
-    "dweight": {2: SQUARE, 4: FP32},
+    "dhidden": {2: {**SQUARE, **WIDE}, 4: {"default": Tile(64, 64, 16, 8, 2)}},
+    "dweight": {2: {**SQUARE, **WIDE}, 4: FP32},
 }
 INTERPRETER = Tile(32, 64, 32, 4, 1, group=2)
 COPY = Tile(16, 256, 0, 4, 1)  # of rows that are only gathered or scattered
+LABELS = Tile(8, 256, 0, 4, 1)  # of the labels' logits
 LEVEL_ROWS = 32
-WIDTH = 128  # the dlogits buffer's columns are a multiple of it, and it of every tile's columns
+WIDTH = 128  # entries of a panel of dlogits; a multiple of every backward tile's sides
 ROW_BLOCK = 1024  # of the elementwise kernels over tokens
 COMBINE_BLOCK, COMBINE_RUNS = 128, 8
+WIDEST_TILE = 128 * 256  # values of the largest tile: 128 a thread of 8 warps
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 
 
-def lookup(kernel, bytes_per_value, architecture):
+def cdiv(a, b):
+    """Of the host's numbers; Triton's own takes as long as a tenth of a launch."""
+    return -(-a // b)
+
+
+DESCRIBED = ("sm_90",)  # architectures whose tiles of both operands come by tensor descriptors (TMA)
+
+
+def lookup(kernel, bytes_per_value, architecture, described=False):
     table = TILES[kernel][bytes_per_value]
     tile = table.get(architecture, table["default"])
-    stops_early = kernel.startswith("forward") or (kernel, bytes_per_value) == ("dhidden", 4)
-    if stops_early and architecture.startswith("sm_"):
+    if described:
+        tile = table.get(f"{architecture} TMA", tile)
+    return capped(kernel, bytes_per_value, architecture, tile)
+
+
+def capped(kernel, bytes_per_value, architecture, tile):
+    """The tile with the limit on registers that it needs."""
+    stops_early = kernel.startswith(("forward", "dlogits")) or (kernel, bytes_per_value) == ("dhidden", 4)
+    if architecture.startswith("sm_") and (stops_early or tile.rows * tile.cols >= WIDEST_TILE):
         # Left alone, ptxas stops at 96, 128 or 168 and spills a few bytes for an occupancy it does not reach.
         tile = tile._replace(registers=255)
     return tile
 
 
+@functools.cache
 def architecture(device):
     """ "sm_90", "gfx942", ... of a device; datacentre Blackwell's variants share sm_100's entry."""
     properties = torch.cuda.get_device_properties(device)
@@ -91,8 +132,113 @@ def architecture(device):
     )
 
 
-def for_tensor(kernel, dtype, device):
-    """The tile a launcher uses."""
+def for_tensor(kernel, dtype, device, described=False):
+    """The tile a launcher uses. described: whether both operands come by tensor descriptors."""
     if interpreting():
         return INTERPRETER
-    return lookup(kernel, dtype.itemsize, architecture(device))
+    tile = measured(device).get((kernel, dtype.itemsize, described))
+    return lookup(kernel, dtype.itemsize, architecture(device), described) if tile is None else tile
+
+
+def has_descriptors(device):
+    return not interpreting() and architecture(device) in DESCRIBED
+
+
+MEASURED = Path(__file__).with_name("measured")
+# What must divide WIDTH: the sides of dlogits' panels that a kernel writes or reads.
+IN_PANELS = {
+    "dlogits": ("rows", "cols"), "masses": ("rows", "cols"), "dhidden": ("rows", "depth"), "dweight": ("rows", "depth"),
+}  # fmt: skip
+FLAGGED = 32, 256  # columns of a forward's tile: a word of flags, forward.WIDEST
+NOTES = ("device", "architecture", "torch", "triton", "date")  # of a measured file, beside its tiles
+ENTRY = {"kernel": str, "bytes": int, "described": bool, "tile": dict}
+SIZES = Tile._fields[:-1]  # registers follow from the rest
+
+
+class Measured(NamedTuple):
+    architecture: str
+    table: dict  # {(kernel, operand bytes, described): Tile}
+
+
+def slug(name):
+    """A device's name as a file's: "NVIDIA H200" -> "nvidia-h200"."""
+    return re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+@functools.cache
+def measured(device):
+    """{(kernel, operand bytes, described): Tile} of a device; empty where it was never measured."""
+    if device.type != "cuda":
+        return {}
+    path = MEASURED / f"{slug(torch.cuda.get_device_name(device))}.json"
+    if not path.is_file():
+        return {}
+    found = read_measured(path)
+    if found.architecture != architecture(device):
+        raise ValueError(f"{path}: architecture must be {architecture(device)!r}, got {found.architecture!r}")
+    return found.table
+
+
+def read_measured(path):
+    """:class:`Measured` of a file that bench/tune.py wrote; ValueError where the kernels could not run its tiles."""
+    path = Path(path)
+    try:
+        content = json.loads(path.read_text())
+        for name in NOTES:
+            check(isinstance(content, dict) and isinstance(content.get(name), str), f"{name!r} must be a text")
+        check(slug(content["device"]) == path.stem, f"the file of {content['device']!r} has another name")
+        check(isinstance(content.get("tiles"), list), "'tiles' must be a list")
+        table = dict(read_entry(entry, content["architecture"]) for entry in content["tiles"])
+        check(len(table) == len(content["tiles"]), "two tiles of one kernel, operand bytes and way to read them")
+        check_table(table, content["architecture"])
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return Measured(content["architecture"], table)
+
+
+def read_entry(entry, architecture):
+    """-> key, Tile."""
+    for name, kind in ENTRY.items():
+        value = entry.get(name) if isinstance(entry, dict) else None
+        check(type(value) is kind, f"{name!r} must be of type {kind.__name__}, got {value!r}")
+    kernel, size, described, sizes = (entry[name] for name in ENTRY)
+    check(set(sizes) == set(SIZES), f"a tile has {', '.join(SIZES)}, got {sorted(sizes)}")
+    tile = Tile(**sizes)
+    check_tile(kernel, size, tile)
+    return (kernel, size, described), capped(kernel, size, architecture, tile)
+
+
+def check_tile(kernel, bytes_per_value, tile):
+    """ValueError where a kernel cannot have the tile, whatever the device."""
+    check(kernel in TILES, f"kernel must be one of {', '.join(TILES)}, got {kernel!r}")
+    check(bytes_per_value in TILES[kernel], f"bytes must be 2 or 4, got {bytes_per_value!r}")
+    least = {"rows": 16, "cols": 16, "depth": 16, "warps": 1}
+    for name in least:
+        size = getattr(tile, name)
+        power = type(size) is int and size >= least[name] and size & (size - 1) == 0
+        check(power, f"{kernel}: {name} must be a power of two of at least {least[name]}, got {size!r}")
+    for name in ("stages", "group"):
+        size = getattr(tile, name)
+        check(type(size) is int and size >= 1, f"{kernel}: {name} must be a number of at least 1, got {size!r}")
+    check(tile.warps <= 8, f"{kernel}: warps must be at most 8, got {tile.warps}")
+    for name in IN_PANELS.get(kernel.removesuffix("_full"), ()):
+        size = getattr(tile, name)
+        check(WIDTH % size == 0, f"{kernel}: {name} must divide {WIDTH}, got {size}")
+    if kernel.startswith("forward"):
+        first, last = FLAGGED
+        check(first <= tile.cols <= last, f"{kernel}: cols must be in [{first}, {last}], got {tile.cols}")
+
+
+def check_table(table, architecture):
+    """ValueError where the tiles of a device do not go together: flags are laid out before it is known how a kernel
+    reads its operands."""
+    for kernel, size, _ in table:
+        if kernel.startswith("forward_certified"):
+            rows = {(table.get((kernel, size, way)) or lookup(kernel, size, architecture, way)).rows
+                    for way in (False, architecture in DESCRIBED)}  # fmt: skip
+            check(len(rows) == 1, f"{kernel}: rows must not depend on descriptors, got {sorted(rows)}")
+
+
+def check(holds, complaint):
+    if not holds:
+        raise ValueError(complaint)

@@ -10,7 +10,7 @@ import problems
 from watchers import Watched
 
 pytest.importorskip("triton")
-from fastgrpo.kernels import report
+from fastgrpo.kernels import report, tiles
 
 OPTIONS = [
     {},
@@ -84,7 +84,7 @@ def test_fp32_against_fp64(backend, device, shape, workspace, options):
         allowed = 2 * (theirs - truth).abs() + 1e-6 * (1 + truth.abs())
         assert ((mine - truth).abs() <= allowed).all(), ((mine - truth).abs() / allowed).max()
     torch.testing.assert_close(stats[1] + stats[2], forward[1] + forward[2], rtol=2e-6, atol=2e-6)  # log-sum-exp
-    torch.testing.assert_close(stats[3], forward[3], rtol=1e-5, atol=0)
+    torch.testing.assert_close(stats[3], forward[3], rtol=3e-5, atol=0)  # labels' logits, summed in another order
     mine, theirs = (problems.relative_error(d, want[2]) for d in (directions, naive[2]))
     assert mine <= 2 * theirs + 2e-6 or want[2].norm() < 1e-12, (mine, theirs)
     assert directions.shape == (n, depth)
@@ -228,14 +228,19 @@ def denormals(x):
     return int(((x != 0) & (x.abs() < torch.finfo(x.dtype).tiny)).sum())
 
 
+def unpanelled(panels, rows, vocab, width=tiles.WIDTH):
+    """(rows, vocab) of one chunk's panels, whose rows fit one panel's."""
+    panels = panels[: -(-vocab // width) * width].view(-1, width, width)
+    return panels[:, :rows].transpose(0, 1).reshape(rows, -1)[:, :vocab].clone()
+
+
 def operands_of(run):
     """What the GEMMs of gradients read beside hidden and weight, launch by launch."""
     seen = []
 
     def look(name, arguments):
         if name in ("dhidden_kernel", "dweight_kernel"):
-            rows, cols = (arguments[f"last_{x}"] - arguments[f"first_{x}"] for x in ("row", "v"))
-            seen.append(arguments["dlogits_ptr"][:rows, :cols].clone())
+            seen.append(unpanelled(arguments["dlogits_ptr"], arguments["last_row"], arguments["V"]))
 
     with report.replaced(lambda kernel: Watched(kernel, look)):
         run()

@@ -9,6 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = {p.name for p in (ROOT / "kernels").glob("*.py")}
+MEASURED = {f"measured/{p.name}" for p in (ROOT / "kernels" / "measured").glob("*.json")} | {"measured/some-gpu.json"}
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +31,10 @@ def copy_sources(target):
         shutil.copy(ROOT / name, target)
     for name in ("fastgrpo", "kernels"):
         shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
+    measured = target / "kernels" / "measured"
+    measured.mkdir(exist_ok=True)
+    for name in ("some-gpu.json", "some-gpu.jsonl"):  # tiles are shipped, the rows they come from are not
+        (measured / name).write_text("{}")
 
 
 def run_python(code, cwd, path=None):
@@ -41,7 +46,9 @@ def test_wheel_contents(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     tops = {n.split("/")[0] for n in names}
     assert {t for t in tops if not t.endswith(".dist-info")} == {"fastgrpo"}
-    assert {n.removeprefix("fastgrpo/kernels/") for n in names if n.startswith("fastgrpo/kernels/")} == KERNELS
+    assert {n.removeprefix("fastgrpo/kernels/") for n in names if n.startswith("fastgrpo/kernels/")} == (
+        KERNELS | MEASURED
+    )
     for path in (ROOT / "fastgrpo").rglob("*.py"):
         relative = path.relative_to(ROOT).as_posix()
         assert relative in names or relative == "fastgrpo/kernels/__init__.py", relative

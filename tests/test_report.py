@@ -1,6 +1,7 @@
 """The kernel report: it compiles what the launchers launch, and it fails when it should."""
 
 import importlib.metadata
+import itertools
 import subprocess
 import sys
 
@@ -42,10 +43,12 @@ def test_every_kernel_and_tile_is_recorded():
             seen.setdefault(kernel.fn.__name__, set()).add(shape)
         assert {f"{name}_kernel" for name in ("forward", "combine", "masses", "fold", "level", "directions",
                                               "gather", "dlogits", "dhidden", "dweight", "dbias", "scatter",
-                                              "objective", "kept_logits", "kept_sums")} == set(seen)  # fmt: skip
+                                              "objective", "kept_logits", "kept_sums", "label", "cut",
+                                              "last_keeping")} == set(seen)  # fmt: skip
+        described = (False, True) if architecture in tiles.DESCRIBED else (False,)
         for name in tiles.TILES:
-            for size in (2, 4):
-                tile = tiles.lookup(name, size, architecture)
+            for size, by_descriptors in itertools.product((2, 4), described):
+                tile = tiles.lookup(name, size, architecture, by_descriptors)
                 assert (tile.rows, tile.cols, tile.depth) in seen[f"{name.split('_')[0]}_kernel"]
 
 

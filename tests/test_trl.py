@@ -321,7 +321,7 @@ def test_bad_options_are_refused_first(ours):
 @pytest.mark.works("TRL", "FastGRPOTrainer: training on the certified backward equals stock TRL over 6 optimiser steps")
 def test_certified_backward_and_its_hint(tmp_path, monkeypatch, models):
     """Where the policy that sampled is known its log-probs reach the op, on the positions they belong to."""
-    monkeypatch.setattr(head, "CERTIFIED_FROM", (1, 1, 1))
+    monkeypatch.setattr(head, "CERTIFIED_FROM", {"cpu": (1, 1, 1), "cuda": (1, 1, 1)})
     with counted_calls(monkeypatch) as calls:
         stock, fast = train_both(tmp_path, monkeypatch, models(), temperature=0.8)
     assert_same_rows(log_rows(stock), log_rows(fast), tolerance=2e-4, small=2e-5)

@@ -1,5 +1,6 @@
 """Two backends behind one interface: ``forward(problem)``, ``partial_forward(problem)`` (what ``forward`` combines),
-``certified_forward(...)``, ``certified_partial_forward(...)``, ``rows_per_flag(problem)`` of their certificates,
+``certified_forward(...)``, ``certified_partial_forward(...)``, ``certificate_like(problem)`` of their certificates,
+``certified_backward(...)``,
 ``frozen_forward(...)``, ``slopes_like(problem)`` of what it keeps, ``backward(...)``, ``kept_logits(...)`` and
 ``kept_sums(...)`` (of fastgrpo/support.py), ``counted_rows(targets)`` (None where the host would have to wait),
 ``objective(...)``."""

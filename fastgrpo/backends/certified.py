@@ -26,13 +26,50 @@ TRUSTED = (1e-20, 1e30)  # range of a row's sum of exp in which the guessed shif
 @dataclass(frozen=True)
 class Certificate:
     order: torch.Tensor  # (n,) int64, alike rows next to each other; ignored ones left out or last
-    flags: torch.Tensor  # (ceil(n / block), V) bool, entries kept
+    # (ceil(n / block), V) bool, entries kept; packed: (ceil(n / block), ceil(V / tile) * tile // 32) int32, column c of
+    # tile t in bit c // W of word t * W + c % W, W = tile // 32
+    flags: torch.Tensor
     dropped: torch.Tensor  # (n,) probability outside the flagged entries, of rows in this order
     block: int
+    tile: int = 0  # entries whose flags share their words; 0: not packed
 
     @property
     def tensors(self):
         return self.order, self.flags, self.dropped
+
+    def keeps(self, entries):
+        """(C,) int64 -> (blocks, C) bool: whether each block keeps the entries."""
+        if not self.tile:
+            return self.flags.index_select(1, entries)
+        words, column = self.tile // 32, entries % self.tile
+        at = entries // self.tile * words + column % words
+        return (self.flags.index_select(1, at) & bits(column // words)) != 0
+
+    def last_keeping(self, alive):
+        """1 + the last block that is alive and keeps the entry, 0 where none is: (K, V) int32.
+
+        Packed flags are read to the end of their last tile: columns beyond V mean nothing.
+
+        Args:
+            alive: (K, blocks) bool.
+        """
+        width = self.flags.shape[1] * (32 if self.tile else 1)
+        last = torch.zeros(len(alive), width, dtype=torch.int32, device=alive.device)
+        for block, flags in enumerate(self.flags):
+            last.masked_fill_(alive[:, block, None] & self.unpack(flags), block + 1)
+        return last
+
+    def unpack(self, flags):
+        """Of one block: (V,) bool, packed up to the end of the last tile."""
+        if not self.tile:
+            return flags
+        each = bits(torch.arange(32, device=flags.device))
+        return ((flags.view(-1, 1, self.tile // 32) & each[:, None]) != 0).flatten()
+
+
+def bits(index):
+    """int32 with the bits ``index`` alone; bit 31 is the sign's."""
+    return torch.bitwise_left_shift(torch.ones_like(index, dtype=torch.int32), index.to(torch.int32))
 
 
 def cutoff(tolerance):

@@ -86,6 +86,7 @@ class HeadParams:
     tolerance: float | None = None  # of the certified backward; None: exact
     row_tolerance: float = 1.0  # of each entry's gradient in it; 1: not asked for
     hidden_grad: torch.dtype | None = None  # dtype of dX; None: that of hidden
+    shard: bool = False  # whether the entries are a part of the vocabulary, other ranks having the rest
 
 
 @dataclass(frozen=True)

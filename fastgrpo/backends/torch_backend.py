@@ -1,6 +1,10 @@
 """Plain torch behind the backends' interface."""
 
+import torch
+
 from fastgrpo.backends import certified, dense, dense_backward, frozen, kept
+from fastgrpo.backends import certified_backward as _certified_backward
+from fastgrpo.inputs import accumulator_dtype
 from fastgrpo.objective import token_objective
 
 GUESSES_PEAKS = True  # of a certified forward: a sum of exp may leave the trusted range
@@ -14,9 +18,17 @@ slopes_like = frozen.slopes_like
 backward = dense_backward.backward
 
 
-def rows_per_flag(problem):
-    """How many rows share the flags of a certified forward."""
-    return certified.BLOCK
+def certificate_like(problem):
+    """(shape, dtype) of each tensor of a certificate, at the most rows."""
+    n, vocab, _ = problem.sizes
+    blocks = -(-n // certified.BLOCK)
+    return ((n,), torch.int64), ((blocks, vocab), torch.bool), ((n,), accumulator_dtype(problem.hidden))
+
+
+def certified_backward(problem, stats, kept, grad_logp, needs):
+    """kept: the tensors of the forward's certificate."""
+    certificate = certified.Certificate(*kept, block=certified.BLOCK)
+    return _certified_backward.backward(problem, stats, certificate, grad_logp, needs)
 
 
 counted_rows = dense.counted_rows

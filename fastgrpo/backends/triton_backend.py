@@ -12,6 +12,7 @@ from fastgrpo.kernels import forward as _forward
 from fastgrpo.kernels import frozen as _frozen
 from fastgrpo.kernels import objective as _objective
 from fastgrpo.kernels import support as _support
+from fastgrpo.kernels.flags import PackedCertificate
 
 GUESSES_PEAKS = False  # of a certified forward
 
@@ -67,8 +68,17 @@ def backward(problem, stats, grad_logp, grad_entropy, needs):
         return _backward.backward(problem, stats, grad_logp, grad_entropy, needs)
 
 
-def rows_per_flag(problem):
-    return _forward.forward_tile(problem, certified=True).rows
+def certificate_like(problem):
+    """(shape, dtype) of each tensor of a certificate."""
+    n, (block, words) = problem.targets.numel(), _forward.flag_shape(problem)
+    return ((n,), torch.int64), ((-(-n // block), words), torch.int32), ((n,), torch.float32)
+
+
+def certified_backward(problem, stats, kept, grad_logp, needs):
+    """kept: the tensors of the forward's certificate."""
+    with on_device(problem.hidden):
+        certificate = PackedCertificate(*kept, _forward.flag_shape(problem)[0], _forward.flag_tile(problem))
+        return _backward.certified_backward(problem, stats, certificate, grad_logp, needs)
 
 
 def counted_rows(targets):

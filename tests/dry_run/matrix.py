@@ -12,9 +12,10 @@ from fastgrpo import GRPOLossConfig, grpo_loss, linear_logprobs
 from fastgrpo.config import CLIPPED, DIVERGENCE_MASKS, KL_ESTIMATORS, LOSS_TYPES
 
 V, D, RANK = 5008, 256, 16  # multiples of 16, as in the kernel report: what one compiles the other need not
-FORWARD = 2  # its documented launches: the vocabulary, then the combination of its runs
-FROZEN = 4, 2  # a chunk: masses, fold, level, their product with the weight; combination of the runs, directions
-EXACT = 5  # gather; dlogits, dX, dW of the one chunk; scatter
+FORWARD = 4  # its documented launches: rows gathered, their labels, the vocabulary, the combination of its runs
+FROZEN = 4, 3  # a chunk: masses, fold, level, their product with the weight; gather, combination, directions
+EXACT = 6  # chunks cut, rows gathered; dlogits, dX, dW of the one chunk; scatter
+CERTIFIED = EXACT + 2  # the last block that keeps each entry; a chunk more where descriptors need its entries copied
 LORA = 4  # its pair's: gather, dX, dW, scatter
 BIAS, OBJECTIVE = 1, 1
 
@@ -153,25 +154,27 @@ def cases(everything):
             yield case(f"{name}, frozen head", FORWARD + EXACT - 1 + LORA, logprobs, dtype, lora=lora, frozen=True)
             yield case(f"{name}, everything", FORWARD + EXACT + LORA + BIAS, logprobs, dtype, lora=lora, bias=True,
                        options=True, entropy=True)  # fmt: skip
-            yield case(f"{name}, certified", FORWARD, logprobs, dtype, lora=lora, backward="certified")
+            yield case(f"{name}, certified", FORWARD + CERTIFIED + LORA, logprobs, dtype, lora=lora,
+                       backward="certified")  # fmt: skip
             yield case(f"{name}, support", None, logprobs, dtype, lora=lora, support=True, options=True, bias=True)
         for frozen, hint in itertools.product((False, True), (False, True)):
             name = f"{kind} certified{', hint' if hint else ''}{', frozen head' if frozen else ''}"
-            yield case(name, FORWARD, logprobs, dtype, backward="certified", hint=hint, frozen=frozen)
-        yield case(f"{kind} certified, everything", FORWARD, logprobs, dtype, backward="certified", hint=True,
-                   bias=True, options=True)  # fmt: skip
+            yield case(name, FORWARD + CERTIFIED - frozen, logprobs, dtype, backward="certified", hint=hint,
+                       frozen=frozen)  # fmt: skip
+        yield case(f"{kind} certified, everything", FORWARD + CERTIFIED + BIAS, logprobs, dtype, backward="certified",
+                   hint=True, bias=True, options=True)  # fmt: skip
         yield case(f"{kind} support", 3, logprobs, dtype, support=True)  # logits, dX, dW
         yield case(f"{kind} shard", FORWARD, partial, dtype, certified=False)
         yield case(f"{kind} shard, certified", FORWARD, partial, dtype, certified=True)
     # Nothing is compiled again when only the batch changes.
     for options in ({}, {"frozen": True}, {"backward": "certified", "hint": True}):
-        launches = FORWARD if "backward" in options else None
+        launches = FORWARD + CERTIFIED if "backward" in options else None
         for shape in ({"n": 301}, {"n": 512}, {"n": 1}, {"n": 16}, {"n": 432, "batch": 3}, {"n": 300, "batch": 300},
                       {"n": 404, "batch": 4}, {"n": 404, "batch": 4, "view": True}):  # fmt: skip
             name = f"bfloat16 {options or ''} {shape}"
             yield case(name, launches, logprobs, bf16, compiles=0, **options, **shape)
         for workspace in (16, 2, 1):
-            yield case(f"bfloat16 {options or ''} {workspace} MiB", launches, logprobs, bf16, n=1500, **options,
+            yield case(f"bfloat16 {options or ''} {workspace} MiB", None, logprobs, bf16, n=1500, **options,
                        workspace_mb=workspace, compiles=None if workspace == 2 else 0)  # fmt: skip
     for shape in ({"n": 301}, {"n": 1}, {"n": 432, "batch": 3}, {"n": 404, "batch": 4, "view": True}):
         yield case(f"bfloat16 dX in forward {shape}", sum(FROZEN), dx_in_forward, bf16, compiles=0, **shape)

@@ -1,0 +1,101 @@
+"""Where dlogits, or a frozen head's masses, stand between the kernel that makes them and the GEMMs that read them."""
+
+import torch
+
+from fastgrpo.kernels import tiles
+from fastgrpo.kernels.arguments import describable, describe
+from fastgrpo.kernels.products import cut_kernel, gather_entries
+from fastgrpo.kernels.tiles import cdiv
+
+SHARE = 0.3  # of the workspace for what a chunk's entries take beside their panels
+FEWEST = 8  # panels of a chunk, where the rows can be cut instead
+
+
+class Cut:
+    """How much fits the workspace: host numbers only.
+
+    Attributes:
+        rows: of a panel at most. room: rows of panels that the buffer holds. most: panels of a chunk at most.
+        chunks: of entries, where every panel needs all rows; fewer otherwise.
+    """
+
+    def __init__(self, n, vocab, workspace, cell, per_row, per_entry, per_entry_in_rows):
+        """Bytes of a cell of a panel, of a row beside it, of an entry beside it, and with rows cut of an entry more."""
+        width, self.panels = tiles.WIDTH, cdiv(vocab, tiles.WIDTH)
+        self.rows = cdiv(n, width) * width
+        while True:
+            spare = workspace - self.rows * per_row
+            per_panel = width * (per_entry + (per_entry_in_rows if self.rows < n else 0))
+            self.most = self.panels
+            if per_panel:
+                self.most = min(max(int(SHARE * spare) // per_panel, 1), self.panels)
+            self.room = int((spare - (self.most * per_panel if per_panel else 0)) // (width * cell)) // width * width
+            fits = self.room >= self.rows * min(FEWEST, self.panels) and self.most >= min(FEWEST, self.panels)
+            if fits or self.rows <= width:
+                break
+            self.rows = cdiv(self.rows // 2, width) * width
+        self.room = min(max(self.room, self.rows), self.rows * self.panels)
+        self.most = min(self.most, self.room // width)
+        self.chunks = cdiv(self.panels, max(min(self.room // self.rows, self.most), 1))
+
+
+class Panels:
+    """The buffer of one backward, and its chunks of entries, which the device cuts by how many rows need them.
+
+    Attributes:
+        dlogits: (room, WIDTH). cuts: (chunks + 1,) int32. stops, stops_hidden: (panels,) int32 leading rows that the
+            entries need, for anything and for their product with the entries. ids: (V,) the entry at each position, or
+            None. sums: fp32 of the rows of dlogits tiles, or None.
+    """
+
+    def __init__(self, cut, vocab, dtype, device, stops, stops_hidden=None, ids=None, cuts=None):
+        self.rows, self.chunks, self.most, self.vocab, self.ids = cut.rows, cut.chunks, cut.most, vocab, ids
+        self.stops, self.stops_hidden = stops, stops if stops_hidden is None else stops_hidden
+        self.dlogits = torch.empty(cut.room, tiles.WIDTH, dtype=dtype, device=device)
+        self.sums, self.sums_a_panel, self.copied, self.tiles = None, 1, None, {}
+        self.cuts = torch.empty(cut.chunks + 1, dtype=torch.int32, device=device) if cuts is None else cuts
+        if cuts is None:
+            cut_kernel[(1,)](
+                stops_ptr=stops,
+                cuts_ptr=self.cuts,
+                chunks=cut.chunks,
+                panels=cut.panels,
+                room=cut.room,
+                most=cut.most,
+                rows=cut.rows,
+                PANEL=tiles.WIDTH,
+                num_warps=1,
+            )
+
+    def sum_rows(self, tile):
+        """Have the sums of dlogits' rows kept, those of tiles of so many columns."""
+        self.sums_a_panel = tiles.WIDTH // tile.cols
+        count = self.dlogits.shape[0] * self.sums_a_panel
+        self.sums = torch.empty(count, dtype=torch.float32, device=self.dlogits.device)
+
+    def copy_entries(self, weight):
+        """Have the entries of each chunk copied in the order of ids: tensor descriptors read no scattered rows."""
+        self.copied = weight.new_empty(self.most * tiles.WIDTH, weight.shape[1])
+
+    def copy_chunk(self, weight, chunk):
+        if self.copied is not None:
+            gather_entries(weight, self.ids, self.copied, self.cuts, chunk)
+
+    def described(self, entries, copied):
+        """What a descriptor reads of these entries; None: pointers have to. copied: whether they are those copied."""
+        if self.ids is None:
+            return entries
+        return self.copied if copied else None
+
+    def product_tile(self, entries, copied):
+        """-> Tile of dlogits times entries, descriptors of both or None; made once of each entries."""
+        if id(entries) not in self.tiles:
+            self.tiles[id(entries)] = self.choose_tile(entries, copied)
+        return self.tiles[id(entries)]
+
+    def choose_tile(self, entries, copied):
+        source, dtype, device = self.described(entries, copied), self.dlogits.dtype, self.dlogits.device
+        if source is None or not describable(device, dtype, source):
+            return tiles.for_tensor("dhidden", dtype, device), None, None
+        tile = tiles.for_tensor("dhidden", dtype, device, described=True)
+        return tile, describe(self.dlogits, tile.rows, tile.depth), describe(source, tile.depth, tile.cols)

@@ -1,0 +1,317 @@
+"""The tiles measured on a device: read, refused, chosen; and the command that measures them, rehearsed on a CPU."""
+
+import importlib.metadata
+import json
+import math
+import subprocess
+import sys
+import types
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from bench import candidates, tune
+from fastgrpo.kernels import report, tiles
+
+GPU = torch.device("cuda", 0)
+NAME = "NVIDIA H200"
+TILE = {"rows": 128, "cols": 128, "depth": 64, "warps": 8, "stages": 4, "group": 16}
+ENTRY = {"kernel": "forward", "bytes": 2, "described": True, "tile": TILE}
+NOTES = {"device": NAME, "architecture": "sm_90", "torch": "2.13.0", "triton": "3.7.1", "date": "2026-11-26"}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Where measured files are looked for, as if on an H200 outside the interpreter."""
+    monkeypatch.setattr(tiles, "MEASURED", tmp_path)
+    monkeypatch.setattr(tiles, "interpreting", lambda: False)
+    monkeypatch.setattr(tiles, "architecture", lambda device: "sm_90")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: NAME)
+    tiles.measured.cache_clear()
+    yield tmp_path
+    tiles.measured.cache_clear()
+
+
+def put(folder, *entries, name="nvidia-h200.json", **notes):
+    path = folder / name
+    path.write_text(json.dumps({**NOTES, **notes, "tiles": entries}))
+    return path
+
+
+@pytest.mark.quick
+def test_a_measured_tile_comes_first_and_is_read_once(folder):
+    path = put(folder, ENTRY, {**ENTRY, "kernel": "dweight"})
+    tile = tiles.for_tensor("forward", torch.bfloat16, GPU, described=True)
+    assert tile == tiles.Tile(**TILE, registers=255)  # as lookup limits a forward's
+    assert tiles.for_tensor("dweight", torch.float16, GPU, described=True) == tiles.Tile(**TILE)
+    path.unlink()
+    assert tiles.for_tensor("forward", torch.bfloat16, GPU, described=True) == tile
+    for kernel, dtype, described in (
+        ("forward", torch.bfloat16, False), ("forward", torch.float32, True), ("dhidden", torch.bfloat16, True),
+    ):  # fmt: skip
+        plain = tiles.lookup(kernel, dtype.itemsize, "sm_90", described)
+        assert tiles.for_tensor(kernel, dtype, GPU, described) == plain
+
+
+@pytest.mark.quick
+def test_without_a_file_the_defaults_serve(folder, monkeypatch):
+    for kernel in tiles.TILES:
+        for dtype in (torch.bfloat16, torch.float32):
+            for described in (False, True):
+                plain = tiles.lookup(kernel, dtype.itemsize, "sm_90", described)
+                assert tiles.for_tensor(kernel, dtype, GPU, described) == plain
+    put(folder, ENTRY)
+    assert tiles.for_tensor("forward", torch.bfloat16, torch.device("meta"), described=True) == tiles.lookup(
+        "forward", 2, "sm_90", described=True
+    )  # the report and the dry run see what is compiled in
+    monkeypatch.setattr(tiles, "interpreting", lambda: True)
+    assert tiles.for_tensor("forward", torch.bfloat16, GPU, described=True) == tiles.INTERPRETER
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"kernel": "backward"}, "kernel must be one of"),
+        ({"bytes": 3}, "bytes must be 2 or 4"),
+        ({"bytes": True}, "'bytes' must be of type int"),
+        ({"described": 1}, "'described' must be of type bool"),
+        ({"tile": {**TILE, "rows": 96}}, "rows must be a power of two"),
+        ({"tile": {**TILE, "depth": 8}}, "depth must be a power of two of at least 16"),
+        ({"tile": {**TILE, "warps": 16}}, "warps must be at most 8"),
+        ({"tile": {**TILE, "stages": 0}}, "stages must be a number of at least 1"),
+        ({"tile": {**TILE, "registers": 255}}, "a tile has rows, cols"),
+        ({"tile": {**TILE, "cols": 512}}, r"cols must be in \[32, 256\]"),
+        ({"kernel": "dlogits", "tile": {**TILE, "cols": 256}}, "dlogits: cols must divide 128, got 256"),
+        ({"kernel": "masses_full", "tile": {**TILE, "rows": 256}}, "masses_full: rows must divide 128"),
+        ({"kernel": "dhidden", "tile": {**TILE, "depth": 256}}, "dhidden: depth must divide 128"),
+        ({"kernel": "dweight", "tile": {**TILE, "rows": 256}}, "dweight: rows must divide 128"),
+        ({"kernel": "forward_certified", "tile": {**TILE, "rows": 64}}, "rows must not depend .*64, 128"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_the_kernels_cannot_run_is_refused(folder, change, complaint):
+    path = put(folder, {**ENTRY, **change})
+    with pytest.raises(ValueError, match=complaint) as caught:
+        tiles.for_tensor("forward", torch.bfloat16, GPU)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.quick
+def test_both_ways_of_a_certified_forward_may_change_together(folder):
+    entry = {**ENTRY, "kernel": "forward_certified", "tile": {**TILE, "rows": 64}}
+    put(folder, entry, {**entry, "described": False})
+    assert tiles.for_tensor("forward_certified", torch.bfloat16, GPU).rows == 64
+
+
+@pytest.mark.quick
+def test_malformed_files_are_refused(folder):
+    path = put(folder, ENTRY)
+    text = path.read_text()
+    for broken, complaint in (
+        (text[:-5], "Expecting"), ("[]", "'device' must be a text"), (text.replace('"date"', '"day"'), "'date'"),
+        (text.replace(NAME, "NVIDIA H100"), "another name"), (text.replace('"tiles"', '"tile"'), "'tiles' must be"),
+        (json.dumps({**NOTES, "tiles": [ENTRY, ENTRY]}), "two tiles of one kernel"),
+        (json.dumps({**NOTES, "tiles": [7]}), "'kernel' must be of type str"),
+        (text.replace("sm_90", "sm_100"), "architecture must be 'sm_90', got 'sm_100'"),
+    ):  # fmt: skip
+        path.write_text(broken)
+        with pytest.raises(ValueError, match=complaint) as caught:
+            tiles.for_tensor("forward", torch.bfloat16, GPU)
+        assert str(path) in str(caught.value)
+
+
+@pytest.mark.quick
+def test_every_candidate_may_be_written():
+    for architecture in tiles.ARCHITECTURES:
+        for kernel in candidates.TUNED:
+            shipped, *others = candidates.candidates(kernel, architecture)
+            assert len(others) > 5
+            assert len({shipped, *others}) == 1 + len(others)
+            key = candidates.key_of(kernel, architecture)
+            for tile in others:
+                sizes = {name: getattr(tile, name) for name in tiles.SIZES}
+                entry = dict(zip(tiles.ENTRY, (*key, sizes)))
+                assert tiles.read_entry(entry, architecture) == (key, tile)
+                tiles.check_table({key: tile}, architecture)
+
+
+@pytest.mark.quick
+def test_shipped_files_are_in_order():
+    for path in tiles.MEASURED.glob("*.json"):
+        assert tiles.read_measured(path).table is not None
+
+
+@pytest.mark.parametrize("version", [report.OTHER_TRITON, importlib.metadata.version("triton")])
+def test_shipped_tiles_compile_in_every_variant(version):
+    """What the kernel report does of the defaults."""
+    if not list(tiles.MEASURED.glob("*.json")):
+        pytest.skip("no device's file is shipped")
+    command = [sys.executable, "-m", "bench.tune", "--verify"]
+    environment = report.environment(version)
+    done = subprocess.run(command, cwd=tune.ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def rows_of(kernel, tile, shipped_ms, ms, widths=(896, 1536, 4096)):
+    return [
+        {"kernel": kernel, "tile": list(tile), "D": d, "ok": True, "ms": a, "shipped_ms": b}
+        for d, a, b in zip(widths, ms, shipped_ms)
+    ]
+
+
+@pytest.mark.quick
+def test_a_winner_is_two_per_cent_faster_over_the_widths():
+    widths = (896, 1536, 4096)
+    tile, other = tiles.Tile(64, 128, 64, 4, 3), tiles.Tile(64, 128, 64, 4, 4)
+
+    def picked(*rows, bad=()):
+        found = tune.pick([row for group in rows for row in group], widths, bad, tune.GAIN)
+        return {kernel: winner[0] for kernel, winner in found.items()}
+
+    one = [1.0, 1.0, 1.0]
+    assert picked(rows_of("forward", tile, [1.021] * 3, one)) == {"forward": tile}
+    assert picked(rows_of("forward", tile, [1.019] * 3, one)) == {}
+    assert picked(rows_of("forward", tile, [1.3, 1.0, 0.9], one)) == {"forward": tile}  # 1.17 of three
+    assert picked(rows_of("forward", tile, [1.3, 1.0, 0.8], one)) == {}  # 1.04, but 1.013 in the geometric mean
+    assert picked(rows_of("forward", tile, [1.5] * 2, one, widths[:2])) == {}  # not timed at all widths
+    both = rows_of("forward", tile, [1.1] * 3, one), rows_of("forward", other, [1.2] * 3, one)
+    assert picked(*both) == picked(*both[::-1]) == {"forward": other}
+    assert picked(*both, bad={("forward", tuple(other))}) == {"forward": tile}
+    failed = [{**row, "ok": False} for row in both[1]]
+    assert picked(both[0], failed) == {"forward": tile}
+    assert math.isclose(tune.speedup(dict(enumerate(both[0]))), 1.1)
+
+
+@pytest.fixture
+def rehearse(tmp_path, capsys):
+    """-> run the command small; its status, its rows, its file, what it said."""
+
+    def run(*arguments):
+        status = tune.main(["--rehearsal", "--out", str(tmp_path), "--kernels", "forward", "dweight", *arguments])
+        files = list(tmp_path.glob("*.json"))
+        rows = [json.loads(line) for path in tmp_path.glob("*.jsonl") for line in path.read_text().splitlines()]
+        return status, rows, files, capsys.readouterr().out
+
+    return run
+
+
+def test_the_command_end_to_end_and_a_second_run_times_nothing(rehearse, monkeypatch):
+    monkeypatch.setattr(tune, "CHECKS", {name: tune.CHECKS[name] for name in ("exact", "certified, hint")})
+    monkeypatch.setattr(tune, "GAIN", 0.0)  # whatever the clock says, both tiles win
+    status, rows, files, said = rehearse()
+    assert status == 0, said
+    assert "s left] time: 2 of 2 done" in said
+    found = tiles.read_measured(*files)
+    assert {kernel for kernel, _, _ in found.table} == {"forward", "dweight"}
+    content = json.loads(files[0].read_text())
+    assert content["torch"] == torch.__version__
+    for entry in content["tiles"]:
+        assert set(entry["milliseconds"]) == set(entry["shipped_milliseconds"]) == {"32"}
+        assert entry["shipped"]["depth"] == 2 * entry["tile"]["depth"] == 32
+    assert {row["case"] for row in rows if row["step"] == "check"} == set(tune.CHECKS)
+    status, again, files, said = rehearse()
+    assert status == 0, said
+    assert {row["step"] for row in again[len(rows) :]} == {"check"}
+    assert json.loads(files[0].read_text())["tiles"] == content["tiles"]
+
+
+@pytest.mark.quick
+def test_rows_of_other_sources_or_sizes_do_not_count(tmp_path):
+    known = tune.origin(tune.Contact("cpu", tune.REHEARSAL))
+    rows = tune.Rows(tmp_path / "rows.jsonl", known)
+    job = {"kernel": "forward", "tile": [1, 2], "D": 32}
+    for change in ({"source": "another"}, {"triton": "3.6.0"}, {"tokens": 7}, {"widths": [64]}):
+        tune.Rows(rows.path, {**known, **change}).write(step="time", **job, ok=True)
+    rows.write(step="time", **job, begun=True)
+    with rows.path.open("a") as file:
+        file.write('{"half of a')
+    assert rows.finished("time") == {}
+    with rows.path.open("a") as file:
+        file.write("\n")
+    rows.write(step="time", **job, ok=True)
+    assert list(rows.finished("time")) == [tune.job_of(job)]
+
+
+def test_a_wrong_tile_is_not_written(rehearse, monkeypatch, tmp_path):
+    """A child compares; here one that finds an error stands in."""
+    monkeypatch.setattr(tune, "GAIN", 0.0)
+    plain = tune.Run.do
+
+    def do(self, step, jobs, shards, seconds):
+        if step != "check":
+            return plain(self, step, jobs, shards, seconds)
+        for job in jobs:
+            wrong = job["case"] == "exact"
+            self.rows.write(step=step, **job, ok=not wrong, errors={"hidden": 0.3 if wrong else 0.0})
+        return True
+
+    monkeypatch.setattr(tune.Run, "do", do)
+    status, _, files, said = rehearse()
+    assert status == 1
+    assert not files
+    assert "WRONG exact: {'hidden': 0.3}" in said
+
+
+def test_a_check_notices_a_tile_that_computes_something_else(tmp_path, monkeypatch):
+    put(tmp_path, {**ENTRY, "described": False}, name="x.json", device="x", architecture="cpu")
+    contact = types.SimpleNamespace(cuda=False, device="cpu", head=tune.Contact("cpu", tune.REHEARSAL).head)
+    job = {"case": "exact", "file": str(tmp_path / "x.json")}
+    right = tune.run_check(contact, job, "cpu")
+    assert right["ok"]
+    plain = tune.compare
+    seen = []
+
+    def with_other_tiles(*arguments, **options):
+        seen.append(tiles.for_tensor("forward", torch.float16, torch.device("cpu")))
+        return plain(*arguments, **options)
+
+    monkeypatch.setattr(tune, "compare", with_other_tiles)
+    tune.run_check(contact, job, "cpu")
+    assert seen == [tiles.Tile(**TILE)]  # the file's, also in the interpreter
+
+
+CHILD = """
+import json, os, sys, time
+
+given = json.load(open(sys.argv[1]))
+
+def write(**row):
+    with open(sys.argv[2], "a") as file:
+        file.write(json.dumps({**given["origin"], "step": "time", **row}) + chr(10))
+
+for job in given["jobs"]:
+    write(**job, begun=True)
+    if job["D"] == 1:
+        os.abort()
+    if job["D"] == 2:
+        time.sleep(60)
+    write(**job, ok=True)
+"""
+
+
+def test_a_process_that_dies_or_hangs_costs_its_own_row(tmp_path, monkeypatch, capsys):
+    """The parent's half, with children that compute nothing."""
+    options = types.SimpleNamespace(out=tmp_path, time_limit=60, kernels=[], device="cpu", rehearsal=True)
+    run = tune.Run(options, tune.Contact("cpu", tune.REHEARSAL))
+    child = tmp_path / "child.py"
+    child.write_text(CHILD)
+    plain = subprocess.Popen
+
+    def popen(command, **keywords):
+        jobs = command[command.index("--jobs") + 1]
+        return plain([sys.executable, child, jobs, run.rows.path], **keywords)
+
+    monkeypatch.setattr(tune.subprocess, "Popen", popen)
+    monkeypatch.setattr(tune, "STALL", 1)
+    assert run.do("time", [{"kernel": "forward", "tile": [1], "D": d} for d in range(5)], 1, 30)
+    found = {row["D"]: row for row in run.rows.finished("time").values()}
+    assert [found[d]["ok"] for d in range(5)] == [True, False, False, True, True]
+    assert "status -6" in found[1]["error"]
+    assert "silent" in found[2]["error"]
+    monkeypatch.setattr(tune, "STALL", 30)
+    late = [{"kernel": "forward", "tile": [1], "D": d} for d in (7, 2)]
+    assert not run.do("time", late, 1, 2)  # the time is up: neither done nor failed
+    assert set(found) | {7} == {row["D"] for row in run.rows.finished("time").values()}
+    assert "1 of 2 done" in capsys.readouterr().out
