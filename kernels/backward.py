@@ -121,12 +121,14 @@ def dlogits_kernel(
     dz = -grad_logp[:, None] * tl.math.exp2(log_p * LOG2E)
     if grad_entropy_ptr is not None:
         dz -= grad_entropy[:, None] * tl.math.exp2(log_p * LOG2E) * (log_p + entropy[:, None])
+    slope = cap_slope(value, logits)
+    dz *= slope
     local = label - first_v
     offs_v = tl.arange(0, BLOCK_V)
     if has_label(local, BLOCK_V) | (first_v + BLOCK_V > head.V) | (start + BLOCK_N > stop):
-        dz = tl.where(offs_v[None, :] == local[:, None], at_label[:, None], dz)
+        dz = tl.where(offs_v[None, :] == local[:, None], at_label[:, None] * slope, dz)
         dz = tl.where((first_v + offs_v < head.V)[None, :] & mask_n[:, None], dz, 0.0)  # the GEMMs read whole tiles
-    dz = without_dust(dz * cap_slope(value, logits))
+    dz = without_dust(dz)
     if sums_ptr is not None:
         tl.store(sums_ptr + tile * height + block * BLOCK_N + tl.arange(0, BLOCK_N), tl.sum(dz, axis=1))
     out = panel_pointers(dlogits_ptr, height, block * BLOCK_N, local_v, PANEL, BLOCK_N, BLOCK_V)
@@ -177,7 +179,7 @@ class Work:
             or None.
     """
 
-    def __init__(self, problem, factors, plan, described, spread):
+    def __init__(self, problem, factors, plan, tile, described, spread):
         self.problem, self.factors, self.spread = problem, factors, spread
         self.n, vocab, _ = problem.sizes
         self.device, dtype = problem.hidden.device, problem.params.compute_dtype
@@ -185,7 +187,7 @@ class Work:
         # an order of their own are copied chunk by chunk, and that not once more for each chunk of rows.
         self.rows_outside = plan.entries is None and all(f.d_entries is None for f in factors)
         copies = plan.entries is not None and described
-        cut = self.cut(dtype.itemsize, copies)
+        cut = self.cut(dtype.itemsize + (4 / tile.cols if spread else 0), copies)
         self.panels = Panels(cut, vocab, dtype, self.device, plan.stops_head, plan.stops_hidden, plan.entries)
         if copies:
             self.panels.copy_entries(problem.weight)
@@ -202,14 +204,13 @@ class Work:
     def new(self, rows, cols, dtype=torch.float32):
         return torch.empty(rows, cols, dtype=dtype, device=self.device)
 
-    def cut(self, itemsize, copies):
+    def cut(self, cell, copies):
         factors, problem = self.factors, self.problem
         per_row = sum(f.depth * f.rows.element_size() for k, f in enumerate(factors) if self.copies_a_chunk(k))
         if self.rows_outside:
             per_row += sum(4 * f.depth for f in factors if f.d_rows is not None)
         summed = sum(4 * f.depth for f in factors if f.d_entries is not None)
         copied = problem.weight.shape[1] * problem.weight.element_size() if copies else 0
-        cell = itemsize + (8 / tiles.WIDTH if self.spread else 0)
         return Cut(self.n, problem.sizes[1], problem.params.workspace, cell, per_row, copied, summed)
 
     def is_read(self, k):
@@ -277,7 +278,7 @@ def climb(problem, stats, grads, active, needs, make_plan):
     spread = plan.entries is not None and sums_to_0 and any(needs.of_rows)
     kernel = "dlogits_full" if len(grads) > 1 or has_extras(problem) else "dlogits"
     tile, described = pick_tile(kernel, problem)
-    work = Work(problem, factors, plan, described, spread)
+    work = Work(problem, factors, plan, tile, described, spread)
     launch = Launcher(problem, stats, grads, plan, scale, work, tile, described)
     launch.gather_all(0, work.n, a_chunk=False)
     rows_in_hand = chunk_in_hand = None

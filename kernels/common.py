@@ -136,7 +136,7 @@ def raw_logits(
             acc = tl.dot(x, w.T, acc)
     else:
         offs_x = at_x + tl.arange(0, BLOCK_N)
-        offs_x = tl.where(offs_x <= last_x, offs_x, at_x).to(tl.int64)
+        offs_x = tl.minimum(offs_x, last_x).to(tl.int64)
         x_ptrs = x_ptr + offs_x[:, None] * head.D + offs_d[None, :]
         if ids_ptr is not None:
             entries = entry_ids(ids_ptr, first_v, offs_v, head.V)

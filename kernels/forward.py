@@ -228,7 +228,7 @@ def processor_count(device):
 
 
 def forward(problem: HeadProblem):
-    """(5, N) statistics of every counted row; launches two kernels and never waits for them."""
+    """(5, N) statistics of every counted row; never waits for the device."""
     stats = problem.new_stats(torch.float32)
     run_forward(problem, *compact_rows(problem.targets != IGNORE), stats=stats)
     return stats
@@ -313,7 +313,7 @@ def run_forward(problem, rows, count, hint=None, flags=None, dropped=None, label
     head, logits, low_rank = logit_arguments(problem)
     selection = Selection(rows, count, problem.targets)
     known = label is not None
-    label = torch.empty(n, dtype=torch.float32, device=hidden.device) if label is None else label
+    label = torch.zeros(n, dtype=torch.float32, device=hidden.device) if label is None else label
     for first_row, last_row in spans(n, held):
         gather_rows(hidden, rows, count, x, first_row, last_row, first_row)
         if not known:

@@ -291,7 +291,8 @@ class Launcher:
         self.decay = torch.empty(n, **fp32)
 
     def tiles_v(self, first_v, last_v):
-        return cdiv(last_v - first_v, self.tile.cols)
+        """Of whole panels: dhidden's steps may be longer than a tile."""
+        return cdiv(last_v - first_v, tiles.WIDTH) * (tiles.WIDTH // self.tile.cols)
 
     def masses(self, first_row, last_row, first_v, last_v, chunk):
         problem, tile, panels = self.problem, self.tile, self.panels

@@ -2,11 +2,13 @@
 
 import torch
 
+from fastgrpo.backends import staircase
 from fastgrpo.kernels import tiles
 from fastgrpo.kernels.arguments import describable, describe
 from fastgrpo.kernels.products import cut_kernel, gather_entries
 from fastgrpo.kernels.tiles import cdiv
 
+assert staircase.TILE == tiles.WIDTH  # stops are read by panel
 SHARE = 0.3  # of the workspace for what a chunk's entries take beside their panels
 FEWEST = 8  # panels of a chunk, where the rows can be cut instead
 

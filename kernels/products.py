@@ -1,8 +1,9 @@
 """The GEMMs of a gradient, and the rows they read and write: kernels that know of no logits.
 
 They are our own because how many rows need an entry is known on the device only: cuBLAS would need the host to wait
-for it. dlogits stand in panels, see :func:`fastgrpo.kernels.common.chunk_panels`; rows and entries are read from dense
-copies, gathered once. No atomics; every sum has a fixed order.
+for it. dlogits stand in panels, see :func:`fastgrpo.kernels.common.chunk_panels`; rows are read from dense copies,
+entries in place or, where descriptors want them in another order, from a copy of the chunk's. No atomics; every sum has
+a fixed order.
 """
 
 import triton

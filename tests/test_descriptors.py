@@ -109,3 +109,26 @@ def test_the_last_block_that_keeps_an_entry(device, tile):
     assert torch.equal(want[0], (kept * numbers).amax(0).int())
     assert want.amax() == 4
     assert (want == 0).any()
+
+
+@pytest.mark.quick
+def test_flags_are_laid_out_alike_however_operands_are_read():
+    wide = tiles.Tile(128, 256, 64, 8, 3)
+    for architecture in tiles.DESCRIBED:
+        tiles.check_table(dict.fromkeys([(f"forward_certified{x}", 2, True) for x in ("", "_full")]), architecture)
+        with pytest.raises(ValueError, match="must not depend"):
+            tiles.check_table({("forward_certified", 2, True): wide}, architecture)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("n", [33, 130])
+def test_rows_beyond_the_last_are_not_read(device, n):
+    """A panel holds 128 rows whatever N is; those that are not there are zeros, also through a softcap."""
+    p = profiles.problem(n, 300, 32, "rl", dtype=torch.float32)
+    hidden, weight = (p[k].to(device).requires_grad_() for k in ("hidden", "weight"))
+    for backward in ("exact", "certified"):
+        out = linear_logprobs(
+            hidden, weight, p["targets"].to(device), softcap=20.0, backend="triton", backward=backward
+        ).logprobs
+        grads = torch.autograd.grad(out.sum(), (hidden, weight))
+        assert all(g.isfinite().all() and g.count_nonzero() for g in grads)

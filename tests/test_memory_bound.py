@@ -1,6 +1,7 @@
 """The memory that README promises, held by the branches that only CUDA takes, and how often they make the host wait.
 
-Beyond inputs and gradients: the workspace, 4 N D for the sum of dX, 64 bytes a token, N V / 128.
+Beyond inputs and gradients: the workspace, 4 N D for the sum of dX, 64 bytes a token, and where certified N V / 128
+(N V / 1024 and 20 bytes an entry on the Triton backend).
 """
 
 import dataclasses

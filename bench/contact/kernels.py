@@ -10,7 +10,7 @@ import torch
 
 from bench.candidates import TUNED, candidates, compile_tile, key_of
 from bench.contact.device import attempt, failure
-from bench.contact.launches import launches, speed, with_tile
+from bench.contact.launches import exact, launches, speed, with_tile
 
 FEW = 7  # tiles of each kernel: bench.tune tries them all
 
@@ -102,5 +102,6 @@ def ncu(contact):
 
 
 def once(contact):
-    launches(contact, contact.sizes.widths[len(contact.sizes.widths) // 2])
+    """What ncu looks at: the first launch of each is the first that it matches."""
+    exact(*contact.head(contact.sizes.tokens, contact.sizes.widths[len(contact.sizes.widths) // 2]))
     yield {"done": True}
