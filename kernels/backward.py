@@ -5,7 +5,6 @@ how many of the rows each panel of entries needs. The exact backward needs all o
 what its certificate kept. The host knows none of these numbers and never waits for them.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -26,6 +25,7 @@ from fastgrpo.kernels.arguments import (
     pick_tile,
 )
 from fastgrpo.kernels.common import (
+    LOG2E,
     cap,
     cap_slope,
     chunk_panels,
@@ -51,8 +51,6 @@ from fastgrpo.kernels.products import (
 from fastgrpo.kernels.row_math import gradient_at_label
 from fastgrpo.kernels.tiles import cdiv
 from fastgrpo.lora import has_native, mm16
-
-LOG2E = tl.constexpr(math.log2(math.e))
 
 
 @triton.jit(do_not_specialize=["first_row", "last_row", "first_held", "chunk", "N"])

@@ -1,11 +1,14 @@
 """Device functions that several kernels share."""
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 
 from fastgrpo.backends import problem
 
+LOG2E = tl.constexpr(math.log2(math.e))
 FLOOR, NOTHING = map(tl.constexpr, (problem.FLOOR, problem.NOTHING))
 NEGLIGIBLE = tl.constexpr(problem.negligible(torch.float32))
 

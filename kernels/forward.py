@@ -15,6 +15,7 @@ from fastgrpo.kernels.arguments import TO_TRITON, Selection, describe, has_extra
 from fastgrpo.kernels.combine import DROPPED, combine
 from fastgrpo.kernels.common import (
     FLOOR,
+    LOG2E,
     NOTHING,
     cap,
     group_blocks,
@@ -30,8 +31,7 @@ from fastgrpo.kernels.products import gather_rows, spans
 from fastgrpo.kernels.row_math import rescale
 from fastgrpo.kernels.tiles import cdiv
 
-LOG2E = tl.constexpr(math.log2(math.e))
-WIDEST = tl.constexpr(256)  # entries of a tile: a block's flags are padded to it
+WIDEST = tl.constexpr(tiles.FLAGGED[1])  # entries of a tile: a block's flags are padded to it
 
 
 @triton.jit(do_not_specialize=["first_row", "last_row"])

@@ -149,7 +149,7 @@ MEASURED = Path(__file__).with_name("measured")
 IN_PANELS = {
     "dlogits": ("rows", "cols"), "masses": ("rows", "cols"), "dhidden": ("rows", "depth"), "dweight": ("rows", "depth"),
 }  # fmt: skip
-FLAGGED = 32, 256  # columns of a forward's tile: a word of flags, forward.WIDEST
+FLAGGED = 32, 256  # columns of a forward's tile at least, a word of flags, and at most
 NOTES = ("device", "architecture", "torch", "triton", "date")  # of a measured file, beside its tiles
 ENTRY = {"kernel": str, "bytes": int, "described": bool, "tile": dict}
 SIZES = Tile._fields[:-1]  # registers follow from the rest
