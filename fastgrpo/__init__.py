@@ -3,17 +3,20 @@
 from fastgrpo import reference
 from fastgrpo.advantages import group_advantages
 from fastgrpo.config import GRPOLossConfig
+from fastgrpo.divergence import Divergence, linear_divergence
 from fastgrpo.logprobs import LogProbs, linear_logprobs
 from fastgrpo.loss import GRPOLoss, grpo_loss
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Divergence",
     "GRPOLoss",
     "GRPOLossConfig",
     "LogProbs",
     "group_advantages",
     "grpo_loss",
+    "linear_divergence",
     "linear_logprobs",
     "reference",
 ]

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from fastgrpo.config import GRPOLossConfig
+from fastgrpo.divergence import Divergence
 from fastgrpo.inputs import Backend, Backward
 from fastgrpo.logprobs import LogProbs
 from fastgrpo.loss import GRPOLoss
@@ -260,3 +261,44 @@ def reduce(config, losses, masks, num_items, shape) -> Any:
     if config.loss_type == "bnpo" or num_items is None:
         return total / tokens.clamp(min=1)
     return total / torch.as_tensor(num_items).clamp(min=1)
+
+
+def linear_divergence(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    teacher_hidden: torch.Tensor,
+    teacher_weight: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    *,
+    beta: float = 1.0,
+    bias: torch.Tensor | None = None,
+    teacher_bias: torch.Tensor | None = None,
+    temperature: float | torch.Tensor = 1.0,
+    softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    logit_scale: float = 1.0,
+    teacher_logit_scale: float = 1.0,
+    return_entropy: bool = False,
+    lora: tuple[torch.Tensor, torch.Tensor, float] | None = None,
+    **_: Any,
+) -> Divergence:
+    """Same arguments and result as :func:`fastgrpo.linear_divergence`; those it does not name are not used."""
+    if lora is not None:
+        a, b, scaling = lora
+        weight = weight + scaling * b @ a
+    log_s = F.log_softmax(logits(hidden, weight, bias, temperature, softcap, logit_scale), dim=-1)
+    z = logits(teacher_hidden.detach(), teacher_weight.detach(), teacher_bias, temperature, teacher_softcap,
+               teacher_logit_scale)  # fmt: skip
+    log_t = F.log_softmax(z, dim=-1).detach()
+
+    def kl(first, second):
+        return (first.exp() * (first - second)).nan_to_num(nan=0.0).sum(-1)
+
+    if beta in (0.0, 1.0):
+        value = kl(log_s, log_t) if beta == 1.0 else kl(log_t, log_s)
+    else:
+        mixture = torch.log((1 - beta) * log_s.exp() + beta * log_t.exp())
+        value = beta * kl(log_t, mixture) + (1 - beta) * kl(log_s, mixture)
+    entropy = -(log_s.exp() * log_s.masked_fill(log_s == -torch.inf, 0.0)).sum(-1).detach()
+    counted = torch.ones_like(value, dtype=torch.bool) if mask is None else mask.reshape(value.shape) != 0
+    return Divergence(value.where(counted, 0.0), entropy.where(counted, 0.0) if return_entropy else None)

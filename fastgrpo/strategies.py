@@ -96,6 +96,14 @@ class Supported:
         return support.backward(problem, entries, backend, stats, raw, grad_logp, grad_entropy, needs)
 
 
+class Diverging(Exact):
+    """A divergence of two heads, every entry of every row with a gradient made again."""
+
+    @staticmethod
+    def forward(problem, backend, given):
+        return backend.divergence_forward(problem), ()
+
+
 def find(name):
     """The strategy of that name."""
     return {s.__name__: s for s in (Exact, Certified, Frozen, Supported)}[name]
@@ -117,3 +125,8 @@ def choose(hidden, head, params, with_support, entropy_grad):
 def choose_trained(params):
     """Of a head that wants a gradient, or a part of one."""
     return Exact if params.tolerance is None else Certified
+
+
+def choose_pair(params):
+    """The strategy of a divergence."""
+    return Diverging

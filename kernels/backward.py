@@ -260,7 +260,7 @@ def certified_backward(problem, stats, certificate, grad_logp, needs):
         problem, stats, certificate, grad_logp, needs))  # fmt: skip
 
 
-def climb(problem, stats, grads, active, needs, make_plan):
+def climb(problem, stats, grads, active, needs, make_plan, launcher=None):
     out = new_gradients(problem, needs)
     if problem.targets.numel() == 0 or not any(needs):
         for x in out.of_head:
@@ -274,10 +274,10 @@ def climb(problem, stats, grads, active, needs, make_plan):
     # A row's dlogits add up to 0, so what those made lack of it is what was left out: put back as if spread evenly.
     sums_to_0 = problem.params.softcap is None and not problem.params.shard
     spread = plan.entries is not None and sums_to_0 and any(needs.of_rows)
-    kernel = "dlogits_full" if len(grads) > 1 or has_extras(problem) else "dlogits"
-    tile, described = pick_tile(kernel, problem)
+    launcher = Launcher if launcher is None else launcher
+    tile, described = pick_tile(launcher.kernel(problem, grads), problem)
     work = Work(problem, factors, plan, tile, described, spread)
-    launch = Launcher(problem, stats, grads, plan, scale, work, tile, described)
+    launch = launcher(problem, stats, grads, plan, scale, work, tile, described)
     launch.gather_all(0, work.n, a_chunk=False)
     rows_in_hand = chunk_in_hand = None
     for first_row, last_row, chunk in work:
@@ -338,43 +338,54 @@ class Launcher:
                 held = self.work.first_held(first_row, out)
                 gather_rows(factor.rows, self.plan.rows, self.plan.count, out, first_row, last_row, held)
 
+    @staticmethod
+    def kernel(problem, grads):
+        """Whose tile the dlogits take."""
+        return "dlogits_full" if len(grads) > 1 or has_extras(problem) else "dlogits"
+
     def dlogits(self, first_row, last_row, chunk):
+        dlogits_kernel[(self.grid(self.tile),)](
+            **self.tile_arguments(first_row, last_row, chunk),
+            grad_logp_ptr=self.grads[0],
+            grad_entropy_ptr=self.grads[1] if len(self.grads) > 1 else None,
+        )
+
+    def tile_arguments(self, first_row, last_row, chunk):
+        """What any kernel of dlogits takes, and the launch."""
         problem, work, tile = self.problem, self.work, self.tile
         x, panels = work.gathered[0], work.panels
         n, _, depth = problem.sizes
-        dlogits_kernel[(self.grid(tile),)](
-            x_ptr=x,
-            x_desc=self.operands[0],
-            w_desc=self.operands[1],
-            head=self.head,
-            bias_ptr=problem.bias,
-            low_rank=self.low_rank,
-            ids_ptr=panels.ids,
-            selection=self.selection,
-            temperature_ptr=problem.temperature,
-            stats_ptr=self.stats,
-            grad_logp_ptr=self.grads[0],
-            grad_entropy_ptr=self.grads[1] if len(self.grads) > 1 else None,
-            scale_ptr=self.scale,
-            cuts_ptr=panels.cuts,
-            stops_ptr=panels.stops,
-            dlogits_ptr=panels.dlogits,
-            sums_ptr=panels.sums,
-            first_row=first_row,
-            last_row=last_row,
-            first_held=work.first_held(first_row, x),
-            chunk=chunk,
-            N=n,
-            logits=self.logits,
-            WHOLE_D=depth % tile.depth == 0,
-            COMPUTE=self.compute,
-            PANEL=tiles.WIDTH,
-            BLOCK_N=tile.rows,
-            BLOCK_V=tile.cols,
-            BLOCK_D=tile.depth,
-            GROUP=tile.group,
+        return {
+            "x_ptr": x,
+            "x_desc": self.operands[0],
+            "w_desc": self.operands[1],
+            "head": self.head,
+            "bias_ptr": problem.bias,
+            "low_rank": self.low_rank,
+            "ids_ptr": panels.ids,
+            "selection": self.selection,
+            "temperature_ptr": problem.temperature,
+            "stats_ptr": self.stats,
+            "scale_ptr": self.scale,
+            "cuts_ptr": panels.cuts,
+            "stops_ptr": panels.stops,
+            "dlogits_ptr": panels.dlogits,
+            "sums_ptr": panels.sums,
+            "first_row": first_row,
+            "last_row": last_row,
+            "first_held": work.first_held(first_row, x),
+            "chunk": chunk,
+            "N": n,
+            "logits": self.logits,
+            "WHOLE_D": depth % tile.depth == 0,
+            "COMPUTE": self.compute,
+            "PANEL": tiles.WIDTH,
+            "BLOCK_N": tile.rows,
+            "BLOCK_V": tile.cols,
+            "BLOCK_D": tile.depth,
+            "GROUP": tile.group,
             **tile.options,
-        )
+        }
 
     def grid(self, tile):
         """Programs for the most tiles that a chunk can have, in whole groups of row blocks."""

@@ -24,7 +24,8 @@ SHARED_LIMIT = {
     "sm_80": 166912, "sm_86": 101376, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448, "sm_120": 101376,
     "gfx942": 65536,
 }  # fmt: skip
-GEMMS = ("forward_kernel", "masses_kernel", "dlogits_kernel", "dhidden_kernel", "dweight_kernel")
+GEMMS = tuple(f"{name}_kernel" for name in (
+    "forward", "masses", "dlogits", "dhidden", "dweight", "forward_pair", "dlogits_pair"))  # fmt: skip
 TENSOR_CORE = re.compile(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b|\bv_mfma_")  # in PTX, in AMD's assembly
 N, V, RANK = 4096, 152064, 16
 DEPTHS = (896, 1536, 2048, 3584, 4096, 5120)  # widths of models
@@ -82,6 +83,21 @@ def problems(depth, architecture, chunked):
                 yield f"{name} row chunks", make(dtype, full=False, rows=8 * N, workspace=2**25), Gradients(False, True)
 
 
+def pairs(label, problem):
+    """-> label, PairProblem: of what is compiled for one head, a choice beside a teacher of half the width."""
+    from fastgrpo.backends.pair import PairProblem
+
+    own = {f.name: getattr(problem, f.name) for f in dataclasses.fields(problem)}
+    half = problem.hidden.shape[-1] // 2
+    teacher = dataclasses.replace(
+        problem, hidden=problem.hidden[..., :half], weight=problem.weight[:, :half], low=None, up=None
+    )
+    betas = {"bfloat16": (0.0, 0.3, 1.0), "bfloat16 all options": (0.3, 1.0), "bfloat16 LoRA": (1.0,),
+             "float32": (1.0,), "float32 all options": (0.3,)}  # fmt: skip
+    for beta in betas.get(label, ()):
+        yield f"{label}, beta {beta}", PairProblem(**own, teacher=teacher, beta=beta)
+
+
 class Recorder:
     """Stands in for a kernel: keeps the arguments of each launch."""
 
@@ -94,9 +110,20 @@ class Recorder:
 
 def all_kernels():
     """-> [(module, name, kernel)] of every module that launches one."""
-    from fastgrpo.kernels import backward, combine, flags, forward, frozen, objective, panels, products, support
+    from fastgrpo.kernels import (
+        backward,
+        combine,
+        divergence,
+        flags,
+        forward,
+        frozen,
+        objective,
+        panels,
+        products,
+        support,
+    )
 
-    modules = (forward, flags, combine, frozen, backward, panels, products, objective, support)
+    modules = (forward, flags, combine, frozen, backward, panels, products, objective, support, divergence)
     return [(m, name, kernel) for m in modules for name, kernel in vars(m).items() if name.endswith("_kernel")]
 
 
@@ -135,7 +162,7 @@ def recorded_launches(architecture, depths=DEPTHS):
 
     from fastgrpo import support
     from fastgrpo.config import GRPOLossConfig
-    from fastgrpo.kernels import backward, forward, frozen, objective
+    from fastgrpo.kernels import backward, divergence, forward, frozen, objective
     from fastgrpo.kernels import support as support_kernels
 
     with recording(architecture) as launches:
@@ -162,6 +189,11 @@ def recorded_launches(architecture, depths=DEPTHS):
                 problem, kept, support_kernels, stats, support_kernels.kept_logits(problem, kept), grad, None, needs
             )
             yield from ((f"{label}, D {problem.sizes[2]}", *launch) for launch in launches)
+            for name, pair in pairs(label, problem) if problem.sizes[2] == depths[0] else ():
+                del launches[:]
+                stats = divergence.forward(pair)
+                divergence.backward(pair, stats, grad, needs)
+                yield from ((f"{name}, D {problem.sizes[2]}", *launch) for launch in launches)
         row = torch.empty(N, device="meta")
         for settings in (
             {"beta": 0.1}, {"loss_type": "cispo", "divergence_mask": "tv"}, {"divergence_mask": "kl", "beta": 0.1},

@@ -50,6 +50,7 @@ NARROW = {
 }
 TMA = "sm_90 TMA"
 WIDE = {TMA: Tile(128, 256, 64, 8, 3)}
+SMALL = {"default": Tile(64, 64, 32, 8, 3), "gfx942": Tile(64, 64, 32, 8, 2)}
 LOGITS = {**SQUARE, "sm_80": Tile(128, 128, 64, 8, 3)}
 TWO_AN_SM = {TMA: Tile(128, 128, 64, 4, 3)}  # one computes while the other stores
 TILES = {
@@ -80,6 +81,10 @@ TILES = {
         2: {**NARROW, **dict.fromkeys(("sm_86", "sm_89", "sm_120"), Tile(64, 64, 32, 4, 3))},
         4: FP32_NARROW,
     },
+    "forward_pair": {2: NARROW, 4: FP32_NARROW},  # of two models: two tiles of logits at once
+    "forward_pair_mixture": {2: SMALL, 4: FP32_NARROW},
+    "dlogits_pair": {2: NARROW, 4: FP32_NARROW},
+    "dlogits_pair_mixture": {2: SMALL, 4: FP32_NARROW},
     "masses": {2: {**LOGITS, **TWO_AN_SM}, 4: FP32},
     "masses_full": {2: NARROW, 4: FP32_NARROW},
     "dhidden": {2: {**SQUARE, **WIDE}, 4: {"default": Tile(64, 64, 16, 8, 2)}},
@@ -147,8 +152,9 @@ def has_descriptors(device):
 MEASURED = Path(__file__).with_name("measured")
 # What must divide WIDTH: the sides of dlogits' panels that a kernel writes or reads.
 IN_PANELS = {
-    "dlogits": ("rows", "cols"), "masses": ("rows", "cols"), "dhidden": ("rows", "depth"), "dweight": ("rows", "depth"),
-}  # fmt: skip
+    **dict.fromkeys(("dlogits", "dlogits_pair", "dlogits_pair_mixture", "masses"), ("rows", "cols")),
+    **dict.fromkeys(("dhidden", "dweight"), ("rows", "depth")),
+}
 FLAGGED = 32, 256  # columns of a forward's tile at least, a word of flags, and at most
 NOTES = ("device", "architecture", "torch", "triton", "date")  # of a measured file, beside its tiles
 ENTRY = {"kernel": str, "bytes": int, "described": bool, "tile": dict}

@@ -44,12 +44,14 @@ def test_every_kernel_and_tile_is_recorded():
         assert {f"{name}_kernel" for name in ("forward", "combine", "masses", "fold", "level", "directions",
                                               "gather", "dlogits", "dhidden", "dweight", "dbias", "scatter",
                                               "objective", "kept_logits", "kept_sums", "label", "cut",
-                                              "last_keeping")} == set(seen)  # fmt: skip
+                                              "last_keeping", "forward_pair", "combine_pair",
+                                              "dlogits_pair")} == set(seen)  # fmt: skip
         described = (False, True) if architecture in tiles.DESCRIBED else (False,)
         for name in tiles.TILES:
             for size, by_descriptors in itertools.product((2, 4), described):
                 tile = tiles.lookup(name, size, architecture, by_descriptors)
-                assert (tile.rows, tile.cols, tile.depth) in seen[f"{name.split('_')[0]}_kernel"]
+                own = f"{'_'.join(name.split('_')[: 1 + ('pair' in name)])}_kernel"
+                assert (tile.rows, tile.cols, tile.depth) in seen[own]
 
 
 def test_one_architecture_compiles():

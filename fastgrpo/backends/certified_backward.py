@@ -7,7 +7,7 @@ removes the part of the error that adds up (the entries share a direction).
 
 import torch
 
-from fastgrpo.backends import dense, dense_backward, grouping, row_audit
+from fastgrpo.backends import dense, dense_backward, gradient, grouping, row_audit
 from fastgrpo.backends.dense_backward import ExactRows
 from fastgrpo.backends.logits import LogitTiles, Reader, row_inverse_temperature, unscale
 from fastgrpo.backends.problem import RowStats, new_gradients, row_scale, sum_entries
@@ -182,7 +182,7 @@ class SparseRows:
         label = dense.find_labels(entries, problem.targets[rows])
         bias = None if problem.bias is None else problem.bias[entries]
         grad = self.grad[rows] if self.scale is None else self.grad[rows] * self.scale
-        dz = dense.logits_gradient(problem, z, bias, rows, label, self.stats[:, rows], grad)
+        dz = gradient.of_tile(problem, z, bias, rows, entries, label, self.stats[:, rows], grad)
         if d_bias is not None:
             add_rows(d_bias, local, unscale(dz.sum(0), self.scale))
         if reader.native:
@@ -193,8 +193,8 @@ class SparseRows:
             reader.add_mm(total, dz, operands[side][1])
         for side, (d_entry, product) in enumerate(zip(d_entries, self.products)):
             if d_entry is not None:
-                gradient = unscale(reader.mm(dz.t(), operands[side][0], product[:k]), self.scale)
-                add_rows(d_entry, local, reader.unscale("low", gradient, side))
+                part = unscale(reader.mm(dz.t(), operands[side][0], product[:k]), self.scale)
+                add_rows(d_entry, local, reader.unscale("low", part, side))
 
     def sum_left_out(self, group):
         """(n,) sum of each row's dlogits over the entries left out."""

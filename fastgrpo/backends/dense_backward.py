@@ -2,7 +2,7 @@
 
 import torch
 
-from fastgrpo.backends import dense
+from fastgrpo.backends import gradient
 from fastgrpo.backends.logits import LogitTiles, Reader, bytes_held, fit_tile, unscale
 from fastgrpo.backends.problem import new_gradients, row_scale
 from fastgrpo.inputs import IGNORE
@@ -47,7 +47,7 @@ def split_rows(problem, rows, grads, out):
 
 def count_buffers(problem, grads):
     """Tiles alive at once while the gradient of one is made."""
-    return 2 if problem.params.softcap or len(grads) > 1 else 1
+    return problem.tiles_alive + (1 if problem.params.softcap or len(grads) > 1 else 0)
 
 
 class Sum:
@@ -137,4 +137,5 @@ def differentiate(problem, tile, stats, grads, scale):
     """d loss / d raw logits of a raw tile, over its memory. grads: as :class:`ExactRows`'s, times ``scale`` if any."""
     grads = [g[tile.rows] if scale is None else g[tile.rows] * scale for g in grads]
     local = problem.targets[tile.rows] - tile.chunk.span.start
-    return dense.logits_gradient(problem, tile.z, tile.chunk.bias, tile.rows, local, stats[:, tile.rows], *grads)
+    known = stats[:, tile.rows]
+    return gradient.of_tile(problem, tile.z, tile.chunk.bias, tile.rows, tile.chunk.span, local, known, *grads)

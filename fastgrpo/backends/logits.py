@@ -129,7 +129,7 @@ def row_inverse_temperature(problem, rows):
 
 def fit_tile(problem, rows, buffers, held=0):
     """-> :class:`Tiling`. buffers: tiles alive at once. held: bytes of the workspace that are taken."""
-    vocab, depth = problem.weight.shape[0], sum(entries.shape[1] for _, entries in problem.factors)
+    vocab, depth = problem.weight.shape[0], problem.depth
     size = 8 if problem.hidden.dtype == torch.float64 else 4
     max_rows, max_entries = (CPU_ROWS, CPU_ENTRIES) if problem.hidden.device.type == "cpu" else (16384, 16384)
     budget, per_row, cell = problem.params.workspace - held, size * depth, size * buffers
@@ -140,8 +140,7 @@ def fit_tile(problem, rows, buffers, held=0):
 
 def pairs_at_once(problem):
     """How many pairs of rows, their products and their sums fit half the workspace."""
-    depth = sum(entries.shape[1] for _, entries in problem.factors)
-    return max(problem.params.workspace // (2 * 4 * accumulator_dtype(problem.hidden).itemsize * depth), 1)
+    return max(problem.params.workspace // (2 * 4 * accumulator_dtype(problem.hidden).itemsize * problem.depth), 1)
 
 
 @dataclass(frozen=True)
@@ -241,5 +240,5 @@ class RowSource:
 
 def bytes_held(reader, count):
     """What so many rows take as operands; 0: they are not to be held."""
-    size = count * reader.operand.itemsize * sum(entries.shape[1] for _, entries in reader.problem.factors)
+    size = count * reader.operand.itemsize * reader.problem.depth
     return size if size <= reader.problem.params.workspace // 4 else 0

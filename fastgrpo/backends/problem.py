@@ -106,6 +106,16 @@ class HeadProblem:
         head = (self.hidden, self.weight)
         return [head] if self.low is None else [head, (self.low, self.up)]
 
+    @property
+    def depth(self):
+        """Columns of all factors together."""
+        return sum(entries.shape[1] for _, entries in self.factors)
+
+    @property
+    def tiles_alive(self):
+        """Tiles that a tile's gradient takes, its own included."""
+        return 1
+
     @functools.cached_property
     def lora_operands(self):
         """:class:`fastgrpo.lora.Operands`, made once, or None."""

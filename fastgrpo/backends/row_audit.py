@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from fastgrpo.backends import dense
+from fastgrpo.backends import dense, gradient
 from fastgrpo.backends.logits import Reader, RowSource
 from fastgrpo.backends.problem import RowStats
 
@@ -83,7 +83,7 @@ class Audit:
         return found + [self.stats.new_ones(len(factors[0]), 1)] * self.with_bias
 
     def bytes_of_depth(self):
-        return self.stats.element_size() * sum(entries.shape[1] for _, entries in self.problem.factors)
+        return self.stats.element_size() * self.problem.depth
 
 
 class RowAudit(Audit):
@@ -167,7 +167,7 @@ class RowAudit(Audit):
         for index, z in zip(self.chunks(rows), self.chunks(out)):
             z.copy_(self.reader.raw_logits(self.reader.rows(index), heads, None))
             label = dense.find_labels(entries, self.problem.targets[index])
-            dense.logits_gradient(self.problem, z, bias, index, label, self.stats[:, index], self.grad[index])
+            gradient.of_tile(self.problem, z, bias, index, entries, label, self.stats[:, index], self.grad[index])
         return out
 
     def mark_kept(self, entries):
@@ -298,8 +298,9 @@ class DeviceAudit(Audit):
         (heads, bias), parts = self.read_entries(self.samples.entries[span]), []
         for part in self.row_parts():
             z = self.reader.raw_logits(self.source[part], heads, None)
-            place, known, grad = self.labels_in(span)[part], self.stats[:, part], self.grad[part]
-            parts.append(dense.logits_gradient(self.problem, z, bias, self.rows[part], place, known, grad))
+            place, known, grad, rows = self.labels_in(span)[part], self.stats[:, part], self.grad[part], self.rows[part]
+            entries = self.samples.entries[span]
+            parts.append(gradient.of_tile(self.problem, z, bias, rows, entries, place, known, grad))
         return join(parts).masked_fill_(self.unusable, 0.0)
 
     def labels_in(self, span):

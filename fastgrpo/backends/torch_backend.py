@@ -2,7 +2,7 @@
 
 import torch
 
-from fastgrpo.backends import certified, dense, dense_backward, frozen, kept
+from fastgrpo.backends import certified, dense, dense_backward, divergence, frozen, kept
 from fastgrpo.backends import certified_backward as _certified_backward
 from fastgrpo.inputs import accumulator_dtype
 from fastgrpo.objective import token_objective
@@ -15,6 +15,7 @@ certified_forward = certified.forward
 certified_partial_forward = certified.partial_forward
 frozen_forward = frozen.forward
 slopes_like = frozen.slopes_like
+divergence_forward = divergence.forward
 backward = dense_backward.backward
 
 

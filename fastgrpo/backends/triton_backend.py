@@ -6,8 +6,10 @@ from dataclasses import replace
 import torch
 
 from fastgrpo.backends import frozen
+from fastgrpo.backends.pair import PairProblem
 from fastgrpo.inputs import IGNORE
 from fastgrpo.kernels import backward as _backward
+from fastgrpo.kernels import divergence as _divergence
 from fastgrpo.kernels import forward as _forward
 from fastgrpo.kernels import frozen as _frozen
 from fastgrpo.kernels import objective as _objective
@@ -63,8 +65,15 @@ def only(problem, rows):
     return replace(problem, targets=torch.where(rows, problem.targets, IGNORE))
 
 
+def divergence_forward(problem):
+    with on_device(problem.hidden):
+        return _divergence.forward(problem)
+
+
 def backward(problem, stats, grad_logp, grad_entropy, needs):
     with on_device(problem.hidden):
+        if isinstance(problem, PairProblem):
+            return _divergence.backward(problem, stats, grad_logp, needs)
         return _backward.backward(problem, stats, grad_logp, grad_entropy, needs)
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from fastgrpo import GRPOLossConfig, grpo_loss, linear_logprobs
+from fastgrpo import GRPOLossConfig, grpo_loss, linear_divergence, linear_logprobs
 from fastgrpo.config import CLIPPED, DIVERGENCE_MASKS, KL_ESTIMATORS, LOSS_TYPES
 
 V, D, RANK = 5008, 256, 16  # multiples of 16, as in the kernel report: what one compiles the other need not
@@ -18,6 +18,8 @@ EXACT = 6  # chunks cut, rows gathered; dlogits, dX, dW of the one chunk; scatte
 CERTIFIED = EXACT + 2  # the last block that keeps each entry; a chunk more where descriptors need its entries copied
 LORA = 4  # its pair's: gather, dX, dW, scatter
 BIAS, OBJECTIVE = 1, 1
+PAIR = 3  # of two models: rows gathered, the vocabulary, the combination of its runs
+MIXTURE = 2 * FORWARD + 2  # each model alone; rows gathered, the vocabulary
 
 
 class Case(NamedTuple):
@@ -103,6 +105,19 @@ def loss(config, gated=False, dtype=torch.bfloat16, n=64, batch=4):
     ).loss.backward()  # fmt: skip
 
 
+def divergence(dtype, beta, options=False, teacher_depth=D // 2):
+    """One forward and backward of linear_divergence."""
+    hidden, weight, targets = tensors(dtype)
+    others, teacher, _ = tensors(dtype, d=teacher_depth)
+    keywords = {}
+    if options:
+        bias = torch.zeros(V, dtype=dtype).requires_grad_()
+        keywords = {"bias": bias, "teacher_bias": bias, "softcap": 30.0, "return_entropy": True,
+                    "temperature": torch.ones(targets.shape)}  # fmt: skip
+    out = linear_divergence(hidden, weight, others, teacher, targets != -100, beta=beta, **keywords)
+    out.divergence.sum().backward()
+
+
 def objectives(every):
     """Settings of the objective that differ in code: all of them, or each value at least once."""
     kinds = [{"loss_type": t} for t in LOSS_TYPES if t not in CLIPPED[1:]]  # the five reductions share one kernel
@@ -144,6 +159,12 @@ def cases(everything):
         yield case(f"{kind} dX in forward", sum(FROZEN), dx_in_forward, dtype)
         yield case(f"{kind} dX in forward, everything", sum(FROZEN), dx_in_forward, dtype, bias=True, options=True,
                    entropy=True)  # fmt: skip
+        for beta in (0.0, 1.0, 0.3) if everything or dtype == bf16 else (1.0,):
+            forward = MIXTURE if beta == 0.3 else PAIR
+            yield case(f"{kind} divergence, beta {beta}", forward + EXACT, divergence, dtype, beta)
+            if everything or beta == 1.0:
+                yield case(f"{kind} divergence, beta {beta}, everything", forward + EXACT + BIAS, divergence, dtype,
+                           beta, options=True)  # fmt: skip
         if everything or dtype == bf16:  # elsewhere only together, as "LoRA, everything"
             yield case(f"{kind} entropy", FORWARD + EXACT, logprobs, dtype, entropy=True)
             yield case(f"{kind} bias, softcap, temperatures", FORWARD + EXACT + BIAS, logprobs, dtype, bias=True,

@@ -1,0 +1,61 @@
+"""Two heads read at once: a student's problem with its teacher, and what is known of each row of both."""
+
+import functools
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+
+from fastgrpo.backends.problem import HeadProblem
+
+
+class PairStats(NamedTuple):
+    """What a divergence's forward knows of each row, (8, N); the first five stand as in :class:`RowStats`."""
+
+    divergence: torch.Tensor
+    peak: torch.Tensor  # the student's
+    offset: torch.Tensor  # its log-sum-exp minus that peak
+    norm: torch.Tensor  # of d divergence / d logits over the entries; 0: not known
+    entropy: torch.Tensor  # the student's
+    other_peak: torch.Tensor  # the teacher's
+    gap: torch.Tensor  # the student's offset minus the teacher's: apart, where both hardly differ
+    center: torch.Tensor  # what a row's log-ratios are taken from in its gradient, see :func:`slope_center`
+
+
+@dataclass(frozen=True)
+class PairProblem(HeadProblem):
+    """The student's; ``targets`` are 0 where a row counts, else IGNORE."""
+
+    teacher: HeadProblem | None = None
+    beta: float = 1.0  # 0: KL(teacher || student), 1: KL(student || teacher), between: the generalised JSD
+
+    @property
+    def is_mixture(self):
+        return 0.0 < self.beta < 1.0
+
+    @property
+    def depth(self):
+        return super().depth + self.teacher.depth
+
+    @property
+    def tiles_alive(self):
+        return 4  # both logits, their difference and one more
+
+    def within(self, workspace):
+        other = super().within(workspace)
+        teacher = replace(self.teacher, params=replace(self.teacher.params, workspace=workspace))
+        return replace_kept(other, teacher=teacher)
+
+    @functools.cached_property
+    def own(self):
+        """The student's alone."""
+        names = HeadProblem.__dataclass_fields__
+        return HeadProblem(**{name: getattr(self, name) for name in names})
+
+
+def replace_kept(problem, **fields):
+    """dataclasses.replace that takes LoRA's operands along."""
+    other = replace(problem, **fields)
+    if "lora_operands" in problem.__dict__:
+        other.__dict__["lora_operands"] = problem.__dict__["lora_operands"]
+    return other

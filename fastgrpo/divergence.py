@@ -1,0 +1,254 @@
+"""linear_divergence: how far two models' distributions are apart, from hidden states and heads, without logits."""
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from fastgrpo import head_op, inputs, strategies
+from fastgrpo.backends.pair import PairProblem, PairStats
+from fastgrpo.backends.problem import HeadParams, HeadProblem
+from fastgrpo.config import settings_go_in_config
+from fastgrpo.head import HeadOptions, compute_dtype
+from fastgrpo.inputs import IGNORE, Backend, Backward
+from fastgrpo.lora import check_lora
+
+
+class Divergence(NamedTuple):
+    """Result of :func:`linear_divergence`."""
+
+    divergence: torch.Tensor
+    entropy: torch.Tensor | None
+
+
+@settings_go_in_config
+def linear_divergence(
+    hidden: torch.Tensor,  # (N, D) or (B, T, D)
+    weight: torch.Tensor,  # (V, D)
+    teacher_hidden: torch.Tensor,  # (N, D_t) or (B, T, D_t)
+    teacher_weight: torch.Tensor,  # (V, D_t)
+    mask: torch.Tensor | None = None,  # (N,) or (B, T)
+    *,
+    beta: float = 1.0,
+    bias: torch.Tensor | None = None,  # (V,)
+    teacher_bias: torch.Tensor | None = None,  # (V,)
+    temperature: float | torch.Tensor = 1.0,
+    softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    logit_scale: float = 1.0,
+    teacher_logit_scale: float = 1.0,
+    return_entropy: bool = False,
+    lora: tuple[torch.Tensor, torch.Tensor, float] | None = None,
+    backend: Backend = "auto",
+    backward: Backward = "auto",
+    tolerance: float | None = None,
+    workspace_mb: float = 128,
+    row_tolerance: float | None = None,
+) -> Divergence:
+    """Divergence of a student's next-token distribution from a teacher's, of each token, in nats: all of the
+    vocabulary counts, and neither model's logits are held.
+
+    ``beta`` 0: KL(teacher || student) = sum p_t log(p_t / p_s); 1: KL(student || teacher); between: the generalised
+    Jensen-Shannon divergence ``beta KL(p_t || m) + (1 - beta) KL(p_s || m)``, ``m = (1 - beta) p_s + beta p_t``
+    (Agarwal et al. 2024, "On-Policy Distillation of Language Models", in TRL's convention). Logits as
+    :func:`fastgrpo.linear_logprobs`'s, both models' over one temperature.
+
+    Args:
+        hidden, weight, bias, softcap, logit_scale, lora: the student's, see :func:`fastgrpo.linear_logprobs`.
+        teacher_hidden: (N, D_t) or (B, T, D_t), positions as hidden's; its width may differ. No gradient.
+        teacher_weight: (V, D_t), the same vocabulary in the same order. No gradient, neither to teacher_bias.
+        mask: 0/1 of hidden's shape without D; where it is 0 nothing is computed and the divergence is 0. None: all.
+        beta: in [0, 1].
+        temperature: a number > 0, or a float tensor of mask's shape. Divides both models' logits.
+        return_entropy: also return the student's entropy, without a gradient.
+        backend, backward, tolerance, workspace_mb, row_tolerance: see :func:`fastgrpo.linear_logprobs`.
+
+    Returns:
+        ``Divergence(divergence, entropy)``, float32 (float64 for float64 input), of mask's shape, >= 0 up to rounding
+        (1e-7), 0 where masked; differentiable in hidden, weight, bias and LoRA's A and B, once. Small divergences keep
+        their accuracy: what is summed is small where the models agree. ``entropy`` is None unless asked for.
+
+    Raises:
+        ValueError, TypeError: a bad argument, named, with what was expected and what came, before anything runs.
+    """
+    options = HeadOptions(
+        bias=bias,
+        temperature=temperature,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        lora=lora,
+        backend=backend,
+        backward=backward,
+        tolerance=tolerance,
+        workspace_mb=workspace_mb,
+        row_tolerance=row_tolerance,
+        return_entropy=return_entropy,
+    )
+    teacher = TeacherHead(teacher_hidden, teacher_weight, teacher_bias, teacher_softcap, teacher_logit_scale)
+    return head_divergence(hidden, weight, mask, teacher, beta, options)
+
+
+@dataclass(frozen=True)
+class TeacherHead:
+    """The distribution that a student's is compared with, as :func:`linear_divergence` takes it."""
+
+    hidden: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+    softcap: float | None = None
+    logit_scale: float = 1.0
+
+    def check(self, hidden, weight, prefix="teacher"):
+        """Against the student's; raises before anything runs."""
+        for name, value in (("hidden", self.hidden), ("weight", self.weight), ("bias", self.bias)):
+            if value is not None:
+                inputs.check_tensor(f"{prefix}_{name}", value, hidden.device, floating=True)
+                inputs.check_dtype(f"{prefix}_{name}", value)
+                inputs.check_whole(f"{prefix}_{name}", value)
+                if (value.dtype == torch.float64) != (hidden.dtype == torch.float64):
+                    raise ValueError(
+                        f"{prefix}_{name} and hidden must both be float64 or neither, got {value.dtype} and "
+                        f"{hidden.dtype}"
+                    )
+        if self.hidden.ndim != hidden.ndim or self.hidden.shape[:-1] != hidden.shape[:-1]:
+            raise ValueError(
+                f"{prefix}_hidden must have the positions of hidden, {(*hidden.shape[:-1], 'D_t')}, got "
+                f"{tuple(self.hidden.shape)}"
+            )
+        expected = weight.shape[0], self.hidden.shape[-1]
+        if self.weight.shape != expected:
+            raise ValueError(
+                f"{prefix}_weight must be (V, D_t) = {expected}, the student's vocabulary, got "
+                f"{tuple(self.weight.shape)}"
+            )
+        if self.bias is not None and self.bias.shape != expected[:1]:
+            raise ValueError(f"{prefix}_bias must be ({expected[0]},), got {tuple(self.bias.shape)}")
+        if self.softcap is not None:
+            inputs.check_scalar(f"{prefix}_softcap", self.softcap)
+        inputs.check_scalar(f"{prefix}_logit_scale", self.logit_scale, positive=False)
+
+    def params(self, of_student):
+        """:class:`HeadParams` beside the student's."""
+        return replace(
+            of_student,
+            softcap=None if self.softcap is None else float(self.softcap),
+            logit_scale=float(self.logit_scale),
+            compute_dtype=compute_dtype(self.hidden, self.weight),
+            tolerance=None,
+        )
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """What a divergence is of, beside tensors and the student's parameters."""
+
+    teacher: HeadParams
+    beta: float
+
+
+class PairTensors(NamedTuple):
+    """:class:`fastgrpo.head_op.HeadTensors` and the teacher's."""
+
+    hidden: torch.Tensor  # (B, T, D)
+    weight: torch.Tensor  # (V, D)
+    bias: torch.Tensor | None  # (V,)
+    lora_a: torch.Tensor | None  # (r, D)
+    lora_b: torch.Tensor | None  # (V, r)
+    targets: torch.Tensor  # (N,) int64: 0 where a row counts, else IGNORE
+    temperatures: torch.Tensor | None  # (N,)
+    teacher_hidden: torch.Tensor  # (B, T, D_t)
+    teacher_weight: torch.Tensor  # (V, D_t)
+    teacher_bias: torch.Tensor | None  # (V,)
+    pairing: Pairing
+
+    def problem(self, params, low=None):
+        teacher = HeadProblem(
+            self.teacher_hidden,
+            self.teacher_weight,
+            self.teacher_bias,
+            self.targets,
+            self.temperatures,
+            self.pairing.teacher,
+        )
+        return PairProblem(
+            self.hidden,
+            self.weight,
+            self.bias,
+            self.targets,
+            self.temperatures,
+            params,
+            low,
+            self.lora_b,
+            teacher,
+            self.pairing.beta,
+        )
+
+
+def head_divergence(hidden, weight, mask, teacher, beta, options):
+    """:func:`linear_divergence` with its options in :class:`fastgrpo.head.HeadOptions` and :class:`TeacherHead`."""
+    shape = hidden.shape[:-1] if isinstance(hidden, torch.Tensor) and hidden.ndim > 1 else ()
+    targets = torch.zeros(shape, dtype=torch.int64, device=getattr(hidden, "device", None))
+    if mask is not None and shape:
+        inputs.check_mask(mask, targets)
+        targets = torch.where(mask.reshape(shape) != 0, targets, IGNORE)
+    targets = options.check(hidden, weight, targets)
+    teacher.check(hidden, weight)
+    inputs.check_finite("beta", beta)
+    if not 0.0 <= beta <= 1.0:
+        raise ValueError(f"beta must be in [0, 1], got {beta!r}")
+    lora = check_lora(options.lora, hidden, weight)
+    params = options.params(
+        hidden,
+        weight,
+        (hidden, weight, options.bias, lora.A, lora.B),
+        scaling=lora.scaling,
+        lora_dtype=None if lora.A is None else compute_dtype(hidden, weight, lora.A, lora.B),
+    )
+    tensors = PairTensors(
+        hidden if hidden.ndim == 3 else hidden[None],
+        weight,
+        None if options.bias is None else options.bias.contiguous(),
+        lora.A,
+        lora.B,
+        targets.reshape(-1),
+        options.flat_temperature(hidden, targets),
+        (teacher.hidden if hidden.ndim == 3 else teacher.hidden[None]).detach(),
+        teacher.weight.detach(),
+        None if teacher.bias is None else teacher.bias.detach().contiguous(),
+        Pairing(teacher.params(params), float(beta)),
+    )
+    divergence, entropy = LinearDivergence.apply(*tensors, params, strategies.choose_pair(params))
+    return Divergence(divergence.view(shape), None if entropy is None else entropy.view(shape))
+
+
+NOTHING_GIVEN = strategies.Given(None, None, ())
+
+
+class LinearDivergence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *arguments):
+        *tensors, params, strategy = arguments
+        tensors = PairTensors(*tensors)
+        ctx.set_materialize_grads(False)
+        ctx.params, ctx.strategy, ctx.pairing = params, strategy, tensors.pairing
+        stats, kept = head_op.run_forward(tensors, NOTHING_GIVEN, params, strategy)
+        ctx.save_for_backward(stats, *tensors[:-1], *kept)
+        rows = PairStats(*stats)
+        entropy = rows.entropy.clone() if params.entropy else None
+        if entropy is not None:
+            ctx.mark_non_differentiable(entropy)
+        return rows.divergence.clone(), entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, _):
+        grads = (None,) * head_op.DIFFERENTIABLE
+        if grad is not None:
+            stats, *rest = ctx.saved_tensors
+            first = len(PairTensors._fields) - 1
+            tensors = PairTensors(*rest[:first], pairing=ctx.pairing)
+            needs = ctx.needs_input_grad[: head_op.DIFFERENTIABLE]
+            kept = rest[first:]
+            grads = head_op.run_backward(tensors, (), ctx.params, ctx.strategy, stats, kept, grad, None, needs)
+        return *grads, *[None] * (len(PairTensors._fields) + 2 - head_op.DIFFERENTIABLE)

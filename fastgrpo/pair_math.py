@@ -1,0 +1,65 @@
+"""Running sums and statistics of two models' rows of logits at once, written once for torch and Triton.
+
+As :mod:`fastgrpo.row_math`. The models are called first and second: of a Kullback-Leibler divergence the one that the
+mean is over, and the other. ``u`` is a logit minus its row's peak, ``d`` the first's u minus the second's. Sums over
+the entries: ``total`` e^u_first, ``other`` e^u_second, ``tilt`` d e^u_first, ``excess`` e^u_second - e^u_first. The
+excess is summed apart, from terms that are small where the models agree: total and other would cancel to rounding noise.
+"""
+
+import torch
+
+from fastgrpo.torch_tl import tl
+
+expm1, log1p = torch.expm1, torch.log1p  # of [-1/2, 1/2] and [-1/2, 1]; the kernels have their own
+NEAR = 0.5  # |d| up to which a difference of exponentials is made of d
+
+
+def move_peaks(total, other, tilt, excess, rise, other_rise):
+    """The sums beside peaks that are higher by ``rise`` and ``other_rise``, both >= 0."""
+    decay, other_decay = tl.exp(-rise), tl.exp(-other_rise)
+    turn = rise - other_rise
+    near = tl.abs(turn) < NEAR
+    steady = decay * (excess + expm1(tl.where(near, turn, 0.0)) * other)
+    excess = tl.where(near, steady, other * other_decay - total * decay)
+    return total * decay, other * other_decay, decay * (tilt - turn * total), excess
+
+
+def join_sums(
+    peak, other_peak, total, other, tilt, excess, more_peak, more_other_peak, more_total, more_other, more_tilt,
+    more_excess,
+):  # fmt: skip
+    """Two rows of peaks and sums as one."""
+    high = tl.where(peak > more_peak, peak, more_peak)
+    other_high = tl.where(other_peak > more_other_peak, other_peak, more_other_peak)
+    total, other, tilt, excess = move_peaks(total, other, tilt, excess, high - peak, other_high - other_peak)
+    more_total, more_other, more_tilt, more_excess = move_peaks(
+        more_total, more_other, more_tilt, more_excess, high - more_peak, other_high - more_other_peak
+    )
+    return high, other_high, total + more_total, other + more_other, tilt + more_tilt, excess + more_excess
+
+
+def finish_sums(total, other, tilt, excess):
+    """-> KL(first || second), log of total, log of other over total: of finished sums.
+
+    The log is made of the excess where that is small: KL = tilt / total + log(other / total), whose terms are of first
+    order in d and cancel to second.
+    """
+    part = excess / total
+    near = tl.abs(part) < NEAR
+    gap = tl.where(near, log1p(tl.where(near, part, 0.0)), tl.log(other / total))
+    return tilt / total + gap, tl.log(total), gap
+
+
+def mixture_logs(delta, beta):
+    """-> log(p_s / m), log(p_t / m) with m = (1 - beta) p_s + beta p_t, of delta = log p_s - log p_t.
+
+    Without a difference that cancels: the larger of p_s and p_t is compared with m by log1p.
+    """
+    positive = delta > 0
+    size = tl.abs(delta)
+    near = size < NEAR
+    fall = tl.where(near, expm1(tl.where(near, -size, 0.0)), tl.exp(-size) - 1.0)
+    fall = tl.where(positive, beta * fall, (1.0 - beta) * fall)
+    mild = fall > -NEAR
+    log = -tl.where(mild, log1p(tl.where(mild, fall, 0.0)), tl.log(1.0 + fall))
+    return log + tl.where(positive, 0.0, delta), log - tl.where(positive, delta, 0.0)

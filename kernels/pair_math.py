@@ -1,0 +1,23 @@
+"""``fastgrpo.pair_math`` in Triton's language."""
+
+import triton
+import triton.language as tl
+
+from fastgrpo import pair_math as source
+from fastgrpo.kernels.common import log1p_unit
+from fastgrpo.kernels.rebind import rebind
+
+
+@triton.jit
+def expm1_near(x):
+    """e^x - 1 for |x| <= 1/2 to fp32 accuracy."""
+    tail = 1.0 + x * (1 / 6) * (1.0 + x * (1 / 7) * (1.0 + x * (1 / 8)))
+    return x * (1.0 + x * (1 / 2) * (1.0 + x * (1 / 3) * (1.0 + x * (1 / 4) * (1.0 + x * (1 / 5) * tail))))
+
+
+NEAR = tl.constexpr(source.NEAR)
+_functions = rebind(source, log1p=log1p_unit, expm1=expm1_near)
+move_peaks = _functions["move_peaks"]
+join_sums = _functions["join_sums"]
+finish_sums = _functions["finish_sums"]
+mixture_logs = _functions["mixture_logs"]

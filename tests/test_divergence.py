@@ -1,0 +1,238 @@
+"""linear_divergence: values and gradients on both backends against plain autograd over full logits in fp64."""
+
+import pytest
+import torch
+
+from fastgrpo import linear_divergence, reference
+
+import problems
+
+BETAS = (0.0, 1.0, 0.3)
+GRADS = ("hidden", "weight", "bias", "A", "B")
+HEADS = {
+    "plain": {},
+    "all": {
+        "bias": True,
+        "softcap": 6.0,
+        "teacher_softcap": 9.0,
+        "logit_scale": 0.8,
+        "teacher_logit_scale": 1.2,
+        "temperature": "tensor",
+        "return_entropy": True,
+    },
+    "lora": {"lora": True, "temperature": 0.7},
+}
+
+
+def pair(n, vocab, depth, teacher_depth, device="cpu", dtype=torch.float32, peak=6.0, seed=0):
+    """Tensors of a student and a teacher of their own, whose peaks half of the rows share; the mask, ragged."""
+    hidden, weight, targets, bias = problems.head(n, vocab, depth, dtype, device, seed, bias=True, peak=peak)
+    others, teacher_weight, _, teacher_bias = problems.head(n, vocab, teacher_depth, dtype, device, seed + 1, bias=True)
+    shared = teacher_weight[targets]
+    others[::2] += (peak * shared / shared.square().sum(1, keepdim=True))[::2]
+    mask = torch.arange(n, device=device) % 5 != 3
+    g = torch.Generator().manual_seed(seed)
+    a, b = (torch.randn(*shape, generator=g).to(device, dtype) / 4 for shape in ((3, depth), (vocab, 3)))
+    return {
+        "hidden": hidden,
+        "weight": weight,
+        "bias": bias,
+        "A": a,
+        "B": b,
+        "teacher_hidden": others,
+        "teacher_weight": teacher_weight,
+        "teacher_bias": teacher_bias,
+        "mask": mask,
+    }
+
+
+def run(op, tensors, upstream, **options):
+    """-> divergence, entropy, gradients by name."""
+    options, leaf = dict(options), problems.with_grad(tensors, GRADS)
+    if options.pop("bias", False):
+        options |= {"bias": leaf["bias"], "teacher_bias": leaf["teacher_bias"]}
+    if options.pop("lora", False):
+        options["lora"] = leaf["A"], leaf["B"], 0.5
+    if options.get("temperature") == "tensor":
+        options["temperature"] = torch.linspace(0.6, 1.4, len(upstream), device=upstream.device, dtype=upstream.dtype)
+    heads = [leaf[k] for k in ("hidden", "weight", "teacher_hidden", "teacher_weight", "mask")]
+    out = op(*heads, **options)
+    (out.divergence * upstream).sum().backward()
+    grads = {k: leaf[k].grad for k in GRADS if leaf[k] is not None and leaf[k].grad is not None}
+    return out.divergence.detach(), out.entropy, grads
+
+
+def in_double(tensors):
+    return {k: problems.cast(v, torch.float64) for k, v in tensors.items()}
+
+
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("options", HEADS.values(), ids=HEADS)
+@pytest.mark.parametrize("shape", [(1, 1, 3, 5), (33, 300, 40, 24), (17, 130, 33, 64)], ids=str)
+def test_fp32_against_fp64(backend, device, shape, beta, options):
+    tensors = pair(*shape, device)
+    upstream = torch.randn(shape[0], device=device)
+    value, entropy, grads = run(linear_divergence, tensors, upstream, beta=beta, backend=backend, **options)
+    truth = run(reference.linear_divergence, in_double(tensors), upstream.double(), beta=beta, **options)
+    naive = run(reference.linear_divergence, tensors, upstream, beta=beta, **options)
+    allowed = 2 * (naive[0] - truth[0]).abs() + 2e-6 * (0.3 + truth[0])
+    assert ((value - truth[0]).abs() <= allowed).all(), ((value - truth[0]).abs() / allowed).max()
+    assert (value[~tensors["mask"]] == 0).all()
+    assert (value >= -1e-7).all()
+    if entropy is not None:
+        assert not entropy.requires_grad
+        torch.testing.assert_close(entropy.double(), truth[1], rtol=2e-6, atol=1e-6)
+    assert grads.keys() == truth[2].keys()
+    for name, want in truth[2].items():
+        mine, theirs = (problems.relative_error(g[name], want) for g in (grads, naive[2]))
+        assert mine <= 2 * theirs + 5e-6 or want.norm() < 1e-7, (name, mine, theirs)
+
+
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("distance", [1e-2, 1e-4])
+@pytest.mark.parametrize("scale", [1.0, 8.0], ids=["flat", "peaked"])
+def test_small_divergences_are_not_noise(backend, device, beta, distance, scale):
+    """Of models that hardly differ: down to 1e-10 nats, where a difference of log-probs is all rounding."""
+    hidden, weight, _, _ = problems.head(24, 500, 32, torch.float32, device)
+    weight = weight * scale
+    others = hidden + distance * torch.randn_like(hidden)
+    tensors = {"hidden": hidden, "weight": weight, "teacher_hidden": others, "teacher_weight": weight, "mask": None}
+    tensors |= dict.fromkeys(("bias", "A", "B", "teacher_bias"))
+    upstream = torch.ones(24, device=device)
+    value, _, grads = run(linear_divergence, tensors, upstream, beta=beta, backend=backend)
+    truth = run(reference.linear_divergence, in_double(tensors), upstream.double(), beta=beta)
+    assert truth[0].min() < distance
+    error = (value - truth[0]).abs()
+    assert (error <= 1e-6 * scale * truth[0].sqrt() + 1e-12).all()
+    assert (value > -1e-12).all()
+    assert problems.relative_error(grads["hidden"], truth[2]["hidden"]) < 4e-7 * scale / distance
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_certain_of_the_same_token(backend, device, beta):
+    """p -> 1 in both: the divergence is of the tails, 1e-5 to 1e-26, relative to themselves."""
+    hidden, weight, _ = problems.near_certain(device)
+    others = hidden.clone()
+    others[:, :6] *= 0.9
+    truth = reference.linear_divergence(hidden.double(), weight.double(), others.double(), weight.double(), beta=beta)
+    exact = tail_divergence(hidden.double(), weight.double(), others.double(), beta)
+    value = linear_divergence(hidden, weight, others, weight, beta=beta, backend=backend).divergence.double()
+    torch.testing.assert_close(truth.divergence[:2], exact[:2], rtol=1e-6, atol=0)
+    seen = exact > 1e-30
+    torch.testing.assert_close(value[seen], exact[seen], rtol=2e-4, atol=0)
+
+
+def tail_divergence(hidden, weight, others, beta):
+    """In fp64 with each row's likeliest token by way of the others' mass, so that nothing is 1 - tiny."""
+    z, t = hidden @ weight.T, others @ weight.T
+    top = z.argmax(1, keepdim=True)
+    own, teacher = (x - x.gather(1, top) for x in (z, t))
+
+    def parts(x):
+        rest = x.exp().scatter(1, top, 0.0).sum(1, keepdim=True)
+        return x - torch.log1p(rest)
+
+    log_s, log_t = parts(own), parts(teacher)
+
+    def kl(first, second):
+        delta = second - first
+        return (first.exp() * (torch.expm1(delta) - delta)).sum(1)
+
+    if beta in (0.0, 1.0):
+        return kl(log_s, log_t) if beta else kl(log_t, log_s)
+    mixture = log_t + torch.log1p((1 - beta) * torch.expm1(log_s - log_t))
+    return beta * kl(log_t, mixture) + (1 - beta) * kl(log_s, mixture)
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_gradcheck(backend, device, beta):
+    tensors = in_double(pair(3, 17, 4, 3, device))
+    names = ("hidden", "weight", "bias", "A", "B")
+    dtype = torch.float64 if backend == "torch" else torch.float32
+    loose = {} if backend == "torch" else {"rtol": 1e-3, "atol": 1e-4}
+
+    def call(op, cast, **options):
+        def values(hidden, weight, bias, a, b):
+            others = [problems.cast(tensors[k], cast, device) for k in ("teacher_hidden", "teacher_weight")]
+            out = op(hidden, weight, *others, tensors["mask"], beta=beta, bias=bias, softcap=4.0,
+                     teacher_bias=tensors["teacher_bias"].to(cast), lora=(a, b, 0.5), **options)  # fmt: skip
+            return (out.divergence,)
+
+        return values
+
+    fast, truth = call(linear_divergence, dtype, backend=backend), call(reference.linear_divergence, torch.float64)
+    problems.gradcheck(fast, truth, [tensors[k] for k in names], dtype, **loose)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("beta", BETAS)
+def test_16_bit(backend, device, dtype, beta):
+    """fp32-exact of the 16-bit values; gradients at most twice as far off as torch's own in that dtype."""
+    tensors = {k: problems.cast(v, dtype, device) for k, v in pair(40, 300, 48, 32, device).items()}
+    upstream = torch.rand(40, device=device)
+    value, _, grads = run(linear_divergence, tensors, upstream, beta=beta, backend=backend)
+    truth = run(reference.linear_divergence, in_double(tensors), upstream.double(), beta=beta)
+    naive = run(reference.linear_divergence, tensors, upstream, beta=beta)
+    torch.testing.assert_close(value.double(), truth[0], rtol=1e-4, atol=1e-5)
+    for name, want in truth[2].items():
+        mine, theirs = (problems.relative_error(g[name], want) for g in (grads, naive[2]))
+        assert mine <= 2 * theirs + 1e-4, (name, mine, theirs)
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_teachers_that_rule_tokens_out(backend, device, beta):
+    """-inf in both biases: finite, as if the entries were not there."""
+    tensors = pair(9, 60, 8, 8, device)
+    for name in ("bias", "teacher_bias"):
+        tensors[name][::7] = -torch.inf
+    upstream = torch.ones(9, device=device)
+    value, _, grads = run(linear_divergence, tensors, upstream, beta=beta, backend=backend, bias=True)
+    kept = torch.arange(60, device=device) % 7 != 0
+    short = {k: v[kept] if v is not None and len(v) == 60 else v for k, v in tensors.items()}
+    truth = run(reference.linear_divergence, in_double(short), upstream.double(), beta=beta, bias=True)
+    torch.testing.assert_close(value.double(), truth[0], rtol=1e-5, atol=1e-6)
+    assert (grads["weight"][~kept] == 0).all()
+    assert problems.relative_error(grads["weight"][kept], truth[2]["weight"]) < 1e-5
+
+
+def test_shapes_and_masked_rows_cost_nothing(backend, device):
+    tensors = pair(12, 50, 8, 8, device)
+    tensors["teacher_hidden"][~tensors["mask"]] = torch.nan
+    tensors["hidden"][~tensors["mask"]] = torch.nan
+    flat = run(linear_divergence, tensors, torch.ones(12, device=device), backend=backend)
+    assert all(x.isfinite().all() for x in (flat[0], *flat[2].values()))
+    cut = {
+        k: v.view(3, 4, *v.shape[1:]) if k in ("hidden", "teacher_hidden", "mask") else v for k, v in tensors.items()
+    }
+    out = linear_divergence(*(cut[k] for k in ("hidden", "weight", "teacher_hidden", "teacher_weight", "mask")))
+    assert out.divergence.shape == (3, 4)
+    assert out.entropy is None
+    torch.testing.assert_close(out.divergence.flatten(), flat[0], rtol=1e-5, atol=1e-6)
+    none = tensors | {"mask": torch.zeros(12, device=device)}
+    value, _, grads = run(linear_divergence, none, torch.ones(12, device=device), backend=backend)
+    assert (value == 0).all()
+    assert all((g == 0).all() for g in grads.values())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"beta": 1.5}, r"beta must be in \[0, 1\], got 1.5"),
+        ({"beta": None}, "beta must be a finite number"),
+        ({"teacher_hidden": torch.zeros(3, 8)}, r"teacher_hidden must have the positions of hidden, \(4, 'D_t'\)"),
+        ({"teacher_weight": torch.zeros(9, 8)}, r"teacher_weight must be \(V, D_t\) = \(10, 8\)"),
+        ({"teacher_weight": torch.zeros(10, 7)}, r"teacher_weight must be \(V, D_t\) = \(10, 8\)"),
+        ({"teacher_weight": torch.zeros(10, 8).double()}, "teacher_weight and hidden must both be float64 or neither"),
+        ({"teacher_bias": torch.zeros(9)}, r"teacher_bias must be \(10,\)"),
+        ({"teacher_softcap": -1.0}, "teacher_softcap must be > 0"),
+        ({"teacher_logit_scale": 0.0}, "teacher_logit_scale must be other than 0"),
+        ({"mask": torch.ones(5)}, r"mask must have the shape of targets, \(4,\)"),
+        ({"hidden": torch.zeros(4)}, r"hidden must be \(N, D\)"),
+        ({"temperature": 0.0}, "temperature must be > 0"),
+    ],
+)
+def test_refused(change, message):
+    given = {"hidden": torch.zeros(4, 6), "weight": torch.zeros(10, 6), "teacher_hidden": torch.zeros(4, 8)}
+    with pytest.raises(ValueError, match=message):
+        linear_divergence(**(given | {"teacher_weight": torch.zeros(10, 8)} | change))
