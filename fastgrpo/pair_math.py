@@ -3,7 +3,7 @@
 As :mod:`fastgrpo.row_math`. The models are called first and second: of a Kullback-Leibler divergence the one that the
 mean is over, and the other. ``u`` is a logit minus its row's peak, ``d`` the first's u minus the second's. Sums over
 the entries: ``total`` e^u_first, ``other`` e^u_second, ``tilt`` d e^u_first, ``excess`` e^u_second - e^u_first. The
-excess is summed apart, from terms that are small where the models agree: total and other would cancel to rounding noise.
+excess is summed apart, from terms that are small where the models agree: the totals would cancel to rounding noise.
 """
 
 import torch
