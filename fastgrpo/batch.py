@@ -42,7 +42,7 @@ class LossInputs:
         for name in ("old_logprobs", "ref_logprobs", "sampling_logprobs"):
             if (value := getattr(self, name)) is not None:
                 inputs.check_per_token(name, value, self.targets)
-        if config.beta > 0 and self.ref_logprobs is None:
+        if config.estimates_kl and self.ref_logprobs is None:
             raise ValueError(f"ref_logprobs must be given for beta > 0, got None with beta = {config.beta}")
         if config.loss_type == "dr_grpo" and config.max_completion_length is None and segments.padded_length is None:
             raise ValueError("max_completion_length must be set in the config for dr_grpo on packed input, got None")
@@ -127,10 +127,10 @@ def flatten(given: LossInputs, config: GRPOLossConfig, segments: Segments, dtype
     elif weights is not None:
         importance = broadcast(weights)
     advantages, moving = broadcast(given.advantages), counted
-    if config.beta == 0 and config.entropy_coef == 0.0:
+    if not config.estimates_kl and config.entropy_coef == 0.0:
         moving = counted & may_have_gradient(config, advantages, segments)
     threshold = inputs.zero_dim(given.entropy_threshold)
-    if config.top_entropy_quantile < 1.0 and threshold is None:  # the quantile is of every token
+    if (config.top_entropy_quantile < 1.0 and threshold is None) or config.takes_full_kl:  # of every token
         skip = False
     measured = moving if skip else counted
     old = tokens(given.old_logprobs)
@@ -140,7 +140,7 @@ def flatten(given: LossInputs, config: GRPOLossConfig, segments: Segments, dtype
         moving=moving,
         advantages=advantages,
         old=None if old is None else torch.where(measured, old, 0.0),
-        ref=tokens(given.ref_logprobs) if config.beta > 0 else None,
+        ref=tokens(given.ref_logprobs) if config.estimates_kl else None,
         sampling=tokens(given.sampling_logprobs),
         importance=importance,
         log_importance=log_importance,

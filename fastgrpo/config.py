@@ -15,10 +15,11 @@ from fastgrpo.objective import HyperParameters
 ClippedLoss = Literal["grpo", "bnpo", "dr_grpo", "dapo", "luspo"]  # loss types built on the clipped surrogate
 LossType = Literal[ClippedLoss, "cispo", "sapo", "vespo"]
 Level = Literal["token", "sequence", "sequence_token"]
-Estimator = Literal["k1", "k2", "k3"]
+Sampled = Literal["k1", "k2", "k3"]  # of the sampled token alone
+Estimator = Literal[Sampled, "full"]
 TrustRegion = Literal["tv", "kl"]
 CLIPPED, LOSS_TYPES = get_args(ClippedLoss), get_args(LossType)
-IMPORTANCE_SAMPLING_LEVELS, KL_ESTIMATORS, DIVERGENCE_MASKS = map(get_args, (Level, Estimator, TrustRegion))
+IMPORTANCE_SAMPLING_LEVELS, KL_ESTIMATORS, DIVERGENCE_MASKS = map(get_args, (Level, Sampled, TrustRegion))
 
 ELSEWHERE = {  # names of other libraries, and what is meant
     "kl_coef": "say beta",
@@ -44,15 +45,17 @@ class GRPOLossConfig(Checked):
     Args:
         loss_type: "grpo", "bnpo", "dr_grpo", "dapo", "luspo" (clipped surrogate, five reductions), "cispo", "sapo",
             "vespo".
-        beta: weight of the KL term; above 0 the loss needs ``ref_logprobs``.
+        beta: weight of the KL term; above 0 the loss needs ``ref_logprobs``, or ``ref_hidden`` for "full".
         epsilon: lower clip distance: ratios below ``1 - epsilon`` are clipped.
         epsilon_high: upper clip distance, ``None``: ``epsilon``. For cispo the raw cap of the ratio.
         delta: upper bound of the ratio for every token (two-sided clipping), clipped loss types only.
         dual_clip: upper bound of the ratio where the advantage is negative, clipped loss types only.
         importance_sampling_level: "token"; "sequence" (GSPO: one length-normalised ratio per sequence);
             "sequence_token" (GSPO-token: that value, each token's own gradient).
-        kl_estimator: "k1" ``logp - ref``, "k2" half its square, "k3" ``exp(ref - logp) - (ref - logp) - 1``.
-        use_bias_correction_kl: multiply the KL by the unclamped importance ratio.
+        kl_estimator: "k1" ``logp - ref``, "k2" half its square, "k3" ``exp(ref - logp) - (ref - logp) - 1``, each of
+            the sampled token; "full": KL(policy || reference) of the whole distribution at each token, exactly.
+        use_bias_correction_kl: multiply the KL by the unclamped importance ratio. Not "full", which is the policy's
+            own mean already.
         temperature: the sampling temperature the logits are divided by.
         max_completion_length: dr_grpo's length normaliser; ``None``: the padded length (packed input needs a number).
         entropy_coef: the loss loses ``entropy_coef`` times the mean token entropy (nats).
@@ -132,6 +135,16 @@ class GRPOLossConfig(Checked):
     def needs_entropy(self) -> bool:
         """Whether the loss itself (not only the metrics) depends on the entropy."""
         return self.entropy_coef != 0.0 or self.top_entropy_quantile < 1.0
+
+    @property
+    def estimates_kl(self) -> bool:
+        """Whether a KL term is made of the sampled token's log-probs."""
+        return self.beta > 0 and self.kl_estimator != "full"
+
+    @property
+    def takes_full_kl(self) -> bool:
+        """Whether a KL term is made of whole distributions."""
+        return self.beta > 0 and self.kl_estimator == "full"
 
     @property
     def hyper_parameters(self) -> HyperParameters:

@@ -1,5 +1,6 @@
 """grpo_loss: check -> flatten -> log-probs -> objective -> weights."""
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -7,10 +8,11 @@ import torch
 from fastgrpo import backends, inputs
 from fastgrpo.batch import LossInputs, flatten
 from fastgrpo.config import GRPOLossConfig, settings_go_in_config
+from fastgrpo.divergence import TeacherHead, head_divergence
 from fastgrpo.head import HeadOptions
 from fastgrpo.inputs import Backend, Backward
 from fastgrpo.logprobs import LogProbs, head_logprobs
-from fastgrpo.terms import metrics, objective
+from fastgrpo.terms import add_divergence, metrics, objective
 
 DEFAULTS = GRPOLossConfig()
 
@@ -51,6 +53,9 @@ def grpo_loss(
     lora: tuple[torch.Tensor, torch.Tensor, float] | None = None,
     support: tuple[torch.Tensor, torch.Tensor] | None = None,
     row_tolerance: float | None = None,
+    ref_hidden: torch.Tensor | None = None,  # hidden's shape but for D
+    ref_weight: torch.Tensor | None = None,  # (V, D_ref)
+    ref_bias: torch.Tensor | None = None,  # (V,)
 ) -> GRPOLoss:
     """The GRPO-family loss of a batch of completions, from hidden states and LM head, never holding their logits.
 
@@ -63,7 +68,7 @@ def grpo_loss(
         mask: 0/1, completion mask times tool mask; None: all targets but -100.
         cu_seqlens: (B + 1,) integer offsets of packed sequences; must be given for flat input.
         old_logprobs: of the policy that sampled; None: the current ones, detached (ratio 1).
-        ref_logprobs: of the reference policy, needed for ``beta > 0``.
+        ref_logprobs: of the reference policy, needed for ``beta > 0`` but with ``kl_estimator="full"``.
         sampling_logprobs: the sampler's own, for the off-policy mask; None: ``old_logprobs``. NaN: unknown.
         importance_weights: correction of the train/inference mismatch, already truncated or masked.
         num_items: normaliser of dapo, cispo and vespo (ignored by the others); a number or 0-dim tensor; None: the
@@ -73,6 +78,10 @@ def grpo_loss(
             see :func:`linear_logprobs`; the hint of the certified backward is ``old_logprobs``, else
             ``sampling_logprobs``.
         temperature: overrides ``config.temperature``; a number or a float tensor shaped like ``targets``.
+        ref_hidden, ref_weight, ref_bias: for ``kl_estimator="full"``: the reference's hidden states at the same
+            positions and its head; None: ``weight`` and ``bias`` themselves, without ``lora`` (right where these are
+            frozen). Softcap, scale and temperature are the policy's. Costs a pass over the vocabulary for each of the
+            two models beside the log-probs' own; see :func:`fastgrpo.linear_divergence`.
         return_logprobs: False: tokens that cannot have a gradient (advantage 0, no KL, no entropy term) skip the
             forward too; loss and gradients are the same, their ``logprobs`` and ``entropy`` are 0.
 
@@ -108,7 +117,10 @@ def grpo_loss(
         num_items=num_items,
         entropy_threshold=entropy_threshold,
     )
+    reference = find_reference(config, weight, bias, softcap, logit_scale, ref_hidden, ref_weight, ref_bias, support)
     segments = given.check(config)
+    if reference is not None:
+        reference.check(hidden, weight, "ref")
     batch = flatten(given, config, segments, inputs.accumulator_dtype(hidden), skip=not return_logprobs)
     batch.check_values(config)
     options = HeadOptions(
@@ -133,5 +145,27 @@ def grpo_loss(
     logprobs = out.logprobs.reshape(-1)
     entropy = None if out.entropy is None else out.entropy.reshape(-1)
     terms = objective(config, batch, logprobs, entropy, backends.choose(backend, hidden))
+    if reference is not None:
+        alone = replace(options, support=None, old_logprobs=None, return_entropy=False, entropy_grad=None, moving=None)
+        kl = head_divergence(hidden, weight, batch.mask, reference, 1.0, replace(alone, backward=backward))
+        terms = add_divergence(terms, config, batch, kl.divergence.reshape(-1))
     out = LogProbs(out.logprobs.detach(), None if out.entropy is None else out.entropy.detach())
-    return GRPOLoss(terms.loss, *out, metrics(batch, None if entropy is None else entropy.detach(), terms))
+    return GRPOLoss(terms.loss, *out, metrics(config, batch, None if entropy is None else entropy.detach(), terms))
+
+
+def find_reference(config, weight, bias, softcap, logit_scale, ref_hidden, ref_weight, ref_bias, support):
+    """The reference's head where the whole distributions' KL is wanted, else None."""
+    if config.kl_estimator != "full":
+        for name, value in (("ref_hidden", ref_hidden), ("ref_weight", ref_weight), ("ref_bias", ref_bias)):
+            if value is not None:
+                raise ValueError(f"{name} is read with kl_estimator='full' alone, got it with {config.kl_estimator!r}")
+        return None
+    if not config.takes_full_kl:
+        return None
+    if ref_hidden is None:
+        raise ValueError("ref_hidden must be given for beta > 0 with kl_estimator='full', got None")
+    if support is not None:
+        raise ValueError("kl_estimator='full' is of the whole vocabulary, got support, which leaves some of it out")
+    if ref_weight is None:
+        ref_weight, ref_bias = weight, bias if ref_bias is None else ref_bias
+    return TeacherHead(ref_hidden, ref_weight, ref_bias, softcap, logit_scale)

@@ -101,6 +101,9 @@ def grpo_loss(
     lora: tuple[torch.Tensor, torch.Tensor, float] | None = None,
     support: tuple[torch.Tensor, torch.Tensor] | None = None,
     row_tolerance: float | None = None,
+    ref_hidden: torch.Tensor | None = None,
+    ref_weight: torch.Tensor | None = None,
+    ref_bias: torch.Tensor | None = None,
 ) -> GRPOLoss:
     """Same arguments and loss as :func:`fastgrpo.grpo_loss`, computed sequence by sequence; no metrics."""
     config = config or GRPOLossConfig()
@@ -119,6 +122,22 @@ def grpo_loss(
         lora=lora,
         support=support,
     )
+    full_kl = None
+    if config.beta and config.kl_estimator == "full" and ref_hidden is not None:
+        full_kl = linear_divergence(
+            hidden,
+            weight,
+            ref_hidden,
+            weight if ref_weight is None else ref_weight,
+            bias=bias,
+            teacher_bias=bias if ref_weight is None and ref_bias is None else ref_bias,
+            temperature=config.temperature if temperature is None else temperature,
+            softcap=softcap,
+            teacher_softcap=softcap,
+            logit_scale=logit_scale,
+            teacher_logit_scale=logit_scale,
+            lora=lora,
+        ).divergence
     loss = loss_of_logprobs(
         out.logprobs,
         out.entropy,
@@ -132,6 +151,7 @@ def grpo_loss(
         importance_weights,
         num_items,
         entropy_threshold,
+        full_kl,
     )
     entropy = None if out.entropy is None else out.entropy.detach()
     return GRPOLoss(loss, out.logprobs.detach(), entropy, {})
@@ -150,6 +170,7 @@ def loss_of_logprobs(
     importance_weights=None,
     num_items=None,
     entropy_threshold=None,
+    full_kl=None,
 ):
     """The loss of given log-probs and entropies (shaped like targets, differentiable); ``counted`` is bool."""
     shape = logp.shape
@@ -168,7 +189,7 @@ def loss_of_logprobs(
             entropy_threshold = torch.quantile(entropy[counted].detach(), 1 - config.top_entropy_quantile)
         keep = counted & (entropy.detach() >= entropy_threshold)
     old = logp.detach() if old_logprobs is None else old_logprobs
-    columns = logp, old, ref_logprobs, sampling_logprobs, importance_weights, advantages, counted, keep
+    columns = logp, old, ref_logprobs, sampling_logprobs, importance_weights, advantages, counted, keep, full_kl
     sequences = zip(*map(split, columns))
     token_losses = [sequence_losses(config, *s) for s in sequences]
     masks = [m.to(logp.dtype) for m in split(counted)]
@@ -178,7 +199,7 @@ def loss_of_logprobs(
     return loss
 
 
-def sequence_losses(config, logp, old, ref, sampling, r_is, adv, counted, keep):
+def sequence_losses(config, logp, old, ref, sampling, r_is, adv, counted, keep, full_kl):
     """(length,) token losses of one sequence, differentiable, as TRL 1.16's ``_compute_loss`` writes them."""
     m = counted.to(logp.dtype)
     length = m.sum().clamp(min=1)
@@ -214,7 +235,9 @@ def sequence_losses(config, logp, old, ref, sampling, r_is, adv, counted, keep):
     loss = loss * keep
     if r_is is not None and config.loss_type != "vespo":
         loss = loss * r_is
-    if config.beta:
+    if full_kl is not None:
+        loss = loss + config.beta * full_kl
+    elif config.beta:
         gap = ref.where(counted, 0.0) - logp
         kl = {"k1": -gap, "k2": gap**2 / 2, "k3": gap.exp() - gap - 1}[config.kl_estimator]
         loss = loss + config.beta * (kl * ratio if config.use_bias_correction_kl else kl)

@@ -91,10 +91,19 @@ def high_entropy(entropy, mask, quantile, threshold=None):
     return ((entropy >= threshold) & (mask > 0)).to(entropy.dtype)
 
 
-def metrics(batch, entropy, terms):
+def add_divergence(terms, config, batch, divergence):
+    """:class:`Terms` with beta times the whole distributions' KL of each token (N,), differentiable, in the loss."""
+    weights = token_weights(config, batch.mask, batch.segments, batch.num_items)
+    total = torch.where(weights != 0, weights * divergence, 0.0).sum()
+    return terms._replace(loss=terms.loss + config.beta * total, kl=divergence.detach())
+
+
+def metrics(config, batch, entropy, terms):
     """Sums and counts over the measured tokens, which ranks can add; extremes, which they can compare."""
     counted, ratio = batch.measured, terms.ratio
     active = terms.d_logprobs != 0
+    if config.takes_full_kl:
+        active = active | (batch.mask != 0)
     if terms.d_entropy is not None:
         active = active | (terms.d_entropy != 0)
 
