@@ -6,6 +6,9 @@ import importlib
 import math
 import types
 import typing
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from importlib.util import find_spec
 from numbers import Real
 from typing import Annotated, Any, Literal
@@ -27,30 +30,79 @@ class UserError(ValueError):
     """What the user can put right once a run has begun: the command line shows its message without a traceback."""
 
 
+class Mistakes(ValueError):
+    """Several at once, one a line."""
+
+    def __init__(self, found: list[Exception]) -> None:
+        self.found = found
+        super().__init__(f"{len(found)} mistakes:" + "".join(f"\n- {error}" for error in found))
+
+
+MISTAKES = (ValueError, TypeError, ImportError, OSError)  # OSError: a file, or transformers finds no such model
+NOTED: ContextVar[list[Exception] | None] = ContextVar("NOTED", default=None)
+
+
+@contextmanager
+def together() -> Iterator[Callable]:
+    """Inside, a failed :func:`require` is noted, and so is what a function raises that is called through the yielded
+    ``attempt(function, *arguments)``, which then returns None. The end raises a single mistake as it came, several as
+    one ValueError that lists them."""
+    found: list[Exception] = []
+    token = NOTED.set(found)
+
+    def attempt(function, *arguments, **options):
+        outer = NOTED.set(None)
+        try:
+            return function(*arguments, **options)
+        except MISTAKES as error:
+            found.append(error)
+        finally:
+            NOTED.reset(outer)
+
+    try:
+        yield attempt
+    except MISTAKES as error:
+        found.append(error)
+    finally:
+        NOTED.reset(token)
+    found = [mistake for error in found for mistake in getattr(error, "found", [error])]
+    if found:
+        raise found[0] if len(found) == 1 else Mistakes(found)
+
+
 class Checked:
-    """Base of frozen dataclasses: names are checked, every field against its annotation, then their combinations."""
+    """Base of frozen dataclasses: names are checked, every value against its annotation, then their combinations. All
+    wrong names and values are named at once, and so are all combinations that do not go together."""
 
     also = ()  # names that may be meant besides the fields'
     advice = types.MappingProxyType({})  # {a name, or "name=value", from elsewhere: what to say instead}
 
     def __new__(cls, *positional, **settings):
         if positional:
-            first = next(iter(cls.__annotations__))
+            first = next(iter(annotations(cls)))
             raise TypeError(f"settings are given by name, as in {cls.__name__}({first}=...), got {positional[0]!r}")
-        for name in settings.keys() - annotations(cls).keys():
-            close = difflib.get_close_matches(name, [*annotations(cls), *cls.also], n=1)
-            said = cls.advice.get(name) or "".join(f"did you mean {c}?" for c in close)
-            raise ValueError(f"{name} is not a setting" + (f": {said}" if said else ""))
+        hints = annotations(cls)
+        with together():
+            for name, value in settings.items():
+                if name in hints:
+                    check_field(name, value, hints[name], cls.advice.get(f"{name}={value}", ""))
+                else:
+                    mistake(f"{name} is not a setting{cls.suggest(name)}")
         return super().__new__(cls)
 
+    @classmethod
+    def suggest(cls, name: str) -> str:
+        """What may be meant by a name that is no setting."""
+        close = difflib.get_close_matches(name, [*annotations(cls), *cls.also], n=1)
+        said = cls.advice.get(name) or "".join(f"did you mean {c}?" for c in close)
+        return f": {said}" if said else ""
+
     def __post_init__(self):
-        for name, hint in annotations(type(self)).items():
-            value = getattr(self, name)
-            check_field(name, value, hint, self.advice.get(f"{name}={value}", ""))
-        self.check_combinations()
+        with together():
+            self.check_combinations()
 
     def check_combinations(self) -> None:
-        """Raises ValueError where settings that depend on each other, or on this machine, do not go together."""
+        """Where settings that depend on each other, or on this machine, do not go together: :func:`require`."""
 
 
 @functools.cache
@@ -61,7 +113,7 @@ def annotations(cls: type) -> dict[str, Any]:
 
 def check_field(name: str, value: object, hint: Any, advice: str = "") -> None:
     if not fits(value, hint):
-        raise ValueError(f"{name} must be {describe(value, hint)}, got {value!r}" + (f": {advice}" if advice else ""))
+        mistake(f"{name} must be {describe(value, hint)}, got {value!r}" + (f": {advice}" if advice else ""))
 
 
 def fits(value: Any, hint: Any) -> bool:
@@ -98,7 +150,15 @@ def describe(value: Any, hint: Any) -> str:
 
 def require(condition: bool, message: str) -> None:
     if not condition:
-        raise ValueError(message)
+        mistake(message)
+
+
+def mistake(message: str) -> None:
+    """Raises ValueError; inside :func:`together` its end does."""
+    error, noted = ValueError(message), NOTED.get()
+    if noted is None:
+        raise error
+    noted.append(error)
 
 
 def require_installed(package: str, install: str) -> None:

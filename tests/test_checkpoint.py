@@ -48,7 +48,7 @@ def test_resuming_says_what_it_does(whole, tmp_path, capsys):
     out = capsys.readouterr().out
     assert f"resuming from checkpoint-6 in {tmp_path}\n" in out
     line = next(line for line in out.splitlines() if line.startswith("settings that differ from the checkpoint's: "))
-    assert "learning_rate 0.001 -> 0.002, " in line
+    assert "learning_rate 0.001 -> 0.002" in line
     assert "save_strategy 'steps' -> 'no'" in line
     assert "max_steps" not in line
     assert "resume" not in line

@@ -32,11 +32,11 @@ def rewards_of(name, rows, completions):
 @pytest.mark.parametrize("name", NAMES)
 def test_the_solutions_are_right_and_wrong_ones_are_not(name, tiny):
     rows = examples.problems(examples.WORLDS[name], 300, seed=1, tiny=tiny)
-    assert rewards_of(name, rows, [row["solution"] for row in rows]) == [1.0] * 300
-    thought = [f"<think>first 1, then 2</think>\n<answer>{row['solution']}</answer>" for row in rows]
+    assert rewards_of(name, rows, [row["completion"] for row in rows]) == [1.0] * 300
+    thought = [f"<think>first 1, then 2</think>\n<answer>{row['completion']}</answer>" for row in rows]
     assert rewards_of(name, rows, thought) == [1.0] * 300
     assert rewards_of(name, rows, ["99999"] * 300) == [0.0] * 300
-    others = rewards_of(name, rows, [row["solution"] for row in rows[1:] + rows[:1]])
+    others = rewards_of(name, rows, [row["completion"] for row in rows[1:] + rows[:1]])
     assert sum(others) < 60
 
 
@@ -107,8 +107,8 @@ def test_tiny_tokenizers(name, tmp_path):
     world = examples.WORLDS[name]
     tokenizer = examples.tiny_tokenizer(world)
     for row in examples.problems(world, 50, 9, held_out=True):
-        ids = tokenizer(row["prompt"] + row["solution"] + "<eos>").input_ids
-        assert tokenizer.decode(ids, skip_special_tokens=True) == row["prompt"] + row["solution"]
+        ids = tokenizer(row["prompt"] + row["completion"] + "<eos>").input_ids
+        assert tokenizer.decode(ids, skip_special_tokens=True) == row["prompt"] + row["completion"]
         assert ids[-1] == tokenizer.eos_token_id
         assert tokenizer.pad_token_id not in ids[:-1]
     assert tokenizer.all_special_tokens == [tokenizer.eos_token]  # none is skipped within an answer

@@ -115,7 +115,8 @@ ARGUMENTS = [
     ({"reward_funcs": "my_rewards.py"}, "'path/file.py:function'"),
     ({"reward_funcs": f"{trainer_job.__file__}:digit"}, r"has no function 'digit', it has \['digits', 'make_model',"),
     ({"config": {"max_steps": 3}}, "config .* a fastgrpo.trainer.GRPOConfig, got <class 'dict'>"),
-    ({"args": GRPOConfig(), "config": None}, r"config \(not args\)"),
+    ({"args": object(), "config": None}, r"config \(or args\) a fastgrpo.trainer.GRPOConfig, got <class 'object'>"),
+    ({"args": GRPOConfig()}, "args is another name of config: expected one of them, got both"),
     (
         {"train_dataset": GRPOConfig(), "config": ROWS},
         r"expected GRPOTrainer\(model, reward_funcs, train_dataset, config",

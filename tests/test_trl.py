@@ -372,14 +372,14 @@ def load_if_named(model):
 
 
 def sft(output, path, **settings):
-    rows = [{"prompt": row["prompt"], "completion": row["solution"]} for row in trl_job.problems(24)]
+    rows = [{"prompt": row["prompt"], "completion": row["completion"]} for row in trl_job.problems(24)]
     config = trl.SFTConfig(output_dir=str(output), **{**trl_job.SETTINGS, "max_steps": 3, **settings})
     return trl.SFTTrainer(load_if_named(path), config, train_dataset=trl_job.Dataset.from_list(rows),
                           processing_class=trl_job.tokenizer())  # fmt: skip
 
 
 def dpo(output, path, **settings):
-    rows = [{"prompt": row["prompt"], "chosen": row["solution"], "rejected": row["solution"][::-1]}
+    rows = [{"prompt": row["prompt"], "chosen": row["completion"], "rejected": row["completion"][::-1]}
             for row in trl_job.problems(24)]  # fmt: skip
     config = trl.DPOConfig(output_dir=str(output), **{**trl_job.SETTINGS, "max_steps": 3, **settings})
     return trl.DPOTrainer(load_if_named(path), None, config, train_dataset=trl_job.Dataset.from_list(rows),
@@ -387,7 +387,7 @@ def dpo(output, path, **settings):
 
 
 def kto(output, path, **settings):
-    rows = [{"prompt": row["prompt"], "completion": row["solution"], "label": i % 3 > 0}
+    rows = [{"prompt": row["prompt"], "completion": row["completion"], "label": i % 3 > 0}
             for i, row in enumerate(trl_job.problems(24))]  # fmt: skip
     config = trl.KTOConfig(output_dir=str(output), **{**trl_job.SETTINGS, "max_steps": 3, **settings})
     return trl.KTOTrainer(load_if_named(path), None, config, train_dataset=trl_job.Dataset.from_list(rows),

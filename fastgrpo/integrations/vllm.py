@@ -24,8 +24,21 @@ MismatchMode = Literal["token_truncate", "token_mask", "sequence_truncate", "seq
 class VLLMOptions(Checked):
     """Sampling through vLLM, and the correction of its mismatch with the learner: ``exp(old - sampled)`` log-probs.
 
-    The ratio is a token's or a sequence's ("token_*", "sequence_*"); outside ``[clip_min, clip_max]`` it is cut
-    ("*_truncate") or its term is dropped ("*_mask").
+    Args:
+        use_vllm: sample through vLLM instead of transformers' ``generate``.
+        vllm_mode: "colocate": in this process; "server": one that runs already.
+        vllm_model_impl: "vllm", or "transformers" for a model that vLLM does not know.
+        vllm_enable_sleep_mode: free vLLM's memory while the learner works (colocate).
+        vllm_server_base_url, vllm_server_host, vllm_server_port: where the server is; a URL goes before host and port.
+        vllm_server_timeout: seconds to wait for the server to come up.
+        vllm_group_port: of the group that weights are sent in (server).
+        vllm_gpu_memory_utilization: vLLM's share of the GPU's memory (colocate).
+        vllm_max_model_length: tokens of a prompt and its answer; None: the model's positions.
+        vllm_tensor_parallel_size: GPUs that share the model (colocate).
+        vllm_importance_sampling_correction: weigh tokens by the ratio of the learner's and the sampler's probability.
+        vllm_importance_sampling_mode: the ratio is a token's or a sequence's ("token_*", "sequence_*"); outside
+            ``[clip_min, clip_max]`` it is cut ("*_truncate") or its term is dropped ("*_mask").
+        vllm_importance_sampling_clip_max, vllm_importance_sampling_clip_min: bounds of that ratio; None: none.
     """
 
     use_vllm: bool = False

@@ -1,4 +1,5 @@
-"""The thin trainer: ``GRPOTrainer(model, reward_funcs, train_dataset, config).train()``; needs fastgrpo[train]."""
+"""The thin trainer: ``GRPOTrainer(model, reward_funcs, train_dataset, config).train()``, and ``SFTTrainer(model,
+train_dataset, config).train()``; needs fastgrpo[train]."""
 
 import importlib
 import logging
@@ -11,8 +12,9 @@ from fastgrpo.checks import need
 if TYPE_CHECKING:
     from fastgrpo.trainer.config import GRPOConfig
     from fastgrpo.trainer.loop import GRPOTrainer
+    from fastgrpo.trainer.sft import SFTConfig, SFTTrainer
 
-HOMES = {"GRPOConfig": "config", "GRPOTrainer": "loop"}
+HOMES = {"GRPOConfig": "config", "GRPOTrainer": "loop", "SFTConfig": "sft", "SFTTrainer": "sft"}
 
 
 @contextmanager
@@ -36,4 +38,4 @@ def __getattr__(name: str):
         return getattr(importlib.import_module(f"fastgrpo.trainer.{HOMES[name]}"), name)
 
 
-__all__ = ["GRPOConfig", "GRPOTrainer"]
+__all__ = ["GRPOConfig", "GRPOTrainer", "SFTConfig", "SFTTrainer"]

@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -34,6 +35,17 @@ def save(folder, accelerator, model, tokenizer, state, limit=None):
         for old in find_checkpoints(folder.parent)[:-limit] if limit else ():
             shutil.rmtree(old.rename(f"{old}.part"))  # a half-removed one is not found either
     accelerator.wait_for_everyone()
+
+
+@contextmanager
+def replacing(folder):
+    """Yields where to write; then what was written takes the place of ``folder``, from which weights may be mapped."""
+    part = Path(f"{folder}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    yield part
+    shutil.rmtree(folder, ignore_errors=True)
+    part.rename(folder)
 
 
 def load(folder, accelerator, settings):

@@ -3,62 +3,80 @@
 import argparse
 
 from fastgrpo import __version__
-from fastgrpo.checks import UserError
+from fastgrpo.checks import MISTAKES, UserError
 from fastgrpo.trainer import quiet_bitsandbytes
 
 USAGE = "any setting may follow as --key value, or --key alone for true; --resume goes on from the newest checkpoint"
+COMMANDS = {  # name: (what it does, whose settings it takes)
+    "train": ("train a model with GRPO", "train"),
+    "sft": ("fine-tune a model on prompts and completions, conversations or texts", "sft"),
+    "demo": ("train a small model to sort digits, in about a minute on a CPU", "train"),
+}
 
 
 class Command(argparse.ArgumentParser):
     """Its help ends with the settings, which only the optional packages can tell."""
 
+    def __init__(self, *arguments, settings=("train", "sft"), **options):
+        super().__init__(*arguments, **options)
+        self.settings = settings
+
     def format_help(self):
         try:
             from fastgrpo.trainer import GRPOConfig  # noqa: F401 - where a package is missing, it names the extra
-            from fastgrpo.trainer.job import settings_help
+            from fastgrpo.trainer.describe import command_help
 
-            return f"{super().format_help()}\n{settings_help()}"
+            return f"{super().format_help()}\n{command_help(self.settings)}"
         except ImportError as error:
             return f"{super().format_help()}\nThe settings cannot be listed: {error}\n"
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="fastgrpo", description="GRPO without the logits.")
+def make_parser():
+    parser = Command(prog="fastgrpo", description="GRPO without the logits, and what goes before it.")
     parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=Command)
-    train = commands.add_parser(
-        "train",
-        help="train a model: fastgrpo train CONFIG [--key value] ...",
-        description=f"Train a model; {USAGE}.",
-        usage="fastgrpo train CONFIG [--key value] ... [--resume]",
-    )
-    train.add_argument("config", metavar="CONFIG", help="a YAML file, or a preset's name")
-    commands.add_parser(
-        "demo",
-        help="train a small model to sort digits, in about a minute on a CPU",
-        usage="fastgrpo demo [--key value] ...",
-        description=f"Train a small model to sort digits; {USAGE}.",
-    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, (does, settings) in COMMANDS.items():
+        config = "" if name == "demo" else " CONFIG"
+        sub = commands.add_parser(
+            name,
+            help=does,
+            description=f"{does.capitalize()}; {USAGE}.".replace("grpo", "GRPO").replace(" cpu", " CPU"),
+            usage=f"fastgrpo {name}{config} [--key value] ... [--resume]",
+            settings=(settings,),
+        )
+        if config:
+            sub.add_argument("config", metavar="CONFIG", help="a YAML file, or a preset's name")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = make_parser()
     options, overrides = parser.parse_known_args(argv)
-    try:
-        with quiet_bitsandbytes():
-            trainer = make_trainer(getattr(options, "config", "demo"), overrides)
-    except (ValueError, TypeError, ImportError, OSError) as error:  # OSError: transformers finds no such model
-        parser.error(str(error))
-    try:
-        trainer.train()
-    except (UserError, FloatingPointError) as error:
-        parser.exit(1, f"fastgrpo: error: {error}\n")
+    trainers = make_trainers(getattr(options, "config", "demo"), overrides, COMMANDS[options.command][1])
+    while trainer := make_next(trainers, parser):
+        try:
+            trainer.train()
+        except (UserError, FloatingPointError) as error:
+            parser.exit(1, f"fastgrpo: error: {error}\n")
+        del trainer  # its memory is the next one's
     return 0
 
 
-def make_trainer(source, overrides):
-    """A GRPOTrainer from a config and the command line's words."""
-    from fastgrpo.trainer import GRPOTrainer  # first: where a package is missing, it names the extra
-    from fastgrpo.trainer.job import read
+def make_next(trainers, parser):
+    """The next trainer, or None; what was wrong with it ends the command."""
+    try:
+        with quiet_bitsandbytes():
+            return next(trainers, None)
+    except MISTAKES as error:
+        parser.error(str(error))
 
-    job, config = read(source, overrides)
+
+def make_trainers(source, overrides, settings):
+    """The trainers of a config and the command line's words, each made when the one before has been trained."""
     from transformers.utils.logging import disable_progress_bar
 
+    from fastgrpo.trainer import GRPOTrainer  # noqa: F401 - first: where a package is missing, it names the extra
+    from fastgrpo.trainer.job import trainers
+
     disable_progress_bar()
-    return GRPOTrainer(config=config, **job)
+    yield from trainers(source, overrides, settings)

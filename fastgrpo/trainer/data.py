@@ -10,8 +10,8 @@ from fastgrpo.trainer import examples
 from fastgrpo.trainer.rewards import call_reward
 
 
-def load_rows(source: Any, name: str = "train_dataset") -> Any:
-    """Rows ``{"prompt": text or chat, column: value ...}`` of a list, a .jsonl or .json file or a ``datasets`` object.
+def read_rows(source: Any, name: str = "train_dataset") -> Any:
+    """The rows of a list, a .jsonl or .json file, a world or a ``datasets`` object.
 
     Raises:
         ValueError, TypeError: naming what is missing, before a model is loaded.
@@ -24,6 +24,12 @@ def load_rows(source: Any, name: str = "train_dataset") -> Any:
         raise TypeError(f"{name} must have a length and rows by number, got {type(source).__name__}")
     if len(source) == 0:
         raise ValueError(f"{name} must hold at least one row, got none")
+    return source
+
+
+def load_rows(source: Any, name: str = "train_dataset") -> Any:
+    """Rows ``{"prompt": text or chat, column: value ...}``, as :func:`read_rows`."""
+    source = read_rows(source, name)
     for i, row in enumerate(select_prompts(source)):
         if not isinstance(row, dict) or (isinstance(source, list) and row.keys() != source[0].keys()):
             raise ValueError(f"{name} must hold dicts with the same keys, got {row!r} at row {i}")

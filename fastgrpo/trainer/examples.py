@@ -25,7 +25,7 @@ def sort_problem(draw, tiny):
     digits = "".join(draw.choices("0123456789", k=4 if tiny else 12))
     answer = "".join(sorted(digits))
     text = f"Sort the digits {digits} in ascending order. " + THINK.format(what="the sorted digits")
-    return {"prompt": f"{digits}=" if tiny else text, "answer": answer, "solution": answer}
+    return {"prompt": f"{digits}=" if tiny else text, "answer": answer, "completion": answer}
 
 
 def calculate(a, sign, b):
@@ -49,7 +49,7 @@ def countdown_problem(draw, tiny):
         f"Use the numbers {given} to write an expression that equals {value}. Allowed are + - * / and parentheses, and "
         f"each number at most once. {THINK.format(what='the expression')}"
     )
-    columns = {"numbers": numbers, "target": value, "answer": str(value), "solution": text}
+    columns = {"numbers": numbers, "target": value, "answer": str(value), "completion": text}
     return {"prompt": f"{given}:{value}=" if tiny else prompt, **columns}
 
 
@@ -78,7 +78,7 @@ def story(draw, largest):
 def arithmetic_problem(draw, tiny):
     text, _, value = story(draw, 6 if tiny else 999)
     prompt = text if tiny else f"{text} {THINK.format(what='the number')}"
-    return {"prompt": prompt, "answer": str(value), "solution": f" {value}"}
+    return {"prompt": prompt, "answer": str(value), "completion": f" {value}"}
 
 
 def gsm8k_problem(draw, tiny):
@@ -87,7 +87,7 @@ def gsm8k_problem(draw, tiny):
     return {
         "prompt": f"{text}\n",
         "answer": str(value),
-        "solution": f"{expression}=<<{expression}={value}>>{value}\n#### {value}",
+        "completion": f"{expression}=<<{expression}={value}>>{value}\n#### {value}",
     }
 
 
@@ -122,7 +122,7 @@ def read_gsm8k(path, tiny):
             raise ValueError(f"{path}, row {number}: expected {{'question': ..., 'answer': ...}}, got {row!r:.80}")
         question, solution = row["question"], row["answer"]
         prompt = f"{question}\n" if tiny else f"{question}\n{THINK.format(what='the final number')}"
-        rows.append({"prompt": prompt, "answer": solution.rpartition("####")[2].strip(), "solution": solution})
+        rows.append({"prompt": prompt, "answer": solution.rpartition("####")[2].strip(), "completion": solution})
     return rows
 
 
@@ -130,20 +130,17 @@ def read_gsm8k(path, tiny):
 class World:
     """A way to draw problems, and the tiny model that can learn them."""
 
-    problem: Callable  # (random.Random, tiny) -> row; its "solution" is what the supervised start teaches
+    problem: Callable  # (random.Random, tiny) -> row; its "completion" is a right answer, for supervised fine-tuning
     words: bool = False  # the tiny tokenizer has words, not characters alone
     hidden_size: int = 64
     layers: int = 2
-    start_steps: int = 80
-    start_batch: int = 64
-    start_learning_rate: float = 1e-3
 
 
 WORLDS = {
-    "sort": World(sort_problem, start_steps=65),
-    "countdown": World(countdown_problem, start_steps=150, start_batch=128, start_learning_rate=2e-3),
-    "arithmetic": World(arithmetic_problem, words=True, start_steps=100, start_learning_rate=2e-3),
-    "gsm8k": World(gsm8k_problem, words=True, start_steps=80, start_learning_rate=2e-3),
+    "sort": World(sort_problem),
+    "countdown": World(countdown_problem),
+    "arithmetic": World(arithmetic_problem, words=True),
+    "gsm8k": World(gsm8k_problem, words=True),
 }
 
 
@@ -189,7 +186,7 @@ def tiny_tokenizer(world: World, vocabulary: int | None = None) -> Any:
     """Of the model's own class: a token a character, or words learnt from a world's texts; padded to ``vocabulary``."""
     from transformers import Qwen2Tokenizer
 
-    texts = [row["prompt"] + row["solution"] for row in problems(world, 512, 0)]
+    texts = [row["prompt"] + row["completion"] for row in problems(world, 512, 0)]
     # one special token: any other would be skipped where an answer is decoded, and "0<bos>2" taken for "02"
     words = ["<pad>", "<bos>", "<eos>", *sorted(set("".join(texts)))]
     words += [f"<unused{i}>" for i in range((vocabulary or 0) - len(words))]
@@ -199,8 +196,8 @@ def tiny_tokenizer(world: World, vocabulary: int | None = None) -> Any:
 
 
 def tiny_model(spec, seed=0, vocabulary=None, device="cpu"):
-    """``"tiny:NAME"`` -> (a small Qwen2 that gets some answers right, its tokenizer): random weights, then a short
-    supervised start on drawn problems, so that some samples earn a reward."""
+    """``"tiny:NAME"`` -> (a small Qwen2 with random weights, its tokenizer): the tiny presets' ``sft`` section teaches
+    it so much that some samples earn a reward."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     world = WORLDS[parse(spec)[1]]
@@ -220,26 +217,4 @@ def tiny_model(spec, seed=0, vocabulary=None, device="cpu"):
         pad_token_id=tokenizer.pad_token_id,
     )
     model: Any = Qwen2ForCausalLM(config)
-    model.to(device)
-    teach(model, tokenizer, world, seed)
-    return model, tokenizer
-
-
-def teach(model, tokenizer, world, seed):
-    """A few steps towards the right answers of drawn problems."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=world.start_learning_rate, betas=(0.9, 0.95))
-    for step in range(world.start_steps):
-        rows = problems(world, world.start_batch, f"{seed}/{step}")
-        prompts = tokenizer([r["prompt"] for r in rows]).input_ids
-        answers = tokenizer([r["solution"] + tokenizer.eos_token for r in rows]).input_ids
-        width = max(len(p) + len(a) for p, a in zip(prompts, answers))
-        ids = torch.full((len(rows), width), tokenizer.pad_token_id, device=model.device)
-        labels = torch.full_like(ids, -100)
-        for i, (prompt, answer) in enumerate(zip(prompts, answers)):
-            end = len(prompt) + len(answer)
-            ids[i, :end] = torch.tensor(prompt + answer)
-            labels[i, len(prompt) : end] = torch.tensor(answer)
-        model(input_ids=ids, labels=labels).loss.backward()  # padding follows: causal attention never sees it
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+    return model.to(device), tokenizer

@@ -16,9 +16,19 @@ from fastgrpo.trainer.completions import Completion, completion, end_tokens
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling(Checked):
-    """How answers are drawn, under TRL's names."""
+    """How answers are drawn, under TRL's names.
 
-    num_generations: Count = 1  # answers a prompt
+    Args:
+        num_generations: answers a prompt.
+        max_completion_length: tokens of an answer.
+        temperature: the logits are divided by it, in sampling and in the loss.
+        top_p: draw from the likeliest tokens of this mass.
+        top_k: draw from so many tokens; 0: from all.
+        min_p: draw from tokens with this share of the likeliest one's probability; None: from all.
+        repetition_penalty: divides the logits of tokens that stand already; 1: none.
+    """
+
+    num_generations: Count = 1
     max_completion_length: Count = 512
     temperature: Positive = 1.0
     top_p: Share = 1.0

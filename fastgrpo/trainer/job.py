@@ -1,15 +1,34 @@
 """A job as a YAML file or preset and the command line's words say it."""
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
-from fastgrpo.checks import annotations, fits
+from fastgrpo.checks import Checked, annotations, fits, mistake, together
+from fastgrpo.trainer import arguments, sft
 from fastgrpo.trainer.config import JOB, GRPOConfig
+from fastgrpo.trainer.data import load_rows
+from fastgrpo.trainer.loop import GRPOTrainer
+from fastgrpo.trainer.supervised import load_examples
 
 PRESETS = Path(__file__).parent / "presets"
+
+
+class Kind(NamedTuple):
+    """What a command makes of a file."""
+
+    config: type[Checked]
+    job: tuple[str, ...]  # what is the trainer's argument, not a setting
+    needed: set[str]
+
+
+KINDS = {
+    "train": Kind(GRPOConfig, JOB, {"model", "reward_funcs", "train_dataset"}),
+    "sft": Kind(sft.SFTConfig, sft.SFT_JOB, {"model", "train_dataset"}),
+}
 
 
 class Loader(yaml.SafeLoader):
@@ -19,28 +38,73 @@ class Loader(yaml.SafeLoader):
 Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d[\d.]*[eE][-+]?\d+$"), list("+-0123456789"))
 
 
-def read(source: str | Path, words: list[str]) -> tuple[dict[str, Any], GRPOConfig]:
-    """A YAML file or preset and the command line's words -> (other arguments of GRPOTrainer, GRPOConfig).
+def trainers(source: str | Path, words: list[str], command: str = "train") -> Iterator[GRPOTrainer]:
+    """A YAML file or preset and the command line's words -> the trainers they ask for, each made when the one before
+    has been trained: an ``SFTTrainer`` for ``command`` "sft" or a GRPO job's ``sft`` section, then a ``GRPOTrainer``.
 
     Raises:
-        ValueError: as :func:`parse` and :func:`load_config`, not YAML, or without what every job needs.
+        ValueError, TypeError: all mistakes in the settings, the datasets and the rewards.
     """
     try:
-        job, config = load_config(source, parse(words))
+        settings = read(source, parse(words, command))
     except yaml.YAMLError as error:
         raise ValueError(f"this is not YAML: {error}") from error
-    missing = {"model", "reward_funcs", "train_dataset"} - job.keys()
-    if missing:
-        raise ValueError(f"the config must also give {', '.join(sorted(missing))}")
-    return job, config
+    job, config = check(settings, command)
+    if command == "sft":
+        yield sft.SFTTrainer(config=config, **job)
+        return
+    if section := job.pop("sft", None):
+        trainer, job["model"] = sft.before(section, job, config)
+        if trainer is not None:
+            yield trainer
+            trainer.accelerator.wait_for_everyone()
+            del trainer  # its memory is the next one's
+    yield GRPOTrainer(config=config, **job)
 
 
-def load_config(source: str | Path, overrides: dict[str, Any] | None = None) -> tuple[dict[str, Any], GRPOConfig]:
-    """A YAML file or preset and settings that go before its own -> (other arguments of GRPOTrainer, GRPOConfig).
+def check(settings, command):
+    """-> (the trainer's other arguments, its config): datasets read, rewards found."""
+    kind = KINDS[command]
+    job = {key: settings.pop(key) for key in kind.job if key in settings}
+    with together() as attempt:
+        if missing := kind.needed - job.keys():
+            mistake(f"the config must also give {', '.join(sorted(missing))}")
+        config = attempt(kind.config, **settings)
+        given = None if missing else attempt(check_job, job, config)
+    return job | given, config
+
+
+def check_job(job, config):
+    """-> what was found behind the names in a job."""
+    section = job.get("sft")
+    with together() as attempt:
+        load = load_examples if "reward_funcs" not in job else load_rows
+        rest = {name: job.get(name) for name in ("model", "train_dataset", "eval_dataset")}
+        given = attempt(arguments.check, config, **rest, reward_funcs=job.get("reward_funcs", ()), load=load)
+        if section is not None and not isinstance(section, dict):
+            mistake(f"sft must hold settings 'name: value', got {section!r}")
+        elif section and config is not None:
+            attempt(sft.make_config, section, config)
+            attempt(load_examples, section.get("train_dataset", job["train_dataset"]), "sft's train_dataset")
+    found = {"train_dataset": given.rows, "eval_dataset": given.eval_rows}
+    return found | ({"reward_funcs": [*given.rewards.values()]} if given.rewards else {})
+
+
+def load_config(
+    source: str | Path, overrides: dict[str, Any] | None = None, command: str = "train"
+) -> tuple[dict[str, Any], Any]:
+    """A YAML file or preset and settings that go before its own -> (other arguments of the trainer, its config).
 
     Raises:
-        ValueError: unknown preset or key, wrong type, impossible combination.
+        ValueError: unknown preset, unknown keys, wrong types, impossible combinations.
     """
+    settings, kind = read(source, overrides), KINDS[command]
+    job = {key: settings.pop(key) for key in kind.job if key in settings}
+    return job, kind.config(**settings)
+
+
+def read(source: str | Path, overrides: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The settings of a YAML file or preset, after those that go before its own."""
     path = Path(source) if Path(source).is_file() else PRESETS / f"{source}.yaml"
     if not path.is_file():
         raise ValueError(f"config must be a YAML file or a preset ({preset_names()}), got {str(source)!r}")
@@ -50,11 +114,10 @@ def load_config(source: str | Path, overrides: dict[str, Any] | None = None) -> 
         raise ValueError(f"{path} must hold settings 'name: value', got {settings!r}")
     settings |= overrides or {}
     settings["resume_from_checkpoint"] = settings.pop("resume", settings.get("resume_from_checkpoint"))
-    job = {key: settings.pop(key) for key in JOB if key in settings}
-    return job, GRPOConfig(**settings)
+    return settings
 
 
-def parse(words: list[str]) -> dict[str, Any]:
+def parse(words: list[str], command: str = "train") -> dict[str, Any]:
     """``--key value``, ``--key=value`` and ``--flag`` -> settings; values are YAML's."""
     settings = {}
     words = [part for word in words for part in (word.split("=", 1) if word.startswith("--") else [word])]
@@ -63,27 +126,16 @@ def parse(words: list[str]) -> dict[str, Any]:
         if not key.startswith("--"):
             raise ValueError(f"expected --key value, got {key!r}")
         name, alone = key[2:].replace("-", "_"), not words or words[0].startswith("--")
-        if alone and not is_flag(name):
+        if alone and not is_flag(name, KINDS[command]):
             raise ValueError(f"{key} needs a value: {key} VALUE")
         settings[name] = True if alone else yaml.load(words.pop(0), Loader)
     return settings
 
 
-def is_flag(name):
+def is_flag(name, kind):
     """Whether a setting can be true; a name that is no setting is refused later, with what may be meant."""
-    return name not in JOB and fits(True, annotations(GRPOConfig).get(name, bool))
+    return name not in kind.job and fits(True, annotations(kind.config).get(name, bool))
 
 
-def preset_names():
+def preset_names() -> str:
     return ", ".join(sorted(path.stem for path in PRESETS.glob("*.yaml")))
-
-
-def settings_help() -> str:
-    """Every setting with its default, for people."""
-    lines = [
-        f"presets: {preset_names()}",
-        f"the job: {', '.join(JOB)}",
-        "settings and defaults, as in TRL (what is ours is explained in help(fastgrpo.trainer.GRPOConfig)):",
-    ]
-    lines += [f"  {name:<36} {field.default!r}" for name, field in sorted(GRPOConfig.__dataclass_fields__.items())]
-    return "\n".join([*lines, ""])

@@ -277,8 +277,17 @@ class Learner:
         return collate(batch, self.packed, self.accelerator.device, self.share)
 
     def backward(self, model, batch, part, whole, num_items, threshold):
-        scale, coefficient = share_of_batch(self.config, part, whole)
         inputs, known = self.collate(batch)
+        loss, scale = self.objective(known, part, whole, num_items, threshold)
+        with offload_activations(self.accelerator.device) if self.offload else nullcontext():
+            result = model(**inputs, fastgrpo=loss)
+        # ranks' gradients are averaged: times their number
+        self.accelerator.backward(result.loss * scale * self.accelerator.num_processes)
+        return {"loss": result.loss.detach() * scale, **result.metrics}
+
+    def objective(self, known, part, whole, num_items, threshold):
+        """-> (the function that the LM head calls, what its loss is multiplied with)"""
+        scale, coefficient = share_of_batch(self.config, part, whole)
         loss = partial(
             grpo_loss,
             **known,
@@ -287,11 +296,7 @@ class Learner:
             entropy_threshold=threshold,
             **self.options,
         )
-        with offload_activations(self.accelerator.device) if self.offload else nullcontext():
-            result = model(**inputs, fastgrpo=loss)
-        # ranks' gradients are averaged: times their number
-        self.accelerator.backward(result.loss * scale * self.accelerator.num_processes)
-        return {"loss": result.loss.detach() * scale, **result.metrics}
+        return loss, scale
 
     def entropy_threshold(self, episodes):
         """The quantile over all ranks' tokens, and how many tokens of each episode earn the entropy bonus.

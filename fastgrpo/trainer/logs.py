@@ -20,12 +20,13 @@ class RunLog(Progress):
     On ranks but the main one it does nothing. ``first``: the steps already done, whose rows are kept.
     """
 
-    def __init__(self, folder, total, accelerator, every=10, first=0):
+    def __init__(self, folder, total, accelerator, every=10, first=0, name="GRPO", shown=SHOWN):
         self.accelerator, self.every, self.total, self.main = accelerator, every, total, accelerator.is_main_process
+        self.shown = shown
         console = Console(quiet=not self.main)
         columns = *Progress.get_default_columns(), MofNCompleteColumn(), TextColumn("{task.fields[numbers]}")
         super().__init__(*columns, console=console, disable=not console.is_terminal)
-        self.task = self.add_task("GRPO", total=total, completed=first, numbers="")
+        self.task = self.add_task(name, total=total, completed=first, numbers="")
         self.path = Path(folder) / "log.jsonl"
         rows = self.path.read_text().split("\n")[:-1] if first and self.path.is_file() else []  # a cut last one: no row
         self.rows = [row for row in map(json.loads, rows) if row["step"] <= first]
@@ -42,25 +43,26 @@ class RunLog(Progress):
             return
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
-        shown = "  ".join(f"{k} {row[k]:.3g}" for k in row if k in SHOWN or k.startswith("eval/"))
+        shown = "  ".join(f"{k} {row[k]:.3g}" for k in row if k in self.shown or k.startswith("eval/"))
         self.update(self.task, completed=step, numbers=shown)
-        if step % self.every == 0 or step == self.total or "reward" not in numbers:
+        if step % self.every == 0 or step == self.total or "loss" not in numbers:  # an evaluation
             self.accelerator.log(numbers, step=step)
             if not self.console.is_terminal:
                 self.console.print(f"step {step}/{self.total}  {shown}")
 
-    def answers(self, title, rows):
-        """A table of (prompt, answer, reward)."""
-        table = Table("prompt", "answer", "reward", title=title)
-        for prompt, answer, reward in rows:
-            table.add_row(Text(prompt), Text(answer), f"{reward:.3g}")
+    def answers(self, title, rows, what="reward"):
+        """A table of (prompt, answer, number)."""
+        table = Table("prompt", "answer", what, title=title)
+        for prompt, answer, number in rows:
+            table.add_row(Text(prompt), Text(answer), f"{number:.3g}")
         self.console.print(table)
 
 
-def plot_curves(rows, path, title):
-    """One panel a metric over the steps, a running mean over the raw values; written as a PNG."""
-    rows = [r for r in rows if "reward" in r]
-    panels = {k: v for k, v in PANELS.items() if any(r.get(k) for r in rows)} or {"reward": "reward"}
+def plot_curves(rows, path, title, shown=PANELS):
+    """One panel a metric over the steps, a running mean over the raw values; written as a PNG. ``shown``: {metric:
+    label}."""
+    rows = [r for r in rows if "loss" in r]  # no evaluations
+    panels = {k: v for k, v in shown.items() if any(r.get(k) for r in rows)} or dict([*shown.items()][:1])
     figure = Figure(figsize=(4.2 * len(panels), 3.4), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, (name, label) in zip(axes, panels.items()):

@@ -15,14 +15,14 @@ from transformers import TrainerState
 
 from fastgrpo import GRPOLossConfig, group_advantages
 from fastgrpo.checks import UserError
-from fastgrpo.trainer import checkpoint
+from fastgrpo.trainer import arguments, checkpoint
 from fastgrpo.trainer import model as models
 from fastgrpo.trainer.config import GRPOConfig
-from fastgrpo.trainer.data import decode, draw, encode, load_rows, longest_prompt, score
+from fastgrpo.trainer.data import decode, draw, encode, longest_prompt, score
 from fastgrpo.trainer.generate import Sampling, make_sampler
 from fastgrpo.trainer.learner import Episode, Learner, needs_learning
-from fastgrpo.trainer.logs import RunLog, plot_curves
-from fastgrpo.trainer.rewards import Rewards, name_rewards, warn_unscored
+from fastgrpo.trainer.logs import PANELS, SHOWN, RunLog, plot_curves
+from fastgrpo.trainer.rewards import Rewards, warn_unscored
 
 
 class GRPOTrainer:
@@ -35,12 +35,14 @@ class GRPOTrainer:
             str}]`` for chat prompts; ``completion_ids`` and the dataset's columns come as keyword arguments.
         train_dataset, eval_dataset: a list of dicts, a .jsonl or .json file or a ``datasets`` object with "prompt"
             (text or chat messages) and any other columns.
-        config: a :class:`GRPOConfig`. processing_class: the tokenizer; None: the model's. peft_config: of PEFT; None:
-            LoRA by the config's ``lora_*`` if ``use_peft``.
+        config: a :class:`GRPOConfig`, or by TRL's name ``args``. processing_class: the tokenizer; None: the model's.
+            peft_config: of PEFT; None: LoRA by the config's ``lora_*`` if ``use_peft``.
 
     Raises:
-        ValueError, TypeError: a bad setting, reward or dataset, before the model is loaded.
+        ValueError, TypeError: a bad setting, reward or dataset, before the model is loaded; all of them.
     """
+
+    name, shown, panels = "GRPO", SHOWN, PANELS  # of the log
 
     def __init__(
         self,
@@ -54,68 +56,75 @@ class GRPOTrainer:
         *,
         args: Any = None,
     ) -> None:
-        self.config = config = GRPOConfig() if config is None else config
-        if args is not None or not isinstance(config, GRPOConfig):
-            raise TypeError(
-                "expected GRPOTrainer(model, reward_funcs, train_dataset, config), config (not args) a "
-                f"fastgrpo.trainer.GRPOConfig, got {type(config if args is None else args)}"
-            )
+        call = "GRPOTrainer(model, reward_funcs, train_dataset, config)"
+        self.config = config = arguments.choose(GRPOConfig, config, args, call)
         if peft_config is not None or hasattr(model, "peft_config"):
             self.config = config = replace(config, use_peft=True)
-        self.rows = load_rows(train_dataset)
-        self.eval_rows: Any = None if eval_dataset is None else load_rows(eval_dataset, "eval_dataset")
-        if self.eval_rows is None and (config.eval_strategy == "steps" or config.eval_on_start):
-            raise ValueError("eval_strategy and eval_on_start need an eval_dataset, got None")
-        datasets = [rows for rows in (self.rows, self.eval_rows) if rows is not None]
-        self.rewards = name_rewards(reward_funcs, *(rows[0] for rows in datasets))
-        self.weights = torch.tensor(config.reward_weights or [1.0] * len(self.rewards))
-        if len(self.weights) != len(self.rewards):
-            raise ValueError(f"reward_weights must have one for each of {[*self.rewards]}, got {config.reward_weights}")
-        self.start_from = checkpoint.start(config)
+        given = arguments.check(config, model, train_dataset, eval_dataset, reward_funcs)
+        self.weights = torch.tensor(config.reward_weights or [1.0] * len(given.rewards))
+        self.open(given, model, processing_class, peft_config)
+
+    def open(self, given, model, tokenizer, peft_config):
+        """What was checked, then tokenizer, model and all that goes with it, at the first step."""
+        self.rows, self.eval_rows, self.rewards, self.start_from = given
+        config = self.config
         tracking = {"log_with": config.trackers or None, "project_dir": config.output_dir}
         self.accelerator = Accelerator(cpu=config.use_cpu, mixed_precision=config.mixed_precision, **tracking)
-        self.tokenizer = models.load_tokenizer(processing_class, model, config)
-        longest = max(longest_prompt(self.tokenizer, rows, config.chat_template_kwargs) for rows in datasets)
+        self.tokenizer = models.load_tokenizer(tokenizer, model, config)
+        longest = max(self.longest(rows) for rows in (self.rows, self.eval_rows) if rows is not None)
         set_seed(config.seed)
         model = models.load_model(model, config, self.accelerator.device)
-        models.check_room(model, longest, config.max_completion_length)
-        self.setup(model, peft_config, longest + config.max_completion_length)
-        self.step = self.used = self.position = 0  # optimiser steps; those taken on the rollout in hand; prompts drawn
+        self.reference: Any = None
+        self.setup(model, peft_config, longest)
+        self.step = self.used = self.position = 0  # optimiser steps; those taken on the rollout in hand; rows drawn
         self.rollout = []
         set_seed(config.seed, device_specific=True)
+
+    def longest(self, rows):
+        return longest_prompt(self.tokenizer, rows, self.config.chat_template_kwargs)
 
     def setup(self, model, peft_config, longest):
         """Model, frozen reference, optimiser, schedule, sampler and learner, on this rank's device."""
         config, accelerator = self.config, self.accelerator
-        self.reference: Any = copy.deepcopy(model) if config.beta > 0 and not config.use_peft else None
-        model = models.make_trainable(model, config, peft_config).train()
-        self.model, self.optimizer = accelerator.prepare(model, models.make_optimizer(model, config))
-        if self.reference is not None:
-            self.reference = models.freeze(self.reference, accelerator)
-        if config.use_peft and not accelerator.is_fsdp2:
-            checkpoint.adapter_only(accelerator)
-        self.prompts = config.rollout // config.num_generations * accelerator.num_processes  # of a rollout
-        self.uses = config.steps_per_rollout * config.num_iterations  # optimiser steps taken on a rollout
-        rollouts = max(math.ceil(config.num_train_epochs * len(self.rows) / self.prompts), 1)
-        self.total = config.max_steps if config.max_steps > 0 else rollouts * self.uses
-        self.schedule = models.make_schedule(self.optimizer, config, self.total)
+        models.check_room(model, longest, config.max_completion_length)
+        reference = copy.deepcopy(model) if config.beta > 0 and not config.use_peft else None
+        model = self.prepare(model, peft_config)
+        if reference is not None:
+            self.reference = models.freeze(reference, accelerator)
+        self.plan(config.rollout // config.num_generations, config.steps_per_rollout * config.num_iterations)
         self.sampler = make_sampler(config, self.tokenizer)
         self.learner = Learner(
             self.model,
             accelerator,
             config.part(GRPOLossConfig),
             budget=config.token_budget,
-            packed="flash" in str(model.config._attn_implementation) if config.packing == "auto" else config.packing,
+            packed=models.packs(model, config),
             skip=config.skip_zero_advantages,
             offload=config.activation_offloading,
             backend=config.backend,
             backward=config.backward,
             share_prompts=config.share_prompts,
-            longest=longest,
+            longest=longest + config.max_completion_length,
         )
         rounded = config.mixed_precision != "no" or any(p.dtype != torch.float32 for p in model.parameters())
         differs, asked = config.use_vllm or (rounded and self.uses > 1), config.recompute_old_logprobs
         self.rescore = differs if asked is None else asked
+
+    def prepare(self, model, peft_config):
+        """The model as it is trained, and its optimiser, on this rank's device -> the model without their wrappers."""
+        config, accelerator = self.config, self.accelerator
+        model = models.make_trainable(model, config, peft_config).train()
+        self.model, self.optimizer = accelerator.prepare(model, models.make_optimizer(model, config))
+        if config.use_peft and not accelerator.is_fsdp2:
+            checkpoint.adapter_only(accelerator)
+        return model
+
+    def plan(self, rows, uses):
+        """How long the run is. ``rows``: this rank's rows of a rollout; ``uses``: optimiser steps taken on it."""
+        self.prompts, self.uses = rows * self.accelerator.num_processes, uses
+        rollouts = max(math.ceil(self.config.num_train_epochs * len(self.rows) / self.prompts), 1)
+        self.total = self.config.max_steps if self.config.max_steps > 0 else rollouts * uses
+        self.schedule = models.make_schedule(self.optimizer, self.config, self.total)
 
     def train(self) -> list[dict[str, Any]]:
         """Trains to the last step; leaves log.jsonl, curves.png, model/ and checkpoints in ``output_dir``.
@@ -126,7 +135,8 @@ class GRPOTrainer:
         config, accelerator = self.config, self.accelerator
         if self.start_from is not None:
             self.restore(checkpoint.load(self.start_from, accelerator, self.settings()))
-        with RunLog(config.output_dir, self.total, accelerator, config.logging_steps, self.step) as self.log:
+        log = RunLog(config.output_dir, self.total, accelerator, config.logging_steps, self.step, self.name, self.shown)
+        with log as self.log:
             settings = {k: v for k, v in vars(config).items() if isinstance(v, int | float | str)}
             accelerator.init_trackers(config.run_name or "fastgrpo", config=settings)
             if config.eval_on_start and self.step == 0:
@@ -135,8 +145,7 @@ class GRPOTrainer:
                 started = time.perf_counter()
                 if not self.rollout:
                     self.rollout, self.used = self.collect(), 0
-                    if config.log_completions or self.total - self.step <= self.uses:  # the last ones always
-                        self.show(self.rollout)
+                    self.show(self.rollout)
                 row = self.learn(self.batch())
                 self.step, self.used = self.step + 1, self.used + 1
                 if self.used == self.uses:
@@ -149,7 +158,7 @@ class GRPOTrainer:
     def after_step(self):
         """What happens every so many steps: reference, evaluation, checkpoint."""
         config = self.config
-        if config.sync_ref_model and self.step % config.ref_model_sync_steps == 0:
+        if self.reference is not None and config.sync_ref_model and self.step % config.ref_model_sync_steps == 0:
             models.move(self.reference, self.model, config.ref_model_mixup_alpha)
         last, eval_steps = self.step == self.total, config.eval_steps or config.logging_steps
         if config.eval_strategy == "steps" and (self.step % eval_steps == 0 or last):
@@ -196,7 +205,9 @@ class GRPOTrainer:
         ]
 
     def show(self, episodes):
-        """A table of some answers."""
+        """A table of some answers; of the last rollout always."""
+        if not self.config.log_completions and self.total - self.step > self.uses:
+            return
         text, count = self.tokenizer.decode, self.config.num_completions_to_print or 8
         sample = episodes[:: max(len(episodes) // count, 1)][:count]
         rows = [(text(e.prompt_ids), text(e.completion_ids), self.reward(e)) for e in sample]
@@ -293,7 +304,8 @@ class GRPOTrainer:
         state = {name: getattr(self, name) for name in ("step", "used", "position")}
         state |= {"rollout": [vars(e) for e in self.rollout], "schedule": self.schedule.state_dict()}
         state |= {"budget": self.learner.budget, "limit": self.learner.limit, "settings": self.settings()}
-        state["reference"] = self.reference.state_dict() if self.config.sync_ref_model else None
+        moves = self.reference is not None and self.config.sync_ref_model
+        state["reference"] = self.reference.state_dict() if moves else None
         folder = Path(self.config.output_dir) / f"checkpoint-{self.step}"
         checkpoint.save(folder, self.accelerator, self.model, self.tokenizer, state, self.config.save_total_limit)
 
@@ -317,9 +329,10 @@ class GRPOTrainer:
         output, accelerator = Path(self.config.output_dir), self.accelerator
         state = accelerator.get_state_dict(self.model)
         if accelerator.is_main_process:
-            accelerator.unwrap_model(self.model).save_pretrained(output / "model", state_dict=state)
-            self.tokenizer.save_pretrained(output / "model")
-            plot_curves(self.log.rows, output / "curves.png", self.config.run_name or "GRPO")
+            with checkpoint.replacing(output / "model") as folder:
+                accelerator.unwrap_model(self.model).save_pretrained(folder, state_dict=state)
+                self.tokenizer.save_pretrained(folder)
+            plot_curves(self.log.rows, output / "curves.png", self.config.run_name or self.name, self.panels)
         for tracker in accelerator.trackers:
             tracker.finish()
         self.log.console.print(f"written: {output}/log.jsonl, curves.png, model/")

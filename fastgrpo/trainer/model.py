@@ -31,13 +31,33 @@ class ModelOptions(Checked):
     """How the model is loaded, wrapped and optimised, under TRL's names.
 
     Args:
-        bf16: autocast; None: on a GPU that has it. dtype: of the weights.
-        attn_implementation: None: flash-attn if installed (16 bits, GPU), else SDPA, else eager.
-        use_peft, lora_r, lora_alpha, lora_dropout, lora_target_modules, lora_modules_to_save, use_rslora, use_dora:
-            LoRA, as in ModelConfig.
-        load_in_4bit, load_in_8bit: QLoRA, through bitsandbytes.
+        model_init_kwargs: further keywords of ``from_pretrained``, as in ``{revision: ...}``.
         tiny_vocabulary: of ``tiny:NAME`` models: pad their vocabulary to this size.
+        trust_remote_code: run a model's own code from the hub.
+        use_cpu: also where there is a GPU.
+        dtype: of the weights: "float32", "bfloat16", "float16", "float64", or "auto", as they are saved.
+        bf16: autocast; None: on a GPU that has it.
+        attn_implementation: as transformers names it; None: flash-attn if installed (16 bits, GPU), else SDPA, else
+            eager.
+        disable_dropout: of the model.
+        gradient_checkpointing: compute a layer's activations again in the backward instead of keeping them.
+        gradient_checkpointing_kwargs: of transformers' gradient checkpointing.
         activation_offloading: keep activations in host memory until the backward.
+        use_liger_kernel: Liger's kernels in the layers (GPU).
+        use_peft: train LoRA adapters (PEFT) instead of the weights; also to train an adapter's folder further.
+        lora_r: their rank.
+        lora_alpha: their scale, over the rank.
+        lora_dropout: of their input.
+        lora_target_modules: names of the layers, a pattern, or "all-linear"; None: what PEFT takes for the model.
+        lora_modules_to_save: layers that are trained whole.
+        use_rslora: divide the scale by the root of the rank.
+        use_dora: train magnitudes apart from directions.
+        load_in_4bit, load_in_8bit: QLoRA, through bitsandbytes.
+        optim: AdamW: "adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit" or "paged_adamw_32bit".
+        learning_rate: its highest value.
+        weight_decay, adam_beta1, adam_beta2, adam_epsilon: of AdamW.
+        max_grad_norm: gradients are scaled down to this norm.
+        lr_scheduler_type, lr_scheduler_kwargs: how the learning rate changes, as transformers' ``get_scheduler``.
         warmup_steps: of the learning rate; below 1 a share of all steps.
     """
 
@@ -196,12 +216,28 @@ def check_source(name):
 
 def check_room(model, prompt, completion):
     """``prompt`` and ``completion`` tokens have positions in the model."""
-    room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    room = positions(model)
     if room is not None and prompt + completion > room:
         raise ValueError(
             f"max_completion_length must leave room for the longest prompt, {prompt} tokens, in the "
             f"model's {room} positions, got {completion}"
         )
+
+
+def check_positions(model, length):
+    """Sequences of ``length`` tokens have positions in the model."""
+    room = positions(model)
+    if room is not None and length > room:
+        raise ValueError(f"max_length must be at most the model's {room} positions: a sequence has {length} tokens")
+
+
+def positions(model):
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def packs(model, config):
+    """Whether micro-batches are packed: "auto" is where flash-attn takes their lengths."""
+    return "flash" in str(model.config._attn_implementation) if config.packing == "auto" else config.packing
 
 
 def keep_trainable(model):

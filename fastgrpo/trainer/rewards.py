@@ -19,12 +19,11 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastgrpo.checks import UserError
-
-if TYPE_CHECKING:
-    import torch
+from fastgrpo.trainer.judge import judge
+from fastgrpo.trainer.reward_model import reward_model
 
 RewardFunction = Callable[..., list[float | None]]  # async ones too
 Rewards = RewardFunction | str | dict[str, Any] | Sequence[RewardFunction | str | dict[str, Any]]
@@ -187,54 +186,12 @@ def evaluate(text):
         return None, []
 
 
-def reward_model(
-    path: str,
-    batch_size: int = 8,
-    max_length: int | None = None,
-    device: "str | torch.device | None" = None,
-    **model_options: Any,
-) -> RewardFunction:
-    """A reward function from a sequence classifier with one output (``AutoModelForSequenceClassification``)."""
-    import torch
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    model = AutoModelForSequenceClassification.from_pretrained(path, **model_options).eval().requires_grad_(False)
-    if model.config.num_labels != 1:
-        raise ValueError(f"{path} must have one label to be a reward model, got {model.config.num_labels}")
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    model.config.pad_token_id = tokenizer.pad_token_id
-
-    def whole(prompt, completion):
-        if isinstance(completion, str):
-            return prompt + completion
-        return tokenizer.apply_chat_template(prompt + completion, tokenize=False)
-
-    @torch.no_grad()
-    def model_reward(prompts, completions, **_):
-        # at the first call, not before: each rank's GPU is only then its current one
-        model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        texts, rewards = [whole(p, c) for p, c in zip(prompts, completions)], []
-        special = all(isinstance(c, str) for c in completions)  # a chat template writes its own
-        for i in range(0, len(texts), batch_size):
-            batch = tokenizer(
-                texts[i : i + batch_size],
-                padding=True,
-                truncation=max_length is not None,
-                max_length=max_length,
-                add_special_tokens=special,
-                return_tensors="pt",
-            )
-            rewards += model(**batch.to(model.device)).logits[:, 0].float().tolist()
-        return rewards
-
-    return model_reward
-
-
 MODEL = "{'name': 'reward_model', 'path': ...}"
-REQUIRED = {"length_penalty": "max_length", "reward_model": "path"}  # arguments that no dataset brings
-SHIPPED = {f.__name__: f for f in (exact_answer, numeric_answer, think_format, length_penalty, countdown, reward_model)}
+# of arguments that no dataset brings, those that a shipped reward cannot do without
+REQUIRED = {"length_penalty": ("max_length",), "reward_model": ("path",), "judge": ("base_url", "model")}
+FACTORIES = {"reward_model": reward_model, "judge": judge}  # which make a function of their arguments
+RULES = (exact_answer, numeric_answer, think_format, length_penalty, countdown)
+SHIPPED = {**{f.__name__: f for f in RULES}, **FACTORIES}
 
 
 def resolve(reward: Any) -> Any:
@@ -247,18 +204,23 @@ def resolve(reward: Any) -> Any:
     arguments = dict(reward) if isinstance(reward, dict) else {"name": reward}
     name = arguments.pop("name", None)
     function = SHIPPED[name] if str(name) in SHIPPED else import_function(name)
+    for needed in REQUIRED.get(name, ()):
+        if needed not in arguments:
+            raise ValueError(f"reward {name!r} needs {needed!r}")
+    if name in FACTORIES:
+        return function(**arguments)
+    return resolve(bind(name, function, arguments) if arguments else function)
+
+
+def bind(name, function, arguments):
+    """The function with some of its arguments."""
     accepted = inspect.signature(function).parameters
     for argument in arguments:
-        named = argument in accepted and accepted[argument].kind is not inspect.Parameter.VAR_KEYWORD
-        if not named and function is not reward_model:  # whose others are the model's
+        if argument not in accepted or accepted[argument].kind is inspect.Parameter.VAR_KEYWORD:
             raise ValueError(f"reward {name!r} has no argument {argument!r}")
-    if REQUIRED.get(name, "name") not in {"name", *arguments}:
-        raise ValueError(f"reward {name!r} needs {REQUIRED[name]!r}")
-    if function is reward_model or not arguments:
-        return function(**arguments) if arguments else resolve(function)
     bound: Any = partial(function, **arguments)
     bound.__name__ = function.__name__
-    return resolve(bound)
+    return bound
 
 
 def wait_for(function):
@@ -304,6 +266,8 @@ def call_reward(name, function, columns, count):
     """The rewards a function gives ``count`` answers. Its own exception comes with its name, and its traceback."""
     try:
         values = function(**columns)
+    except UserError:
+        raise
     except Exception as error:
         raise RuntimeError(f"reward function {name} failed: {type(error).__name__}: {error}") from error
     return check_rewards(name, values, count)
