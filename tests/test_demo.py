@@ -60,7 +60,11 @@ def test_triton_path_gives_the_same_steps(tmp_path, monkeypatch):
     sizes = {"per_device_train_batch_size": 8, "num_generations": 4, "max_steps": 2, "eval_on_start": False,
              "eval_strategy": "no", "use_cpu": not torch.cuda.is_available()}  # fmt: skip
     options = [word for name, value in sizes.items() for word in (f"--{name}", str(value).lower())]
-    both = [run(tmp_path / backend, "--backend", backend, *options)[0] for backend in ("torch", "triton")]
+    backends = [
+        ["--backend", "torch"],
+        ["--backend", "triton", "--model", f"{tmp_path}/torch/sft/model", "--sft", "null"],
+    ]
+    both = [run(tmp_path / words[1], *words, *options)[0] for words in backends]
     assert any(row["grad_norm"] > 0 for row in both[0])
     for a, b in zip(*both):
         for name in ("entropy", "loss", "grad_norm", "reward"):

@@ -146,11 +146,11 @@ def test_retry_after_and_backoff_are_waited_for(server, monkeypatch):
 def test_what_does_not_pass_ends_the_run(server):
     server.replies = {"x": [401]}
     function = make(server)
-    with pytest.raises(UserError, match="judge: http.*/v1/chat/completions answered 401: no luck"):
+    with pytest.raises(UserError, match=r"judge: http.*/v1/chat/completions answered 401: no luck"):
         rewards.call_reward("judge", function, {"prompts": ["Q"], "completions": ["x"]}, 1)
     assert function.counts["requests"] == 1
     gone = resolve({"name": "judge", "base_url": "http://127.0.0.1:1", "model": "m", "max_retries": 0})
-    with pytest.raises(UserError, match="none of 2 questions reached http://127.0.0.1:1: .*refused"):
+    with pytest.raises(UserError, match=r"none of 2 questions reached http://127.0.0.1:1: .*refused"):
         judge_of(gone, "a", "b")
 
 

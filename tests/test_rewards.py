@@ -291,53 +291,6 @@ def test_a_model_is_no_function():
         resolve(torch.nn.Linear(1, 1))
 
 
-def tiny_classifier(path, labels):
-    transformers = pytest.importorskip("transformers")
-    words = ["<pad>", "<eos>", *"abcdefgh "]
-    tokenizer = transformers.Qwen2Tokenizer(
-        vocab={w.replace(" ", "Ġ"): i for i, w in enumerate(words)}, merges=[], pad_token="<pad>", eos_token="<eos>",
-        unk_token="<pad>",
-    )  # fmt: skip
-    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
-    config = transformers.Qwen2Config(
-        vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
-        num_key_value_heads=1, num_labels=labels, pad_token_id=0, eos_token_id=1,
-    )  # fmt: skip
-    transformers.Qwen2ForSequenceClassification(config).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-
-
-def test_reward_model(tmp_path, poisoned_memory):
-    tiny_classifier(tmp_path, 1)
-    model = resolve({"name": "reward_model", "path": str(tmp_path), "batch_size": 2, "device": "cpu"})
-    prompts, completions = ["ab", "a", "abc"], ["cd", "h", "defgh"]
-    together = model(prompts=prompts, completions=completions, completion_ids=None)
-    alone = [model(prompts=[p], completions=[c])[0] for p, c in zip(prompts, completions)]
-    assert together == pytest.approx(alone, abs=1e-5)
-    assert len(set(together)) == 3
-    messages = model([[{"role": "user", "content": "ab"}]], [chat("cd")])
-    assert messages == pytest.approx(model(["ab "], ["cd "]), abs=1e-5)
-
-
-def test_a_reward_model_goes_to_the_gpu_of_its_rank(tmp_path, poisoned_memory, monkeypatch):
-    """Rewards are made before the rank's GPU becomes the current one: placed then, all would share the first."""
-    tiny_classifier(tmp_path, 1)
-    model, places = resolve({"name": "reward_model", "path": str(tmp_path)}), []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.nn.Module, "to", lambda module, device: places.append(device))
-    model(prompts=["ab"], completions=["cd"], completion_ids=None)
-    assert places == ["cuda"]
-    monkeypatch.undo()
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    resolve({"name": "reward_model", "path": str(tmp_path)})  # without a call nothing is placed
-
-
-def test_a_classifier_with_two_labels_is_no_reward_model(tmp_path):
-    tiny_classifier(tmp_path, 2)
-    with pytest.raises(ValueError, match="must have one label to be a reward model, got 2"):
-        rewards.reward_model(str(tmp_path))
-
-
 @pytest.fixture(autouse=True)
 def poisoned_memory():
     """Real memory: transformers fills what it allocates."""

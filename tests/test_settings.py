@@ -72,7 +72,7 @@ def test_mistakes_are_told_together():
     with pytest.raises(ValueError, match="2 mistakes:") as told:
         GRPOConfig(num_generations=3, load_in_4bit=True, seed=1)
     assert [str(error).split()[0] for error in told.value.found] == ["load_in_4bit", "num_generations"]
-    with pytest.raises(ValueError, match="^num_generations must divide"):  # one is told as it always was
+    with pytest.raises(ValueError, match=r"^num_generations must divide"):  # one is told as it always was
         GRPOConfig(num_generations=3)
 
 
@@ -102,13 +102,22 @@ def test_what_is_missing_is_told_with_the_rest(tmp_path, capsys):
 
 
 def test_an_error_of_a_checked_function_is_noted_and_others_are_not():
-    with pytest.raises(KeyError), checks.together() as attempt:
-        attempt(checks.require, False, "a")
-        attempt({}.__getitem__, "not a mistake")
-    with pytest.raises(TypeError, match="b"), checks.together() as attempt:
-        assert attempt(lambda: 3) == 3
-        raise TypeError("b")
-    checks.require(True, "c")
+    def gather(*functions):
+        with checks.together() as attempt:
+            return [attempt(function) for function in functions]
+
+    def wrong(message="a"):
+        checks.mistake(message)
+
+    with pytest.raises(KeyError):
+        gather(wrong, lambda: {}["not a mistake"])
+    with pytest.raises(TypeError, match="unhashable"):  # the only one, as it came
+        gather(lambda: {[]: 1})
+    with pytest.raises(ValueError, match="2 mistakes:\n- a\n- a"):
+        gather(wrong, lambda: 3, wrong)
+    assert gather(lambda: 3) == [3]
+    with pytest.raises(ValueError, match="c"):  # nothing is gathered any more
+        wrong("c")
 
 
 def test_args_is_config(tmp_path):

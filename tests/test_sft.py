@@ -12,7 +12,7 @@ pytest.importorskip("accelerate")
 
 from safetensors.torch import load_file
 
-from fastgrpo.trainer import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer, cli, examples, supervised
+from fastgrpo.trainer import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer, cli, examples
 from fastgrpo.trainer.supervised import encode_examples, load_examples
 
 import trainer_job
@@ -28,8 +28,8 @@ FORGETFUL = (
     "{% if add_generation_prompt %}[a]{% endif %}"
 )
 SETTINGS = {
-    "max_steps": 5, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "use_cpu": True, "save_steps": 1, "seed": 3,
-    "gradient_checkpointing": False,
+    "max_steps": 5, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "use_cpu": True, "save_steps": 1,
+    "gradient_checkpointing": False, "seed": 3,
 }  # fmt: skip
 
 
@@ -126,8 +126,8 @@ def test_long_rows_are_cut_and_what_then_teaches_nothing_is_dropped():
 
 @pytest.mark.quick
 def test_a_template_gets_tools_and_keywords():
-    template = "{{ tools[0] if tools else '' }}{{ hint | default('') }}" + CHATML
-    row = {"messages": say("hi", "yo"), "tools": ["t"]}
+    template = "{{ tools[0].name if tools else '' }}{{ hint | default('') }}" + CHATML
+    row = {"messages": say("hi", "yo"), "tools": [{"name": "t"}]}
     assert learnt(row, template, template={"hint": "h"}) == ["th[u]hi<eos>\n[a]{yo<eos>}"]
 
 
@@ -319,9 +319,10 @@ def test_the_command(tmp_path, capsys):
 
 def test_a_job_with_an_sft_section(tmp_path):
     """SFT runs first, GRPO starts from its model; a resumed job does not run it again."""
-    job = {"model": "tiny:sort", "train_dataset": "tiny:sort", "reward_funcs": "exact_answer", "output_dir": str(tmp_path),
-           "use_cpu": True, "gradient_checkpointing": False, "max_steps": 2, "save_steps": 1, "num_generations": 4,
-           "max_completion_length": 5, "sft": {"max_steps": 3, "learning_rate": 1e-3, "save_strategy": "no"}}  # fmt: skip
+    job = {"model": "tiny:sort", "train_dataset": "tiny:sort", "reward_funcs": "exact_answer",
+           "output_dir": str(tmp_path), "use_cpu": True, "gradient_checkpointing": False, "max_steps": 2,
+           "num_generations": 4, "max_completion_length": 5, "save_steps": 1,
+           "sft": {"max_steps": 3, "learning_rate": 1e-3, "save_strategy": "no"}}  # fmt: skip
     (tmp_path / "job.json").write_text(json.dumps(job))  # JSON is YAML
     cli.main(["train", str(tmp_path / "job.json")])
     assert [row["step"] for row in trainer_job.log_rows(tmp_path / "sft")] == [1, 2, 3]

@@ -203,7 +203,7 @@ def run_demo(folder, **settings):
     tokenizer.save_pretrained(folder / "model")
     small = {"model": folder / "model", "output_dir": folder / "run", "max_steps": 1, "use_cpu": True,
              "per_device_train_batch_size": 8, "steps_per_generation": 1, "eval_strategy": "no",
-             "eval_on_start": False}  # fmt: skip
+             "eval_on_start": False, "sft": "null"}  # fmt: skip
     return cli.main(["demo", *(f"--{name}={value}" for name, value in {**small, **settings}.items())])
 
 

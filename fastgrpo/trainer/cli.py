@@ -73,10 +73,11 @@ def make_next(trainers, parser):
 
 def make_trainers(source, overrides, settings):
     """The trainers of a config and the command line's words, each made when the one before has been trained."""
-    from transformers.utils.logging import disable_progress_bar
-
     from fastgrpo.trainer import GRPOTrainer  # noqa: F401 - first: where a package is missing, it names the extra
     from fastgrpo.trainer.job import trainers
 
+    made = trainers(source, overrides, settings)
+    from transformers.utils.logging import disable_progress_bar
+
     disable_progress_bar()
-    yield from trainers(source, overrides, settings)
+    yield from made

@@ -66,12 +66,13 @@ def check(settings, command):
     """-> (the trainer's other arguments, its config): datasets read, rewards found."""
     kind = KINDS[command]
     job = {key: settings.pop(key) for key in kind.job if key in settings}
+    config, found = None, {}
     with together() as attempt:
         if missing := kind.needed - job.keys():
             mistake(f"the config must also give {', '.join(sorted(missing))}")
         config = attempt(kind.config, **settings)
-        given = None if missing else attempt(check_job, job, config)
-    return job | given, config
+        found = {} if missing else attempt(check_job, job, config)
+    return {**job, **(found or {})}, config
 
 
 def check_job(job, config):

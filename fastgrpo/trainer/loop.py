@@ -304,8 +304,8 @@ class GRPOTrainer:
         state = {name: getattr(self, name) for name in ("step", "used", "position")}
         state |= {"rollout": [vars(e) for e in self.rollout], "schedule": self.schedule.state_dict()}
         state |= {"budget": self.learner.budget, "limit": self.learner.limit, "settings": self.settings()}
-        moves = self.reference is not None and self.config.sync_ref_model
-        state["reference"] = self.reference.state_dict() if moves else None
+        reference = self.reference
+        state["reference"] = reference.state_dict() if reference is not None and self.config.sync_ref_model else None
         folder = Path(self.config.output_dir) / f"checkpoint-{self.step}"
         checkpoint.save(folder, self.accelerator, self.model, self.tokenizer, state, self.config.save_total_limit)
 

@@ -219,5 +219,5 @@ def before(section: dict[str, Any], job: dict[str, Any], config: Any) -> tuple[S
     folder = Path(settings.output_dir) / "model"
     if config.resume_from_checkpoint and folder.is_dir():
         return None, str(folder)
-    model, rows = (section.get(name, job.get(name)) for name in ("model", "train_dataset"))
+    model, rows = (section.get(name, job[name]) for name in ("model", "train_dataset"))
     return SFTTrainer(model, rows, settings, section.get("eval_dataset")), str(folder)
