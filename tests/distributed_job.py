@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from fastgrpo import GRPOLossConfig
 from fastgrpo.integrations.transformers import fuse_lm_head
-from fastgrpo.trainer import loop
+from fastgrpo.trainer import SFTConfig, SFTTrainer, loop
 from fastgrpo.trainer.learner import Episode, Learner
 
 import trainer_job
@@ -114,6 +114,18 @@ def train(kind, output, settings):
         yield weights, trainer_job.log_rows(output) if trainer.accelerator.is_main_process else None
 
 
+def fine_tune(kind, output, ranks=2):
+    """Supervised: four steps of four rows, over the ranks or in one process -> its weights, its log."""
+    loop.Accelerator = lambda **options: make_accelerator(kind, **options)
+    settings = {"max_steps": 4, "per_device_train_batch_size": 4 // ranks, "learning_rate": 1e-3, "eval_steps": 4,
+                "eval_strategy": "steps", "save_steps": 2, "use_cpu": True, "optim": "adamw_torch"}  # fmt: skip
+    model, tokenizer = trainer_job.make_model(dropout=0.0)
+    config = SFTConfig(output_dir=output, **settings)
+    trainer = SFTTrainer(model, trainer_job.problems(10), config, trainer_job.problems(3), tokenizer)
+    log = trainer.train()
+    return {n.removeprefix("module."): full(p).detach().clone() for n, p in trainer.model.named_parameters()}, log
+
+
 def main(output):
     results = {}
     for kind in ("ddp", "fsdp2"):
@@ -124,6 +136,7 @@ def main(output):
                     results["ddp, little memory", tied, name] = gradients(kind, tied, settings, limited=True)
         for name, settings in RUNS.items():
             results[kind, name] = list(train(kind, f"{output}/{kind}-{name}", settings))
+        results[kind, "sft"] = fine_tune(kind, f"{output}/{kind}-sft")
     kind, name = "fsdp2, head alone", "dapo"  # a tied head cannot be a unit of its own
     results[kind, False, name] = gradients(kind, False, CASES[name])
     torch.save(results, Path(output) / f"rank{torch.distributed.get_rank()}.pt")

@@ -77,3 +77,17 @@ def test_fsdp2_trains_as_ddp_does(ranks, run):
     for a, b in zip(log, other):
         for name in {"kl", "entropy", "loss", "reward", "eval/reward"} & a.keys():
             assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-5), name
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_supervised_fine_tuning_of_one_process(ranks, kind, tmp_path, monkeypatch):
+    monkeypatch.setattr("fastgrpo.trainer.loop.Accelerator", None)  # set, and put back
+    want, expected = distributed_job.fine_tune("single", str(tmp_path), ranks=1)
+    (weights, log), (others, _) = (rank[kind, "sft"] for rank in ranks)
+    for name, weight in weights.items():
+        assert weight.equal(others[name]), name
+        torch.testing.assert_close(weight, want[name], rtol=0, atol=1e-4)  # a tenth of one step of Adam
+    assert [row["step"] for row in log] == [1, 2, 3, 4, 4]
+    for row, one in zip(log, expected):
+        for name in {"loss", "eval/loss", "grad_norm", "learnt_tokens", "length", "epoch"} & row.keys():
+            assert row[name] == pytest.approx(one[name], rel=1e-4), name

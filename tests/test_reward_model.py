@@ -4,7 +4,6 @@ import pytest
 import torch
 import transformers
 
-
 from fastgrpo.trainer import rewards
 from fastgrpo.trainer.rewards import resolve
 
