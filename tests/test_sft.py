@@ -13,6 +13,7 @@ pytest.importorskip("accelerate")
 from safetensors.torch import load_file
 
 from fastgrpo.trainer import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer, cli, examples
+from fastgrpo.trainer.job import load_config, preset_names
 from fastgrpo.trainer.supervised import encode_examples, load_examples
 
 import trainer_job
@@ -314,7 +315,7 @@ def test_the_command(tmp_path, capsys):
     said = capsys.readouterr().err
     assert "reward_funcs is not a setting: sft needs no rewards" in said
     assert "completion_only_loss is not a setting: completions alone are learnt" in said
-    assert "beta is not a setting" in said
+    assert "beta is not a setting: a setting of fastgrpo train alone" in said
 
 
 def test_a_job_with_an_sft_section(tmp_path):
@@ -384,5 +385,17 @@ def test_names_and_defaults_are_trl_s():
     differ = {name: ours[name] for name in shared if ours[name] != theirs[name]}
     # TRL's Trainer draws rows at random whatever shuffle_dataset says, which shuffles them once before
     assert differ == {"output_dir": "trainer_output", "packing": "auto", "shuffle_dataset": True}
-    elsewhere = SFTConfig.advice.keys() - {"lr", "batch_size", "max_seq_length", "dataset_name", "warmup_ratio"}
-    assert elsewhere - {"reward_funcs"} <= theirs.keys() - ours.keys()
+    assert not SFTConfig.advice.keys() & ours.keys()
+    own = {f.name for f in dataclasses.fields(trl.SFTConfig)} - {f.name for f in dataclasses.fields(trl.GRPOConfig)}
+    assert own - ours.keys() <= SFTConfig.advice.keys()  # what only TRL's SFTTrainer has is never just unknown
+
+
+@pytest.mark.quick
+def test_presets():
+    """Their settings are legal (8-bit paging aside, which needs a GPU), and each command names its own."""
+    pytest.importorskip("peft")
+    job, config = load_config("sft", {"optim": "adamw_torch"}, "sft")
+    assert job == {}
+    assert (config.use_peft, config.max_length) == (True, 2048)
+    assert preset_names("sft") == "sft, sft-tiny"
+    assert "sft" not in preset_names("train").split(", ")

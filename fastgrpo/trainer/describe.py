@@ -13,13 +13,11 @@ from dataclasses import fields
 from typing import Annotated, Any, Literal, NamedTuple
 
 from fastgrpo.checks import Checked, annotations
-from fastgrpo.trainer.config import JOB, GRPOConfig
-from fastgrpo.trainer.job import preset_names
+from fastgrpo.trainer.job import KINDS, preset_names
 from fastgrpo.trainer.judge import JudgeSettings
 from fastgrpo.trainer.rewards import SHIPPED
-from fastgrpo.trainer.sft import SFT_JOB, SFTConfig
 
-CONFIGS: dict[str, type[Checked]] = {"train": GRPOConfig, "sft": SFTConfig}
+CONFIGS = {command: kind.config for command, kind in KINDS.items()}
 ENTRY = re.compile(r"^    (\w+(?:, \w+)*):(.*)$")
 WIDTH = 100
 
@@ -100,11 +98,11 @@ def settings_help(*classes: type[Checked]) -> str:
 
 def command_help(commands: Iterable[str]) -> str:
     """What the help of some commands says beside their usage."""
-    lines = [f"presets: {preset_names()}"]
+    lines = []
+    for name in commands:
+        lines += [f"presets of {name}: {preset_names(name)}", f"what {name} is given: {', '.join(KINDS[name].job)}"]
     if "train" in commands:
-        lines += [f"the job: {', '.join(JOB)}", f"reward_funcs: {', '.join(SHIPPED)}, or your own file.py:function"]
-    if "sft" in commands:
-        lines += [f"the job of sft: {', '.join(SFT_JOB)}"]
+        lines += [f"reward_funcs: {', '.join(SHIPPED)}, or your own file.py:function"]
     lines += ["settings (what they may be; default), named as in TRL:", ""]
     return "\n".join(lines) + "\n" + settings_help(*(CONFIGS[name] for name in commands))
 

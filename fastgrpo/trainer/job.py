@@ -46,7 +46,7 @@ def trainers(source: str | Path, words: list[str], command: str = "train") -> It
         ValueError, TypeError: all mistakes in the settings, the datasets and the rewards.
     """
     try:
-        settings = read(source, parse(words, command))
+        settings = read(source, parse(words, command), command)
     except yaml.YAMLError as error:
         raise ValueError(f"this is not YAML: {error}") from error
     job, config = check(settings, command)
@@ -99,18 +99,17 @@ def load_config(
     Raises:
         ValueError: unknown preset, unknown keys, wrong types, impossible combinations.
     """
-    settings, kind = read(source, overrides), KINDS[command]
+    settings, kind = read(source, overrides, command), KINDS[command]
     job = {key: settings.pop(key) for key in kind.job if key in settings}
     return job, kind.config(**settings)
 
 
-def read(source: str | Path, overrides: dict[str, Any] | None = None) -> dict[str, Any]:
+def read(source: str | Path, overrides: dict[str, Any] | None = None, command: str = "train") -> dict[str, Any]:
     """The settings of a YAML file or preset, after those that go before its own."""
     path = Path(source) if Path(source).is_file() else PRESETS / f"{source}.yaml"
     if not path.is_file():
-        raise ValueError(f"config must be a YAML file or a preset ({preset_names()}), got {str(source)!r}")
-    with path.open(encoding="utf-8") as file:
-        settings = yaml.load(file, Loader)
+        raise ValueError(f"config must be a YAML file or a preset ({preset_names(command)}), got {str(source)!r}")
+    settings = read_yaml(path)
     if not isinstance(settings, dict):
         raise ValueError(f"{path} must hold settings 'name: value', got {settings!r}")
     settings |= overrides or {}
@@ -138,5 +137,14 @@ def is_flag(name, kind):
     return name not in kind.job and fits(True, annotations(kind.config).get(name, bool))
 
 
-def preset_names() -> str:
-    return ", ".join(sorted(path.stem for path in PRESETS.glob("*.yaml")))
+def preset_names(command: str) -> str:
+    """The presets that are for a command."""
+    names = [
+        path.stem for path in PRESETS.glob("*.yaml") if ("reward_funcs" in read_yaml(path)) == (command == "train")
+    ]
+    return ", ".join(sorted(names))
+
+
+def read_yaml(path):
+    with path.open(encoding="utf-8") as file:
+        return yaml.load(file, Loader)

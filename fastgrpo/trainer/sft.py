@@ -16,6 +16,7 @@ from fastgrpo.checks import Count, NonNegative, annotations
 from fastgrpo.inputs import IGNORE
 from fastgrpo.trainer import arguments
 from fastgrpo.trainer import model as models
+from fastgrpo.trainer.config import GRPOConfig
 from fastgrpo.trainer.data import draw
 from fastgrpo.trainer.learner import Learner
 from fastgrpo.trainer.loop import GRPOTrainer
@@ -24,6 +25,14 @@ from fastgrpo.trainer.options import RunOptions
 from fastgrpo.trainer.supervised import encode_examples, load_examples, longest_example, prepare_tokenizer
 
 SFT_JOB = ("model", "train_dataset", "eval_dataset")  # of a YAML file: SFTTrainer's other arguments
+
+
+def names_from_elsewhere():
+    """{a name that is no setting: what to say of it}: GRPO's own settings, TRL's of any trainer, of its SFTTrainer."""
+    grpo = annotations(GRPOConfig).keys() - annotations(ModelOptions).keys() - annotations(RunOptions).keys()
+    files = (Path(__file__).with_name(f"{name}_names.yaml").read_text(encoding="utf-8") for name in ("trl", "sft"))
+    general, own = map(yaml.safe_load, files)
+    return {**dict.fromkeys(grpo, "a setting of fastgrpo train alone"), **general, **own}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +54,7 @@ class SFTConfig(ModelOptions, RunOptions):
     """
 
     also = SFT_JOB
-    advice = yaml.safe_load(Path(__file__).with_name("sft_names.yaml").read_text(encoding="utf-8"))
+    advice = names_from_elsewhere()
 
     learning_rate: NonNegative = 2e-5
     max_length: Count | None = 1024
