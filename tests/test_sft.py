@@ -335,6 +335,32 @@ def test_a_job_with_an_sft_section(tmp_path):
     assert [row["step"] for row in trainer_job.log_rows(tmp_path)] == [1, 2]
 
 
+def test_a_job_stopped_in_its_sft_section_goes_on_there(tmp_path, monkeypatch):
+    section = {"max_steps": 3, "save_steps": 1, "learning_rate": 1e-3}
+    job = {"model": "tiny:sort", "train_dataset": "tiny:sort", "reward_funcs": "exact_answer", "use_cpu": True,
+           "output_dir": str(tmp_path), "max_steps": 1, "max_completion_length": 5, "save_strategy": "no",
+           "sft": section}  # fmt: skip
+    (tmp_path / "job.json").write_text(json.dumps(job))
+    plain = SFTTrainer.after_step
+
+    def stop(trainer):
+        plain(trainer)
+        if trainer.step == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(SFTTrainer, "after_step", stop)
+    with pytest.raises(KeyboardInterrupt):
+        cli.main(["train", str(tmp_path / "job.json")])
+    monkeypatch.setattr(SFTTrainer, "after_step", plain)
+    seen = []
+    monkeypatch.setattr(
+        SFTTrainer, "learn", lambda trainer, e: (seen.append(trainer.step), GRPOTrainer.learn(trainer, e))[1]
+    )
+    assert cli.main(["train", str(tmp_path / "job.json"), "--resume"]) == 0
+    assert seen == [2]
+    assert [row["step"] for row in trainer_job.log_rows(tmp_path)] == [1]
+
+
 @pytest.mark.quick
 def test_a_section_takes_the_model_s_settings_and_not_the_speed():
     from fastgrpo.trainer.sft import make_config

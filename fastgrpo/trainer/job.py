@@ -71,6 +71,8 @@ def check(settings, command):
         if missing := kind.needed - job.keys():
             mistake(f"the config must also give {', '.join(sorted(missing))}")
         config = attempt(kind.config, **settings)
+        if config is not None and isinstance(job.get("sft"), dict):
+            job["sft"], config = attempt(sft.hand_on_resume, job["sft"], config) or (None, config)
         found = {} if missing else attempt(check_job, job, config)
     return {**job, **(found or {})}, config
 
@@ -85,7 +87,6 @@ def check_job(job, config):
         if section is not None and not isinstance(section, dict):
             mistake(f"sft must hold settings 'name: value', got {section!r}")
         elif section and config is not None:
-            attempt(sft.make_config, section, config)
             attempt(load_examples, section.get("train_dataset", job["train_dataset"]), "sft's train_dataset")
     found = {"train_dataset": given.rows, "eval_dataset": given.eval_rows}
     return found | ({"reward_funcs": [*given.rewards.values()]} if given.rewards else {})

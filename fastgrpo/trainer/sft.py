@@ -14,7 +14,7 @@ from accelerate.utils import gather_object
 from fastgrpo import GRPOLossConfig, linear_logprobs
 from fastgrpo.checks import Count, NonNegative, annotations
 from fastgrpo.inputs import IGNORE
-from fastgrpo.trainer import arguments
+from fastgrpo.trainer import arguments, checkpoint
 from fastgrpo.trainer import model as models
 from fastgrpo.trainer.config import GRPOConfig
 from fastgrpo.trainer.data import draw
@@ -202,8 +202,9 @@ class SFTTrainer(GRPOTrainer):
         examples = self.encode(self.eval_rows[i] for i in range(rank, len(self.eval_rows), world))
         scores = zip(self.learner.score(examples), examples)
         sums = gather_object([((logp * e.importance).sum().item(), e.tokens) for logp, e in scores])
-        total, count = map(sum, zip(*sums))
-        return {"eval/loss": -total / count, "eval/perplexity": math.exp(min(-total / count, 700.0))}
+        total, count = map(sum, zip((0.0, 0), *sums))
+        loss = -total / max(count, 1)
+        return {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 700.0))}
 
 
 CARRIED = ("seed", "report_to", "chat_template_kwargs", "token_budget", "packing", "backend", "backward")
@@ -216,6 +217,16 @@ def make_config(section: dict[str, Any], config: Any) -> SFTConfig:
     carried = {*annotations(ModelOptions), *CARRIED} - {*LEFT}
     settings = {name: getattr(config, name) for name in carried} | {"output_dir": f"{config.output_dir}/sft"}
     return SFTConfig(**{**settings, **{k: v for k, v in section.items() if k not in SFT_JOB}})
+
+
+def hand_on_resume(section: dict[str, Any], config: Any) -> tuple[dict[str, Any], Any]:
+    """A resumed job that was stopped in its ``sft`` section goes on there, from its newest checkpoint, if any, and then
+    starts GRPO. -> (section, the job's config)"""
+    output = Path(make_config(section, config).output_dir)
+    if not config.resume_from_checkpoint or (output / "model").is_dir():
+        return section, config
+    there = bool(checkpoint.find_checkpoints(output)) or None
+    return {**section, "resume_from_checkpoint": there}, replace(config, resume_from_checkpoint=None)
 
 
 def before(section: dict[str, Any], job: dict[str, Any], config: Any) -> tuple[SFTTrainer | None, str]:
