@@ -104,6 +104,15 @@ class Diverging(Exact):
         return backend.divergence_forward(problem), ()
 
 
+class DivergingCertified(Certified):
+    """A divergence, of whose gradient the entries that matter are made."""
+
+    @staticmethod
+    def forward(problem, backend, given):
+        stats, certificate = backend.certified_divergence_forward(problem)
+        return stats, certificate.tensors
+
+
 def find(name):
     """The strategy of that name."""
     return {s.__name__: s for s in (Exact, Certified, Frozen, Supported)}[name]
@@ -129,4 +138,4 @@ def choose_trained(params):
 
 def choose_pair(params):
     """The strategy of a divergence."""
-    return Diverging
+    return Diverging if params.tolerance is None or params.backend == "triton" else DivergingCertified

@@ -10,7 +10,7 @@ import torch
 from fastgrpo.backends import dense, dense_backward, gradient, grouping, row_audit
 from fastgrpo.backends.dense_backward import ExactRows
 from fastgrpo.backends.logits import LogitTiles, Reader, row_inverse_temperature, unscale
-from fastgrpo.backends.problem import RowStats, new_gradients, row_scale, sum_entries
+from fastgrpo.backends.problem import new_gradients, row_scale, sum_entries
 from fastgrpo.inputs import IGNORE
 
 
@@ -50,7 +50,7 @@ def make_plan(problem, stats, certificate, grad_logp, needs):
     """
     order, grad = certificate.order, grad_logp[certificate.order]
     active = (grad != 0) & (problem.targets[order] != IGNORE)
-    sparse = within_tolerance(problem, RowStats(*stats).other_mass[order], grad, certificate.dropped, active)
+    sparse = within_tolerance(problem, problem.norms(stats)[order], grad, certificate.dropped, active)
     head_needs = any(needs.of_head) or bool(needs.bias)
     overhead = grouping.overhead_rows(order.device, head_needs)
     plan = grouping.plan_groups(certificate, active, sparse, overhead)
@@ -64,15 +64,15 @@ def make_plan(problem, stats, certificate, grad_logp, needs):
     return plan if cost <= grouping.WORTHWHILE * everything.cells(vocab, gemms) else everything
 
 
-def within_tolerance(problem, other_mass, grad, dropped, active):
+def within_tolerance(problem, norms, grad, dropped, active):
     """(n,) bool: the active rows that may leave out ``dropped``, those that lose least first.
 
-    While ``sum((g dropped)^2) <= tolerance^2 sum((g (1 - p))^2)``: what a row leaves out has at most the norm ``g
-    dropped``, and the label's entry alone is ``g (1 - p)``: the relative Frobenius error of dlogits is at most the
-    tolerance.
+    While ``sum((g dropped)^2) <= tolerance^2 sum((g norm)^2)``: what a row leaves out has at most the norm ``g
+    dropped``, and all of it ``g norm`` at least (of a log-prob ``1 - p``, the label's entry alone): the relative
+    Frobenius error of dlogits is at most the tolerance.
     """
-    norm = torch.where(active, grad * other_mass, 0.0).square().nansum()
-    budget = problem.params.tolerance**2 * norm
+    norm = torch.where(active, grad * norms, 0.0).square().nansum()
+    budget = (problem.params.tolerance * problem.of_tolerance) ** 2 * norm
     return active & grouping.within_budget((grad * dropped).square(), budget, active)
 
 
@@ -150,8 +150,7 @@ class SparseRows:
         self.sides = [
             (k, d_rows, stats.new_zeros(ranks[k])) for k, d_rows in enumerate(out.of_rows) if d_rows is not None
         ]
-        depth = sum(head.shape[1] for head in heads)
-        self.groups = [GroupSums(group, stats, depth, self.sides) for group in groups]
+        self.groups = [GroupSums(group, stats, problem, self.sides) for group in groups]
         counted = torch.where(problem.targets != IGNORE, grad_logp, 0.0)
         self.scale = row_scale(counted) if self.reader.native else None
         # Fresh memory costs a page fault every 4 KiB, several times the gather itself: each buffer is made once.
@@ -183,6 +182,8 @@ class SparseRows:
         bias = None if problem.bias is None else problem.bias[entries]
         grad = self.grad[rows] if self.scale is None else self.grad[rows] * self.scale
         dz = gradient.of_tile(problem, z, bias, rows, entries, label, self.stats[:, rows], grad)
+        if group.row_sums is not None:
+            group.row_sums += dz.sum(1)
         if d_bias is not None:
             add_rows(d_bias, local, unscale(dz.sum(0), self.scale))
         if reader.native:
@@ -198,6 +199,8 @@ class SparseRows:
 
     def sum_left_out(self, group):
         """(n,) sum of each row's dlogits over the entries left out."""
+        if group.row_sums is not None:
+            return -group.row_sums
         inverse = row_inverse_temperature(self.problem, group.rows)
         inverse = inverse[:, 0] if isinstance(inverse, torch.Tensor) else 1.0 if inverse is None else inverse
         grad = self.grad[group.rows] if self.scale is None else self.grad[group.rows] * self.scale
@@ -219,8 +222,11 @@ class SparseRows:
 class GroupSums:
     """A :class:`fastgrpo.backends.grouping.RowGroup` and its part of dX, under way."""
 
-    def __init__(self, group, stats, depth, sides):
-        self.rows, self.entries, self.dropped, self.depth = group.rows, group.entries, group.dropped, depth
+    def __init__(self, group, stats, problem, sides):
+        self.rows, self.entries, self.dropped = group.rows, group.entries, group.dropped
+        self.depth, self.tiles = problem.depth, problem.tiles_alive
+        # A row's dlogits add up to 0: where the sum left out is not known, it is what those made lack.
+        self.row_sums = None if problem.knows_left_out else stats.new_zeros(group.rows.numel())
         self.totals = [stats.new_zeros(group.rows.numel(), total.numel()) for _, _, total in sides]
         self.kept_sums = [torch.zeros_like(total) for _, _, total in sides]
 
@@ -235,7 +241,7 @@ class GroupSums:
 
     def piece(self, workspace):
         """How many entries at once: gathered, cast and multiplied, and their logits, in half the workspace."""
-        cell = self.dropped.element_size() * (3 * self.depth + 2 * self.rows.numel())
+        cell = self.dropped.element_size() * (3 * self.depth + (1 + self.tiles) * self.rows.numel())
         return min(max(workspace // 2 // cell, 16), self.entries.numel())
 
 

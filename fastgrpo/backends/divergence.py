@@ -4,43 +4,58 @@ A Kullback-Leibler divergence takes one pass over the vocabulary, a mixture's (J
 log-sum-exps must be known. ``fastgrpo/pair_math.py`` has the rows' formulas.
 """
 
-from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 
 from fastgrpo.backends import dense
+from fastgrpo.backends.certified import BLOCK, Certificate
 from fastgrpo.backends.logits import LogitTiles, Reader, RowSource, row_inverse_temperature, transform
 from fastgrpo.backends.pair import PairStats
-from fastgrpo.backends.problem import FLOOR, RowStats
+from fastgrpo.backends.problem import FLOOR, NOTHING, RowStats
 from fastgrpo.inputs import accumulator_dtype
 from fastgrpo.pair_math import NEAR, finish_sums, mixture_logs, move_peaks
+
+LEAST_PER_TOLERANCE = 2.0**-4  # terms of the rows' mean norm times tolerance * this are flagged
+ROUNDING = 8  # units of rounding in sums of squares
 
 
 def forward(problem):
     """(8, N) :class:`PairStats` of a :class:`fastgrpo.backends.pair.PairProblem`, 0 at rows that do not count."""
-    stats = new_stats(problem)
+    return run_forward(problem, None)
+
+
+def certified_forward(problem):
+    """The statistics and a :class:`fastgrpo.backends.certified.Certificate` of d divergence / d logits.
+
+    ``dropped`` is the norm of what a row leaves out, ``norm`` of the statistics that of all its terms, both for a
+    divergence's gradient of 1.
+    """
     rows = dense.counted_rows(problem.targets)
-    fold = start_fold(problem, rows)
-    for tile, other in pair_tiles(problem, rows):
+    witness = Witness(problem, rows.numel(), rows.device)
+    stats = run_forward(problem, witness)
+    return stats, witness.certificate(rows)
+
+
+def run_forward(problem, witness):
+    rows, dtype = dense.counted_rows(problem.targets), accumulator_dtype(problem.hidden)
+    fold = (MixtureFold if problem.is_mixture else KLFold)(problem, rows, witness)
+    for tile, other in pair_tiles(problem, rows, 1 if witness is None else BLOCK):
         fold.add(tile, other)
+    stats = torch.zeros(len(PairStats._fields), problem.targets.numel(), dtype=dtype, device=rows.device)
     stats[:, rows] = torch.stack(fold.finish())
     return stats
 
 
-def new_stats(problem):
-    n, dtype = problem.targets.numel(), accumulator_dtype(problem.hidden)
-    return torch.zeros(len(PairStats._fields), n, dtype=dtype, device=problem.hidden.device)
+def pair_tiles(problem, rows, multiple):
+    """The student's :class:`fastgrpo.backends.logits.Tile` of transformed logits and the teacher's beside it.
 
-
-def start_fold(problem, rows):
-    return MixtureFold(problem, rows) if problem.is_mixture else KLFold(problem, rows)
-
-
-def pair_tiles(problem, rows):
-    """The student's :class:`fastgrpo.backends.logits.Tile` of transformed logits and the teacher's (n, C) beside it."""
-    tiles, teacher = LogitTiles(problem, rows, buffers=problem.tiles_alive), Teacher(problem, rows)
+    Both are padded to a multiple of so many rows, with NOTHING.
+    """
+    buffers = problem.tiles_alive + (2 if multiple > 1 else 0)
+    tiles, teacher = LogitTiles(problem, rows, buffers, multiple=multiple), Teacher(problem, rows)
     for tile in tiles:
-        yield tile, teacher.logits(tile.part, tile.chunk.span)
+        yield tile, teacher.logits(tile.part, tile.chunk.span, tile.z.shape[0])
 
 
 class Teacher:
@@ -56,54 +71,75 @@ class Teacher:
         self.source = RowSource(self.reader, rows)
         self.span, self.entries, self.buffer = None, None, None
 
-    def logits(self, part, entries):
-        """entries: a slice of the vocabulary, read once for rows that follow each other, or (C,) ids."""
+    def logits(self, part, entries, height=None):
+        """(n, C), or padded to (height, C) with NOTHING.
+
+        Args:
+            entries: a slice of the vocabulary, read once for rows that follow each other, or (C,) ids.
+        """
         if self.span is None or entries is not self.span:
             self.span, self.entries = entries, self.reader.entries(entries)
-        z = self.reader.raw_logits(self.source[part], self.entries, self.room(part, entries))
-        bias = None if self.problem.bias is None else self.problem.bias[entries]
-        return transform(self.problem, z, bias, row_inverse_temperature(self.problem, self.rows[part]))[0]
-
-    def room(self, part, entries):
-        """Memory for the product, the same for all tiles; None where the GEMM brings its own."""
-        if self.reader.native:
-            return None
         n, count = len(self.rows[part]), self.entries[0].shape[0]
-        if self.buffer is None or self.buffer.numel() < n * count:
-            self.buffer = self.source[part][0].new_empty(n * count)
-        return self.buffer[: n * count].view(n, count)
+        height = n if height is None else height
+        if self.reader.native:
+            z = self.reader.raw_logits(self.source[part], self.entries, None)
+            whole = z if height == n else torch.cat((z, z.new_empty(height - n, count)))
+        else:
+            whole = self.room(height, count)
+            self.reader.raw_logits(self.source[part], self.entries, whole[:n])
+        bias = None if self.problem.bias is None else self.problem.bias[entries]
+        transform(self.problem, whole[:n], bias, row_inverse_temperature(self.problem, self.rows[part]))
+        whole[n:] = NOTHING
+        return whole
+
+    def room(self, height, count):
+        """Memory for a tile, the same for all."""
+        if self.buffer is None or self.buffer.numel() < height * count:
+            self.buffer = torch.empty(height * count, dtype=self.reader.accumulate, device=self.rows.device)
+        return self.buffer[: height * count].view(height, count)
 
 
 class KLFold:
     """Folds tiles into the running sums of :mod:`fastgrpo.pair_math`."""
 
-    def __init__(self, problem, rows):
-        self.problem, self.student_first = problem, problem.beta == 1.0
+    def __init__(self, problem, rows, witness=None):
+        self.problem, self.student_first, self.witness = problem, problem.beta == 1.0, witness
         dtype, device = accumulator_dtype(problem.hidden), rows.device
         self.peaks = torch.full((2, rows.numel()), FLOOR, dtype=dtype, device=device)  # first, second
         self.sums = torch.zeros(4, rows.numel(), dtype=dtype, device=device)
         self.spread = torch.zeros(rows.numel(), dtype=dtype, device=device)  # of the student, with an entropy
 
     def add(self, tile, other):
-        """Overwrites both tiles' logits."""
-        part, pair = tile.part, (tile.z, other) if self.student_first else (other, tile.z)
-        self.raise_peaks(part, *pair)
-        u, v = (z.sub_(peak[part, None]) for z, peak in zip(pair, self.peaks))
+        """Overwrites both tiles' logits; rows beyond tile.part are padding."""
+        part, n = tile.part, tile.rows.numel()
+        whole = (tile.z, other) if self.student_first else (other, tile.z)
+        u, v = (z[:n] for z in whole)
+        rise = self.raise_peaks(part, u, v)
+        for z, peak in zip((u, v), self.peaks):
+            z -= peak[part, None]
         total, other_total, tilt, excess = (x[part] for x in self.sums)
+        if self.problem.params.entropy:
+            own = tile.z[:n].clamp(min=dense.FAR)
+            self.spread[part] -= (own * dense.exp_(own.clone())).sum(1)
         d = u - v
         far = d.abs() >= NEAR
-        if self.problem.params.entropy:
-            own = tile.z.clamp(min=dense.FAR)
-            self.spread[part] -= (own * dense.exp_(own.clone())).sum(1)
-        dense.exp_(u), dense.exp_(v)
+        for z in whole:
+            dense.exp_(z)
         total += u.sum(1)
         other_total += v.sum(1)
-        v.sub_(u)
-        tilt += (u * d).sum(1)
-        near = d.neg_().masked_fill_(far, 0.0).expm1_().mul_(u)
-        excess += torch.where(far, v, near).sum(1)
+        near = d.neg().masked_fill_(far, 0.0).expm1_().mul_(u)
+        excess += torch.where(far, v - u, near).sum(1)
+        leant = d.mul_(u)
+        tilt += leant.sum(1)
+        if self.witness is not None and self.student_first:  # p_s (d - E[d])
+            decay = torch.exp(-rise[0])
+            moved = Move(decay, decay, rise[0] - rise[1])
+            self.witness.look(tile, leant, u, moved, tilt / total, total)
+        elif self.witness is not None:  # p_s - p_t
+            self.witness.look(tile, v, u, Move(*torch.exp(-rise.flip(0)), 0.0), other_total / total, other_total)
 
     def raise_peaks(self, part, u, v):
+        """-> (2, n) by how much."""
         known = self.peaks[:, part]
         high = torch.maximum(known, torch.stack((u.amax(1), v.amax(1))))
         rise = high - known
@@ -112,10 +148,12 @@ class KLFold:
             self.spread[part] = torch.exp(-rise[mine]) * (self.spread[part] + rise[mine] * self.sums[mine, part])
         self.sums[:, part] = torch.stack(move_peaks(*self.sums[:, part], *rise))
         self.peaks[:, part] = high
+        return rise
 
     def finish(self):
         """The rows of :class:`PairStats`."""
-        return kl_stats(self.peaks, self.sums, self.spread, self.student_first)
+        stats = kl_stats(self.peaks, self.sums, self.spread, self.student_first)
+        return stats if self.witness is None else stats._replace(norm=self.witness.row_norms())
 
 
 def kl_stats(peaks, sums, spread, student_first):
@@ -133,8 +171,8 @@ def kl_stats(peaks, sums, spread, student_first):
 class MixtureFold:
     """The generalised JSD, both log-sum-exps known from a pass of each model alone."""
 
-    def __init__(self, problem, rows):
-        self.problem = problem
+    def __init__(self, problem, rows, witness=None):
+        self.problem, self.witness = problem, witness
         own, other = (RowStats(*dense.forward(p)[:, rows]) for p in (problem.own, problem.teacher))
         none = torch.zeros_like(own.peak)
         self.stats = PairStats(
@@ -149,17 +187,96 @@ class MixtureFold:
         )
 
     def add(self, tile, other):
-        """Overwrites both tiles' logits."""
-        log_p, delta = log_ratios(PairStats(*(x[tile.part] for x in self.stats)), tile.z, other)
-        beta, part = self.problem.beta, tile.part
+        """Overwrites both tiles' logits; rows beyond tile.part are padding."""
+        part, beta, n = tile.part, self.problem.beta, tile.rows.numel()
+        log_p, delta = log_ratios(PairStats(*(x[part] for x in self.stats)), tile.z[:n], other[:n])
         log_s, log_t = mixture_logs(delta, beta)
         log_q = torch.sub(log_p, delta, out=delta)
-        mine = dense.exp_(log_p).mul_(1.0 - beta).mul_(log_s)
+        p = dense.exp_(log_p)
+        mine = log_s.mul_(1.0 - beta).mul_(p)
         self.stats.center[part] += mine.sum(1)
-        self.stats.divergence[part] += mine.add_(dense.exp_(log_q).mul_(beta).mul_(log_t)).sum(1)
+        theirs = dense.exp_(log_q).mul_(beta).mul_(log_t)
+        self.stats.divergence[part] += theirs.add_(mine).sum(1)
+        if self.witness is not None:
+            still = torch.ones_like(self.stats.center[part])
+            self.witness.look(tile, mine, p, Move(still, still, 0.0), self.stats.center[part], still)
 
     def finish(self):
-        return self.stats
+        return self.stats if self.witness is None else self.stats._replace(norm=self.witness.row_norms())
+
+
+class Move(NamedTuple):
+    """What new peaks make of a row's terms: x becomes lead * (x - turn * y), y trail * y."""
+
+    lead: torch.Tensor
+    trail: torch.Tensor
+    turn: torch.Tensor | float
+
+    def moments(self, xx, xy, yy):
+        lead, trail, turn = self
+        return torch.stack((
+            lead**2 * (xx - 2 * turn * xy + turn**2 * yy), lead * trail * (xy - turn * yy), trail**2 * yy,
+        ))  # fmt: skip
+
+
+class Witness:
+    """Sees every term of every row's gradient, ``(x - center * y) / unit``: flags what matters, sums what does not.
+
+    An entry is kept where one of its block's rows has a term that matters beside the rows' mean norm so far.
+
+    Attributes:
+        flags: (blocks, V) bool.
+    """
+
+    def __init__(self, problem, n, device):
+        dtype = accumulator_dtype(problem.hidden)
+        self.least = problem.params.tolerance * LEAST_PER_TOLERANCE
+        self.flags = torch.zeros(-(-n // BLOCK), problem.weight.shape[0], dtype=torch.bool, device=device)
+        self.center, self.unit = torch.zeros(n, dtype=dtype, device=device), torch.ones(n, dtype=dtype, device=device)
+        self.seen, self.left = torch.zeros(2, 3, n, dtype=dtype, device=device)  # sums of x^2, x y, y^2
+
+    def look(self, tile, x, y, move, center, unit):
+        """x, y: (n, C), overwritten. move: since these rows' last tile. center, unit: with this tile's entries."""
+        part, n, columns = tile.part, *x.shape
+        self.center[part], self.unit[part] = center, unit
+        for moments in (self.seen, self.left):
+            moments[:, part] = move.moments(*moments[:, part])
+        self.seen[:, part] += products(x, y)
+        least = self.least * self.norms(self.seen).square().mean().sqrt() * unit
+        kept = torch.zeros(-(-n // BLOCK) * BLOCK, columns, dtype=torch.bool, device=x.device)
+        torch.ge(torch.addcmul(x, center[:, None], y, value=-1).abs_(), least[:, None], out=kept[:n])
+        kept = kept.view(-1, BLOCK, columns).any(1)
+        first = part.start // BLOCK
+        self.flags[first : first + len(kept), tile.chunk.span] |= kept
+        left = ~kept
+        for z in (x, y):
+            for rows, mine in zip(z.split(BLOCK), left):
+                rows.mul_(mine)
+        self.left[:, part] += products(x, y)
+
+    def norms(self, moments):
+        """(n,) of the rows' terms that the moments are of."""
+        xx, xy, yy = moments
+        return (xx - 2 * self.center * xy + self.center**2 * yy).clamp_(min=0.0).sqrt_() / self.unit
+
+    def certificate(self, rows):
+        """``dropped``: the norm of what each row leaves out, with what rounding may have hidden."""
+        slack = ROUNDING * torch.finfo(self.unit.dtype).eps
+        xx, _, yy = self.left
+        hidden = (slack * (xx + self.center**2 * yy)).sqrt() / self.unit
+        return Certificate(rows, self.flags, self.norms(self.left) + hidden, BLOCK)
+
+    def row_norms(self):
+        """(n,) of all terms, less what rounding may have added."""
+        slack = ROUNDING * torch.finfo(self.unit.dtype).eps
+        xx, xy, yy = self.seen
+        square = xx * (1 - slack) - 2 * self.center * xy + self.center**2 * yy * (1 - slack)
+        return square.clamp_(min=0.0).sqrt_() / self.unit
+
+
+def products(x, y):
+    """(3, n): sums of x^2, x y, y^2 over the columns."""
+    return torch.stack([torch.einsum("nc,nc->n", a, b) for a, b in ((x, x), (x, y), (y, y))])
 
 
 def log_ratios(known, z, other):
@@ -201,8 +318,3 @@ def logits_gradient(problem, z, bias, index, other, stats, grad):
 def teacher_of(problem, index, entries):
     """(n, C) the teacher's transformed logits. entries: a slice or (C,) ids."""
     return Teacher(problem, index).logits(slice(0, index.numel()), entries)
-
-
-def solo(problem):
-    """The student's and the teacher's problem, each on its own."""
-    return problem.own, replace(problem.teacher, targets=problem.targets)

@@ -41,6 +41,17 @@ class PairProblem(HeadProblem):
     def tiles_alive(self):
         return 4  # both logits, their difference and one more
 
+    @property
+    def of_tolerance(self):
+        return 0.1  # norms are certified, where a log-prob's certificate has masses, which are many times theirs
+
+    @property
+    def knows_left_out(self):
+        return False
+
+    def norms(self, stats):
+        return PairStats(*stats).norm
+
     def within(self, workspace):
         other = super().within(workspace)
         teacher = replace(self.teacher, params=replace(self.teacher.params, workspace=workspace))

@@ -116,6 +116,20 @@ class HeadProblem:
         """Tiles that a tile's gradient takes, its own included."""
         return 1
 
+    @property
+    def of_tolerance(self):
+        """How much of the tolerance the certificate's bounds may use, so that the gradients keep what it promises."""
+        return 1.0
+
+    @property
+    def knows_left_out(self):
+        """Whether a certificate's ``dropped`` is what is left out, rather than a bound on it."""
+        return True
+
+    def norms(self, stats):
+        """(N,) at most the norm of each row's d loss / d logits for a gradient of 1: the label's entry alone."""
+        return RowStats(*stats).other_mass
+
     @functools.cached_property
     def lora_operands(self):
         """:class:`fastgrpo.lora.Operands`, made once, or None."""

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 
 from fastgrpo.backends import row_audit
 from fastgrpo.backends.certified_backward import within_tolerance
-from fastgrpo.backends.problem import RowStats
 from fastgrpo.inputs import IGNORE
 
 TILE = 128  # entries that need the same number of rows
@@ -63,7 +62,7 @@ def sort_out(problem, stats, certificate, grad_logp, needs, trained):
     order = certificate.order
     grad = grad_logp[order]
     active = (grad != 0) & (problem.targets[order] != IGNORE)
-    sparse = within_tolerance(problem, RowStats(*stats).other_mass[order], grad, certificate.dropped, active)
+    sparse = within_tolerance(problem, problem.norms(stats)[order], grad, certificate.dropped, active)
     kind = (sparse.to(torch.uint8) * SPARSE).masked_fill_(~active, INACTIVE)
     if not trained or problem.params.row_tolerance >= 1:
         return kind

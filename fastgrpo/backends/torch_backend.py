@@ -16,6 +16,7 @@ certified_partial_forward = certified.partial_forward
 frozen_forward = frozen.forward
 slopes_like = frozen.slopes_like
 divergence_forward = divergence.forward
+certified_divergence_forward = divergence.certified_forward
 backward = dense_backward.backward
 
 
