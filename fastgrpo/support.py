@@ -21,8 +21,8 @@ class Support(NamedTuple):
     ids: torch.Tensor  # (K,) int64 in [0, V)
     rows: torch.Tensor  # (K,) int64, the position of each
     offsets: torch.Tensor  # (N + 1,) int64
-    by_id: torch.Tensor  # (K,) int64, the pairs in the order of their ids
-    invalid: torch.Tensor  # (N,) bool, positions whose kept set is not one: their results are NaN
+    by_id: torch.Tensor | None  # (K,) int64, the pairs in the order of their ids; None: not asked for
+    invalid: torch.Tensor | None  # (N,) bool, positions whose kept set is not one: their results are NaN
 
 
 def check_support(support, targets, vocab):

@@ -19,7 +19,7 @@ from fastgrpo import inputs
 from fastgrpo.backends import certified, dense
 from fastgrpo.backends.logits import row_inverse_temperature, transform
 from fastgrpo.backends.problem import ABSENT, RowPartials, RowStats
-from fastgrpo.inputs import IGNORE, accumulator_dtype
+from fastgrpo.inputs import IGNORE, NOWHERE, accumulator_dtype
 from fastgrpo.row_math import rescale, softplus
 from fastgrpo.support import Support, pair_gradients, tile
 
@@ -57,7 +57,7 @@ def check_ids(targets, vocab):
     """Ids in range and not twice in a position, where they can be seen without a sync. targets: (..., K) int64."""
     inputs.check_targets(targets, vocab)
     if targets.numel() and inputs.checks_values(targets.device):
-        twice = repeats(take_out(targets.flatten(0, -2), vocab), vocab)
+        twice = repeats(take_out(targets.flatten(0, -2), vocab))
         if twice.any():
             at = int(twice.nonzero()[0])
             raise ValueError(f"targets must not repeat within a position, not so at flattened position {at}")
@@ -68,13 +68,13 @@ def is_valid(ids, vocab):
 
 
 def take_out(ids, vocab):
-    """(N, K) int64, :attr:`HeadProblem.taken`'s: rising, V where there is none."""
-    return torch.where(is_valid(ids, vocab), ids, vocab).sort(1).values
+    """(N, K) int64, :attr:`HeadProblem.taken`'s: rising, NOWHERE where there is none."""
+    return torch.where(is_valid(ids, vocab), ids, NOWHERE).sort(1).values
 
 
-def repeats(taken, vocab):
+def repeats(taken):
     """(N,) bool, where an id stands twice."""
-    return ((taken.diff(dim=1) == 0) & (taken[:, 1:] < vocab)).any(1)
+    return ((taken.diff(dim=1) == 0) & (taken[:, 1:] != NOWHERE)).any(1)
 
 
 def make_pairs(ids, vocab, with_order=False):
@@ -106,7 +106,7 @@ def forward(problem, ids, backend, hint):
     problem = problem.without(taken)
     partials, certificate = forward_rest(problem, backend, z.amax(1), hint)
     stats, rest, logp = join(RowPartials(*partials), z)
-    wrong = (~valid & (ids != IGNORE)).any(1) | repeats(taken, vocab)
+    wrong = (~valid & (ids != IGNORE)).any(1) | repeats(taken)
     stats, rest = stats.masked_fill(wrong, torch.nan), rest.masked_fill(wrong, torch.nan)
     counted = problem.targets != IGNORE
     stats, logp = torch.where(counted, stats, 0.0), logp.masked_fill(wrong[:, None], torch.nan)

@@ -101,7 +101,7 @@ class HeadProblem:
     params: HeadParams
     low: torch.Tensor | None = None  # (B, T, r) in the accumulator's dtype, contiguous: LoRA's scaling * hidden @ A.T
     up: torch.Tensor | None = None  # (V, r): LoRA's B
-    taken: torch.Tensor | None = None  # (N, K) int64 entries, rising in a row, V where none; no row has a label then
+    taken: torch.Tensor | None = None  # (N, K) int64 entries, rising in a row, NOWHERE where none; no row has a label
 
     @property
     def factors(self):
