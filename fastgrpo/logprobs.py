@@ -18,7 +18,19 @@ class LogProbs(NamedTuple):
 
     logprobs: torch.Tensor
     entropy: torch.Tensor | None
-    rest: torch.Tensor | None = None
+
+    @property
+    def rest(self) -> torch.Tensor | None:
+        """A third field of :class:`TopKLogProbs`; not one here, where callers unpack two."""
+        return None
+
+
+class TopKLogProbs(NamedTuple):
+    """Result of :func:`linear_logprobs` for top-k targets."""
+
+    logprobs: torch.Tensor
+    entropy: torch.Tensor | None
+    rest: torch.Tensor
 
 
 @settings_go_in_config
@@ -40,7 +52,7 @@ def linear_logprobs(
     tolerance: float | None = None,
     workspace_mb: float = 128,
     row_tolerance: float | None = None,
-) -> LogProbs:
+) -> LogProbs:  # of top-k targets TopKLogProbs: a union would forbid everybody to unpack two
     """Log-probability of each target under ``softmax(logits)``, with exact gradients and no (N, V) tensor.
 
     ``logits = cap(logit_scale * (hidden @ weight.T + bias)) / temperature``, ``cap(x) = softcap * tanh(x / softcap)``.
@@ -86,15 +98,17 @@ def linear_logprobs(
             many rows keep all entries in the head's gradient as it takes. None: 0.1. 1: no such promise, cheaper.
 
     Returns:
-        ``LogProbs(logprobs, entropy, rest)``: float32 (float64 for float64 input), 0 where ignored; all differentiable
-        in hidden, weight, bias and LoRA's A and B, once. ``logprobs`` is shaped like ``targets``, ``entropy`` and
-        ``rest`` have one value a position; ``entropy`` is None unless asked for. ``rest`` is None but for top-k
-        targets: the log of the mass outside them, ``log(1 - sum_k p_k)``. Accurate to the accumulator as p -> 1: the
-        label is kept out of the running sum, ``logp = -softplus(lse_others - z_label)``; top-k targets all are, so
-        that ``rest`` is right however small it is, in the one pass over the vocabulary that log-probs take.
+        ``LogProbs(logprobs, entropy)``: float32 (float64 for float64 input), shaped like ``targets``, 0 where ignored;
+        both differentiable in hidden, weight, bias and LoRA's A and B, once. ``entropy``, one value a position, is None
+        unless asked for. Accurate to the accumulator as p -> 1: the label is kept out of the running sum, ``logp =
+        -softplus(lse_others - z_label)``.
 
-        Top-k targets cost, beside that, a row of the head each, read once forward and once for each gradient, and
-        about 80 bytes; nothing of size N K D is held.
+        For top-k targets ``TopKLogProbs(logprobs, entropy, rest)``: ``rest``, (N,) or (B, T), is the log of the mass
+        outside them, ``log(1 - sum_k p_k)``, differentiable too (of a ``LogProbs`` it is None, and no field). All K are
+        kept out of the running sum, so that it is right however small, in the one pass over the vocabulary that
+        log-probs take anyway. Beside that a target costs a row of the head, read in the forward and again for each
+        gradient, and about 80 bytes; nothing of size N K D is held. A gradient of ``rest`` reaches every entry: a
+        certified backward then does most rows exactly.
 
     Raises:
         ValueError, TypeError: a bad argument, named, with what was expected and what came, before anything runs.
@@ -142,7 +156,7 @@ def topk_logprobs(hidden, weight, targets, options):
     entries = (ids.flatten(0, -2).contiguous(),)
     logprobs, entropy = run(hidden, weight, some, options, strategies.TopK, entries)
     entropy = None if entropy is None else entropy.view(some.shape)
-    return LogProbs(logprobs[:, :-1].reshape(ids.shape), entropy, logprobs[:, -1].reshape(some.shape))
+    return TopKLogProbs(logprobs[:, :-1].reshape(ids.shape), entropy, logprobs[:, -1].reshape(some.shape))
 
 
 def run(hidden, weight, targets, options, strategy, entries):

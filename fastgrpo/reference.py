@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from fastgrpo.config import GRPOLossConfig
 from fastgrpo.divergence import Divergence
 from fastgrpo.inputs import Backend, Backward
-from fastgrpo.logprobs import LogProbs
+from fastgrpo.logprobs import LogProbs, TopKLogProbs
 from fastgrpo.loss import GRPOLoss
 
 
@@ -63,13 +63,11 @@ def linear_logprobs(
     counted = targets != -100
     some, safe = counted.any(-1) if several else counted, targets.where(counted, 0).long()
     picked = logp.gather(-1, safe if several else safe[..., None])
-    rest = outside(z, safe, counted).where(some, 0.0) if several else None
     entropy = -(logp.exp() * logp.masked_fill(logp == -torch.inf, 0.0)).sum(-1)
-    return LogProbs(
-        (picked if several else picked[..., 0]).where(counted, 0.0),
-        entropy.where(some, 0.0) if return_entropy else None,
-        rest,
-    )
+    entropy = entropy.where(some, 0.0) if return_entropy else None
+    if several:
+        return TopKLogProbs(picked.where(counted, 0.0), entropy, outside(z, safe, counted).where(some, 0.0))
+    return LogProbs(picked[..., 0].where(counted, 0.0), entropy)
 
 
 def outside(z, ids, counted):

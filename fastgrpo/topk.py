@@ -172,9 +172,7 @@ def backward(problem, ids, backend, strategy, stats, kept, grads, grad_entropy, 
     grads = torch.where(present, grads, 0.0)
     taken = torch.where(present[:, :-1], taken_gradient(RowStats(*stats), logp, grads, grad_entropy, present), 0.0)
     known, *upstream = rest_gradient(RowStats(*stats), rest, logp[:, -1], grads, grad_entropy, taken)
-    out = strategy.backward(
-        problem.without(take_out(ids, vocab)), backend, (), known, certificate, *upstream, needs
-    )
+    out = strategy.backward(problem.without(take_out(ids, vocab)), backend, (), known, certificate, *upstream, needs)
     pairs = make_pairs(ids, vocab, with_order=any(needs.of_head) or bool(needs.bias))
     dz = taken * chain(problem, pairs, raw)
     return pair_gradients(problem, pairs, backend, dz.flatten(), needs, out)

@@ -116,7 +116,7 @@ def combine(running, label):
 def logits_gradient(problem, z, bias, index, local, stats, grad_logp, grad_entropy=None):
     """d loss / d raw logits of one tile, over z's memory: g (onehot - p) - h p (log p + H), chained to the raw product.
 
-    The label's term is made of the statistics. local: (n,) labels in the tile; or (n, K) what is taken, 0 in the result.
+    The label's term is made of the statistics. local: (n,) labels in the tile; or (n, K) what is taken, whose is 0.
     """
     inv_temperature = row_inverse_temperature(problem, index)
     chain = problem.params.logit_scale * (1.0 if inv_temperature is None else inv_temperature)

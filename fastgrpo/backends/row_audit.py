@@ -304,7 +304,7 @@ class DeviceAudit(Audit):
         return join(parts).masked_fill_(self.unusable, 0.0)
 
     def labels_in(self, span):
-        """(N,) the label's column, or (N, K) of what is taken; negative or beyond the last where it is not among them."""
+        """(N,) the label's column, or (N, K) of what is taken; negative or beyond the last where not among them."""
         return self.labels - span.start if span.start else self.labels
 
     def keeps(self, span):
