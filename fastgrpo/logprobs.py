@@ -1,7 +1,7 @@
 """linear_logprobs: from hidden states and LM head to log-probs and entropy, without logits."""
 
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -148,7 +148,7 @@ def head_logprobs(hidden, weight, targets, options):
     return LogProbs(logprobs.view(targets.shape), None if entropy is None else entropy.view(targets.shape))
 
 
-def topk_logprobs(hidden, weight, targets, options):
+def topk_logprobs(hidden, weight, targets, options) -> Any:
     """Of targets (N, K) or (B, T, K)."""
     ids, options = topk.check(hidden, weight, targets, options)
     some = options.check(hidden, weight, ids.amax(-1))  # a position's: -100 where there is none

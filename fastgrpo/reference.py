@@ -66,7 +66,8 @@ def linear_logprobs(
     entropy = -(logp.exp() * logp.masked_fill(logp == -torch.inf, 0.0)).sum(-1)
     entropy = entropy.where(some, 0.0) if return_entropy else None
     if several:
-        return TopKLogProbs(picked.where(counted, 0.0), entropy, outside(z, safe, counted).where(some, 0.0))
+        result: Any = TopKLogProbs(picked.where(counted, 0.0), entropy, outside(z, safe, counted).where(some, 0.0))
+        return result
     return LogProbs(picked[..., 0].where(counted, 0.0), entropy)
 
 
