@@ -4,7 +4,7 @@ from fastgrpo import reference
 from fastgrpo.advantages import group_advantages
 from fastgrpo.config import GRPOLossConfig
 from fastgrpo.divergence import Divergence, linear_divergence
-from fastgrpo.logprobs import LogProbs, linear_logprobs
+from fastgrpo.logprobs import LogProbs, TopKLogProbs, linear_logprobs
 from fastgrpo.loss import GRPOLoss, grpo_loss
 
 __version__ = "0.1.0"
@@ -14,6 +14,7 @@ __all__ = [
     "GRPOLoss",
     "GRPOLossConfig",
     "LogProbs",
+    "TopKLogProbs",
     "group_advantages",
     "grpo_loss",
     "linear_divergence",

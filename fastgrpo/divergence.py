@@ -181,8 +181,8 @@ class PairTensors(NamedTuple):
             params,
             low,
             self.lora_b,
-            teacher,
-            self.pairing.beta,
+            teacher=teacher,
+            beta=self.pairing.beta,
         )
 
 

@@ -44,7 +44,7 @@ def run_backward(tensors, support, params, strategy, stats, kept, grad_logp, gra
     (low, *kept), (*needs, needs_a, needs_b) = kept, needs
     needs = Gradients(*needs, low=low is not None and (needs[0] or needs_a), up=needs_b)
     backend, d_a = backends.load(params.backend), None
-    grad_logp = torch.zeros_like(RowStats(*stats).logp) if grad_logp is None else grad_logp
+    grad_logp = torch.zeros_like(strategy.logprobs(stats, kept)) if grad_logp is None else grad_logp
     with torch.autocast(stats.device.type, enabled=False):
         problem = tensors.problem(params, low)
         grads = strategy.backward(problem, backend, support, stats, kept, grad_logp, grad_entropy, needs)
@@ -65,8 +65,8 @@ class LinearLogProbs(torch.autograd.Function):
         stats, kept = run_forward(HeadTensors(*tensors), given, params, strategy)
         ctx.save_for_backward(stats, *tensors, *given.entries, *kept)
         ctx.entries = len(given.entries)
-        rows = RowStats(*stats)
-        return rows.logp.clone(), rows.entropy.clone() if params.entropy else None
+        logp = strategy.logprobs(stats, kept[1:])
+        return logp.clone(), RowStats(*stats).entropy.clone() if params.entropy else None
 
     @staticmethod
     @once_differentiable
@@ -107,8 +107,8 @@ def forward_op(*arguments):
     like = kept_like(tensors, support, params, strategy)
     padded = [ops.pad(x, most[0]) for x, most in zip(kept, like) if most is not None]
     counts = [torch.tensor([len(x) for x in kept if x is not None], dtype=torch.int64)] if is_ragged(params) else []
-    rows = RowStats(*stats)
-    return rows.logp.clone(), rows.entropy.clone() if params.entropy else stats.new_empty(0), stats, padded + counts
+    logp = strategy.logprobs(stats, kept[1:]).clone()
+    return logp, RowStats(*stats).entropy.clone() if params.entropy else stats.new_empty(0), stats, padded + counts
 
 
 def split(arguments):
@@ -135,12 +135,13 @@ def kept_like(tensors, support, params, strategy):
 def fake_forward(*arguments):
     tensors, (_, _, support, name, *params) = split(arguments)
     params, hidden, n = HeadParams(*params), tensors.hidden, tensors.targets.shape[0]
-    like = kept_like(tensors, support, params, strategies.find(name))
+    strategy = strategies.find(name)
+    like = kept_like(tensors, support, params, strategy)
     row = hidden.new_empty(n, dtype=inputs.accumulator_dtype(hidden))
     kept = [hidden.new_empty(x[0], dtype=x[1]) for x in like if x is not None]
     counts = [torch.empty(len(kept), dtype=torch.int64, device="cpu")] if is_ragged(params) else []
     entropy = torch.empty_like(row) if params.entropy else row.new_empty(0)
-    return torch.empty_like(row), entropy, row.new_empty(len(RowStats._fields), n), kept + counts
+    return row.new_empty(strategy.shape(n, support)), entropy, row.new_empty(len(RowStats._fields), n), kept + counts
 
 
 @ops.op(

@@ -11,6 +11,8 @@ import torch
 from fastgrpo.checks import check_field
 
 IGNORE = -100
+ELSEWHERE = -1  # entry of a label that something else sees to: another rank, or top-k's pairs
+NOWHERE = 2**31 - 1  # an entry that no vocabulary has
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 Backend = Literal["auto", "triton", "torch"]
 Backward = Literal["auto", "exact", "certified"]

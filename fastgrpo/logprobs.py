@@ -1,11 +1,11 @@
 """linear_logprobs: from hidden states and LM head to log-probs and entropy, without logits."""
 
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from fastgrpo import head_op, inputs, strategies
+from fastgrpo import head_op, inputs, strategies, topk
 from fastgrpo.config import settings_go_in_config
 from fastgrpo.head import HeadOptions, compute_dtype
 from fastgrpo.inputs import Backend, Backward
@@ -19,12 +19,25 @@ class LogProbs(NamedTuple):
     logprobs: torch.Tensor
     entropy: torch.Tensor | None
 
+    @property
+    def rest(self) -> torch.Tensor | None:
+        """A third field of :class:`TopKLogProbs`; not one here, where callers unpack two."""
+        return None
+
+
+class TopKLogProbs(NamedTuple):
+    """Result of :func:`linear_logprobs` for top-k targets."""
+
+    logprobs: torch.Tensor
+    entropy: torch.Tensor | None
+    rest: torch.Tensor
+
 
 @settings_go_in_config
 def linear_logprobs(
     hidden: torch.Tensor,  # (N, D) or (B, T, D)
     weight: torch.Tensor,  # (V, D)
-    targets: torch.Tensor,  # (N,) or (B, T)
+    targets: torch.Tensor,  # (N,) or (B, T); (N, K) or (B, T, K)
     bias: torch.Tensor | None = None,  # (V,)
     *,
     temperature: float | torch.Tensor = 1.0,
@@ -39,7 +52,7 @@ def linear_logprobs(
     tolerance: float | None = None,
     workspace_mb: float = 128,
     row_tolerance: float | None = None,
-) -> LogProbs:
+) -> LogProbs:  # of top-k targets TopKLogProbs: a union would forbid everybody to unpack two
     """Log-probability of each target under ``softmax(logits)``, with exact gradients and no (N, V) tensor.
 
     ``logits = cap(logit_scale * (hidden @ weight.T + bias)) / temperature``, ``cap(x) = softcap * tanh(x / softcap)``.
@@ -47,9 +60,11 @@ def linear_logprobs(
     Args:
         hidden: (N, D) or (B, T, D), float32, bfloat16, float16 or float64 (float64 on the torch backend); any strides.
         weight: (V, D), the LM head; any strides. Not copied in another dtype, also under autocast.
-        targets: (N,) or (B, T), integer ids; -100 marks a position that is ignored.
+        targets: (N,) or (B, T), integer ids; -100 marks a position that is ignored. Or (N, K), (B, T, K): top-k
+            targets, K different ids a position, whose log-probs are those under the whole vocabulary, as a sparse
+            teacher's are (see ``rest``); -100 marks a slot without one, and a position of such slots alone is ignored.
         bias: (V,) or None.
-        temperature: a number > 0, or a float tensor shaped like ``targets``. Not differentiated.
+        temperature: a number > 0, or a float tensor, one a position. Not differentiated.
         softcap: tanh cap of the logits (Gemma), or None.
         logit_scale: factor on the logits before the cap (Cohere, Granite).
         return_entropy: also return the entropy of the whole distribution, in nats.
@@ -60,7 +75,7 @@ def linear_logprobs(
             (N + 1,), positions in the order of the flattened targets. Log-probs and entropy are then those of the
             distribution renormalised over the kept ids, and only these entries of the head are touched. A counted
             target must be among its ids; a set that is not one is an error on a CPU and NaN on a GPU. The backward is
-            exact: nothing kept is left out.
+            exact: nothing kept is left out. Not with top-k targets.
         old_logprobs: shaped like ``targets``, log-probs near the current ones (the sampler's): a hint that makes the
             certified backward faster; the result does not depend on it beyond the tolerance.
         backend: "auto" (Triton on a GPU, else torch), "triton" or "torch".
@@ -69,7 +84,9 @@ def linear_logprobs(
             exact for float64 and small input, certified otherwise. An entropy gradient is exact. Where
             hidden alone wants a gradient (a frozen head, no entropy returned, no LoRA on the head) it is made in the
             forward, in two GEMMs or less, and held until the backward, 4 N D bytes; not by the Triton backend's
-            certified backward, which makes it from the kept entries.
+            certified backward, which makes it from the kept entries, and not of top-k targets, whose exact backward
+            makes the logits again. A certified one of top-k targets bounds what the other entries leave out by the
+            gradient at the targets.
         tolerance: of the certified backward: bound on the relative error of d loss / d logits (Frobenius norm). None:
             0.005, which adds less than a quarter of what bf16 GEMMs add anyway; 0.0007 for fp32 under "auto". The
             gradients' own errors are about ten times smaller.
@@ -82,13 +99,21 @@ def linear_logprobs(
 
     Returns:
         ``LogProbs(logprobs, entropy)``: float32 (float64 for float64 input), shaped like ``targets``, 0 where ignored;
-        both differentiable in hidden, weight, bias and LoRA's A and B, once. ``entropy`` is None unless asked for.
-        Accurate to the accumulator as p -> 1: the label is kept out of the running sum, ``logp = -softplus(lse_others
-        - z_label)``.
+        both differentiable in hidden, weight, bias and LoRA's A and B, once. ``entropy``, one value a position, is None
+        unless asked for. Accurate to the accumulator as p -> 1: the label is kept out of the running sum, ``logp =
+        -softplus(lse_others - z_label)``.
+
+        For top-k targets ``TopKLogProbs(logprobs, entropy, rest)``: ``rest``, (N,) or (B, T), is the log of the mass
+        outside them, ``log(1 - sum_k p_k)``, differentiable too (of a ``LogProbs`` it is None, and no field). All K are
+        kept out of the running sum, so that it is right however small, in the one pass over the vocabulary that
+        log-probs take anyway. Beside that a target costs a row of the head, read in the forward and again for each
+        gradient, and about 80 bytes; nothing of size N K D is held. A gradient of ``rest`` reaches every entry: a
+        certified backward then does most rows exactly.
 
     Raises:
         ValueError, TypeError: a bad argument, named, with what was expected and what came, before anything runs.
-        A target outside [0, V) raises on a CPU or with FASTGRPO_DEBUG=1, and gives NaN at its position otherwise.
+        A target outside [0, V), or an id that stands twice among a position's top-k targets, raises on a CPU or with
+        FASTGRPO_DEBUG=1, and gives NaN at its position otherwise.
     """
     options = HeadOptions(
         bias=bias,
@@ -110,12 +135,37 @@ def linear_logprobs(
 
 def head_logprobs(hidden, weight, targets, options):
     """:func:`linear_logprobs` with its options in one object, :class:`fastgrpo.head.HeadOptions`."""
+    if topk.is_meant(hidden, targets):
+        return topk_logprobs(hidden, weight, targets, options)
     targets = options.check(hidden, weight, targets)
     inputs.check_targets(targets, weight.shape[0])
-    bias, support = options.bias, options.support
+    support = options.support
     if support is not None:
         options = replace(options, backward="exact")
         support = check_support(support, targets, weight.shape[0])
+    strategy = None if support is None else strategies.Supported
+    logprobs, entropy = run(hidden, weight, targets, options, strategy, () if support is None else support)
+    return LogProbs(logprobs.view(targets.shape), None if entropy is None else entropy.view(targets.shape))
+
+
+def topk_logprobs(hidden, weight, targets, options) -> Any:
+    """Of targets (N, K) or (B, T, K)."""
+    ids, options = topk.check(hidden, weight, targets, options)
+    some = options.check(hidden, weight, ids.amax(-1))  # a position's: -100 where there is none
+    topk.check_ids(ids, weight.shape[0])
+    entries = (ids.flatten(0, -2).contiguous(),)
+    logprobs, entropy = run(hidden, weight, some, options, strategies.TopK, entries)
+    entropy = None if entropy is None else entropy.view(some.shape)
+    return TopKLogProbs(logprobs[:, :-1].reshape(ids.shape), entropy, logprobs[:, -1].reshape(some.shape))
+
+
+def run(hidden, weight, targets, options, strategy, entries):
+    """-> (N,) log-probs, or (N, K + 1) as :mod:`fastgrpo.topk` returns them; (N,) entropy or None. All is checked.
+
+    Args:
+        strategy: None: as hidden, head and options have it. entries: see :class:`fastgrpo.strategies.Given`.
+    """
+    bias = options.bias
     lora = check_lora(options.lora, hidden, weight)
     head = weight, bias, lora.A, lora.B
     params = options.params(
@@ -126,7 +176,8 @@ def head_logprobs(hidden, weight, targets, options):
         lora_dtype=None if lora.A is None else compute_dtype(hidden, weight, lora.A, lora.B),
     )
     entropy_grad = options.return_entropy if options.entropy_grad is None else options.entropy_grad
-    strategy = strategies.choose(hidden, head, params, support is not None, entropy_grad)
+    if strategy is None:
+        strategy = strategies.choose(hidden, head, params, entropy_grad)
     hint = None if params.tolerance is None else options.flat_hint(hidden)
     moving = None if options.moving is None else options.moving.reshape(-1)
     tensors = head_op.HeadTensors(
@@ -138,6 +189,4 @@ def head_logprobs(hidden, weight, targets, options):
         targets.reshape(-1).contiguous(),
         options.flat_temperature(hidden, targets),
     )
-    given = strategies.Given(hint, moving, () if support is None else support)
-    logprobs, entropy = head_op.log_probs(tensors, given, params, strategy)
-    return LogProbs(logprobs.view(targets.shape), None if entropy is None else entropy.view(targets.shape))
+    return head_op.log_probs(tensors, strategies.Given(hint, moving, entries), params, strategy)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from fastgrpo.config import GRPOLossConfig
 from fastgrpo.divergence import Divergence
 from fastgrpo.inputs import Backend, Backward
-from fastgrpo.logprobs import LogProbs
+from fastgrpo.logprobs import LogProbs, TopKLogProbs
 from fastgrpo.loss import GRPOLoss
 
 
@@ -59,10 +59,22 @@ def linear_logprobs(
     if support is not None:
         z = z.masked_fill(~mark_kept(support, z.shape), -torch.inf)
     logp = F.log_softmax(z, dim=-1)
+    several = targets.ndim == hidden.ndim
     counted = targets != -100
-    picked = logp.gather(-1, targets.where(counted, 0).long()[..., None])[..., 0]
+    some, safe = counted.any(-1) if several else counted, targets.where(counted, 0).long()
+    picked = logp.gather(-1, safe if several else safe[..., None])
     entropy = -(logp.exp() * logp.masked_fill(logp == -torch.inf, 0.0)).sum(-1)
-    return LogProbs(picked.where(counted, 0.0), entropy.where(counted, 0.0) if return_entropy else None)
+    entropy = entropy.where(some, 0.0) if return_entropy else None
+    if several:
+        result: Any = TopKLogProbs(picked.where(counted, 0.0), entropy, outside(z, safe, counted).where(some, 0.0))
+        return result
+    return LogProbs(picked[..., 0].where(counted, 0.0), entropy)
+
+
+def outside(z, ids, counted):
+    """(...,) log of the mass that the ids (..., K) leave, those that are counted."""
+    inside = torch.zeros_like(z).scatter_add_(-1, ids, counted.to(z.dtype)) > 0
+    return z.masked_fill(inside, -torch.inf).logsumexp(-1) - z.logsumexp(-1)
 
 
 def mark_kept(support, shape):

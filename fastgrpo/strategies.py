@@ -4,7 +4,8 @@ A strategy has ``forward(problem, backend, given)``, which returns the (5, N) st
 :class:`fastgrpo.backends.problem.RowStats` and the tensors to keep; ``kept_like(problem, backend, entries)``,
 which returns the shapes and dtypes of these, at the most rows that they can have; and ``backward(problem, backend,
 entries, stats, kept, grad_logp, grad_entropy, needs)``, which returns :class:`fastgrpo.backends.problem.Gradients`.
-``grad_entropy`` may be None.
+``grad_entropy`` may be None. What the call returns is a log-prob a row, unless a strategy has ``logprobs(stats,
+kept)`` and its ``shape(rows, entries)``.
 """
 
 from collections.abc import Sequence
@@ -12,8 +13,9 @@ from typing import NamedTuple
 
 import torch
 
-from fastgrpo import support
+from fastgrpo import support, topk
 from fastgrpo.backends import frozen
+from fastgrpo.backends.problem import RowStats
 from fastgrpo.inputs import accumulator_dtype
 
 
@@ -22,10 +24,22 @@ class Given(NamedTuple):
 
     hint: torch.Tensor | None  # (N,) log-probs near the current ones
     moving: torch.Tensor | None  # (N,) bool, where a log-prob may have a gradient
-    entries: Sequence[torch.Tensor]  # a :class:`fastgrpo.support.Support`, or nothing
+    entries: Sequence[torch.Tensor]  # a :class:`fastgrpo.support.Support`, top-k's ids (N, K), or nothing
 
 
-class Exact:
+class OneTarget:
+    """Of every row."""
+
+    @staticmethod
+    def logprobs(stats, kept):
+        return RowStats(*stats).logp
+
+    @staticmethod
+    def shape(rows, entries):
+        return (rows,)
+
+
+class Exact(OneTarget):
     """Every vocabulary entry of every row with a gradient, its logits made again."""
 
     @staticmethod
@@ -41,7 +55,7 @@ class Exact:
         return backend.backward(problem, stats, grad_logp, grad_entropy, needs)
 
 
-class Certified:
+class Certified(OneTarget):
     """The entries that matter, see :mod:`fastgrpo.backends.certified`; exact where the entropy has a gradient."""
 
     @staticmethod
@@ -60,7 +74,7 @@ class Certified:
         return backend.certified_backward(problem, stats, kept, grad_logp, needs)
 
 
-class Frozen:
+class Frozen(OneTarget):
     """Hidden's gradient made in the forward, see :mod:`fastgrpo.backends.frozen`."""
 
     @staticmethod
@@ -78,7 +92,7 @@ class Frozen:
         return frozen.backward(problem, stats, frozen.Slopes(*kept), grad_logp, needs)
 
 
-class Supported:
+class Supported(OneTarget):
     """The entries that the sampler kept, see :mod:`fastgrpo.support`."""
 
     @staticmethod
@@ -113,19 +127,43 @@ class DivergingCertified(Certified):
         return stats, certificate.tensors
 
 
+class TopK:
+    """Several targets a row, see :mod:`fastgrpo.topk`; their ids are the one tensor of the entries."""
+
+    @staticmethod
+    def forward(problem, backend, given):
+        (ids,) = given.entries
+        return topk.forward(problem, ids, backend, given.hint)
+
+    @staticmethod
+    def logprobs(stats, kept):
+        return kept[topk.LOGPROBS]
+
+    @staticmethod
+    def shape(rows, entries):
+        return rows, entries[0].shape[1] + 1
+
+    @staticmethod
+    def kept_like(problem, backend, entries):
+        return topk.kept_like(problem, entries[0], backend)
+
+    @staticmethod
+    def backward(problem, backend, entries, stats, kept, grad_logp, grad_entropy, needs):
+        of_rest = choose_trained(problem.params)
+        return topk.backward(problem, entries[0], backend, of_rest, stats, kept, grad_logp, grad_entropy, needs)
+
+
 def find(name):
     """The strategy of that name."""
-    return {s.__name__: s for s in (Exact, Certified, Frozen, Supported)}[name]
+    return {s.__name__: s for s in (Exact, Certified, Frozen, Supported, TopK)}[name]
 
 
-def choose(hidden, head, params, with_support, entropy_grad):
-    """The strategy of a call.
+def choose(hidden, head, params, entropy_grad):
+    """The strategy of a call with a target a row and every entry.
 
     Args:
         head: weight, bias and LoRA's A and B, or None. entropy_grad: whether the entropy may have a gradient.
     """
-    if with_support:
-        return Supported
     if not entropy_grad and frozen.applies(hidden, head, params):
         return Frozen
     return choose_trained(params)

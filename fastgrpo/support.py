@@ -21,8 +21,8 @@ class Support(NamedTuple):
     ids: torch.Tensor  # (K,) int64 in [0, V)
     rows: torch.Tensor  # (K,) int64, the position of each
     offsets: torch.Tensor  # (N + 1,) int64
-    by_id: torch.Tensor  # (K,) int64, the pairs in the order of their ids
-    invalid: torch.Tensor  # (N,) bool, positions whose kept set is not one: their results are NaN
+    by_id: torch.Tensor | None  # (K,) int64, the pairs in the order of their ids; None: not asked for
+    invalid: torch.Tensor | None  # (N,) bool, positions whose kept set is not one: their results are NaN
 
 
 def check_support(support, targets, vocab):
@@ -100,7 +100,7 @@ def tile(problem, support):
 
 def backward(problem, support, backend, stats, raw, grad_logp, grad_entropy, needs):
     """Gradients as :func:`fastgrpo.backends.dense_backward.backward`'s."""
-    rows, by_id, vocab = support.rows, support.by_id, problem.weight.shape[0]
+    rows = support.rows
     grads = [grad_logp] if grad_entropy is None else [grad_logp, grad_entropy]
     active = (problem.targets != inputs.IGNORE) & torch.stack([g != 0 for g in grads]).any(0)
     label = torch.where(support.ids == problem.targets[rows], 0, -1)
@@ -108,15 +108,26 @@ def backward(problem, support, backend, stats, raw, grad_logp, grad_entropy, nee
         problem, raw[:, None].clone(), tile(problem, support)[0], rows, label, stats[:, rows], *(g[rows] for g in grads)
     )[:, 0]
     dz = torch.where(active[rows], dz, 0.0)  # exactly 0: such a pair is not read at all
-    of_entry = torch.searchsorted(support.ids[by_id], torch.arange(vocab + 1, device=rows.device))
-    of_rows, of_head, d_bias = [None, None], [None, None], None
+    return pair_gradients(problem, support, backend, dz, needs)
+
+
+def pair_gradients(problem, support, backend, dz, needs, out=None):
+    """Gradients that d loss / d raw logits of the pairs alone, dz (K,), make; added to ``out`` where that is given."""
+    rows, by_id, vocab = support.rows, support.by_id, problem.weight.shape[0]
+    if any(needs.of_head) or needs.bias:
+        of_entry = torch.searchsorted(support.ids[by_id], torch.arange(vocab + 1, device=rows.device))
+    out = Gradients(None, None) if out is None else out
+    of_rows, of_head, d_bias = list(out.of_rows), list(out.of_head), out.bias
     casts = (problem.params.compute_dtype,) * 2, (dz.dtype, problem.params.lora_dtype)
     for k, ((x, w), (cast_x, cast_w)) in enumerate(zip(problem.factors, casts)):
         if needs.of_rows[k]:
-            d_x = backend.kept_sums(problem, w[None], dz, support.ids, support.offsets, cast_w, x.dtype)
+            total = None if of_rows[k] is None else of_rows[k].flatten(0, 1)
+            d_x = backend.kept_sums(problem, w[None], dz, support.ids, support.offsets, cast_w, x.dtype, total)
             of_rows[k] = d_x.view(x.shape)
         if needs.of_head[k]:
-            of_head[k] = backend.kept_sums(problem, x, dz[by_id], rows[by_id], of_entry, cast_x, w.dtype)
+            ordered = dz[by_id], rows[by_id], of_entry
+            of_head[k] = backend.kept_sums(problem, x, *ordered, cast_x, w.dtype, of_head[k])
     if needs.bias:
-        d_bias = sums(support._replace(offsets=of_entry), dz[by_id]).to(problem.bias.dtype)
+        own = sums(support._replace(offsets=of_entry), dz[by_id])
+        d_bias = (own if d_bias is None else own + d_bias).to(problem.bias.dtype)
     return Gradients(of_rows[0], of_head[0], d_bias, of_rows[1], of_head[1])

@@ -18,11 +18,9 @@ from fastgrpo.backends.dense import combine
 from fastgrpo.backends.problem import Gradients, HeadProblem, RowStats
 from fastgrpo.config import settings_go_in_config
 from fastgrpo.head import HeadOptions
-from fastgrpo.inputs import IGNORE, Backend, Backward
+from fastgrpo.inputs import ELSEWHERE, IGNORE, Backend, Backward
 from fastgrpo.logprobs import LogProbs
 from fastgrpo.row_math import rescale
-
-ELSEWHERE = -1  # entry of a label that another rank holds
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,13 @@ class Selection(NamedTuple):
     targets_ptr: object  # (N,)
 
 
+class Taken(NamedTuple):
+    """Of every row the positions of entries that do not count, rising; NOWHERE where there is none."""
+
+    positions_ptr: object  # (N, K) int64
+    K: int
+
+
 def row_strides(x):
     """Of a (B, T, D) tensor, 0 between sequences where there is one: that number would only be compiled for."""
     return RowStrides(x.stride(0) if x.shape[0] > 1 else 0, x.stride(1), x.stride(2))
@@ -73,6 +80,11 @@ def low_rank_arguments(operands):
     low, up, scale = operands.low, operands.up, operands.scale
     scale = torch.ones((), device=low.device) if scale is None else scale
     return LowRank(low, up, scale, low.shape[1], up.shape[1], *up.stride())
+
+
+def taken_arguments(positions):
+    """:class:`Taken` or None, of (N, K) int64 or None."""
+    return None if positions is None else Taken(positions, positions.shape[1])
 
 
 def logit_arguments(problem):

@@ -23,16 +23,20 @@ from fastgrpo.kernels.arguments import (
     has_extras,
     logit_arguments,
     pick_tile,
+    taken_arguments,
 )
 from fastgrpo.kernels.common import (
     LOG2E,
     cap,
     cap_slope,
     chunk_panels,
+    count_taken,
     group_blocks,
     has_label,
+    hide_taken,
     inverse_temperatures,
     load_stats,
+    load_taken,
     panel_pointers,
     raw_logits,
     selected_rows,
@@ -63,6 +67,7 @@ def dlogits_kernel(
     low_rank,  # LowRank or None
     ids_ptr,  # (V,) the entry at each position; None: in their order
     selection,  # Selection of the rows with a gradient; targets are positions
+    taken,  # Taken or None
     temperature_ptr,  # (N,) or None
     stats_ptr,  # (5, N) RowStats
     grad_logp_ptr,  # (N,)
@@ -126,6 +131,10 @@ def dlogits_kernel(
     if has_label(local, BLOCK_V) | (first_v + BLOCK_V > head.V) | (start + BLOCK_N > stop):
         dz = tl.where(offs_v[None, :] == local[:, None], at_label[:, None] * slope, dz)
         dz = tl.where((first_v + offs_v < head.V)[None, :] & mask_n[:, None], dz, 0.0)  # the GEMMs read whole tiles
+    if taken is not None:
+        count = count_taken(taken, rows, mask_n, first_v)
+        upcoming = load_taken(taken, rows, mask_n, count)
+        dz, count, upcoming = hide_taken(dz, 0.0, taken, rows, mask_n, count, upcoming, first_v, BLOCK_V)
     dz = without_dust(dz)
     if sums_ptr is not None:
         tl.store(sums_ptr + tile * height + block * BLOCK_N + tl.arange(0, BLOCK_N), tl.sum(dz, axis=1))
@@ -313,7 +322,11 @@ class Launcher:
         self.scale, self.work, self.tile = scale, work, tile
         self.head, self.logits, self.low_rank = logit_arguments(problem)
         self.compute = TO_TRITON[str(problem.params.compute_dtype)]
-        self.selection = Selection(plan.rows, plan.count, self.target_positions())
+        self.selection = Selection(plan.rows, plan.count, self.positions(problem.targets))
+        taken = problem.taken
+        if taken is not None and plan.entries is not None:
+            taken = self.positions(taken).sort(1).values
+        self.taken = taken_arguments(taken)
         if work.spread:
             work.panels.sum_rows(tile)
         self.operands = None, None
@@ -322,9 +335,9 @@ class Launcher:
             self.operands = describe(x, tile.rows, tile.depth), describe(weight, tile.cols, tile.depth)
         self.products = [self.dweight_tile(k) for k in range(len(work.factors))]
 
-    def target_positions(self):
-        """(N,) where each target's entry is in the plan's order; what is no entry stays as it is."""
-        targets, entries = self.problem.targets, self.plan.entries
+    def positions(self, targets):
+        """Where each target's entry is in the plan's order; what is no entry stays as it is."""
+        entries = self.plan.entries
         if entries is None:
             return targets
         positions = torch.empty_like(entries).scatter_(0, entries, torch.arange(len(entries), device=entries.device))
@@ -346,6 +359,7 @@ class Launcher:
     def dlogits(self, first_row, last_row, chunk):
         dlogits_kernel[(self.grid(self.tile),)](
             **self.tile_arguments(first_row, last_row, chunk),
+            taken=self.taken,
             grad_logp_ptr=self.grads[0],
             grad_entropy_ptr=self.grads[1] if len(self.grads) > 1 else None,
         )

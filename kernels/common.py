@@ -6,8 +6,10 @@ import torch
 import triton
 import triton.language as tl
 
+from fastgrpo import inputs
 from fastgrpo.backends import problem
 
+NOWHERE = tl.constexpr(inputs.NOWHERE)
 LOG2E = tl.constexpr(math.log2(math.e))
 FLOOR, NOTHING = map(tl.constexpr, (problem.FLOOR, problem.NOTHING))
 NEGLIGIBLE = tl.constexpr(problem.negligible(torch.float32))
@@ -169,6 +171,44 @@ def raw_logits(
 def has_label(local, BLOCK_V: tl.constexpr):
     """Whether one of the labels, counted from a tile's first position, is in the tile: of most tiles none is."""
     return tl.max(((local >= 0) & (local < BLOCK_V)).to(tl.int32), axis=0) > 0
+
+
+@triton.jit
+def count_taken(taken, rows, mask, first):
+    """(BLOCK_N,) int32: how many of each row's taken positions come before ``first``; by halving."""
+    at = taken.positions_ptr + rows * taken.K
+    low = tl.zeros_like(rows).to(tl.int32)
+    high = tl.where(mask, taken.K, 0).to(tl.int32)
+    size = taken.K
+    while size > 0:
+        middle = (low + high) // 2
+        left = low < high
+        before = left & (tl.load(at + middle, mask=left, other=0) < first)
+        high = tl.where(before, high, middle)
+        low = tl.where(before, middle + 1, low)
+        size = size // 2
+    return low
+
+
+@triton.jit
+def load_taken(taken, rows, mask, count):
+    """(BLOCK_N,) the position that comes after ``count`` of them, int32."""
+    at = taken.positions_ptr + rows * taken.K + count
+    return tl.load(at, mask=mask & (count < taken.K), other=NOWHERE).to(tl.int32)
+
+
+@triton.jit
+def hide_taken(x, value, taken, rows, mask, count, upcoming, first_v, BLOCK_V: tl.constexpr):
+    """x (BLOCK_N, BLOCK_V) with ``value`` at what is taken of a tile; then count and upcoming behind it.
+
+    As many steps as the most that a row has there: of most tiles none or one.
+    """
+    offs_v, last = tl.arange(0, BLOCK_V), first_v + BLOCK_V
+    while tl.min(upcoming, axis=0) < last:
+        x = tl.where(offs_v[None, :] == (upcoming - first_v)[:, None], value, x)
+        count += (upcoming < last).to(tl.int32)
+        upcoming = load_taken(taken, rows, mask, count)
+    return x, count, upcoming
 
 
 @triton.jit

@@ -11,15 +11,26 @@ from fastgrpo.backends.certified import cutoff, distrust
 from fastgrpo.backends.problem import HeadProblem, RowStats
 from fastgrpo.inputs import IGNORE, compact_rows
 from fastgrpo.kernels import tiles
-from fastgrpo.kernels.arguments import TO_TRITON, Selection, describe, has_extras, logit_arguments, pick_tile
+from fastgrpo.kernels.arguments import (
+    TO_TRITON,
+    Selection,
+    describe,
+    has_extras,
+    logit_arguments,
+    pick_tile,
+    taken_arguments,
+)
 from fastgrpo.kernels.combine import DROPPED, combine
 from fastgrpo.kernels.common import (
     FLOOR,
     LOG2E,
     NOTHING,
     cap,
+    count_taken,
     group_blocks,
+    hide_taken,
     inverse_temperatures,
+    load_taken,
     low_values,
     raw_logits,
     selected_rows,
@@ -121,6 +132,7 @@ def forward_kernel(
     bias_ptr,  # (V,) or None
     low_rank,  # LowRank or None
     selection,  # Selection
+    taken,  # Taken or None
     temperature_ptr,  # (N,) or None
     hint_ptr,  # (N,) log-probs near the current ones, or None
     label_ptr,  # (N,) logits of the labels, some of them other ranks' entries
@@ -159,6 +171,9 @@ def forward_kernel(
     dropped = tl.zeros((BLOCK_N,), tl.float32)
     threshold = tl.zeros((BLOCK_N,), tl.float32)
     W: tl.constexpr = BLOCK_V // 32
+    if taken is not None:
+        count = count_taken(taken, rows, mask_n, this_run * run)
+        upcoming = load_taken(taken, rows, mask_n, count)
     if flags_ptr is not None:
         guess = tl.load(label_ptr + rows, mask=mask_n, other=0.0)
         if hint_ptr is not None:
@@ -171,6 +186,8 @@ def forward_kernel(
             WHOLE_D, COMPUTE, BLOCK_N, BLOCK_V, BLOCK_D,
         )  # fmt: skip
         value = cap(value, logits)
+        if taken is not None:
+            value, count, upcoming = hide_taken(value, NOTHING, taken, rows, mask_n, count, upcoming, first_v, BLOCK_V)
         local = label - first_v
         if flags_ptr is not None:
             words = pack_flags(value >= threshold[:, None], local, BLOCK_N, BLOCK_V)
@@ -292,7 +309,8 @@ def flag_shape(problem):
 
 def forward_name(problem, certified):
     name = "forward_certified" if certified else "forward"
-    return name + "_full" if problem.params.entropy or has_extras(problem) else name
+    crowded = certified and problem.taken is not None
+    return name + "_full" if problem.params.entropy or crowded or has_extras(problem) else name
 
 
 def run_forward(problem, rows, count, hint=None, flags=None, dropped=None, label=None, merged=None, stats=None):
@@ -311,8 +329,8 @@ def run_forward(problem, rows, count, hint=None, flags=None, dropped=None, label
     kinds = DROPPED.value + (flags is not None)
     partials = torch.empty(kinds, runs, n, dtype=torch.float32, device=hidden.device)
     head, logits, low_rank = logit_arguments(problem)
-    selection = Selection(rows, count, problem.targets)
-    known = label is not None
+    selection, taken = Selection(rows, count, problem.targets), taken_arguments(problem.taken)
+    known = label is not None or problem.taken is not None  # or there is none
     label = torch.zeros(n, dtype=torch.float32, device=hidden.device) if label is None else label
     for first_row, last_row in spans(n, held):
         gather_rows(hidden, rows, count, x, first_row, last_row, first_row)
@@ -341,6 +359,7 @@ def run_forward(problem, rows, count, hint=None, flags=None, dropped=None, label
             bias_ptr=problem.bias,
             low_rank=low_rank,
             selection=selection,
+            taken=taken,
             temperature_ptr=problem.temperature,
             hint_ptr=hint,
             label_ptr=label,

@@ -27,7 +27,7 @@ SHARED_LIMIT = {
 GEMMS = tuple(f"{name}_kernel" for name in (
     "forward", "masses", "dlogits", "dhidden", "dweight", "forward_pair", "dlogits_pair"))  # fmt: skip
 TENSOR_CORE = re.compile(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b|\bv_mfma_")  # in PTX, in AMD's assembly
-N, V, RANK = 4096, 152064, 16
+N, V, RANK, TAKEN = 4096, 152064, 16, 20
 DEPTHS = (896, 1536, 2048, 3584, 4096, 5120)  # widths of models
 FLOAT16 = ("sm_80", "sm_90")
 OTHER_TRITON = "3.6.0"  # what torch 2.10 and 2.11 ship, beside the environment's own
@@ -51,7 +51,7 @@ def problems(depth, architecture, chunked):
     from fastgrpo.backends.problem import Gradients, HeadParams, HeadProblem
     from fastgrpo.kernels import tiles
 
-    def make(dtype, full, entropy=False, lora=False, rows=N, workspace=2**27, padding=0):
+    def make(dtype, full, entropy=False, lora=False, rows=N, workspace=2**27, padding=0, taken=None):
         def empty(*shape, dtype=dtype):
             return torch.empty(shape, dtype=dtype, device="meta")
 
@@ -65,6 +65,7 @@ def problems(depth, architecture, chunked):
             empty(rows, dtype=torch.float32) if full else None, params,
             empty(1, rows, RANK, dtype=torch.float32) if full or lora else None,
             empty(V, RANK) if full or lora else None,
+            taken and empty(rows, taken, dtype=torch.int64),
         )  # fmt: skip
 
     half = (torch.float16,) if architecture in FLOAT16 else ()  # elsewhere bfloat16 stands for it
@@ -72,6 +73,8 @@ def problems(depth, architecture, chunked):
         name = str(dtype).removeprefix("torch.")
         yield f"{name}", make(dtype, full=False), Gradients(True, True)
         yield f"{name} all options", make(dtype, full=True), Gradients(*[True] * 5)
+        yield f"{name} top-k", make(dtype, full=False, taken=TAKEN), Gradients(True, True)
+        yield f"{name} all options, top-k", make(dtype, full=True, taken=TAKEN), Gradients(*[True] * 5)
         yield f"{name} LoRA", make(dtype, full=False, lora=True), Gradients(True, False, low=True, up=True)
         if dtype == torch.bfloat16 and architecture in tiles.DESCRIBED:  # what descriptors cannot read
             yield f"{name} by pointers", make(dtype, full=False, padding=1), Gradients(True, True)
@@ -175,19 +178,19 @@ def recorded_launches(architecture, depths=DEPTHS):
             row = torch.empty(problem.targets.shape, device="meta")
             forward.certified_forward(certified, row)
             forward.certified_partial_forward(certified, row, row)
-            frozen.frozen_forward(dataclasses.replace(problem, low=None, up=None))
+            frozen.frozen_forward(dataclasses.replace(problem, low=None, up=None, taken=None))
             grad = torch.empty(problem.targets.shape, dtype=torch.float32, device="meta")
             stats = problem.new_stats(torch.float32)
-            backward.backward(problem, stats, grad, grad if "all" in label else None, needs)
+            grads = backward.backward(problem, stats, grad, grad if "all" in label else None, needs)
             if hasattr(backward.staircase, "make"):
                 certificate = forward.certified_forward(certified, row)[1]
                 backward.certified_backward(certified, stats, certificate, grad, needs)
             entries = torch.empty(6 * N, dtype=torch.int64, device="meta")
             offsets = torch.empty(problem.targets.numel() + 1, dtype=torch.int64, device="meta")
             kept = support.Support(entries, entries, offsets, entries, None)
-            support.backward(
-                problem, kept, support_kernels, stats, support_kernels.kept_logits(problem, kept), grad, None, needs
-            )
+            raw = support_kernels.kept_logits(problem, kept)
+            support.backward(problem, kept, support_kernels, stats, raw, grad, None, needs)
+            support.pair_gradients(problem, kept, support_kernels, raw, needs, grads)
             yield from ((f"{label}, D {problem.sizes[2]}", *launch) for launch in launches)
             for name, pair in pairs(label, problem) if problem.sizes[2] == depths[0] else ():
                 del launches[:]

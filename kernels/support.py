@@ -66,6 +66,7 @@ def kept_sums_kernel(
     D,
     T,
     strides,  # RowStrides of the source
+    ADD: tl.constexpr,  # whether to add to what out holds
     CAST: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -75,9 +76,11 @@ def kept_sums_kernel(
     m = (tl.program_id(0) // tiles_d).to(tl.int64)
     offs_d = tl.program_id(0) % tiles_d * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
-    last = tl.load(offsets_ptr + m + 1)
+    begin, last = tl.load(offsets_ptr + m), tl.load(offsets_ptr + m + 1)
+    if ADD and begin >= last:
+        return
     acc = tl.zeros((BLOCK_D,), dtype=tl.float32)
-    for first in range(tl.load(offsets_ptr + m), last, BLOCK_E):
+    for first in range(begin, last, BLOCK_E):
         offs_e = first + tl.arange(0, BLOCK_E)
         coefficients = tl.load(coefficients_ptr + offs_e, mask=offs_e < last, other=0.0)
         index = tl.load(index_ptr + offs_e, mask=offs_e < last, other=0)
@@ -85,6 +88,8 @@ def kept_sums_kernel(
         pointers += offs_d[None, :] * tl.cast(strides.d, tl.int64)
         x = tl.load(pointers, mask=(coefficients != 0)[:, None] & mask_d[None, :], other=0.0)
         acc += tl.sum(coefficients[:, None] * x.to(CAST).to(tl.float32), axis=0)
+    if ADD:
+        acc += tl.load(out_ptr + m * D + offs_d, mask=mask_d, other=0.0).to(tl.float32)
     tl.store(out_ptr + m * D + offs_d, acc.to(out_ptr.dtype.element_ty), mask=mask_d)
 
 
@@ -122,17 +127,20 @@ def kept_logits(problem, support):
     return out
 
 
-def kept_sums(problem, source, coefficients, index, offsets, cast, dtype):
+def kept_sums(problem, source, coefficients, index, offsets, cast, dtype, out=None):
     """out[m] = sum of ``coefficients[e] * source[index[e]]`` over offsets[m] <= e < offsets[m + 1], in that order.
 
     Args:
         source: (B, T, D), any strides, of B * T rows, read as ``cast``. coefficients, index: (K,). offsets: (M + 1,).
+        out: (M, D) dense, that the sums are added to, or None.
 
     Returns:
-        (M, D) in ``dtype``, summed in fp32. An entry whose coefficient is 0 is not read.
+        (M, D) in ``dtype``, summed in fp32: ``out``. An entry whose coefficient is 0 is not read.
     """
     length, depth = source.shape[1:]
-    out = torch.empty(offsets.numel() - 1, depth, dtype=dtype, device=source.device)
+    add = out is not None
+    if not add:
+        out = torch.empty(offsets.numel() - 1, depth, dtype=dtype, device=source.device)
     block = block_depth(depth)
     programs = out.shape[0] * cdiv(depth, block)
     if programs:
@@ -145,6 +153,7 @@ def kept_sums(problem, source, coefficients, index, offsets, cast, dtype):
             D=depth,
             T=length,
             strides=row_strides(source),
+            ADD=add,
             CAST=TO_TRITON[str(cast)],
             BLOCK_E=ENTRIES,
             BLOCK_D=block,

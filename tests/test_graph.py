@@ -56,6 +56,8 @@ STRATEGIES = {
     "entropy": {"return_entropy": True, "softcap": 20.0},
     "lora": {"lora": True},
     "support": {"support": True},
+    "top-k": {"topk": True, "return_entropy": True, "lora": True},
+    "top-k, certified": {"topk": True, "backward": "certified", "tolerance": 0.1},
 }
 
 
@@ -64,15 +66,19 @@ def scores(frozen, hidden, weight, bias, targets, lora=None, support=None, **opt
     if frozen:
         weight, bias = weight.detach(), bias.detach()
     out = linear_logprobs(hidden, weight, targets, bias, lora=lora, support=support, **options)
-    loss = (out.logprobs * torch.cos(torch.arange(len(targets)))).sum()
-    return loss if out.entropy is None else loss + 0.3 * out.entropy.sum(), *out[: 1 + (out.entropy is not None)]
+    weights = torch.cos(torch.arange(len(targets)))
+    loss = (out.logprobs * (weights if targets.ndim == 1 else weights[:, None])).sum()
+    found = [x for x in out if x is not None]
+    return loss + 0.3 * sum(x.sum() for x in found[1:]), *found
 
 
 def make_call(name, tokens, backend="torch", vocab=VOCAB):
     """-> a function of no argument, and the tensors that want a gradient."""
     options = dict(STRATEGIES[name], backend=backend)
-    frozen, lora, support = (options.pop(key, False) for key in ("frozen", "lora", "support"))
+    frozen, lora, support, topk = (options.pop(key, False) for key in ("frozen", "lora", "support", "topk"))
     hidden, weight, bias, targets = head(tokens, vocab)
+    if topk:
+        targets = kept_ids(targets, vocab)[0].view(-1, 3).where(targets[:, None] != -100, -100)
     leaves = [x.requires_grad_() for x in ((hidden,) if frozen else (hidden, weight, bias))]
     if lora:
         options["lora"] = adapter(vocab)

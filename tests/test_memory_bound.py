@@ -70,6 +70,25 @@ def test_torch_backend(backward, frozen, lora, dtype):
     assert live.peak - kept <= bound, (live.peak - kept) / bound
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("backward", ["exact", "certified"])
+def test_topk_on_the_torch_backend(backward, dtype):
+    """As an ordinary target's, and 80 bytes a target: no (N, K, D), no second dW."""
+    n, vocab, depth, k, workspace = 512, 2048, 128, 32, MIB // 2
+    p = draw_peaked(n, vocab, depth, dtype)
+    with StandInCuda() as cuda:
+        hidden, weight = (cuda.put(p[name]).requires_grad_() for name in ("hidden", "weight"))
+        ids = cuda.put((p["targets"][:, None] + torch.arange(k)) % vocab)
+        with Live() as live:
+            out = linear_logprobs(hidden, weight, ids, backend="torch", backward=backward,
+                                  workspace_mb=workspace / MIB)  # fmt: skip
+            grads = torch.autograd.grad(out.logprobs.sum() + out.rest.sum(), (hidden, weight))
+        kept = sum(x.inner.untyped_storage().nbytes() for x in grads)
+    bound = bound_memory(n, vocab, depth, workspace) + 80 * n * k
+    assert bound < workspace + 4 * n * k * depth
+    assert live.peak - kept <= bound, (live.peak - kept) / bound
+
+
 @pytest.mark.parametrize(("frozen", "lora"), [(False, False), (True, False), (False, True), (True, True)])
 @pytest.mark.parametrize(("n", "depth"), [(16384, 1536), (16384, 4096), (65536, 4096), (300, 896), (1, 1536)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

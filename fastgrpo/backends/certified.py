@@ -126,7 +126,7 @@ def fold_vocabulary(problem, rows, label, hint):
 def fold_tiles(problem, rows, fold, buffers):
     capped = fold.with_slope and problem.params.softcap is not None
     for tile in LogitTiles(problem, rows, buffers, with_slope=capped, multiple=fold.block):
-        fold.tile(tile, problem.targets[tile.rows] - tile.chunk.span.start)
+        fold.tile(tile, problem.apart(tile.rows) - tile.chunk.span.start)
 
 
 def label_logits(problem, rows):
@@ -165,8 +165,9 @@ class Fold:
         self.total, self.spread, self.dropped = torch.zeros(3, label.numel(), dtype=label.dtype, device=label.device)
 
     def tile(self, tile, local):
-        """tile.z: (blocks * block, C), rows beyond the last NOTHING; overwritten. local: (n,) labels in the chunk."""
-        z, part = tile.z[: local.numel()], tile.part
+        """tile.z: (blocks * block, C), rows beyond the last NOTHING; overwritten. local: (n,) labels in the chunk,
+        or (n, K) what is taken."""
+        z, part = tile.z[: len(local)], tile.part
         dense.take_label(z, local, torch.empty_like(self.label[part]))
         if self.hint is None:
             self.raise_shift(z, part, first=tile.chunk.span.start == 0)

@@ -178,7 +178,7 @@ class SparseRows:
                 for factor, (h, x) in enumerate(zip(heads, self.kept))]  # fmt: skip
         factors = reader.rows(rows)
         z = reader.raw_logits(factors, kept, self.logits[: n * k].view(n, k) if self.logits.numel() else None)
-        label = dense.find_labels(entries, problem.targets[rows])
+        label = dense.find_labels(entries, problem.apart(rows))
         bias = None if problem.bias is None else problem.bias[entries]
         grad = self.grad[rows] if self.scale is None else self.grad[rows] * self.scale
         dz = gradient.of_tile(problem, z, bias, rows, entries, label, self.stats[:, rows], grad)

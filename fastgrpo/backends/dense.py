@@ -44,7 +44,7 @@ def fold_vocabulary(problem):
     rows = counted_rows(problem.targets)
     running, label = start_running(problem, rows)
     for tile in LogitTiles(problem, rows, buffers=2 if problem.params.entropy else 1):
-        local = problem.targets[tile.rows] - tile.chunk.span.start
+        local = problem.apart(tile.rows) - tile.chunk.span.start
         fold_tile(tile.z, local, running[:, tile.part], label[tile.part], problem.params.entropy)
     return rows, running, label
 
@@ -89,12 +89,23 @@ def fold_tile(z, local, running, label, entropy):
 
 
 def take_label(z, local, label):
-    """Move the label's logit out of the tile into ``label``, for the rows whose label is in it."""
+    """Move the label's logit out of the tile into ``label``, for the rows whose label is in it; or :func:`hide`."""
+    if local.ndim == 2:
+        hide(z, local)
+        return
     inside = (local >= 0) & (local < z.shape[1])
     index = local.clamp(0, z.shape[1] - 1)[:, None]
     found = z.gather(1, index).squeeze(1)
     label.copy_(torch.where(inside, found, label))
     z.scatter_(1, index, torch.where(inside, NOTHING, found)[:, None])
+
+
+def hide(z, local):
+    """NOTHING in place of the logits that are taken, in place. local: (n, K), any other number where none is."""
+    inside = (local >= 0) & (local < z.shape[1])
+    place = local.clamp(0, z.shape[1] - 1)
+    # The smaller of two that meet: a place outside has become one that may be another's.
+    z.scatter_reduce_(1, place, torch.where(inside, NOTHING, z.gather(1, place)), "amin")
 
 
 def combine(running, label):
@@ -105,12 +116,14 @@ def combine(running, label):
 def logits_gradient(problem, z, bias, index, local, stats, grad_logp, grad_entropy=None):
     """d loss / d raw logits of one tile, over z's memory: g (onehot - p) - h p (log p + H), chained to the raw product.
 
-    The label's term is made of the statistics.
+    The label's term is made of the statistics. local: (n,) labels in the tile; or (n, K) what is taken, whose is 0.
     """
     inv_temperature = row_inverse_temperature(problem, index)
     chain = problem.params.logit_scale * (1.0 if inv_temperature is None else inv_temperature)
     z, slope = transform(problem, z, bias, inv_temperature, with_slope=True)
     rows = RowStats(*stats)
+    if local.ndim == 2:
+        hide(z, local)
     z.sub_(rows.peak[:, None]).sub_(rows.offset[:, None])
     at_label = gradient_at_label(grad_logp, grad_entropy, rows.logp, rows.other_mass, rows.entropy)
     if grad_entropy is None:
@@ -119,14 +132,15 @@ def logits_gradient(problem, z, bias, index, local, stats, grad_logp, grad_entro
         p = exp_(z.clamp_(min=FAR).clone())
         z += rows.entropy[:, None]
         z.mul_(-grad_entropy[:, None]).sub_(grad_logp[:, None]).mul_(p).mul_(chain)
-    inside = (local >= 0) & (local < z.shape[1])
-    place = local.clamp(0, z.shape[1] - 1)[:, None]
-    z.scatter_(1, place, torch.where(inside[:, None], at_label[:, None] * chain, z.gather(1, place)))
+    if local.ndim == 1:
+        inside = (local >= 0) & (local < z.shape[1])
+        place = local.clamp(0, z.shape[1] - 1)[:, None]
+        z.scatter_(1, place, torch.where(inside[:, None], at_label[:, None] * chain, z.gather(1, place)))
     return without_denormals(z if slope is None else z.mul_(slope))
 
 
 def find_labels(entries, targets):
-    """(n,) where among the rising ``entries`` each label stands, or -1."""
+    """Where among the rising ``entries`` each label stands, or -1; shaped like the targets."""
     at = torch.searchsorted(entries, targets)
     found = entries[at.clamp(max=entries.numel() - 1)] == targets
     return torch.where(found, at, -1)

@@ -136,6 +136,6 @@ class ExactRows:
 def differentiate(problem, tile, stats, grads, scale):
     """d loss / d raw logits of a raw tile, over its memory. grads: as :class:`ExactRows`'s, times ``scale`` if any."""
     grads = [g[tile.rows] if scale is None else g[tile.rows] * scale for g in grads]
-    local = problem.targets[tile.rows] - tile.chunk.span.start
+    local = problem.apart(tile.rows) - tile.chunk.span.start
     known = stats[:, tile.rows]
     return gradient.of_tile(problem, tile.z, tile.chunk.bias, tile.rows, tile.chunk.span, local, known, *grads)

@@ -133,6 +133,8 @@ def fit_tile(problem, rows, buffers, held=0):
     size = 8 if problem.hidden.dtype == torch.float64 else 4
     max_rows, max_entries = (CPU_ROWS, CPU_ENTRIES) if problem.hidden.device.type == "cpu" else (16384, 16384)
     budget, per_row, cell = problem.params.workspace - held, size * depth, size * buffers
+    if problem.taken is not None:
+        per_row += 32 * problem.taken.shape[1]  # their places, and what stands there
     if problem.params.compute_dtype.itemsize == 2 and lora.has_native(problem.hidden):
         cell, per_row = cell + 2, per_row + 2 * depth  # the tile and its rows once more, in 16 bits
     return plan_tiles(min(rows, max_rows), min(vocab, max_entries), budget, cell, per_row, 2 * size * depth)

@@ -8,6 +8,7 @@ Words of the op, in all its files:
     workspace    bytes that a tile may take, with its operands and what is made of it
     block        neighbouring rows that share their flags
     flag         of a block and an entry, set where the entry matters to one of the rows: it is kept
+    taken        of a row, entries that are left out of its sums because something else sees to them
     dropped      of a row, the probability of the entries that are not kept
     certificate  the order of the rows, their flags and what they drop: made by the forward, bounds the backward's error
     whole row    one that keeps every entry, because it would drop too much; a tail row: whole for the head's gradient
@@ -20,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fastgrpo import lora
+from fastgrpo.inputs import ELSEWHERE, IGNORE
 
 FLOOR = -1e29  # below every real logit; finite, so that an empty sum of exp(z - FLOOR) meets no inf - inf
 NOTHING = -1e30  # an entry that must not count: exp(NOTHING - FLOOR) is 0, and so is 0 * NOTHING
@@ -86,7 +88,7 @@ class HeadParams:
     tolerance: float | None = None  # of the certified backward; None: exact
     row_tolerance: float = 1.0  # of each entry's gradient in it; 1: not asked for
     hidden_grad: torch.dtype | None = None  # dtype of dX; None: that of hidden
-    shard: bool = False  # whether the entries are a part of the vocabulary, other ranks having the rest
+    shard: bool = False  # whether the entries are a part of the vocabulary, something else having the rest
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,7 @@ class HeadProblem:
     params: HeadParams
     low: torch.Tensor | None = None  # (B, T, r) in the accumulator's dtype, contiguous: LoRA's scaling * hidden @ A.T
     up: torch.Tensor | None = None  # (V, r): LoRA's B
+    taken: torch.Tensor | None = None  # (N, K) int64 entries, rising in a row, NOWHERE where none; no row has a label
 
     @property
     def factors(self):
@@ -141,6 +144,21 @@ class HeadProblem:
         if lora.has_native(self.hidden):  # elsewhere nothing reads them
             other.__dict__["lora_operands"] = self.lora_operands
         return other
+
+    def without(self, taken):
+        """The same problem with some entries of each row taken out and no labels, LoRA's operands not made again.
+
+        Its gradients are those of the other entries alone, whose sum over a row is not 0: as if they were a shard.
+        """
+        targets = torch.where(self.targets == IGNORE, IGNORE, ELSEWHERE)
+        other = replace(self, targets=targets, taken=taken, params=replace(self.params, shard=True))
+        if lora.has_native(self.hidden):
+            other.__dict__["lora_operands"] = self.lora_operands
+        return other
+
+    def apart(self, rows):
+        """Entries that are kept out of the rows' sums: (n,) their labels, or (n, K) what is taken."""
+        return (self.targets if self.taken is None else self.taken)[rows]
 
     @property
     def sizes(self):

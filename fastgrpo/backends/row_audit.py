@@ -166,7 +166,7 @@ class RowAudit(Audit):
         heads, bias = self.read_entries(entries)
         for index, z in zip(self.chunks(rows), self.chunks(out)):
             z.copy_(self.reader.raw_logits(self.reader.rows(index), heads, None))
-            label = dense.find_labels(entries, self.problem.targets[index])
+            label = dense.find_labels(entries, self.problem.apart(index))
             gradient.of_tile(self.problem, z, bias, index, entries, label, self.stats[:, index], self.grad[index])
         return out
 
@@ -237,7 +237,7 @@ class DeviceAudit(Audit):
         grad = grad.masked_fill(self.unusable[:, 0], 0.0)
         self.grad = grad / grad.abs().amax()  # norms are sums of squares
         self.samples = samples_on(str(stats.device), vocab)
-        self.labels = self.samples.place[problem.targets[self.rows].clamp(-1, vocab) + 1]
+        self.labels = self.samples.place[problem.apart(self.rows).clamp(-1, vocab) + 1]
         self.source = RowSource(self.reader, self.rows)
         every = slice(0, self.samples.entries.numel())
         self.made = self.make_dlogits(every) if every.stop <= self.entries_at_once() else None
@@ -304,7 +304,7 @@ class DeviceAudit(Audit):
         return join(parts).masked_fill_(self.unusable, 0.0)
 
     def labels_in(self, span):
-        """(N,) the label's column; negative or beyond the last where it is not among them."""
+        """(N,) the label's column, or (N, K) of what is taken; negative or beyond the last where not among them."""
         return self.labels - span.start if span.start else self.labels
 
     def keeps(self, span):

@@ -16,6 +16,7 @@ FORWARD = 4  # its documented launches: rows gathered, their labels, the vocabul
 FROZEN = 4, 3  # a chunk: masses, fold, level, their product with the weight; gather, combination, directions
 EXACT = 6  # chunks cut, rows gathered; dlogits, dX, dW of the one chunk; scatter
 CERTIFIED = EXACT + 2  # the last block that keeps each entry; a chunk more where descriptors need its entries copied
+TOPK = FORWARD - 1 + 3  # no labels; the targets' logits, and their part of dX and dW
 LORA = 4  # its pair's: gather, dX, dW, scatter
 BIAS, OBJECTIVE = 1, 1
 PAIR = 3  # of two models: rows gathered, the vocabulary, the combination of its runs
@@ -40,7 +41,7 @@ def tensors(dtype, n=300, batch=1, v=V, d=D, view=False, columns_first=False):
 
 
 def logprobs(dtype, frozen=False, lora=None, bias=False, options=False, hint=False, entropy=False, backward="exact",
-             workspace_mb=128, support=False, **shape):  # fmt: skip
+             workspace_mb=128, support=False, topk=0, **shape):  # fmt: skip
     """One forward and backward of linear_logprobs."""
     hidden, weight, targets = tensors(dtype, **shape)
     v, d = weight.shape
@@ -55,9 +56,12 @@ def logprobs(dtype, frozen=False, lora=None, bias=False, options=False, hint=Fal
         keywords["old_logprobs"] = -torch.rand(targets.shape)
     if support:
         keywords["support"] = (targets.flatten().clamp(min=0), torch.arange(targets.numel() + 1))
+    if topk:
+        targets = targets[..., None] + torch.arange(topk).where(targets[..., None] != -100, 0)
+        targets = targets.where(targets < v, -100)
     out = linear_logprobs(hidden, weight, targets, torch.zeros(v, dtype=dtype).requires_grad_(not frozen) if bias
                           else None, **keywords)  # fmt: skip
-    (out.logprobs.sum() + (out.entropy.sum() if entropy else 0.0)).backward()
+    (out.logprobs.sum() + sum(x.sum() for x in (out.entropy, out.rest) if x is not None)).backward()
 
 
 def problem_of(dtype, options=False, bias=False, **others):
@@ -185,6 +189,12 @@ def cases(everything):
         yield case(f"{kind} certified, everything", FORWARD + CERTIFIED + BIAS, logprobs, dtype, backward="certified",
                    hint=True, bias=True, options=True)  # fmt: skip
         yield case(f"{kind} support", 3, logprobs, dtype, support=True)  # logits, dX, dW
+        yield case(f"{kind} top-k", TOPK + EXACT, logprobs, dtype, topk=5)
+        yield case(f"{kind} top-k, frozen head", TOPK - 1 + EXACT - 1, logprobs, dtype, topk=5, frozen=True)
+        yield case(f"{kind} top-k, everything", None, logprobs, dtype, topk=5, lora=dtype, bias=True, options=True,
+                   entropy=True)  # fmt: skip
+        yield case(f"{kind} top-k, certified", TOPK + CERTIFIED, logprobs, dtype, topk=5, backward="certified")
+        yield case(f"{kind} top-k of another batch", None, logprobs, dtype, topk=5, n=99, batch=3, compiles=0)
         yield case(f"{kind} shard", FORWARD, partial, dtype, certified=False)
         yield case(f"{kind} shard, certified", FORWARD, partial, dtype, certified=True)
     # Nothing is compiled again when only the batch changes.
