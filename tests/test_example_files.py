@@ -20,10 +20,13 @@ def poisoned_memory():
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("model"))
+
+
+def save_model(folder, **shape):
     import trainer_job
 
-    folder = tmp_path_factory.mktemp("model")
-    model, tokenizer = trainer_job.make_model(dropout=0.0)
+    model, tokenizer = trainer_job.make_model(dropout=0.0, **shape)
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}="
     model.config.max_position_embeddings = 512
     model.save_pretrained(folder)
@@ -79,6 +82,13 @@ def test_real_model(model, tmp_path, capsys):
     run("real_model", model, f"output_dir={tmp_path}", "use_cpu=true", *(f"{k}={v}" for k, v in sizes.items()))
     assert "the adapter:" in capsys.readouterr().out
     assert (tmp_path / "model" / "adapter_config.json").is_file()
+
+
+def test_distill(model, tmp_path, capsys):
+    run("distill", model, save_model(tmp_path, width=48), steps=2)
+    nats = [float(line.split()[2]) for line in capsys.readouterr().out.splitlines()]
+    assert len(nats) == 2
+    assert all(0 < value < 3 for value in nats)
 
 
 def test_trl_trainer(model, tmp_path, capsys):

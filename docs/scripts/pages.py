@@ -195,7 +195,16 @@ def rewards_table():
 API = {
     "The op": (
         "fastgrpo",
-        ("linear_logprobs", "LogProbs", "grpo_loss", "GRPOLoss", "GRPOLossConfig", "group_advantages"),
+        (
+            "linear_logprobs",
+            "LogProbs",
+            "grpo_loss",
+            "GRPOLoss",
+            "GRPOLossConfig",
+            "group_advantages",
+            "linear_divergence",
+            "Divergence",
+        ),
     ),
     "The reference": ("fastgrpo.reference", ("linear_logprobs", "grpo_loss")),
     "A vocabulary cut over ranks": ("fastgrpo.vocab_parallel", ("vocab_parallel_logprobs",)),
@@ -262,6 +271,7 @@ PARTS = {  # page: {name of a part: its text}
     "trainer.md": {"settings": trainer_settings},
     "objectives.md": {"loss-settings": loss_settings},
     "rewards.md": {"rewards": rewards_table},
+    "distillation.md": {},
     "api.md": {"api": api},
 }
 
