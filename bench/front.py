@@ -110,6 +110,17 @@ def results():
     return markdown(("loss head, forward and backward", *NAMES.values()), lines)
 
 
+def passes():
+    """docs/gpu.md's table: the "rl" cases of the GPU in units of one bare product."""
+    rows = [r for r in load(RESULTS, "loss", "cuda") if r["profile"] == "rl" and not r["zero_share"]]
+    titles = list(dict.fromkeys(r["title"] for r in rows))
+    lines = []
+    for name, label in NAMES.items():
+        found = [next(r for r in rows if r["title"] == t and r["entry"] == name) for t in titles]
+        lines.append((label if name == OURS else name, *(f"{r['gemms']:.1f}, {memory(r)}" for r in found)))
+    return markdown(("loss head", *titles), lines)
+
+
 def figures():
     """What the picture shows: {panel: {bar: [trained head, frozen head]}}."""
     pairs = list(zip(chosen(HEADLINE, "cuda"), chosen(f"{HEADLINE}, frozen head", "cuda"), strict=True))

@@ -12,6 +12,7 @@ from bench import RESULTS, ROOT, bias, front, learner, report
 
 PARTS = {  # page: {name of a part: its text}
     "README.md": {"numbers": front.numbers, "results": front.results},
+    "docs/gpu.md": {"passes": front.passes},
     "docs/benchmarks.md": {"figures": lambda: report.figures(RESULTS)},
 }
 
