@@ -3,7 +3,9 @@
 import sys
 
 from fastgrpo.trainer import GRPOConfig, GRPOTrainer
-from fastgrpo.trainer.examples import load_rows, tiny_model
+from fastgrpo.trainer.examples import load_rows
+
+from supervised_start import taught
 
 
 def digits_in_place(completions, answer, **_):
@@ -18,7 +20,7 @@ async def ascending(completions, **_):
 
 
 def main(path=None, steps=10, output="runs/custom-reward"):
-    model, tokenizer = (path, None) if path else tiny_model("tiny:sort")  # digits to sort, "3142="
+    model, tokenizer = (path, None) if path else taught()  # digits to sort, "3142="
     config = GRPOConfig(
         output_dir=output,
         max_steps=steps,

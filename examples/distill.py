@@ -9,14 +9,16 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastgrpo import linear_divergence
-from fastgrpo.trainer.examples import load_rows, tiny_model
+from fastgrpo.trainer.examples import load_rows
+
+from supervised_start import taught
 
 BATCH = 64  # prompts a step
 
 
 def load(student, teacher):
     if student is None:  # two small models that sort digits, made here; the student knows less
-        (model, tokenizer), (better, _) = tiny_model("tiny:sort", seed=1), tiny_model("tiny:sort", seed=0)
+        (model, tokenizer), (better, _) = taught(seed=1, steps=30), taught(steps=80)
         return model, better, tokenizer
     models = [AutoModelForCausalLM.from_pretrained(path) for path in (student, teacher)]
     return *models, AutoTokenizer.from_pretrained(student)

@@ -6,14 +6,15 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastgrpo import GRPOLossConfig, group_advantages, grpo_loss
-from fastgrpo.trainer.examples import tiny_model
+
+from supervised_start import taught
 
 GROUP, PASSES = 16, 2  # answers to the prompt; optimiser steps on one rollout
 
 
 def load(path):
     if path is None:  # a small model that sorts digits, made here
-        return tiny_model("tiny:sort")
+        return taught()
     return AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
 
 

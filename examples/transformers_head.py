@@ -11,11 +11,12 @@ from transformers import AutoModelForCausalLM
 
 from fastgrpo import GRPOLossConfig, grpo_loss
 from fastgrpo.integrations.transformers import fuse_lm_head
-from fastgrpo.trainer.examples import tiny_model
+
+from supervised_start import taught
 
 
 def main(path=None):
-    model = AutoModelForCausalLM.from_pretrained(path) if path else tiny_model("tiny:sort")[0]
+    model = AutoModelForCausalLM.from_pretrained(path) if path else taught(steps=1)[0]
     model = fuse_lm_head(model)  # the one line; LoRA, DDP, FSDP2 and torch.compile may come after it
     ids = torch.randint(3, model.config.vocab_size, (4, 16), generator=torch.Generator().manual_seed(0))
 

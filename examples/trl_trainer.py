@@ -10,7 +10,9 @@ from datasets import Dataset
 from trl import GRPOConfig
 
 from fastgrpo.integrations.trl import FastGRPOTrainer as GRPOTrainer  # was: from trl import GRPOTrainer
-from fastgrpo.trainer.examples import load_rows, tiny_model
+from fastgrpo.trainer.examples import load_rows
+
+from supervised_start import taught
 
 
 def digits_in_place(completions, answer, **_):
@@ -18,7 +20,7 @@ def digits_in_place(completions, answer, **_):
 
 
 def main(path=None, steps=10, output="runs/trl"):
-    model, tokenizer = (path, None) if path else tiny_model("tiny:sort")  # digits to sort, "3142="
+    model, tokenizer = (path, None) if path else taught()  # digits to sort, "3142="
     rows = [{"prompt": row["prompt"], "answer": row["answer"]} for row in load_rows("tiny:sort")]
     config = GRPOConfig(
         output_dir=output,

@@ -2,6 +2,7 @@
 
 import re
 import runpy
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,9 @@ EXAMPLES = sorted((Path(__file__).resolve().parents[1] / "examples").glob("*.py"
 
 
 @pytest.fixture(autouse=True)
-def poisoned_memory():
-    """Real memory: transformers fills what it allocates."""
+def poisoned_memory(monkeypatch):
+    """Real memory: transformers fills what it allocates. And the folder on the path, as for a script in it."""
+    monkeypatch.syspath_prepend(str(EXAMPLES[0].parent))
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +49,7 @@ def run(name, *arguments, **options):
 def test_an_example_is_short_and_tested(path):
     text = path.read_text()
     assert text.count("\n") < 60
-    assert re.search(rf"""run\("{path.stem}\"""", Path(__file__).read_text())
+    assert re.search(rf'(?:run\("|import ){path.stem}\b', Path(__file__).read_text())
     assert 'if __name__ == "__main__":' in text
 
 
@@ -60,13 +62,21 @@ def test_own_loop(model, capsys):
 
 def test_own_loop_without_a_model(monkeypatch, capsys):
     """As a new user runs it; its start is shortened."""
-    import dataclasses
+    import supervised_start
 
-    from fastgrpo.trainer import examples
-
-    monkeypatch.setitem(examples.WORLDS, "sort", dataclasses.replace(examples.WORLDS["sort"], start_steps=2))
+    monkeypatch.setattr(supervised_start, "taught", partial(supervised_start.taught, steps=2))
     run("own_loop", steps=1)
-    assert capsys.readouterr().out.startswith("step 1: reward")
+    *start, step = capsys.readouterr().out.splitlines()
+    assert len(start) == 2
+    assert step.startswith("step 1: reward")
+
+
+def test_supervised_start(capsys):
+    import supervised_start
+
+    supervised_start.taught(steps=20)
+    nats = [float(line.split()[3]) for line in capsys.readouterr().out.splitlines()]
+    assert nats[-1] < 0.8 * nats[0]
 
 
 def test_custom_reward(model, tmp_path, capsys):

@@ -118,63 +118,34 @@ def arguments(text):
     return found
 
 
-def described(cls):
-    """{setting: what the ``Args:`` of its class, or of one it is made of, say}; one text may stand for several."""
-    found = {}
-    for part in reversed(cls.__mro__):
-        for name, text in sections(part.__dict__.get("__doc__")):
-            for names, said in arguments(text) if name == "Args" else ():
-                found.update(dict.fromkeys(names.split(", "), said))
-    return found
-
-
-def owner(cls, name):
-    """The class of the MRO whose own annotation declares a setting."""
-    return next(part for part in cls.__mro__ if name in inspect.get_annotations(part))
-
-
-def settings_rows(cls, names):
-    from fastgrpo.checks import annotations, describe
-
-    texts, rows = described(cls), []
-    for name in names:
-        default, hint = cls.__dataclass_fields__[name].default, annotations(cls)[name]
-        said = texts.get(name) or NOT_TRL.get(name, "as in TRL")
-        rows.append((f"`{name}`", f"`{default!r}`", describe(0, hint), said))
-    return [tuple(str(cell).replace("|", "\\|").replace("``", "`") for cell in row) for row in rows]
-
-
-OP = "of the op, see [linear_logprobs](api.md#fastgrpolinear_logprobs)"
-NOT_TRL = {"backend": OP, "backward": OP}
-SETTINGS_HEAD = ("setting", "default", "may be", "what it does")
-TITLES = {
-    "GRPOConfig": "The run",
-    "Sampling": "Sampling",
-    "GRPOLossConfig": "The loss",
-    "ModelOptions": "The model and its optimiser",
-    "VLLMOptions": "vLLM",
-}
-
-
 def trainer_settings():
-    """A table a class that the trainer's config is made of, in the order of its MRO."""
     from fastgrpo.trainer import GRPOConfig
+    from fastgrpo.trainer.describe import settings_table
 
-    groups = {}
-    for name in GRPOConfig.__dataclass_fields__:
-        groups.setdefault(owner(GRPOConfig, name), []).append(name)
-    order = [part for part in GRPOConfig.__mro__ if part in groups]
-    return "\n\n".join(
-        f"### {TITLES.get(part.__name__, part.__name__)}\n\n"
-        + markdown(SETTINGS_HEAD, settings_rows(GRPOConfig, groups[part]))
-        for part in order
-    )
+    return settings_table(GRPOConfig).strip()
+
+
+def sft_settings():
+    """Its own; those of the model and of any run are the trainer's too."""
+    from fastgrpo.trainer import SFTConfig
+    from fastgrpo.trainer.describe import settings_table
+
+    own, *_ = settings_table(SFTConfig).split("\n\n**")
+    return own.strip()
+
+
+def judge_settings():
+    from fastgrpo.trainer.describe import settings_table
+    from fastgrpo.trainer.judge import JudgeSettings
+
+    return settings_table(JudgeSettings).strip()
 
 
 def loss_settings():
     from fastgrpo import GRPOLossConfig
+    from fastgrpo.trainer.describe import settings_table
 
-    return markdown(SETTINGS_HEAD, settings_rows(GRPOLossConfig, [f.name for f in dataclasses.fields(GRPOLossConfig)]))
+    return settings_table(GRPOLossConfig).strip()
 
 
 def rewards_table():
@@ -185,7 +156,8 @@ def rewards_table():
     for name, function in SHIPPED.items():
         parameters = inspect.signature(function).parameters.values()
         options = ", ".join(f"`{p.name}`" for p in parameters if p.name not in given and p.kind is not p.VAR_KEYWORD)
-        text = " ".join(inspect.getdoc(function).split()).replace("``", "`").replace("|", "\\|")
+        text = " ".join(sections(inspect.getdoc(function))[0][1].partition("\n\n")[0].split())
+        text = re.sub(r":\w+:`([^`]+)`", r"`\1`", text).replace("``", "`").replace("|", "\\|")
         rows.append((f"`{name}`", text, options))
     return markdown(("name", "what it gives", "columns and options"), rows)
 
@@ -208,11 +180,12 @@ API = {
     ),
     "The reference": ("fastgrpo.reference", ("linear_logprobs", "grpo_loss")),
     "A vocabulary cut over ranks": ("fastgrpo.vocab_parallel", ("vocab_parallel_logprobs",)),
-    "The trainer": ("fastgrpo.trainer", ("GRPOTrainer", "GRPOConfig")),
+    "The trainer": ("fastgrpo.trainer", ("GRPOTrainer", "GRPOConfig", "SFTTrainer", "SFTConfig")),
     "transformers": ("fastgrpo.integrations.transformers", ("fuse_lm_head", "FusedOutput", "is_fused")),
     "TRL": ("fastgrpo.integrations.trl", ("FastGRPOTrainer", "patched")),
     "Liger's slot": ("fastgrpo.integrations.liger", ("FusedLinearGRPOLoss", "apply")),
     "verl": ("fastgrpo.integrations.verl", ("linear_cross_entropy", "apply")),
+    "Rewards that are models": ("fastgrpo.trainer.rewards", ("reward_model", "judge")),
     "This machine": ("fastgrpo.env", ("report", "self_test")),
 }
 
@@ -268,9 +241,9 @@ def docstring(thing):
 PARTS = {  # page: {name of a part: its text}
     "step-by-step.md": {"memory": memory_table},
     "how-it-works.md": {},
-    "trainer.md": {"settings": trainer_settings},
+    "trainer.md": {"settings": trainer_settings, "sft-settings": sft_settings},
     "objectives.md": {"loss-settings": loss_settings},
-    "rewards.md": {"rewards": rewards_table},
+    "rewards.md": {"rewards": rewards_table, "judge-settings": judge_settings},
     "distillation.md": {},
     "api.md": {"api": api},
 }
