@@ -1,16 +1,22 @@
 # Each target builds the virtual environment it needs from requirements.txt; nothing else has to be installed.
+# PINNED=no: the newest versions that pyproject.toml allows, also for Python 3.10.
 PYTHON ?= python3
+PINNED ?= yes
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: demo test quick bench kernel-report gpu-dry-run lint clean
+.PHONY: demo test quick bench kernel-report gpu-dry-run lint docs docs-text wheel clean
 
 $(READY): requirements.txt pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)
+ifeq ($(PINNED),yes)
 	$(BIN)/python -m pip install --quiet -r requirements.txt
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
+else
+	$(BIN)/python -m pip install --quiet -e '.[dev]'
+endif
 	touch $(READY)
 
 demo: $(READY)
@@ -41,5 +47,22 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+# What docs/ and the notebook take from the code, and the pictures of docs/step-by-step.md.
+docs-text: $(READY)
+	$(BIN)/python -m docs.scripts.pages
+
+# The site, in an environment of its own; a link that leads nowhere fails. make docs ARGS=... for mkdocs' own options.
+DOCS := .venv-docs
+$(DOCS)/.ready: docs/requirements.txt
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet -r docs/requirements.txt
+	touch $@
+
+docs: $(DOCS)/.ready
+	$(DOCS)/bin/python -m mkdocs build --strict --site-dir site $(ARGS)
+
+wheel: $(READY)
+	$(BIN)/python -m build --wheel --no-isolation --outdir dist
+
 clean:
-	rm -rf $(VENV) runs build *.egg-info
+	rm -rf $(VENV) $(DOCS) runs build dist site *.egg-info

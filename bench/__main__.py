@@ -1,6 +1,7 @@
 """``python -m bench``: what a GRPO loss costs with fastgrpo and with everything else, and what fits on a card.
 
-``python -m bench`` runs all suites, ``python -m bench report`` rebuilds README's tables from bench/results/.
+``python -m bench`` runs all suites, ``python -m bench report`` rebuilds the figures
+of README and docs/ from its rows.
 """
 
 import argparse
@@ -11,8 +12,9 @@ import os
 import sys
 from pathlib import Path
 
+from bench import RESULTS
+
 SUITES = ("loss", "accuracy", "step", "fit")
-RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def arguments(argv):
@@ -111,9 +113,9 @@ def fine(row):
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["report"]:
-        from bench import report
+        from bench import pages
 
-        return report.main(argv[1:])
+        return pages.main(argv[1:])
     if argv[:1] == ["--child"]:  # a fresh process that a suite started to measure memory in
         from bench import measure
 

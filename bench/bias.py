@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 
-from bench import measure, profiles
-from bench.__main__ import RESULTS
+from bench import RESULTS, measure, profiles
+from bench.draw import write
 from fastgrpo import GRPOLossConfig, group_advantages, grpo_loss, linear_logprobs
 from fastgrpo.backends import certified_backward, frozen
 from fastgrpo.inputs import IGNORE
@@ -303,7 +303,7 @@ def plot(rows, path):
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7)
-    figure.savefig(path, dpi=110)
+    write(figure, path)
 
 
 def main():

@@ -34,8 +34,13 @@ def where(rows):
 
 
 def save(figure, path, rows):
-    figure.text(0.995, 0.002, where(rows), ha="right", va="bottom", fontsize=7, color="grey")
-    figure.savefig(path, dpi=110)
+    figure.text(0.995, -0.01, where(rows), ha="right", va="top", fontsize=7, color="dimgrey")
+    return write(figure, path)
+
+
+def write(figure, path, **options):
+    """On an opaque ground, which reads on a dark page too, and as large as its longest title: nothing is cut off."""
+    figure.savefig(path, bbox_inches="tight", pad_inches=0.1, **{"dpi": 110, "facecolor": "white", **options})
     return path
 
 
@@ -88,7 +93,7 @@ def lines(rows, x, y, label, path):
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
     axis.grid(alpha=0.3, which="both")
-    axis.legend(fontsize=7, ncols=2)
+    figure.legend(loc="outside lower center", fontsize=7, ncols=4)
     return save(figure, path, rows)
 
 
@@ -104,7 +109,7 @@ def grid(rows, x, y, path, label="forward and backward, bare logits GEMMs"):
         axis.bar(at, [mine[v] for v in values if v in mine], width, color=colour(name), label=name)
     axis.set_xticks([k + 0.4 for k in range(len(values))], values, rotation=30, ha="right", fontsize=8)
     axis.set(ylabel=label)
-    axis.legend(fontsize=7, ncols=3)
+    figure.legend(loc="outside lower center", fontsize=7, ncols=5)
     return save(figure, path, rows)
 
 

@@ -1,15 +1,10 @@
-"""README's tables of figures, rebuilt from bench/results/ so that none is typed by hand."""
+"""The tables of figures, made from bench/results/ so that none is typed by hand (bench/pages.py puts them in place)."""
 
-import argparse
 import json
-import sys
-from pathlib import Path
 
 from bench import draw
 from bench.suites import accuracy, loss
 
-ROOT = Path(__file__).resolve().parents[1]
-START, END = "<!-- figures: written by python -m bench report -->", "<!-- end of figures -->"
 KINDS = {"cuda": "GPU", "cpu": "CPU"}
 
 
@@ -123,27 +118,3 @@ def figures(folder):
         parts.append(f"**{name}**: {draw.where(some)}, {versions}; {commands}.")
         parts += [text for suite, rows in found.items() if (text := SECTIONS[suite](rows))]
     return "\n\n".join(parts)
-
-
-def rebuild(readme, folder):
-    """README's text with its figures as the results have them."""
-    head, rest = readme.split(START)
-    return f"{head}{START}\n{figures(folder)}\n{END}{rest.split(END)[1]}"
-
-
-def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m bench report", description=__doc__)
-    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if README would change")
-    options = parser.parse_args(argv)
-    path = ROOT / "README.md"
-    text = rebuild(path.read_text(), ROOT / "bench/results")
-    if not options.check:
-        path.write_text(text)
-    elif text != path.read_text():
-        print("README.md is not what python -m bench report writes")
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

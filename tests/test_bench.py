@@ -13,8 +13,11 @@ import torch
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 
+from matplotlib.figure import Figure
+from PIL import Image
+
 from bench import __main__ as command
-from bench import draw, measure, report, shapes
+from bench import draw, measure, pages, report, shapes
 from bench.cases import OBJECTIVES, Case, Problem, count_denormals, problem, tensors, truth
 from bench.entries import ENTRIES, Entry, full_logits, unsloth_module
 from bench.show import Show
@@ -445,15 +448,31 @@ def test_report_shows_reasons_and_wrong_results(tmp_path):
         {**common, "entry": "absent", "reason": "needs a CUDA device"},
     ]
     (tmp_path / "loss-cpu.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    text = report.rebuild(f"before{report.START}old{report.END}after", tmp_path)
+    page = "before\n<!-- figures: written by a test -->\nold\n<!-- end of figures -->\nafter"
+    text = pages.fill(page, "figures", report.figures(tmp_path))
     assert text.startswith("before")
     assert text.endswith("after")
     assert "| good | 1.25, 12 MiB |" in text
     assert "| bad | wrong |" in text
     assert "| absent | needs a CUDA device |" in text
     assert "old" not in text
-    assert report.rebuild(text, tmp_path) == text
+    assert pages.fill(text, "figures", report.figures(tmp_path)) == text
     assert draw.where(rows) in text
+    with pytest.raises(ValueError, match="expected one part 'figures', got 0"):
+        pages.fill("no such part", "figures", "")
+
+
+def test_nothing_of_a_picture_is_cut_off(tmp_path):
+    """Its ground is opaque, and a title wider than the axes makes it wider."""
+    sizes = []
+    for title in ("short", "a title that is far longer than the picture is wide, by any count " * 4):
+        figure = Figure(figsize=(3, 2))
+        figure.subplots().set_title(title)
+        image = Image.open(draw.write(figure, tmp_path / "x.png")).convert("RGBA")
+        edge = [image.getpixel((x, y)) for x in (0, image.width - 1) for y in range(image.height)]
+        assert set(edge) == {(255, 255, 255, 255)}
+        sizes.append(image.width)
+    assert sizes[1] > 3 * sizes[0]
 
 
 def test_denormals_are_counted_and_told():

@@ -1,4 +1,4 @@
-"""The memory that README promises, held by the branches that only CUDA takes, and how often they make the host wait.
+"""The memory promised in docs/how-it-works.md, held by branches that only CUDA takes, and how often the host waits.
 
 Beyond inputs and gradients: the workspace, 4 N D for the sum of dX, 64 bytes a token, and where certified N V / 128
 (N V / 1024 and 20 bytes an entry on the Triton backend).

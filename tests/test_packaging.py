@@ -1,11 +1,22 @@
 """What an installation holds, and that the repository's folders shadow nothing."""
 
+import json
+import re
+import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
 import pytest
+
+import fastgrpo
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = {p.name for p in (ROOT / "kernels").glob("*.py")}
@@ -24,8 +35,6 @@ def wheel(tmp_path_factory):
 
 def copy_sources(target):
     """The tree without build leftovers, so that a stale build/ cannot hide a missing file."""
-    import shutil
-
     target.mkdir()
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, target)
@@ -59,17 +68,33 @@ def test_wheel_contents(wheel):
     assert "fastgrpo/py.typed" in names
 
 
-def test_wheel_imports(wheel, tmp_path):
-    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
-    code = (
-        "import fastgrpo, torch; print(fastgrpo.__file__); import fastgrpo.kernels.tiles as t; print(t.__file__);"
-        "h=torch.randn(3,4); print(fastgrpo.linear_logprobs(h, torch.randn(5,4), torch.arange(3)).logprobs.shape)"
+@pytest.fixture(scope="module")
+def fresh(wheel, tmp_path_factory):
+    """Python of an environment with the wheel installed; what it depends on is found where it is here."""
+    folder = tmp_path_factory.mktemp("fresh")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    python = folder / "bin" / "python"
+    install = [sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-deps", "--no-index", wheel]
+    subprocess.run(install, check=True, capture_output=True)
+    # a path beside, whose own .pth files (such as that of an editable fastgrpo) are not read
+    next(folder.glob("lib/python*/site-packages")).joinpath("beside.pth").write_text(sysconfig.get_path("purelib"))
+    return python
+
+
+def test_the_installed_wheel_runs_the_op(fresh, tmp_path):
+    """In a fresh environment: against the reference, with the version it says, the kernels beside it, its command."""
+    code = "import sys, fastgrpo.env as e; import fastgrpo.kernels.tiles as t; print(t.__file__); sys.exit(e.main())"
+    done = subprocess.run(
+        [fresh, "-c", code], cwd=tmp_path, env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True
     )
-    done = run_python(code, tmp_path, tmp_path / "site")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == [
-        str(tmp_path / "site/fastgrpo/__init__.py"), str(tmp_path / "site/fastgrpo/kernels/tiles.py"), "torch.Size([3])"
-    ]  # fmt: skip
+    assert done.returncode == 0, done.stderr + done.stdout
+    site = next(fresh.parents[1].glob("lib/python*/site-packages"))
+    kernels, first, *_ = done.stdout.splitlines()
+    assert kernels == str(site / "fastgrpo/kernels/tiles.py")
+    assert first.split() == ["fastgrpo", fastgrpo.__version__, "in", str(site / "fastgrpo")]
+    assert done.stdout.count("passed in") == 2
+    assert (fresh.parent / "fastgrpo").is_file()
+    assert (site / f"fastgrpo-{fastgrpo.__version__}.dist-info").is_dir()
 
 
 def test_the_repository_root_finds_the_kernels_and_shadows_nothing(tmp_path):
@@ -104,25 +129,47 @@ def test_the_op_imports_nothing_optional():
     assert done.stdout.strip() == "True"
 
 
+def project():
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
 @pytest.mark.quick
 def test_pinned_requirements_cover_what_the_project_declares():
-    import re
-
-    import tomllib
-
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     pinned = {re.split("[=;]", line)[0].lower().replace("_", "-")
               for line in (ROOT / "requirements.txt").read_text().splitlines() if "==" in line}  # fmt: skip
-    wanted = [*project["dependencies"], *project["optional-dependencies"]["test"]]
-    wanted += project["optional-dependencies"]["train"]
+    extras = project()["optional-dependencies"]
+    wanted = [*project()["dependencies"], *extras["test"], *extras["train"]]
     for name in (re.split("[<>=;\\[ ]", w)[0].lower() for w in wanted):
         assert name in pinned, name
 
 
 @pytest.mark.quick
-def test_version_stands_in_one_number():
-    import tomllib
+def test_version_stands_in_one_place():
+    """In fastgrpo/__init__.py: nothing else that is installed or read by people as the version says another."""
+    assert "version" not in project()
+    assert project()["dynamic"] == ["version"]
+    assert re.search(r"^## \[?([\d.]+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[1] == fastgrpo.__version__
+    assert not re.search(r"^version:", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
 
-    import fastgrpo
 
-    assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"] == fastgrpo.__version__
+@pytest.mark.quick
+def test_tools_have_one_version():
+    """pre-commit's ruff is that of ``make lint``."""
+    (hook,) = re.findall(r"ruff==([\d.]+)", (ROOT / ".pre-commit-config.yaml").read_text())
+    assert f"ruff=={hook}\n" in (ROOT / "requirements.txt").read_text()
+
+
+@pytest.mark.quick
+def test_project_files_are_what_their_readers_expect():
+    yaml = pytest.importorskip("yaml")
+    forms = [yaml.safe_load(path.read_text()) for path in sorted((ROOT / ".github/ISSUE_TEMPLATE").glob("*.yml"))]
+    bug = next(form for form in forms if form.get("name", "").startswith("Bug"))
+    assert any("python -m fastgrpo.env" in json.dumps(field) for field in bug["body"] if field["type"] == "textarea")
+    jobs = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]
+    steps = [step.get("run", "") for job in jobs.values() for step in job["steps"]]
+    assert any(".ci/run" in step for step in steps)
+    rows = [row for job in jobs.values() for row in job.get("strategy", {}).get("matrix", {}).get("include", [])]
+    assert {(row["python"], row["pinned"]) for row in rows} == {("3.10", "no"), ("3.12", "yes")}
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert {"cff-version", "title", "message", "authors", "license"} <= citation.keys()
+    assert citation["license"] == project()["license"]

@@ -1,4 +1,4 @@
-"""README's code runs as it stands."""
+"""The code of README and docs/ runs as it stands, their figures are those of bench/results/, and README is short."""
 
 import json
 import re
@@ -10,18 +10,20 @@ import torch
 from fastgrpo import reference
 
 TESTS = Path(__file__).resolve().parent
-README = (TESTS.parent / "README.md").read_text()
+ROOT = TESTS.parent
+README = (ROOT / "README.md").read_text()
 
 
-def example(heading, language="python"):
+def example(heading, language="python", page="README.md"):
     """The first code block under a heading."""
-    section = re.search(rf"^##+ {re.escape(heading)}\n(.*?)(?=^##+ |\Z)", README, re.DOTALL | re.MULTILINE)[1]
+    text = (ROOT / page).read_text()
+    section = re.search(rf"^##+ {re.escape(heading)}\n(.*?)(?=^##+ |\Z)", text, re.DOTALL | re.MULTILINE)[1]
     return re.search(rf"```{language}\n(.*?)```", section, re.DOTALL)[1]
 
 
 @pytest.mark.quick
 def test_op_example(capsys):
-    code, scope = example("Drop in"), {}
+    code, scope = example("The op in ten lines", page="docs/README.md"), {}
     assert code.count("\n") <= 12
     exec(compile(code, "README.md", "exec"), scope)
     assert scope["hidden"].grad.abs().sum() > 0
@@ -33,7 +35,7 @@ def test_op_example(capsys):
 
 def test_liger_example(capsys):
     pytest.importorskip("liger_kernel")
-    code, scope = example("Liger's slot"), {}
+    code, scope = example("Liger's slot", page="docs/integrations.md"), {}
     assert code.count("\n") <= 12
     exec(compile(code, "README.md", "exec"), scope)
     scope["undo"].close()
@@ -43,7 +45,7 @@ def test_liger_example(capsys):
 
 
 def test_verl_example(capsys):
-    code, scope = example("verl"), {}
+    code, scope = example("verl", page="docs/integrations.md"), {}
     assert code.count("\n") <= 12
     exec(compile(code, "README.md", "exec"), scope)
     want = reference.linear_logprobs(
@@ -73,13 +75,55 @@ def test_trainer_example(tmp_path, monkeypatch):
     assert (tmp_path / "runs/sums/model/adapter_model.safetensors").is_file()
 
 
+def test_own_loop(tmp_path, monkeypatch, capsys):
+    """README's loop on a tiny model in place of the path: its states, its mask, its loss and what it says of them."""
+    monkeypatch.undo()  # real memory: transformers fills what it allocates
+    import trainer_job
+
+    model, tokenizer = trainer_job.make_model(dropout=0.0)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    code = example("Your own loop").replace("path/to/model", str(tmp_path)).replace('"17*12="', '"1712="')
+    code = code.replace('"204" in text', '"2" in text')  # which random answers may hold
+    assert code.count("\n") <= 25
+    scope = {}
+    exec(compile(code, "README.md", "exec"), scope)
+    ids, start, answers, mask, hidden = (scope[name] for name in ("ids", "P", "answers", "mask", "hidden"))
+    assert hidden.shape[:2] == answers.shape == mask.shape == (8, ids.shape[1] - start)
+    for row, counted in zip(answers.tolist(), mask.tolist()):
+        end = row.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in row else len(row)
+        assert counted == [1] * end + [0] * (len(row) - end)
+    with torch.no_grad():  # "the state at position t predicts token t + 1"
+        logits = scope["model"](ids).logits[:, start - 1 : -1]
+        torch.testing.assert_close(hidden @ scope["model"].lm_head.weight.T, logits, rtol=0.1, atol=0.1)  # a step later
+    lines = [list(map(float, line.split())) for line in capsys.readouterr().out.splitlines()]
+    assert len(lines) == 3
+    assert all(abs(loss) < 0.5 and 0 < entropy < 5 for loss, entropy in lines)
+
+
+def test_a_loss_near_0_has_a_gradient():
+    """README's sentence: equally long answers, no older policy, advantages that add up to 0."""
+    import fastgrpo
+
+    hidden, head = torch.randn(4, 5, 8, requires_grad=True), torch.randn(9, 8, requires_grad=True)
+    advantages = fastgrpo.group_advantages(torch.tensor([1.0, 0, 0, 0]), group_size=4)
+    result = fastgrpo.grpo_loss(hidden, head, torch.randint(0, 9, (4, 5)), advantages)
+    result.loss.backward()
+    assert abs(result.loss.item()) < 1e-6
+    assert head.grad.norm() > 0.01
+    again = fastgrpo.grpo_loss(
+        hidden, head - head.grad, torch.zeros(4, 5).long(), advantages, old_logprobs=result.logprobs
+    )
+    assert again.metrics["ratio_max"] > 1.01  # "keep result.logprobs of the first"
+
+
 def test_transformers_example(tmp_path, monkeypatch, capsys):
     """On a tiny model in place of the path."""
     monkeypatch.undo()  # real memory: transformers fills what it allocates
     import trainer_job
 
     trainer_job.make_model()[0].save_pretrained(tmp_path)
-    code = example("transformers").replace("path/to/model", str(tmp_path))
+    code = example("transformers", page="docs/integrations.md").replace("path/to/model", str(tmp_path))
     assert code.count("\n") <= 12
     scope = {}
     exec(compile(code, "README.md", "exec"), scope)
@@ -89,7 +133,7 @@ def test_transformers_example(tmp_path, monkeypatch, capsys):
 
 
 def test_an_unfused_model_ignores_the_keyword():
-    """README's warning; were it to become an error there, the sentence could go."""
+    """The warning of docs/integrations.md; were it to become an error there, the sentence could go."""
     import trainer_job
 
     model, ids = trainer_job.make_model()[0].eval(), torch.randint(3, 10, (1, 5))
@@ -106,7 +150,7 @@ def test_trl_example(tmp_path, monkeypatch):
     model, tokenizer = trainer_job.make_model()
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    code = example("TRL").replace("path/to/model", str(tmp_path / "model"))
+    code = example("TRL", page="docs/integrations.md").replace("path/to/model", str(tmp_path / "model"))
     assert code.count("\n") <= 12
     exec(compile(code, "README.md", "exec"), {})
     state = json.loads((tmp_path / "runs/trl/checkpoint-50/trainer_state.json").read_text())
@@ -120,7 +164,7 @@ def test_yaml_example(tmp_path):
     pytest.importorskip("bitsandbytes")
     from fastgrpo.trainer.job import load_config
 
-    (tmp_path / "job.yaml").write_text(example("Train", "yaml"))
+    (tmp_path / "job.yaml").write_text(example("From a file", "yaml", "docs/trainer.md"))
     job, config = load_config(tmp_path / "job.yaml", {"beta": 0.04, "resume": True, "optim": "adamw_8bit"})
     assert job["model"] == "path/to/model"
     assert config.beta == 0.04
@@ -132,16 +176,90 @@ def test_every_line_of_what_works_is_a_test():
     import works
 
     claims = re.findall(r"works\(\s*\"([^\"]+)\",\s*\"([^\"]+)\"", "".join(p.read_text() for p in TESTS.glob("*.py")))
-    lines = works.split(README)[1].splitlines()[2:]
+    lines = works.split(works.PAGE.read_text())[1].splitlines()[2:]
     assert [text for text in lines if tuple(cell.strip() for cell in text.split("|")[1:3]) not in claims] == []
 
 
 @pytest.mark.quick
 def test_every_figure_comes_from_the_results():
-    """README's tables are what ``python -m bench report`` makes of the committed rows."""
-    from bench import report
+    """The tables are what ``python -m bench report`` makes of the committed rows."""
+    from bench import RESULTS, pages, report
 
-    assert report.rebuild(README, report.ROOT / "bench/results") == README
-    rows = [r for suite in report.SECTIONS for r in report.load(report.ROOT / "bench/results", suite, "cpu")]
+    for page in pages.PARTS:
+        assert pages.rebuild(page) == (ROOT / page).read_text()
+    rows = [r for suite in report.SECTIONS for r in report.load(RESULTS, suite, "cpu")]
     assert rows
     assert all({"device", "torch", "date", "command", "entry"} <= set(r) for r in rows)
+
+
+@pytest.mark.quick
+def test_the_learner_step_of_the_trainer_page():
+    from bench import RESULTS, report
+
+    rows = {r["entry"]: r for r in report.load(RESULTS, "learner", "cpu")}
+    text = (ROOT / "docs/trainer.md").read_text()
+    trl, ours = rows["TRL 1.16, micro-batches of 8"]["seconds"], rows["fastgrpo, sorted by length"]["seconds"]
+    assert f"{ours:.2f} s a learner step" in text
+    assert f"against {trl:.2f} s" in text
+    times = [f"{row['times_faster_than_trl']:.1f}" for name, row in rows.items() if name.startswith("fastgrpo")]
+    sorted_by_length, packed, nothing_skipped = times
+    assert f"{sorted_by_length} x ({packed} x packed with SDPA, {nothing_skipped} x without skipping" in text
+
+
+@pytest.mark.quick
+def test_readme_has_no_other_figures():
+    """Outside of code and generated parts no number has a unit or a decimal point, but for versions and the listed."""
+    text = re.sub(r"```.*?```|<!-- (\w+): .*?<!-- end of \1 -->|`[^`]*`|\]\([^)]*\)", "", README, flags=re.DOTALL)
+    known = {"3.11", "3.10", "2.8", "3 GB", "2.0"}
+    figures = set(re.findall(r"\d+\.\d+|\d+ ?(?:ms|s|MiB|GiB|GB|x|%)\b", text))
+    assert figures <= known
+
+
+@pytest.mark.quick
+def test_the_pictures_show_the_results():
+    from bench import RESULTS, front
+
+    PIL = pytest.importorskip("PIL.Image")
+    for theme in front.THEMES:
+        with PIL.open(ROOT / "docs" / "pictures" / f"front-{theme}.png") as image:
+            assert json.loads(image.text["Description"]) == front.figures()
+            assert image.width > 1500
+    shown = front.figures()["time (ms)"]
+    rows = {r["entry"]: r for r in front.load(RESULTS, "loss", "cuda") if r["title"] == front.HEADLINE}
+    assert shown["fastgrpo"][0] == pytest.approx(rows["fastgrpo auto"]["both_seconds"] * 1e3)
+    assert shown["TRL 1.16"][0] == pytest.approx(rows["TRL op"]["both_seconds"] * 1e3)
+
+
+def sentences(text):
+    """The prose of a page: without code, tables, comments and generated parts; list items end a sentence."""
+    text = re.sub(r"```.*?```|<!-- (\w+): .*?<!-- end of \1 -->|<[^>]*>", "", text, flags=re.DOTALL)
+    lines = [line for line in text.splitlines() if not line.startswith(("|", "#"))]
+    prose = re.sub(r"\n(?=[-\d*] |\d+\. |\n)", ".\n", "\n".join(lines))
+    prose = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", prose).replace(" · ", ". ")
+    return [s for s in re.split(r"(?<=[.!?:])[*`]*\s+", prose) if s.strip(" .\n")]
+
+
+@pytest.mark.quick
+def test_readme_is_short():
+    assert README.count("\n") <= 150
+    long = {s: len(s.split()) for s in sentences(README) if len(s.split()) > 25}
+    assert not long
+    assert len(sentences("One. Two `a.b` words: and three.\n\n- four\n- five [six](x.md) seven")) == 5
+    generated = re.findall(r"^- .*", README, re.MULTILINE)
+    assert all(len(part.split()) <= 25 for line in generated for part in re.split(r"(?<=[.!?]) ", line))
+    assert (ROOT / "CONTRIBUTING.md").read_text().count("\n") <= 110
+
+
+@pytest.mark.quick
+def test_the_commands_of_readme_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    for page in ("README.md", "CONTRIBUTING.md", "AGENTS.md"):
+        for target in re.findall(r"(?:^|`)make ([a-z-]+)", (ROOT / page).read_text(), re.MULTILINE):
+            assert re.search(rf"^{target}:", makefile, re.MULTILINE), (page, target)
+    changed = re.findall(
+        r"`(?:from )?(fastgrpo\.integrations\.\w+)(?: import |\.)(\w+)",
+        README.replace("`with ", "`").replace("model = ", ""),
+    )
+    assert len(changed) == 4
+    sources = {module: (ROOT / f"{module.replace('.', '/')}.py").read_text() for module, _ in changed}
+    assert all(re.search(rf"^(?:def|class) {name}\b", sources[module], re.MULTILINE) for module, name in changed)

@@ -1,4 +1,4 @@
-"""README's table of what works with which versions, filled from the tests marked ``works(integration, what)``."""
+"""The table of docs/compatibility.md, what works with which versions: the tests marked ``works(integration, what)``."""
 
 import os
 import re
@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-README = Path(__file__).resolve().parents[1] / "README.md"
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "compatibility.md"
 BEGIN, END = "<!-- works: written by pytest --write-works -->\n", "<!-- end of works -->\n"
 HEAD = "| with | what the tests ran | versions |\n|---|---|---|\n"
 PACKAGES = {
@@ -26,7 +27,7 @@ def line(integration, what):
 
 def as_pinned(text):
     """Whether a line's versions are those of requirements.txt; with others the tests run, the table stays."""
-    pins = set(re.split(r"[=\s]+", (README.parent / "requirements.txt").read_text()))
+    pins = set(re.split(r"[=\s]+", (ROOT / "requirements.txt").read_text()))
     return all(word.split("+")[0] in pins for word in text.split("|")[3].replace(",", " ").split())
 
 
@@ -51,20 +52,23 @@ class Works:
         ran = sorted(
             (k for k, v in self.outcomes.items() if v == {"passed"}), key=lambda k: order.index(k.split("|")[1].strip())
         )
-        before, table, after = split(README.read_text())
+        before, table, after = split(PAGE.read_text())
         if self.write:
-            README.write_text(before + BEGIN + HEAD + "".join(ran) + END + after)
+            PAGE.write_text(before + BEGIN + HEAD + "".join(ran) + END + after)
         elif missing := [text for text in ran if as_pinned(text) and text not in table]:
-            print("\nREADME's table of what works is out of date (make test ARGS=--write-works):\n" + "".join(missing))
+            print(
+                "\nthe table of docs/compatibility.md is out of date (make test ARGS=--write-works):\n"
+                + "".join(missing)
+            )
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 def pytest_addoption(parser):
-    parser.addoption("--write-works", action="store_true", help="write README's table of what works")
+    parser.addoption("--write-works", action="store_true", help="write the table of docs/compatibility.md")
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "works(integration, what): a line of README's table of what works")
+    config.addinivalue_line("markers", "works(integration, what): a line of docs/compatibility.md's table")
     if "PYTEST_XDIST_WORKER" not in os.environ:
         config.pluginmanager.register(Works(config.getoption("--write-works")))
 

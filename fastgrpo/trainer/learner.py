@@ -194,7 +194,7 @@ class Learner:
                 return result
             if (True, 1) in outcomes:
                 raise torch.OutOfMemoryError(
-                    "out of memory with micro-batches of one answer: shorten them, or see README's ways to save memory"
+                    "out of memory with micro-batches of one answer: shorten them, or see docs/troubleshooting.md"
                 )
             if full:
                 tried = self.budget if 2 * self.largest > self.budget else self.largest  # it may far exceed the batch
