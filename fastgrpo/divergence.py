@@ -12,7 +12,9 @@ from fastgrpo.backends.problem import HeadParams, HeadProblem
 from fastgrpo.config import settings_go_in_config
 from fastgrpo.head import HeadOptions, compute_dtype
 from fastgrpo.inputs import IGNORE, Backend, Backward
-from fastgrpo.lora import check_lora
+from fastgrpo.lora import check_lora, unpack_lora
+
+NO_LORA = unpack_lora(None)
 
 
 class Divergence(NamedTuple):
@@ -188,6 +190,22 @@ class PairTensors(NamedTuple):
 
 def head_divergence(hidden, weight, mask, teacher, beta, options):
     """:func:`linear_divergence` with its options in :class:`fastgrpo.head.HeadOptions` and :class:`TeacherHead`."""
+    targets = check(hidden, weight, mask, teacher, beta, options)
+    lora = check_lora(options.lora, hidden, weight)
+    params = options.params(
+        hidden,
+        weight,
+        (hidden, weight, options.bias, lora.A, lora.B),
+        scaling=lora.scaling,
+        lora_dtype=None if lora.A is None else compute_dtype(hidden, weight, lora.A, lora.B),
+    )
+    tensors = pair_tensors(hidden, weight, targets, teacher, beta, options, params, lora)
+    divergence, entropy = LinearDivergence.apply(*tensors, params, strategies.choose_pair(params))
+    return Divergence(divergence.view(targets.shape), None if entropy is None else entropy.view(targets.shape))
+
+
+def check(hidden, weight, mask, teacher, beta, options):
+    """-> targets, hidden's shape without D: 0 where a row counts, else IGNORE; raises before anything runs."""
     shape = hidden.shape[:-1] if isinstance(hidden, torch.Tensor) and hidden.ndim > 1 else ()
     targets = torch.zeros(shape, dtype=torch.int64, device=getattr(hidden, "device", None))
     if mask is not None and shape:
@@ -198,15 +216,12 @@ def head_divergence(hidden, weight, mask, teacher, beta, options):
     inputs.check_finite("beta", beta)
     if not 0.0 <= beta <= 1.0:
         raise ValueError(f"beta must be in [0, 1], got {beta!r}")
-    lora = check_lora(options.lora, hidden, weight)
-    params = options.params(
-        hidden,
-        weight,
-        (hidden, weight, options.bias, lora.A, lora.B),
-        scaling=lora.scaling,
-        lora_dtype=None if lora.A is None else compute_dtype(hidden, weight, lora.A, lora.B),
-    )
-    tensors = PairTensors(
+    return targets
+
+
+def pair_tensors(hidden, weight, targets, teacher, beta, options, params, lora=NO_LORA):
+    """:class:`PairTensors` of checked arguments."""
+    return PairTensors(
         hidden if hidden.ndim == 3 else hidden[None],
         weight,
         None if options.bias is None else options.bias.contiguous(),
@@ -219,8 +234,6 @@ def head_divergence(hidden, weight, mask, teacher, beta, options):
         None if teacher.bias is None else teacher.bias.detach().contiguous(),
         Pairing(teacher.params(params), float(beta)),
     )
-    divergence, entropy = LinearDivergence.apply(*tensors, params, strategies.choose_pair(params))
-    return Divergence(divergence.view(shape), None if entropy is None else entropy.view(shape))
 
 
 NOTHING_GIVEN = strategies.Given(None, None, ())

@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fastgrpo import pair_math as source
 from fastgrpo.backends import staircase
 from fastgrpo.backends.pair import PairStats
 from fastgrpo.backends.problem import RowStats
@@ -282,11 +283,9 @@ def forward(problem):
         know_both(problem, stats)
     partials = run_forward(problem, selection, stats if problem.is_mixture else None)
     if problem.is_mixture:
-        inside = torch.arange(n, device=device) < selection.count_ptr
-        sums = torch.where(inside, partials.sum(1), 0.0)
         known = PairStats(*stats)
-        known.divergence.index_copy_(0, selection.rows_ptr, sums[0])
-        known.center.index_copy_(0, selection.rows_ptr, sums[1])
+        for row, total in zip((known.divergence, known.center), in_rows(partials.sum(1), selection, 0.0)):
+            row.copy_(total)
         return stats
     combine_pair_kernel[(cdiv(n, tiles.COMBINE_BLOCK),)](
         partials_ptr=partials,
@@ -299,6 +298,31 @@ def forward(problem):
         BLOCK=tiles.COMBINE_BLOCK,
     )
     return stats
+
+
+def in_rows(values, selection, none):
+    """(K, N) by position into the order of the rows; none: what rows that do not count get."""
+    inside = torch.arange(values.shape[1], device=values.device) < selection.count_ptr
+    return torch.empty_like(values).index_copy_(1, selection.rows_ptr, torch.where(inside, values, none))
+
+
+def divergence_partials(problem):
+    """As :func:`fastgrpo.backends.divergence.divergence_partials`."""
+    selection = Selection(*compact_rows(problem.targets != IGNORE), problem.targets)
+    peaks, sums, spread = (x.transpose(0, 1) for x in run_forward(problem, selection, None).split((2, 4, 1)))
+    top = peaks.amax(0)
+    rise, own = top - peaks, 0 if problem.beta == 1.0 else 1
+    spread = torch.exp(-rise[:, own]) * (spread[:, 0] + rise[:, own] * sums[:, own])
+    moved = source.move_peaks(*sums.unbind(1), *rise.unbind(1))
+    values = torch.stack((*top, *(x.sum(0) for x in moved), spread.sum(0)))
+    none = values.new_tensor([FLOOR.value] * 2 + [0.0] * 5)[:, None]
+    return in_rows(values, selection, none)
+
+
+def mixture_sums(problem, stats):
+    """As :func:`fastgrpo.backends.divergence.mixture_sums`."""
+    selection = Selection(*compact_rows(problem.targets != IGNORE), problem.targets)
+    return in_rows(run_forward(problem, selection, stats).sum(1), selection, 0.0)
 
 
 def know_both(problem, stats):

@@ -2,6 +2,7 @@
 
 import functools
 
+import divergence_job
 import pytest
 import torch
 
@@ -10,6 +11,7 @@ from fastgrpo import linear_divergence, reference
 from fastgrpo.backends import certified_backward
 
 import problems
+from processes import run_ranks
 
 BETAS = (0.0, 1.0, 0.3)
 GRADS = ("hidden", "weight", "bias", "A", "B")
@@ -288,3 +290,19 @@ def test_refused(change, message):
     given = {"hidden": torch.zeros(4, 6), "weight": torch.zeros(10, 6), "teacher_hidden": torch.zeros(4, 8)}
     with pytest.raises(ValueError, match=message):
         linear_divergence(**(given | {"teacher_weight": torch.zeros(10, 8)} | change))
+
+
+def test_vocabulary_shards(tmp_path):
+    """Two ranks with unequal parts of both heads are one process with all of them."""
+    run_ranks(divergence_job.__file__, 2, tmp_path)
+    ranks = [torch.load(tmp_path / f"rank{r}.pt") for r in range(2)]
+    for name, case in divergence_job.CASES.items():
+        whole = divergence_job.outcome(linear_divergence, case)
+        close = {"rtol": 1e-10, "atol": 1e-11} if case["backend"] == "torch" else {"rtol": 2e-4, "atol": 2e-5}
+        parts = [results[name] for results in ranks]
+        for key, want in whole.items():
+            if key in ("weight", "bias"):
+                torch.testing.assert_close(torch.cat([p[key] for p in parts]), want, **close)
+            elif want is not None:
+                for part in parts:
+                    torch.testing.assert_close(part[key], want, **close, msg=lambda m, n=name, k=key: f"{n} {k}: {m}")

@@ -39,12 +39,42 @@ def certified_forward(problem):
 
 def run_forward(problem, witness):
     rows, dtype = dense.counted_rows(problem.targets), accumulator_dtype(problem.hidden)
-    fold = (MixtureFold if problem.is_mixture else KLFold)(problem, rows, witness)
-    for tile, other in pair_tiles(problem, rows, 1 if witness is None else BLOCK):
-        fold.add(tile, other)
+    fold = (
+        MixtureFold(problem, know_both(problem, rows), witness)
+        if problem.is_mixture
+        else KLFold(problem, rows, witness)
+    )
+    fold_vocabulary(problem, rows, fold, 1 if witness is None else BLOCK)
     stats = torch.zeros(len(PairStats._fields), problem.targets.numel(), dtype=dtype, device=rows.device)
     stats[:, rows] = torch.stack(fold.finish())
     return stats
+
+
+def divergence_partials(problem):
+    """(7, N) both peaks, :func:`move_peaks`'s four sums and the student's spread, of a part of the vocabulary."""
+    rows, dtype = dense.counted_rows(problem.targets), accumulator_dtype(problem.hidden)
+    fold = KLFold(problem, rows)
+    fold_vocabulary(problem, rows, fold)
+    partials = torch.zeros(7, problem.targets.numel(), dtype=dtype, device=rows.device)
+    partials[:2] = FLOOR
+    partials[:, rows] = torch.cat((fold.peaks, fold.sums, fold.spread[None]))
+    return partials
+
+
+def mixture_sums(problem, stats):
+    """(2, N) a mixture's divergence and center of a part of the vocabulary. stats: (8, N), of all of it."""
+    rows = dense.counted_rows(problem.targets)
+    known = PairStats(*stats[:, rows])
+    fold = MixtureFold(problem, known._replace(divergence=known.divergence * 0, center=known.center * 0))
+    fold_vocabulary(problem, rows, fold)
+    sums = torch.zeros_like(stats[:2])
+    sums[:, rows] = torch.stack((fold.stats.divergence, fold.stats.center))
+    return sums
+
+
+def fold_vocabulary(problem, rows, fold, multiple=1):
+    for tile, other in pair_tiles(problem, rows, multiple):
+        fold.add(tile, other)
 
 
 def pair_tiles(problem, rows, multiple):
@@ -168,23 +198,27 @@ def kl_stats(peaks, sums, spread, student_first):
     return PairStats(divergence, peak, offset, none, entropy, other_peak, gap, center)
 
 
-class MixtureFold:
-    """The generalised JSD, both log-sum-exps known from a pass of each model alone."""
+def know_both(problem, rows):
+    """:class:`PairStats` of some rows with what a pass of each model alone tells; the rest 0."""
+    own, other = (RowStats(*dense.forward(p)[:, rows]) for p in (problem.own, problem.teacher))
+    none = torch.zeros_like(own.peak)
+    return PairStats(
+        divergence=none.clone(),
+        peak=own.peak,
+        offset=own.offset,
+        norm=none,
+        entropy=own.entropy,
+        other_peak=other.peak,
+        gap=own.offset - other.offset,
+        center=none.clone(),
+    )
 
-    def __init__(self, problem, rows, witness=None):
-        self.problem, self.witness = problem, witness
-        own, other = (RowStats(*dense.forward(p)[:, rows]) for p in (problem.own, problem.teacher))
-        none = torch.zeros_like(own.peak)
-        self.stats = PairStats(
-            divergence=none.clone(),
-            peak=own.peak,
-            offset=own.offset,
-            norm=none,
-            entropy=own.entropy,
-            other_peak=other.peak,
-            gap=own.offset - other.offset,
-            center=none.clone(),
-        )
+
+class MixtureFold:
+    """The generalised JSD. stats: of the rows, both log-sum-exps known."""
+
+    def __init__(self, problem, stats, witness=None):
+        self.problem, self.stats, self.witness = problem, stats, witness
 
     def add(self, tile, other):
         """Overwrites both tiles' logits; rows beyond tile.part are padding."""

@@ -16,6 +16,8 @@ certified_partial_forward = certified.partial_forward
 frozen_forward = frozen.forward
 slopes_like = frozen.slopes_like
 divergence_forward = divergence.forward
+divergence_partials = divergence.divergence_partials
+mixture_sums = divergence.mixture_sums
 certified_divergence_forward = divergence.certified_forward
 backward = dense_backward.backward
 

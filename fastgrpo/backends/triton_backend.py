@@ -70,6 +70,16 @@ def divergence_forward(problem):
         return _divergence.forward(problem)
 
 
+def divergence_partials(problem):
+    with on_device(problem.hidden):
+        return _divergence.divergence_partials(problem)
+
+
+def mixture_sums(problem, stats):
+    with on_device(problem.hidden):
+        return _divergence.mixture_sums(problem, stats)
+
+
 def backward(problem, stats, grad_logp, grad_entropy, needs):
     with on_device(problem.hidden):
         if isinstance(problem, PairProblem):

@@ -1,0 +1,58 @@
+"""One of several gloo processes of test_divergence.py: ``python divergence_job.py OUTPUT``, RANK and WORLD_SIZE set."""
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from fastgrpo.vocab_parallel_divergence import vocab_parallel_divergence
+
+import interpreter
+import problems
+
+VOCABULARY = 70
+SHARDS = (50, 20)
+CASES = {
+    f"{backend}, beta {beta}{', all options' if options else ''}": {"backend": backend, "beta": beta, **options}
+    for backend in ("torch", "triton")
+    for beta in (0.0, 1.0, 0.3)
+    for options in ({}, {"softcap": 6.0, "teacher_softcap": 9.0, "temperature": 0.8, "return_entropy": True})
+}
+ENTRIES = ("weight", "teacher_weight", "bias", "teacher_bias")
+
+
+def tensors(dtype):
+    hidden, weight, _, bias = problems.head(9, VOCABULARY, 12, dtype, bias=True)
+    others, teacher, _, teacher_bias = problems.head(9, VOCABULARY, 8, dtype, seed=1, bias=True)
+    return {
+        "hidden": hidden, "weight": weight, "teacher_hidden": others, "teacher_weight": teacher, "bias": bias,
+        "teacher_bias": teacher_bias, "mask": torch.arange(9) != 4,
+    }  # fmt: skip
+
+
+def outcome(op, case, shard=slice(None), **others):
+    given = tensors(torch.float64 if case["backend"] == "torch" else torch.float32)
+    given = problems.with_grad({k: v[shard] if k in ENTRIES else v for k, v in given.items()})
+    out = op(**given, **case, **others)
+    (out.divergence * torch.arange(1.0, 10.0, dtype=out.divergence.dtype)).sum().backward()
+    return {
+        "divergence": out.divergence.detach(), "entropy": out.entropy,
+        **{k: given[k].grad for k in ("hidden", "weight", "bias")},
+    }  # fmt: skip
+
+
+def main(output):
+    interpreter.patch()
+    dist.init_process_group("gloo", init_method="env://")
+    rank = dist.get_rank()
+    shard = slice(sum(SHARDS[:rank]), sum(SHARDS[: rank + 1]))
+    results = {
+        name: outcome(vocab_parallel_divergence, case, shard, group=dist.group.WORLD) for name, case in CASES.items()
+    }
+    torch.save(results, Path(output) / f"rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
