@@ -263,37 +263,42 @@ def weighted_loss(
     wanted=False,
 ):
     """weights: of the soft and of the hard loss. wanted: both, whatever their weights."""
-    head = {
-        name: getattr(module, name)
-        for name in ("softcap", "logit_scale", "backend", "backward", "tolerance", "workspace_mb")
-    }
+    names = ("softcap", "logit_scale", "backend", "backward", "tolerance", "workspace_mb")
+    head = {name: getattr(module, name) for name in names}
     head |= {"bias": bias, "lora": None if a is None else (a, b, scaling)}
     tokens = hidden[..., 0].numel() if counted is None else counted.sum().clamp(min=1)
+    functions = (
+        partial(divergences, hidden, weight, teacher, counted, module, beta=beta, **head),
+        partial(cross_entropies, hidden, weight, labels, counted, **head),
+    )
+    terms = [term_of(function, w, wanted) for function, w in zip(functions, weights)]
+    soft, hard = (None if x is None else x.sum() / tokens for x in terms)
+    weighted = [w * x for w, x in zip(weights, (soft, hard)) if w != 0 and x is not None]
+    loss = weighted[0] if len(weighted) == 1 else weighted[0] + weighted[1]
+    return Distillation(loss, *(None if x is None else x.detach() for x in (soft, hard)))
 
-    def soft():
-        others, teacher_weight, teacher_bias = teacher
-        return linear_divergence(
-            hidden,
-            weight,
-            others,
-            teacher_weight,
-            counted,
-            beta=beta,
-            temperature=module.temperature,
-            teacher_bias=teacher_bias,
-            teacher_softcap=module.teacher_softcap,
-            teacher_logit_scale=module.teacher_logit_scale,
-            **head,
-        ).divergence
 
-    def hard():
-        strange = labels.to(torch.int64).masked_fill(labels == IGNORE, -1)  # no token, unless it is the ignored index
-        return -linear_logprobs(hidden, weight, strange.masked_fill(~counted, IGNORE), **head).logprobs
+def divergences(hidden, weight, teacher, counted, module, **options):
+    """Of each token."""
+    others, teacher_weight, teacher_bias = teacher
+    return linear_divergence(
+        hidden,
+        weight,
+        others,
+        teacher_weight,
+        counted,
+        temperature=module.temperature,
+        teacher_bias=teacher_bias,
+        teacher_softcap=module.teacher_softcap,
+        teacher_logit_scale=module.teacher_logit_scale,
+        **options,
+    ).divergence
 
-    terms = [term_of(function, w, wanted) for function, w in zip((soft, hard), weights)]
-    terms = [None if x is None else x.sum() / tokens for x in terms]
-    loss = sum(w * x for w, x in zip(weights, terms) if w != 0)
-    return Distillation(loss, *(None if x is None else x.detach() for x in terms))
+
+def cross_entropies(hidden, weight, labels, counted, **head):
+    """Of each token."""
+    ids = labels.to(torch.int64).masked_fill(labels == IGNORE, -1)  # no token's id, unless it is the ignored index
+    return -linear_logprobs(hidden, weight, ids.masked_fill(~counted, IGNORE), **head).logprobs
 
 
 def term_of(function, weight, wanted):

@@ -101,7 +101,7 @@ class Op:
     ):
         """-> log-probs, entropy, log_sum_sq_probs, mean_logits, is_top1, (N,) each, None where not in ``outputs``."""
         if zero3():  # TRL gathers the weight for this call alone; a copy is still whole in the backward
-            weight, bias = weight.clone(), None if bias is None else bias.clone()
+            weight, bias = weight.clone(), whole(bias)
         logits = {"temperature": temperature, "softcap": final_logit_softcapping, "logit_scale": logit_scale}
         out = linear_logprobs(hidden, weight, targets, bias, return_entropy="entropy" in outputs, **logits)
         diagnostics = token_diagnostics(
@@ -136,19 +136,18 @@ class DivergenceOp:
         teacher_final_logit_softcapping=None,
     ):
         """-> divergence, the student's entropy, (N,) each."""
-        heads = (student_weight, student_bias), (teacher_weight, teacher_bias)
         gather = find("trainer.utils.maybe_gather_lm_head_ctx")
-        with gather(*heads[0]), gather(*heads[1]):
+        with gather(student_weight, student_bias), gather(teacher_weight, teacher_bias):
             if zero3():  # gathered for this call alone
-                heads = [[x if x is None else x.clone() for x in head] for head in heads]
-            (weight, bias), (teacher_weight, teacher_bias) = heads
+                student_weight, student_bias = student_weight.clone(), whole(student_bias)
+                teacher_weight, teacher_bias = teacher_weight.clone(), whole(teacher_bias)
             out = linear_divergence(
                 student_hidden,
-                weight,
+                student_weight,
                 teacher_hidden,
                 teacher_weight,
                 beta=beta,
-                bias=bias,
+                bias=student_bias,
                 teacher_bias=teacher_bias,
                 temperature=temperature,
                 softcap=student_final_logit_softcapping,
@@ -171,6 +170,11 @@ def zero3():
     from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
     return is_deepspeed_zero3_enabled()
+
+
+def whole(bias):
+    """A copy that outlives its gathering."""
+    return None if bias is None else bias.clone()
 
 
 @contextlib.contextmanager
