@@ -73,7 +73,7 @@ def trl(p):
 def liger_fused(p):
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
-    labels = torch.zeros(p.case.N, dtype=torch.int64, device=p.hidden.device)
+    labels = torch.zeros_like(p.targets.flatten())  # none is ignored
     return LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=p.case.beta)(*heads(p), labels)
 
 

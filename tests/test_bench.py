@@ -216,7 +216,9 @@ def test_divergence_suite(options, tmp_path):
     assert "| distillation | N 256, V 4096, D 32, rl, fp32, frozen head, JSD |" in report.figures(tmp_path)
     case = replace(SMALL, objective="JSD")
     torch.save([(vars(case), tensors(case, "cpu"))], tmp_path / "jobs.pt")
-    assert measure.child_peaks("fastgrpo exact", tmp_path / "jobs.pt")[0] < case.memory_bound_mib
+    with torch.compiler.set_stance("force_eager"):
+        for name in options.names(case):
+            assert measure.child_peaks(name, tmp_path / "jobs.pt")[0] < case.memory_bound_mib
 
 
 @pytest.mark.quick
