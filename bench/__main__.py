@@ -1,4 +1,5 @@
-"""``python -m bench``: what a GRPO loss costs with fastgrpo and with everything else, and what fits on a card.
+"""``python -m bench``: what the losses of GRPO and of distillation cost with fastgrpo and with everything else, and
+what fits on a card.
 
 ``python -m bench`` runs all suites, ``python -m bench report`` rebuilds the figures
 of README and docs/ from its rows.
@@ -14,27 +15,27 @@ from pathlib import Path
 
 from bench import RESULTS
 
-SUITES = ("loss", "accuracy", "step", "fit")
+SUITES = ("loss", "divergence", "accuracy", "step", "fit")
 
 
 def arguments(argv):
     import torch
 
-    from bench import entries
+    from bench.divergences import NAMES
     from bench.suites import loss, parse_case
 
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("--suite", nargs="+", choices=(*SUITES, "all"), default=["all"])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--entries", nargs="+", metavar="NAME", default=list(entries.ENTRIES), help="default: all")
+    parser.add_argument("--entries", nargs="+", metavar="NAME", default=list(NAMES), help="default: all")
     parser.add_argument(
         "--case",
         type=parse_case,
         action="append",
         default=[],
         metavar="N,V,D[,KEY=VALUE...]",
-        help="for loss and accuracy, repeatable: profile (rl, flat, real, real-0.6), head, objective, dtype, softcap, "
-        "zero_share",
+        help="for loss, divergence and accuracy, repeatable: profile (rl, flat, real, real-0.6), head, objective, "
+        "dtype, softcap, zero_share",
     )
     parser.add_argument(
         "--groups", nargs="+", choices=loss.GROUPS, default=[], help="of the loss suite's cases; base: the headline"
@@ -46,8 +47,8 @@ def arguments(argv):
         "--time-limit", type=float, help="seconds; cases not begun by then say so; default: 540 on a GPU, 600 elsewhere"
     )
     options = parser.parse_args(argv)
-    if unknown := [e for e in options.entries if e not in entries.ENTRIES]:
-        parser.error(f"--entries: expected some of {', '.join(entries.ENTRIES)}; got {', '.join(unknown)}")
+    if unknown := [e for e in options.entries if e not in NAMES]:
+        parser.error(f"--entries: expected some of {', '.join(NAMES)}; got {', '.join(unknown)}")
     if options.time_limit is None:
         options.time_limit = 540.0 if options.device == "cuda" else 600.0
     if options.repeats is not None and options.repeats < 1:
@@ -88,6 +89,8 @@ def run_suites(chosen):
             part.unlink(missing_ok=True)
             if path.exists() and all(row.get("reason", "").startswith("not run") for row in rows):
                 show.console.print(f"kept: {os.path.relpath(path)}, as the time limit left nothing to put in its place")
+                continue
+            if not rows:  # of the cases asked for none is this suite's
                 continue
             path.write_text("".join(json.dumps(row) + "\n" for row in rows))
             written = [path, *map(Path, suite.charts(rows, str(stem)))]

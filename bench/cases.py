@@ -27,6 +27,8 @@ OBJECTIVES = {  # every loss type, level and extra term, by the name it has in c
     "dapo + entropy bonus": {"entropy_coef": 0.01},
     "dapo top entropy": {"top_entropy_quantile": 0.2},
 }
+DIVERGENCES = {"forward KL": 0.0, "reverse KL": 1.0, "JSD": 0.5}  # from a teacher; beta
+TEACHER_NOISE = 1.5  # nats by which a teacher's logits are off the student's at random
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,20 @@ class Case:
         return real.why_not(self)
 
     @property
+    def is_divergence(self):
+        """Of a student from a teacher, in place of a loss of chosen tokens."""
+        return self.objective in DIVERGENCES
+
+    @property
+    def beta(self):
+        return DIVERGENCES[self.objective]
+
+    @property
+    def suite(self):
+        """Where its rows belong."""
+        return "divergence" if self.is_divergence else "loss"
+
+    @property
     def title(self):
         extras = [self.profile, self.dtype]
         extras += [f"{self.head} head"] if self.head != "trained" else []
@@ -73,7 +89,7 @@ class Case:
     @property
     def data_key(self):
         """Cases with the same key share their tensors."""
-        return (self.N, self.V, self.D, self.profile, self.dtype, self.softcap)
+        return (self.N, self.V, self.D, self.profile, self.dtype, self.softcap, self.is_divergence)
 
     @property
     def gemm_flops(self):
@@ -110,6 +126,8 @@ class Problem:
     old: torch.Tensor  # (B, T)
     ref: torch.Tensor  # (B, T)
     config: GRPOLossConfig = field(repr=False)
+    teacher_hidden: torch.Tensor | None = None  # (B, T, D), of a divergence
+    teacher_weight: torch.Tensor | None = None  # (V, D)
 
     @property
     def flat(self):
@@ -127,7 +145,8 @@ class Problem:
 
     def part(self, sequences):
         """The first few sequences, for a warm-up that costs little."""
-        cut = {k: getattr(self, k)[:sequences].detach() for k in ("targets", "advantages", "mask", "old", "ref")}
+        names = ("targets", "advantages", "mask", "old", "ref", "teacher_hidden")
+        cut = {k: x[:sequences].detach() for k in names if (x := getattr(self, k)) is not None}
         return replace(self, hidden=self.hidden[:sequences].detach().requires_grad_(), **cut)
 
 
@@ -139,7 +158,15 @@ def tensors(case, device, seed=0):
     g = torch.Generator(device).manual_seed(seed + 1)
     data["ref"] = profiles.drift_logprobs(data["old_logprobs"], g, 0.1)
     data.setdefault("advantages", torch.randn(SEQUENCES, generator=g, device=device))
-    return data
+    return data | teacher(data, g) if case.is_divergence else data
+
+
+def teacher(data, generator):
+    """A model near the student: its head, and hidden states moved so that logits move by TEACHER_NOISE at random."""
+    hidden, weight = data["hidden"], data["weight"]
+    noise = torch.randn(hidden.shape, generator=generator, device=hidden.device)
+    noise *= TEACHER_NOISE / weight.float().square().sum(1).mean().sqrt()
+    return {"teacher_hidden": (hidden + noise).to(hidden.dtype), "teacher_weight": weight.clone()}
 
 
 def problem(case, data):
@@ -156,7 +183,9 @@ def problem(case, data):
         mask=torch.ones(tokens, dtype=torch.int64, device=advantages.device),
         old=data["old_logprobs"].view(tokens),
         ref=data["ref"].view(tokens),
-        config=GRPOLossConfig(**OBJECTIVES[case.objective], log_entropy=False),
+        config=GRPOLossConfig(**({} if case.is_divergence else OBJECTIVES[case.objective]), log_entropy=False),
+        teacher_hidden=data["teacher_hidden"].view(*tokens, case.D) if case.is_divergence else None,
+        teacher_weight=data.get("teacher_weight"),
     )
 
 
@@ -164,8 +193,8 @@ def problem(case, data):
 class Truth:
     """What the same inputs give in float64."""
 
-    logprobs: torch.Tensor  # (N,)
-    entropy: torch.Tensor  # (N,)
+    logprobs: torch.Tensor | None  # (N,), of a loss of chosen tokens
+    entropy: torch.Tensor | None  # (N,)
     loss: torch.Tensor  # 0-dim
     d_hidden: torch.Tensor  # (N, D)
     d_weight: torch.Tensor | None  # (V, D), None for a frozen head
@@ -175,6 +204,8 @@ class Truth:
 
 def truth(p, chunk=256):
     """Log-probs, then the reference's loss on them, then dlogits by hand, a chunk of rows at a time."""
+    if p.case.is_divergence:
+        return divergence_truth(p, chunk)
     hidden, weight, targets = p.flat
     hidden, weight, n, cap = hidden.detach(), weight.detach().double(), p.case.N, p.case.softcap
     logp, entropy = (torch.empty(n, dtype=torch.float64, device=targets.device) for _ in range(2))
@@ -213,6 +244,27 @@ def truth(p, chunk=256):
             d_weight.addmm_(dz.T, hidden[rows].double())
     share = denormals / (n * len(weight))
     return Truth(logp.detach(), entropy.detach(), loss.detach(), d_hidden, d_weight, share)
+
+
+def divergence_truth(p, chunk):
+    """The reference's mean divergence and autograd, a chunk of rows at a time."""
+    hidden, teacher_hidden = (x.detach().flatten(0, 1) for x in (p.hidden, p.teacher_hidden))
+    weight = p.weight.detach().double().requires_grad_(p.weight.requires_grad)
+    teacher_weight, loss, gradients, denormals = p.teacher_weight.double(), 0.0, [], 0
+    for rows, others in zip(hidden.split(chunk), teacher_hidden.split(chunk)):
+        rows = rows.double().requires_grad_()
+        caps = {"softcap": p.case.softcap, "teacher_softcap": p.case.softcap}
+        moved = torch.zeros(len(rows), len(weight), dtype=torch.float64, device=rows.device, requires_grad=True)
+        out = reference.linear_divergence(
+            rows, weight, others.double(), teacher_weight, beta=p.case.beta, bias=moved, **caps
+        )
+        part = out.divergence.sum() / p.case.N
+        part.backward()
+        loss += part.detach()
+        gradients.append(rows.grad)
+        denormals += count_denormals(moved.grad, p.weight.dtype)
+    share = denormals / (p.case.N * len(weight))
+    return Truth(None, None, loss, torch.cat(gradients), weight.grad, share)
 
 
 def count_denormals(x, dtype):

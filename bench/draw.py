@@ -24,9 +24,9 @@ COLOURS = (
 
 def colour(entry):
     """An entry has the same colour in every picture."""
-    from bench.entries import ENTRIES
+    from bench.divergences import NAMES
 
-    return COLOURS[list(ENTRIES).index(entry) % len(COLOURS)]
+    return COLOURS[NAMES.index(entry) % len(COLOURS)]
 
 
 def where(rows):

@@ -1,7 +1,8 @@
 """Everything that computes a GRPO loss head, each the peer's own installed code, called as its users call it.
 
 An entry gives per-token log-probs (and entropy), or a whole loss, or both. Where it gives log-probs only, as most do,
-the objective around them is the same O(N) torch code for all (fastgrpo's own, outside the op).
+the objective around them is the same O(N) torch code for all (fastgrpo's own, outside the op). What computes a
+divergence from a teacher is in :mod:`bench.divergences`.
 """
 
 import functools
@@ -36,6 +37,7 @@ class Entry:
     needs_function: str = ""  # of torch.nn.functional, which older versions lack
     # GEMMs of 2 N V D in the forward, in the backward with a trained head, with a frozen one
     passes: tuple[float, float, float] = (1, 2, 1)
+    mixture: float = 0  # GEMMs more in the forward of a JSD
     trips: float = 0  # times an (N, V) array crosses memory in forward and backward, in the inputs' dtype
 
     def why_not(self, case, device):
@@ -65,6 +67,7 @@ class Entry:
     def model(self, case):
         """-> (FLOPs, bytes) of forward and backward, by design: GEMMs; operands once a GEMM plus logits' trips."""
         gemms = self.passes[0] + self.passes[1 if case.head == "trained" else 2]
+        gemms += self.mixture if case.is_divergence and 0 < case.beta < 1 else 0
         return gemms * case.gemm_flops, gemms * case.input_bytes + self.trips * case.N * case.V * case.itemsize
 
 

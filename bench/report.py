@@ -50,7 +50,7 @@ def matrix(rows, value, first):
     return markdown((first, *titles), lines)
 
 
-def head_section(rows):
+def head_section(rows, what="the loss head", first="loss head"):
     base, notes = split([r for r in rows if r["group"] in ("base", "models")])
     if note := loss.denormals_note(base):
         notes.append(f"{note[0].upper()}{note[1:]}.")
@@ -61,10 +61,14 @@ def head_section(rows):
         return f"{r['gemms']:.2f}{memory}"
 
     return (
-        "Forward and backward of the loss head in units of one bare `hidden @ weight.T` of the same run "
+        f"Forward and backward of {what} in units of one bare `hidden @ weight.T` of the same run "
         f"({gemm}), and peak memory beyond inputs and gradients:\n\n"
-        + "\n\n".join((matrix(base, value, "loss head"), *notes))
+        + "\n\n".join((matrix(base, value, first), *notes))
     )
+
+
+def divergence_section(rows):
+    return head_section(rows, "a divergence from a teacher of the same size", "distillation")
 
 
 def first_of_each(rows):
@@ -101,7 +105,13 @@ def plan(row):
     return f"{row['shape']}, {row['tuning']}, {row['question']}"
 
 
-SECTIONS = {"loss": head_section, "accuracy": accuracy_section, "step": step_section, "fit": fit_section}
+SECTIONS = {
+    "loss": head_section,
+    "divergence": divergence_section,
+    "accuracy": accuracy_section,
+    "step": step_section,
+    "fit": fit_section,
+}
 
 
 def figures(folder):

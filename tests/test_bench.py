@@ -18,10 +18,11 @@ from PIL import Image
 
 from bench import __main__ as command
 from bench import draw, measure, pages, report, shapes
-from bench.cases import OBJECTIVES, Case, Problem, count_denormals, problem, tensors, truth
+from bench.cases import DIVERGENCES, OBJECTIVES, Case, Problem, count_denormals, problem, tensors, truth
+from bench.divergences import NAMES, entries_of
 from bench.entries import ENTRIES, Entry, full_logits, unsloth_module
 from bench.show import Show
-from bench.suites import Options, accuracy, fit, loss, parse_case, step
+from bench.suites import Options, accuracy, divergence, fit, loss, parse_case, step
 from bench.worker import Worker
 from fastgrpo import reference
 
@@ -60,12 +61,40 @@ def test_truth_is_autograd_through_the_reference(objective, softcap):
     torch.testing.assert_close(found.d_weight, weight.grad, rtol=1e-8, atol=1e-14)
 
 
+@pytest.mark.quick
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("objective", DIVERGENCES)
+def test_truth_of_a_divergence(objective, softcap):
+    """All rows at once; the head's gradient also along a step, by differences."""
+    p = make(replace(SMALL, objective=objective, softcap=softcap))
+    found = truth(p, chunk=48)
+
+    def value(hidden, weight):
+        heads = (hidden, weight, p.teacher_hidden.double(), p.teacher_weight.double())
+        caps = {"softcap": softcap, "teacher_softcap": softcap}
+        return reference.linear_divergence(*heads, beta=DIVERGENCES[objective], **caps).divergence.mean()
+
+    hidden, weight = (x.detach().double().requires_grad_() for x in (p.hidden, p.weight))
+    d_hidden, d_weight = torch.autograd.grad(value(hidden, weight), (hidden, weight))
+    torch.testing.assert_close(found.d_hidden, d_hidden.flatten(0, 1), rtol=1e-8, atol=1e-14)
+    torch.testing.assert_close(found.d_weight, d_weight, rtol=1e-8, atol=1e-14)
+    step = 1e-6 * torch.randn_like(weight)
+    moved = (value(hidden, weight + step) - value(hidden, weight - step)) / 2
+    assert float((found.d_weight * step).sum()) == pytest.approx(moved.item(), rel=1e-5)
+    assert float(found.loss) == pytest.approx(value(hidden, weight).item(), rel=1e-10)
+    assert 0.01 < found.loss < 1
+    assert (found.entropy, found.logprobs) == (None, None)
+
+
 CASES = {
     **{name: replace(SMALL, objective=name) for name in OBJECTIVES},
     "frozen": replace(SMALL, head="frozen"),
     "bf16": replace(SMALL, dtype="bf16"),
     "softcap": replace(SMALL, softcap=30.0),
     "zero": replace(SMALL, zero_share=0.5),
+    **{name: replace(SMALL, objective=name) for name in DIVERGENCES},
+    "divergence, bf16, frozen": replace(SMALL, objective="JSD", dtype="bf16", head="frozen"),
+    "divergence, softcap": replace(SMALL, objective="reverse KL", softcap=30.0),
 }
 
 
@@ -79,13 +108,13 @@ def test_every_entry_is_right_or_says_why_not(case):
 def every_entry_is_right(case):
     p, right = make(case), 0
     want = truth(p)
-    for name, entry in ENTRIES.items():
+    for name, entry in entries_of(case).items():
         if "compile" in name or entry.why_not(case, "cpu"):
             continue
         row = measure.errors(entry, p, want)
         assert row["correct"], (name, row)
         right += 1
-    assert right >= 4
+    assert right >= (3 if case.is_divergence else 4)
 
 
 @pytest.mark.quick
@@ -108,6 +137,21 @@ def test_a_wrong_entry_gets_no_time(options, monkeypatch):
     assert rows[4]["gemms"] > 0
     cells = loss.table(rows)[1]
     assert [c[1] for c in cells[:3]] == ["wrong"] * 3
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_the_gate_of_divergences(dtype):
+    p = make(replace(SMALL, objective="JSD", dtype=dtype))
+    want, exact = truth(p), entries_of(p.case)["fastgrpo exact"]
+    assert measure.errors(exact, p, want)["correct"]
+    off = 1e-2 if dtype == "fp32" else 0.5
+    for wrong in (
+        lambda p: halved(exact.run_loss(p)),
+        lambda p: exact.run_loss(p) + off * want.loss,
+        lambda p: exact.run_loss(p) * torch.nan,
+    ):
+        assert not measure.errors(Entry("wrong", "torch", None, wrong), p, want)["correct"]
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -152,6 +196,39 @@ def test_loss_suite_end_to_end(tmp_path, monkeypatch, capsys):
     assert rows["fastgrpo exact"]["peak_mib"] < rows["fastgrpo exact"]["memory_bound_mib"]
     assert (tmp_path / "loss-cpu.png").read_bytes()[:4] == b"\x89PNG"
     assert "bare logits GEMM" in capsys.readouterr().out
+
+
+def test_divergence_suite(options, tmp_path):
+    """Rows of what computes one, of no other; memory as a fresh process takes it; a picture and README's table."""
+    options.entries = ["Liger fused JSD", *QUICK, "TRL op"]
+    options.cases = [
+        {"N": 256, "V": 4096, "D": 128, "head": "frozen", "objective": "JSD", "memory": False},
+        {"N": 64, "V": 512, "D": 32, "objective": "gspo"},
+    ]
+    with Show(quiet=True) as show, torch.compiler.set_stance("force_eager"):
+        rows = divergence.run(options, show)
+    assert [r["entry"] for r in rows] == ["Liger fused JSD", *QUICK[:3], "TRL op"]
+    assert all(r["suite"] == "divergence" and r["gemms"] > 0 and r["correct"] for r in rows)
+    assert [r["model_flops"] / r["floor_flops"] for r in rows] == [4, 5, 7, 3, 7]
+    rows = [{**measure.machine("cpu", "test"), **r} for r in rows]
+    assert list(map(os.path.basename, divergence.charts(rows, str(tmp_path / "d")))) == ["d.png"]
+    (tmp_path / "divergence-cpu.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    assert "| distillation | N 256, V 4096, D 128, rl, fp32, frozen head, JSD |" in report.figures(tmp_path)
+    case = replace(SMALL, objective="JSD")
+    torch.save([(vars(case), tensors(case, "cpu"))], tmp_path / "jobs.pt")
+    with torch.compiler.set_stance("force_eager"):
+        for name in options.names(case):
+            assert measure.child_peaks(name, tmp_path / "jobs.pt")[0] < case.memory_bound_mib
+
+
+@pytest.mark.quick
+def test_cases_of_divergences():
+    for device, base in (("cpu", 6), ("cuda", 12)):
+        plain = [c for c in divergence.cases(device) if c.group == "base" and c.profile == "rl"]
+        assert len({(c.N, c.objective, c.head) for c in plain}) == len(plain) == base
+        assert all(c.suite == "divergence" for c in divergence.cases(device))
+        assert all(c.suite == "loss" for c in loss.cases(device))
+    assert set(NAMES) == {*ENTRIES, *entries_of(plain[0])}
 
 
 def test_a_suite_that_came_too_late_leaves_the_rows_that_are_there(tmp_path, monkeypatch, capsys):

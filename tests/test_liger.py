@@ -592,7 +592,7 @@ def test_apply_and_undo(trainer_module):
 
 def test_signature_is_ligers():
     """Also what ms-swift looks up before it passes an argument."""
-    liger.check_signatures(chunked_loss.LigerFusedLinearGRPOLoss)
+    liger.SLOT.check_signatures(chunked_loss.LigerFusedLinearGRPOLoss)
     ours = inspect.signature(FusedLinearGRPOLoss.__init__).parameters
     assert set(inspect.signature(chunked_loss.LigerFusedLinearGRPOLoss.__init__).parameters) <= set(ours)
 
@@ -607,7 +607,7 @@ def test_signature_is_ligers():
 )
 def test_another_liger_is_refused(method, message, monkeypatch):
     other = type("Other", (chunked_loss.LigerFusedLinearGRPOLoss,), dict([method]))
-    monkeypatch.setattr(chunked_loss.grpo_loss, liger.LIGER_NAME, other)
+    monkeypatch.setattr(chunked_loss.grpo_loss, liger.SLOT.name, other)
     if message is None:  # fewer parameters: whatever fits there fits here
         apply().close()
         return

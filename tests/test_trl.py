@@ -50,15 +50,19 @@ class Refused:
 
 @contextlib.contextmanager
 def counted_calls(monkeypatch):
-    """Every call of our op, its keywords."""
-    calls, plain = [], integration.linear_logprobs
+    """Every call of our ops, its keywords."""
+    calls = []
 
-    def count(*args, **options):
-        calls.append(options)
-        return plain(*args, **options)
+    def counted(plain):
+        def count(*args, **options):
+            calls.append(options)
+            return plain(*args, **options)
+
+        return count
 
     with monkeypatch.context() as m:
-        m.setattr(integration, "linear_logprobs", count)
+        for name in ("linear_logprobs", "linear_divergence"):
+            m.setattr(integration, name, counted(getattr(integration, name)))
         yield calls
 
 
@@ -402,6 +406,18 @@ def rloo(output, path, **settings):
     return trl.RLOOTrainer(load(path), trl_job.digits, config, trl_job.prompts(), processing_class=trl_job.tokenizer())
 
 
+def distillation(output, path, **settings):
+    """Of a teacher with another width, softcap and scale."""
+    teacher = trl_job.save_model(output / "teacher", "Gemma2", hidden_size=48, final_logit_softcapping=5.0)
+    config = trl.DistillationConfig(
+        output_dir=str(output), max_completion_length=6, **{**trl_job.SETTINGS, "max_steps": 3}, **settings
+    )
+    return trl.DistillationTrainer(
+        load(path), teacher_model=load(teacher), args=config, train_dataset=trl_job.prompts(),
+        processing_class=trl_job.tokenizer(),
+    )  # fmt: skip
+
+
 def plain_grpo(output, path, **settings):
     return grpo(trl.GRPOTrainer, output, path, **{"max_steps": 3, **settings})
 
@@ -409,11 +425,14 @@ def plain_grpo(output, path, **settings):
 OTHERS = {
     "SFT": (sft, {}), "SFT, DFT": (sft, {"loss_type": "dft"}), "SFT, again": (sft, {"learning_rate": 1e-2}),
     "DPO": (dpo, {}), "DPO, weighted": (dpo, {"use_weighting": True}), "KTO": (kto, {}), "RLOO": (rloo, {"beta": 0.05}),
-    "GRPO": (plain_grpo, {}),
+    "GRPO": (plain_grpo, {}), "Distillation": (distillation, {"beta": 1.0, "temperature": 0.8}),
+    "Distillation, forward": (distillation, {"beta": 0.0}), "Distillation, JSD": (distillation, {"beta": 0.3}),
 }  # fmt: skip
 
 
-@pytest.mark.works("TRL", "patched(): SFT, DPO, KTO, RLOO and GRPO trainers equal stock TRL, metrics included")
+@pytest.mark.works(
+    "TRL", "patched(): SFT, DPO, KTO, RLOO, GRPO and Distillation trainers equal stock TRL, metrics included"
+)
 @pytest.mark.parametrize(("name", "family"), zip(OTHERS, itertools.cycle(("Qwen2", "Gemma2"))))
 def test_patched_trainers_equal_stock(tmp_path, monkeypatch, models, name, family):
     make, settings = OTHERS[name]
@@ -429,6 +448,9 @@ def test_patched_trainers_equal_stock(tmp_path, monkeypatch, models, name, famil
     assert min(row["grad_norm"] for row in rows[:-1]) > 1e-3
     if name.startswith(("SFT", "DPO")):
         assert 0 < rows[0]["mean_token_accuracy"] < 1
+    if name.startswith("Distillation"):
+        assert rows[0]["entropy"] > 0.1
+        assert {call["beta"] for call in calls} == {settings["beta"]}
 
 
 @pytest.mark.works("TRL", "patched(): SFT and DPO trainers in bf16, within rounding of stock TRL")
@@ -451,19 +473,22 @@ def test_patched_bf16(tmp_path, models, make, mixed):
 
 @pytest.mark.quick
 def test_patched_is_undone():
-    plain = utils._ChunkedLogProbFunction
+    def found():
+        return [integration.find(name) for name in integration.OPS]
+
+    plain, ours = found(), list(integration.OPS.values())
 
     def fail():
         with patched():
-            assert utils._ChunkedLogProbFunction is integration.Op
+            assert found() == ours
             with patched():  # nested
-                assert utils._ChunkedLogProbFunction is integration.Op
-            assert utils._ChunkedLogProbFunction is integration.Op
+                assert found() == ours
+            assert found() == ours
             raise RuntimeError("inside")
 
     with pytest.raises(RuntimeError, match="inside"):
         fail()
-    assert utils._ChunkedLogProbFunction is plain
+    assert found() == plain
 
 
 @pytest.mark.quick
@@ -496,6 +521,89 @@ def test_the_op_in_their_place(outputs, dtype):
     for mine, value in zip(found, want):
         close = 1e-5 if dtype == torch.float32 else 1e-2
         torch.testing.assert_close(mine, value, rtol=close, atol=close)
+
+
+def divergence_arguments(dtype=torch.float32, bias=True):
+    """Of TRL's function: a student, a teacher of another width."""
+    g = torch.Generator().manual_seed(7)
+    shapes = {"student": (16, "hidden weight bias"), "teacher": (9, "hidden weight bias")}
+    given = {}
+    for who, (width, names) in shapes.items():
+        for name, shape in zip(names.split(), ((37, width), (53, width), (53,))):
+            given[f"{who}_{name}"] = torch.randn(*shape, generator=g).to(dtype) if bias or name != "bias" else None
+    return given
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("logits", [(), (0.7, 0.5, 4.0, 1.5, 6.0)], ids=["plain", "transformed"])
+def test_the_divergence_in_their_place(beta, logits, dtype):
+    """TRL's function and ours: divergence, entropy and gradients, with ragged rows out of the loss."""
+    theirs_op = integration.find("trainer.distillation_trainer.ChunkedDivergenceFunction")
+    upstream = torch.linspace(-1, 1, 37) * (torch.arange(37) % 4 > 0)
+    results = []
+    for op, kind in ((theirs_op, torch.float32), (integration.DivergenceOp, dtype)):
+        given = {k: x if x is None else x.to(kind) for k, x in divergence_arguments(dtype, bool(logits)).items()}
+        leaves = [x.requires_grad_() for k, x in given.items() if k.startswith("student") and x is not None]
+        divergence, entropy = op.apply(*given.values(), beta, *logits)
+        grads = torch.autograd.grad((divergence * upstream).sum(), leaves)
+        results.append(((divergence, entropy), [x.float() for x in grads]))
+    (theirs, want), (ours, found) = results
+    for mine, value in zip(ours, theirs):
+        assert (mine.dtype, mine.requires_grad) == (value.dtype, value.requires_grad)
+        torch.testing.assert_close(mine, value, rtol=1e-5, atol=1e-5)
+    for mine, value in zip(found, want, strict=True):
+        close = 1e-5 if dtype == torch.float32 else 1e-2
+        torch.testing.assert_close(mine, value, rtol=close, atol=close)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+def test_divergences_where_student_and_teacher_hardly_differ(beta):
+    """Where a distillation ends: TRL's KL is the rounding of its sums there, ours is right to its digits."""
+    given = divergence_arguments(bias=False)
+    given |= {"teacher_weight": given["student_weight"]}
+    given["teacher_hidden"] = given["student_hidden"] + 1e-3 * torch.randn(37, 16)
+    heads = [given[f"{who}_{name}"].double() for who in ("student", "teacher") for name in ("hidden", "weight")]
+    want = reference.linear_divergence(*heads, beta=beta).divergence
+    theirs_op = integration.find("trainer.distillation_trainer.ChunkedDivergenceFunction")
+    theirs, ours = (op.apply(*given.values(), beta)[0].double() for op in (theirs_op, integration.DivergenceOp))
+    assert ((ours - want).abs() < 1e-3 * want + 1e-12).all()
+    assert (theirs - want).abs().max() > (2 if 0 < beta < 1 else 100) * (ours - want).abs().max()
+
+
+def test_zero3_heads_of_a_divergence(monkeypatch):
+    """Both are gathered for the call alone; what the backward needs is still there."""
+    given, gathered = divergence_arguments(), []
+
+    @contextlib.contextmanager
+    def gather(*head):
+        gathered.append(head)
+        yield
+        for x in head:
+            x.data.zero_()
+
+    def gradients(values):
+        leaves = {k: x.clone().requires_grad_(k.startswith("student")) for k, x in values.items()}
+        integration.DivergenceOp.apply(*leaves.values(), 0.3)[0].sum().backward()
+        return [x.grad for x in leaves.values() if x.requires_grad]
+
+    want = gradients(given)
+    monkeypatch.setattr(integration, "zero3", lambda: True)
+    monkeypatch.setattr(utils, "maybe_gather_lm_head_ctx", gather)
+    for mine, value in zip(gradients(given), want, strict=True):
+        torch.testing.assert_close(mine, value)
+    assert [x.shape for head in gathered for x in head] == [(53, 16), (53,), (53, 9), (53,)]
+
+
+def test_no_rows_of_a_divergence():
+    given = divergence_arguments()
+    given |= {k: x[:0] for k, x in given.items() if k.endswith("hidden")}
+    weight = given["student_weight"].requires_grad_()
+    divergence, entropy = integration.DivergenceOp.apply(*given.values(), 0.3)
+    assert divergence.shape == entropy.shape == (0,)
+    divergence.sum().backward()
+    assert weight.grad.eq(0).all()
 
 
 def test_no_rows():

@@ -1,11 +1,11 @@
-"""The four suites. Each module has ``run(options, show) -> rows``, ``table(rows)`` and ``charts(rows, stem)``."""
+"""The suites. Each module has ``run(options, show) -> rows``, ``table(rows)`` and ``charts(rows, stem)``."""
 
 import argparse
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bench.entries import ENTRIES
+from bench.divergences import NAMES, entries_of
 from bench.profiles import PROFILES
 
 
@@ -17,7 +17,7 @@ class Options:
     suites: list[str]
     output: Path
     repeats: int | None = None  # None: the suite's own number
-    entries: list[str] = field(default_factory=lambda: list(ENTRIES))
+    entries: list[str] = field(default_factory=lambda: list(NAMES))
     cases: list = field(default_factory=list)  # Case; empty: the suite's own
     groups: list[str] = field(default_factory=list)  # of the loss suite's own cases; empty: all
     apart: bool = False  # the loss suite's cases run in a process of their own, see bench.worker
@@ -33,9 +33,13 @@ class Options:
 
     def runnable(self, case):
         """-> ({name: Entry}, {name: why not})"""
-        nothing = self.late or case.why_not()
-        reasons = {n: nothing or self.broken.get(n) or ENTRIES[n].why_not(case, self.device) for n in self.entries}
-        return {n: ENTRIES[n] for n, r in reasons.items() if r is None}, {n: r for n, r in reasons.items() if r}
+        nothing, known = self.late or case.why_not(), entries_of(case)
+        reasons = {n: nothing or self.broken.get(n) or known[n].why_not(case, self.device) for n in self.names(case)}
+        return {n: known[n] for n, r in reasons.items() if r is None}, {n: r for n, r in reasons.items() if r}
+
+    def names(self, case):
+        """Of the entries asked for, those that compute what the case is about."""
+        return [n for n in self.entries if n in entries_of(case)]
 
 
 def parse_case(text):

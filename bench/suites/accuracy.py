@@ -39,7 +39,7 @@ def run(options, show):
             show.status(f"accuracy: {case.title}: {name}")
             result, reason = measure.attempt(accuracy, entry, p, want)
             found[name] = {**common, "entry": name, **(result or {"reason": reason})}
-        new = [found[name] for name in options.entries]
+        new = [found[name] for name in options.names(case)]
         show.rows(case.title, new, table)
         rows += new
     return rows

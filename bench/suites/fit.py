@@ -14,7 +14,6 @@ import torch
 
 from bench import draw, measure
 from bench.cases import Case, Problem, tensors
-from bench.entries import ENTRIES
 from bench.shapes import SHAPES, Shape, build_model
 from bench.suites.step import LORA_RANK
 from fastgrpo import GRPOLossConfig
@@ -102,7 +101,7 @@ class Computed:
     """Answers from fits of peaks measured on this CPU; the loss heads' are measured once."""
 
     def __init__(self, options, show):
-        names = [n for n in options.entries if ENTRIES[n].why_not(Plan("Qwen2.5-0.5B").case, "cpu") is None]
+        names = list(options.runnable(Plan("Qwen2.5-0.5B").case)[0])
         jobs = [(case, tensors(case, "cpu")) for case in head_cases()]
         show.status(f"fit: peak memory of {len(names)} loss heads at {len(jobs)} shapes")
         self.heads = {n: fit_head(jobs, mib) for n, mib in measure.peaks_cpu(names, jobs).items()}

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 from bench import measure, stages
 from bench.cases import OBJECTIVES, SEQUENCES, Case, problem, tensors, truth
-from bench.entries import ENTRIES
 from bench.real import TEMPERATURES, TOKENS
 from bench.worker import Worker
 
@@ -102,19 +101,26 @@ class ApartRunner:
             rows, lost = self.worker.ask((case, self.options.broken), hear)
             if not lost:
                 return rows
-            if self.at not in ENTRIES:  # the case itself, before any entry ran
-                return [{**common_row(case, self.options), "entry": n, "reason": lost} for n in self.options.entries]
+            names = self.options.names(case)
+            if self.at not in names:  # the case itself, before any entry ran
+                return [{**common_row(case, self.options), "entry": n, "reason": lost} for n in names]
             self.options.broken[self.at] = f"{lost} ({case.title})"
 
 
 def run(options, show):
     """-> one row a case and entry."""
-    todo = [Case(**{"group": "base", **c}) for c in options.cases]
-    todo = todo or [c for c in cases(options.device) if not options.groups or c.group in options.groups]
+    return run_chosen("loss", cases, options, show, objective="dapo")
+
+
+def run_chosen(suite, own, options, show, **defaults):
+    """The cases asked for that belong to a suite, else the suite's own: ``own(device)``."""
+    todo = [c for c in (Case(**{"group": "base", **defaults, **c}) for c in options.cases) if c.suite == suite]
+    if not options.cases:
+        todo = [c for c in own(options.device) if not options.groups or c.group in options.groups]
     with contextlib.closing((ApartRunner if options.apart else Runner)(options)) as runner:
         rows, jobs = run_cases(todo, runner, options, show)
     if jobs:
-        show.status(f"loss: peak memory of {len(jobs)} cases, a process an entry")
+        show.status(f"{suite}: peak memory of {len(jobs)} cases, a process an entry")
         add_memory(rows, jobs)
         show.rows("peak memory beyond inputs and gradients", [r for r in rows if r.get("peak_mib")], memory_table)
     return rows
@@ -124,7 +130,7 @@ def run_cases(todo, runner, options, show):
     """-> rows; (case, data) of those whose memory is to be measured apart, on a CPU"""
     rows, jobs = [], []
     for number, case in enumerate(todo, 1):
-        show.status(f"loss {number}/{len(todo)}: {case.title}")
+        show.status(f"{case.suite} {number}/{len(todo)}: {case.title}")
         known = [r for r in rows if r["title"] == case.title]
         if known:  # a point of two sweeps is measured once
             rows += [{**r, "group": case.group} for r in known]
@@ -140,7 +146,7 @@ def run_cases(todo, runner, options, show):
 
 def common_row(case, options):
     return {
-        "suite": "loss",
+        "suite": case.suite,
         "kind": options.device,
         **case.row(),
         "title": case.title,
@@ -159,9 +165,9 @@ def run_case(case, data, options, show):
     if entries:
         p = problem(case, data)
         want = truth(p)
-        common["denormals"] = want.denormals
+        common |= {"loss": float(want.loss), "denormals": want.denormals}
     for name, entry in entries.items():
-        show.status(f"loss: {case.title}: {name}")
+        show.status(f"{case.suite}: {case.title}: {name}")
         found, reason = measure.attempt(measure.errors, entry, p, want)
         flops, moved = entry.model(case)
         rows[name] = {**common, "entry": name, "model_flops": flops, "model_bytes": moved}
@@ -169,11 +175,11 @@ def run_case(case, data, options, show):
         if found and found["correct"]:
             good[name] = entry
     if good:
-        show.status(f"loss: {case.title}: timing")
+        show.status(f"{case.suite}: {case.title}: timing")
         repeats = options.repeats or (5 if options.device == "cuda" else 3 if case.gemm_flops < 5e10 else 2)
 
         def tell(name):
-            show.status(f"loss: {case.title}: timing: {name}")
+            show.status(f"{case.suite}: {case.title}: timing: {name}")
 
         samples, gemms, lost = measure.timings(good, p, repeats, tell)
         for name, reason in lost.items():
@@ -185,9 +191,10 @@ def run_case(case, data, options, show):
                 rows[name]["wall_seconds"] = measure.from_idle(good[name], p)
             if options.device == "cuda" and case.memory:
                 rows[name]["peak_mib"] = measure.peak_cuda(functools.partial(measure.step, good[name], p))
-        if "fastgrpo certified" in samples and options.device == "cpu" and case.group in ("base", "models"):
+        staged = case.group in ("base", "models") and not case.is_divergence
+        if "fastgrpo certified" in samples and options.device == "cpu" and staged:
             rows["fastgrpo certified"]["stages"] = stages.time_certified(p, rows["fastgrpo certified"]["gemm_seconds"])
-    return [rows[name] for name in options.entries]
+    return [rows[name] for name in options.names(case)]
 
 
 def add_memory(rows, jobs):
@@ -215,7 +222,7 @@ def table(rows):
         "peak MiB",
         "error dX",
     )
-    mine = next((r["gemms"] for r in rows if r["entry"] == "fastgrpo certified" and "gemms" in r), None)
+    mine = next((r["gemms"] for r in rows if r["entry"].startswith("fastgrpo") and "gemms" in r), None)
     cells = []
     for r in rows:
         if "gemms" not in r:

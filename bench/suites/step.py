@@ -176,7 +176,7 @@ def run_one(what, options, show):
     if good and options.device == "cpu" and what.tuning == "lora":  # full tuning's peak is the optimiser's
         show.status(f"step: {what.title}: peak memory, a process an entry")
         add_memory(list(rows.values()), learner)
-    return [rows[name] for name in options.entries]
+    return [rows[name] for name in options.names(case)]
 
 
 def add_memory(rows, learner):

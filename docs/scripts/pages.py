@@ -185,6 +185,10 @@ API = {
     "transformers": ("fastgrpo.integrations.transformers", ("fuse_lm_head", "FusedOutput", "is_fused")),
     "TRL": ("fastgrpo.integrations.trl", ("FastGRPOTrainer", "patched")),
     "Liger's slot": ("fastgrpo.integrations.liger", ("FusedLinearGRPOLoss", "apply")),
+    "Liger's slots for distillation": (
+        "fastgrpo.integrations.liger_jsd",
+        ("FusedLinearJSDLoss", "FusedLinearJSD", "apply"),
+    ),
     "verl": ("fastgrpo.integrations.verl", ("linear_cross_entropy", "apply")),
     "Rewards that are models": ("fastgrpo.trainer.rewards", ("reward_model", "judge")),
     "This machine": ("fastgrpo.env", ("report", "self_test")),

@@ -3,31 +3,26 @@
 Constructor, call and return are those of liger-kernel 0.8.5; the loss is :func:`fastgrpo.grpo_loss`.
 """
 
-import importlib.metadata
-import inspect
-import re
-import sys
 import warnings
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
-from itertools import zip_longest
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from fastgrpo import inputs
-from fastgrpo.checks import Below1, Count, Finite, NonNegative, Positive, check_field, need
+from fastgrpo.checks import Below1, Count, Finite, NonNegative, Positive, check_field
 from fastgrpo.config import CLIPPED, GRPOLossConfig, Level, LossType
 from fastgrpo.inputs import Backend, Backward
 from fastgrpo.integrations.known_gradients import call, with_gradients
+from fastgrpo.integrations.slots import Slot, fill, renamed
 from fastgrpo.logprobs import linear_logprobs
 from fastgrpo.lora import unpack_lora
 from fastgrpo.loss import GRPOLoss, grpo_loss
 from fastgrpo.weights import GLOBALLY_NORMALISED
 
-LIGER_NAME, TESTED = "LigerFusedLinearGRPOLoss", "0.8.5"
 SHARED = (
     "loss_type",
     "beta",
@@ -303,16 +298,6 @@ def liger_metrics(config, metrics):
     return tuple(metrics[name] / metrics["tokens"].clamp(min=1) for name in names)
 
 
-@contextmanager
-def renamed(names):
-    """Messages about an argument name it as the caller does."""
-    try:
-        yield
-    except (ValueError, TypeError) as error:
-        message = re.sub(rf"(?<!\.)\b({'|'.join(names)})\b", lambda match: names[match[0]], str(error))
-        raise (ValueError if isinstance(error, ValueError) else TypeError)(message) from error
-
-
 def apply() -> ExitStack:
     """Put :class:`FusedLinearGRPOLoss` in the place of ``LigerFusedLinearGRPOLoss``.
 
@@ -326,47 +311,12 @@ def apply() -> ExitStack:
     Raises:
         ImportError: liger-kernel is missing, or its class has another constructor or call than the one tested.
     """
-    need("liger_kernel", "liger")
-    home = need("liger_kernel.chunked_loss.grpo_loss", "liger")
-    original, undo = getattr(home, LIGER_NAME), ExitStack()
-    if original is not FusedLinearGRPOLoss:
-        check_signatures(original)
-        need("liger_kernel.chunked_loss", "liger")
-        undo.callback(put_back, original, swap(original, FusedLinearGRPOLoss))
-    return undo
+    return fill(SLOT)
 
 
-def check_signatures(original):
-    """Whatever is given to Liger's class, by name or by position, must mean the same in ours."""
-    for method in ("__init__", "forward"):
-        theirs, ours = (positional(getattr(cls, method)) for cls in (original, FusedLinearGRPOLoss))
-        strange = next((mine for mine, known in zip_longest(theirs, ours[: len(theirs)]) if mine != known), None)
-        if strange:
-            raise ImportError(
-                f"liger-kernel must have the {LIGER_NAME}.{method} of {TESTED}, with which this was tested, or the "
-                f"beginning of it; {importlib.metadata.version('liger_kernel')} differs from {strange} on"
-            )
-
-
-def positional(function):
-    """["name" or "name=default", ...] of what can be given by position."""
-    parameters = inspect.signature(function).parameters.values()
-    positional = [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
-    return [p.name if p.default is p.empty else f"{p.name}={p.default!r}" for p in positional]
-
-
-def swap(old, new):
-    """Replace a class in every imported module; -> [(module, name)] of the places."""
-    modules = [m for m in list(sys.modules.values()) if isinstance(getattr(m, "__dict__", None), dict)]
-    places = [(m, name) for m in modules for name, value in list(vars(m).items()) if value is old]
-    for module, name in places:
-        setattr(module, name, new)
-    return places
-
-
-def put_back(original, places):
-    """Undo, also in modules that were imported in between and got ours under Liger's name."""
-    later = [(m, LIGER_NAME) for m in list(sys.modules.values())]
-    for module, name in places + later:
-        if getattr(module, "__dict__", {}).get(name) is FusedLinearGRPOLoss:
-            setattr(module, name, original)
+SLOT = Slot(
+    "LigerFusedLinearGRPOLoss",
+    home="liger_kernel.chunked_loss.grpo_loss",
+    package="liger_kernel.chunked_loss",
+    ours=FusedLinearGRPOLoss,
+)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from fastgrpo import inputs
 from fastgrpo.checks import need
 from fastgrpo.diagnostics import NAMES, token_diagnostics
+from fastgrpo.divergence import linear_divergence
 from fastgrpo.inputs import IGNORE, Backend, Backward
 from fastgrpo.integrations.transformers import check_fused, fuse_lm_head
 from fastgrpo.logprobs import LogProbs, linear_logprobs
@@ -29,6 +30,10 @@ SIGNATURES = {  # what is rebound, overridden or called, and the parameters it m
     "trainer.utils._ChunkedLogProbFunction.forward": (
         "ctx hidden weight bias targets temperature chunk_size final_logit_softcapping logit_scale outputs"
     ),
+    "trainer.distillation_trainer.ChunkedDivergenceFunction.forward": (
+        "ctx student_hidden student_weight student_bias teacher_hidden teacher_weight teacher_bias beta temperature "
+        "student_logit_scale student_final_logit_softcapping teacher_logit_scale teacher_final_logit_softcapping"
+    ),
     "trainer.utils.add_fused_lm_head": "model temperature cast_lm_head_to_fp32 outputs",
     "trainer.grpo_trainer.GRPOTrainer._compute_loss": "self model inputs",
     "trainer.grpo_trainer.GRPOTrainer._get_per_token_logps_and_entropies": (
@@ -37,7 +42,6 @@ SIGNATURES = {  # what is rebound, overridden or called, and the parameters it m
         "mm_token_type_ids image_position_ids"
     ),
 }
-OP = "trainer.utils._ChunkedLogProbFunction.forward"
 
 
 def check_version(*names):
@@ -97,7 +101,7 @@ class Op:
     ):
         """-> log-probs, entropy, log_sum_sq_probs, mean_logits, is_top1, (N,) each, None where not in ``outputs``."""
         if zero3():  # TRL gathers the weight for this call alone; a copy is still whole in the backward
-            weight, bias = weight.clone(), None if bias is None else bias.clone()
+            weight, bias = weight.clone(), whole(bias)
         logits = {"temperature": temperature, "softcap": final_logit_softcapping, "logit_scale": logit_scale}
         out = linear_logprobs(hidden, weight, targets, bias, return_entropy="entropy" in outputs, **logits)
         diagnostics = token_diagnostics(
@@ -113,6 +117,54 @@ class Op:
         return *out, *diagnostics
 
 
+class DivergenceOp:
+    """What stands in for TRL's autograd function of two models' divergence: its ``apply``, on our op."""
+
+    @staticmethod
+    def apply(
+        student_hidden,  # (N, D)
+        student_weight,  # (V, D)
+        student_bias,  # (V,)
+        teacher_hidden,  # (N, D_t)
+        teacher_weight,  # (V, D_t)
+        teacher_bias,  # (V,)
+        beta,
+        temperature=1.0,
+        student_logit_scale=1.0,
+        student_final_logit_softcapping=None,
+        teacher_logit_scale=1.0,
+        teacher_final_logit_softcapping=None,
+    ):
+        """-> divergence, the student's entropy, (N,) each."""
+        gather = find("trainer.utils.maybe_gather_lm_head_ctx")
+        with gather(student_weight, student_bias), gather(teacher_weight, teacher_bias):
+            if zero3():  # gathered for this call alone
+                student_weight, student_bias = student_weight.clone(), whole(student_bias)
+                teacher_weight, teacher_bias = teacher_weight.clone(), whole(teacher_bias)
+            out = linear_divergence(
+                student_hidden,
+                student_weight,
+                teacher_hidden,
+                teacher_weight,
+                beta=beta,
+                bias=student_bias,
+                teacher_bias=teacher_bias,
+                temperature=temperature,
+                softcap=student_final_logit_softcapping,
+                teacher_softcap=teacher_final_logit_softcapping,
+                logit_scale=student_logit_scale,
+                teacher_logit_scale=teacher_logit_scale,
+                return_entropy=True,
+            )
+        return out.divergence, out.entropy
+
+
+OPS = {  # TRL's autograd functions where its trainers look them up: what stands in for each
+    "trainer.utils._ChunkedLogProbFunction": Op,
+    "trainer.distillation_trainer.ChunkedDivergenceFunction": DivergenceOp,
+}
+
+
 def zero3():
     """Whether DeepSpeed shards the weights, so that they are empty outside their gathering."""
     from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
@@ -120,10 +172,16 @@ def zero3():
     return is_deepspeed_zero3_enabled()
 
 
+def whole(bias):
+    """A copy that outlives its gathering."""
+    return None if bias is None else bias.clone()
+
+
 @contextlib.contextmanager
 def patched() -> Iterator[None]:
     """``with patched(): trainer.train()``: every trainer of TRL that scores tokens (SFT, DPO, KTO, RLOO, GRPO ...) does
-    so with :func:`fastgrpo.linear_logprobs`, its optional outputs included, until the block ends.
+    so with :func:`fastgrpo.linear_logprobs`, its optional outputs included, and its ``DistillationTrainer`` compares
+    student and teacher with :func:`fastgrpo.linear_divergence`, until the block ends.
 
     Trainers made before the block count too. May be nested. What TRL itself refuses (LoRA on lm_head) stays refused:
     for that there is :class:`FastGRPOTrainer`.
@@ -131,10 +189,13 @@ def patched() -> Iterator[None]:
     Raises:
         ImportError: a TRL that was not tested, with the tested versions and what differs.
     """
-    utils = importlib.import_module("trl.trainer.utils")
-    if getattr(utils, "_ChunkedLogProbFunction", None) is not Op:
-        check_version(OP)
-    with rebound(utils, "_ChunkedLogProbFunction", Op):
+    places = [(name, *name.rsplit(".", 1), op) for name, op in OPS.items()]
+    strange = [name for name, home, place, op in places if getattr(find(home), place, None) is not op]
+    if strange:
+        check_version(*(f"{name}.forward" for name in strange))
+    with contextlib.ExitStack() as stack:
+        for _, home, place, op in places:
+            stack.enter_context(rebound(find(home), place, op))
         yield
 
 
@@ -167,7 +228,7 @@ class FastGRPOTrainer(trl.GRPOTrainer):
         workspace_mb: float = 128,
         **kwargs: Any,
     ):
-        check_version(*(name for name in SIGNATURES if name != OP))
+        check_version(*(name for name in SIGNATURES if name.removesuffix(".forward") not in OPS))
         inputs.check_choice("backend", backend, inputs.BACKENDS)
         inputs.check_choice("backward", backward, inputs.BACKWARDS)
         for name, value in (("tolerance", tolerance), ("workspace_mb", workspace_mb)):
