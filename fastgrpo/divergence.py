@@ -64,8 +64,8 @@ def linear_divergence(
         beta: in [0, 1].
         temperature: a number > 0, or a float tensor of mask's shape. Divides both models' logits.
         return_entropy: also return the student's entropy, without a gradient.
-        backend, backward, tolerance, workspace_mb, row_tolerance: see :func:`fastgrpo.linear_logprobs`. On the Triton
-            backend the backward is exact whatever is asked for.
+        backend, backward, tolerance, workspace_mb, row_tolerance: see :func:`fastgrpo.linear_logprobs`. "auto" is
+            exact where the head is trained. On the Triton backend the backward is exact whatever is asked for.
 
     Returns:
         ``Divergence(divergence, entropy)``, float32 (float64 for float64 input), of mask's shape, >= 0 up to rounding
@@ -200,7 +200,10 @@ def head_divergence(hidden, weight, mask, teacher, beta, options):
         lora_dtype=None if lora.A is None else compute_dtype(hidden, weight, lora.A, lora.B),
     )
     tensors = pair_tensors(hidden, weight, targets, teacher, beta, options, params, lora)
-    divergence, entropy = LinearDivergence.apply(*tensors, params, strategies.choose_pair(params))
+    trained = any(x is not None and x.requires_grad for x in (weight, options.bias, lora.B))
+    # dW's rows need so many rows whole that nothing is saved, measured; asked for, it is done
+    worthwhile = params.backend == "torch" and (options.backward == "certified" or not trained)
+    divergence, entropy = LinearDivergence.apply(*tensors, params, strategies.choose_pair(params, worthwhile))
     return Divergence(divergence.view(targets.shape), None if entropy is None else entropy.view(targets.shape))
 
 

@@ -174,6 +174,6 @@ def choose_trained(params):
     return Exact if params.tolerance is None else Certified
 
 
-def choose_pair(params):
-    """The strategy of a divergence."""
-    return Diverging if params.tolerance is None or params.backend == "triton" else DivergingCertified
+def choose_pair(params, worthwhile):
+    """The strategy of a divergence. worthwhile: whether leaving entries out may pay."""
+    return DivergingCertified if worthwhile and params.tolerance is not None else Diverging
