@@ -129,11 +129,34 @@ class Teacher:
         return self.buffer[: height * count].view(height, count)
 
 
+class Scratch:
+    """Memory of tiles' terms, kept: fresh pages cost a CPU more than what is written into them."""
+
+    def __init__(self):
+        self.held = {}
+
+    def like(self, x, key, dtype=None):
+        """Memory of x's shape, by a key of its own."""
+        if key not in self.held or self.held[key].numel() < x.numel():
+            self.held[key] = torch.empty(x.numel(), dtype=dtype or x.dtype, device=x.device)
+        return self.held[key][: x.numel()].view(x.shape)
+
+
+def differences(u, v, d, scratch):
+    """v - u of exponentials whose logs differ by -d: of d where that is small. Overwrites nothing it is given."""
+    near = torch.clamp(d, -NEAR, NEAR, out=scratch.like(u, "near"))
+    far = torch.ne(near, d, out=scratch.like(u, "far", torch.bool))
+    near.neg_().expm1_().mul_(u)
+    apart = torch.sub(v, u, out=scratch.like(u, "apart"))
+    return torch.where(far, apart, near, out=near)
+
+
 class KLFold:
     """Folds tiles into the running sums of :mod:`fastgrpo.pair_math`."""
 
     def __init__(self, problem, rows, witness=None):
         self.problem, self.student_first, self.witness = problem, problem.beta == 1.0, witness
+        self.scratch = Scratch()
         dtype, device = accumulator_dtype(problem.hidden), rows.device
         self.peaks = torch.full((2, rows.numel()), FLOOR, dtype=dtype, device=device)  # first, second
         self.sums = torch.zeros(4, rows.numel(), dtype=dtype, device=device)
@@ -151,14 +174,12 @@ class KLFold:
         if self.problem.params.entropy:
             own = tile.z[:n].clamp(min=dense.FAR)
             self.spread[part] -= (own * dense.exp_(own.clone())).sum(1)
-        d = u - v
-        far = d.abs() >= NEAR
+        d = torch.sub(u, v, out=self.scratch.like(u, 0))
         for z in whole:
             dense.exp_(z)
         total += u.sum(1)
         other_total += v.sum(1)
-        near = d.neg().masked_fill_(far, 0.0).expm1_().mul_(u)
-        excess += torch.where(far, v - u, near).sum(1)
+        excess += differences(u, v, d, self.scratch).sum(1)
         leant = d.mul_(u)
         tilt += leant.sum(1)
         if self.witness is not None and self.student_first:  # p_s (d - E[d])
@@ -264,7 +285,7 @@ class Witness:
 
     def __init__(self, problem, n, device):
         dtype = accumulator_dtype(problem.hidden)
-        self.least = problem.params.tolerance * LEAST_PER_TOLERANCE
+        self.least, self.scratch = problem.params.tolerance * LEAST_PER_TOLERANCE, Scratch()
         self.flags = torch.zeros(-(-n // BLOCK), problem.weight.shape[0], dtype=torch.bool, device=device)
         self.center, self.unit = torch.zeros(n, dtype=dtype, device=device), torch.ones(n, dtype=dtype, device=device)
         self.seen, self.left = torch.zeros(2, 3, n, dtype=dtype, device=device)  # sums of x^2, x y, y^2
@@ -278,7 +299,8 @@ class Witness:
         self.seen[:, part] += products(x, y)
         least = self.least * self.norms(self.seen).square().mean().sqrt() * unit
         kept = torch.zeros(-(-n // BLOCK) * BLOCK, columns, dtype=torch.bool, device=x.device)
-        torch.ge(torch.addcmul(x, center[:, None], y, value=-1).abs_(), least[:, None], out=kept[:n])
+        size = torch.addcmul(x, center[:, None], y, value=-1, out=self.scratch.like(x, "size")).abs_()
+        torch.ge(size, least[:, None], out=kept[:n])
         kept = kept.view(-1, BLOCK, columns).any(1)
         first = part.start // BLOCK
         self.flags[first : first + len(kept), tile.chunk.span] |= kept
@@ -336,10 +358,9 @@ def logits_gradient(problem, z, bias, index, other, stats, grad):
     known = PairStats(*stats)
     log_p, delta = log_ratios(known, z, other)
     if problem.beta == 0.0:
-        far = delta.abs() >= NEAR
-        log_q = (log_p - delta).clamp_(min=dense.FAR)
-        p, near = dense.exp_(log_p), delta.neg_().masked_fill_(far, 0.0).expm1_().neg_()
-        dz = torch.where(far, p - dense.exp_(log_q), near.mul_(p))
+        scratch = Scratch()
+        log_q = torch.sub(log_p, delta, out=scratch.like(log_p, 0)).clamp_(min=dense.FAR)
+        dz = differences(dense.exp_(log_p), dense.exp_(log_q), delta, scratch).neg_()
     else:
         if problem.is_mixture:
             delta = mixture_logs(delta, problem.beta)[0].mul_(1.0 - problem.beta)
