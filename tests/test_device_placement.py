@@ -447,7 +447,8 @@ def test_evaluation_forks_the_random_numbers_of_its_own_gpu(monkeypatch):
             config=SimpleNamespace(num_generations_eval=2, seed=0, eval_pass_threshold=1.0), eval_rows=[1],
             accelerator=SimpleNamespace(device=torch.device(kind), process_index=0, num_processes=1),
             sampler=SimpleNamespace(sync=lambda model: None), model=None,
-            answer=lambda rows, n, greedy=False: torch.ones(n), columns=lambda answers: {"reward": answers},
+            answer=lambda rows, n, greedy=False: torch.ones(n),
+            meter=SimpleNamespace(columns=lambda answers: {"reward": answers}),
         )  # fmt: skip
         assert GRPOTrainer.evaluate(trainer)["eval/pass@2"] == 1
         assert seen.pop() == devices

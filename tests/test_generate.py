@@ -11,6 +11,7 @@ transformers = pytest.importorskip("transformers")
 
 from fastgrpo.integrations.vllm import named_weights  # noqa: E402
 from fastgrpo.trainer import generate  # noqa: E402
+from fastgrpo.trainer.completions import completion  # noqa: E402
 from fastgrpo.trainer.generate import Recorder, Sampling, TransformersSampler, end_tokens  # noqa: E402
 
 PAD, EOS, V = 0, 2, 48
@@ -75,6 +76,18 @@ def test_logprobs_are_those_of_the_model(model, options, peft):
             assert len(answer.ids) == len(answer.logprobs)
             expected = score_forced(model, prompt, answer.ids, sampling.temperature)
             torch.testing.assert_close(torch.tensor(answer.logprobs), expected, atol=1e-5, rtol=0)
+
+
+def test_entropies_are_those_of_the_model(model):
+    """Of the whole distribution at the temperature; up to the end token. Without them -log p of what was drawn."""
+    sampling = Sampling(num_generations=2, max_completion_length=9, temperature=0.7, top_k=5)
+    for prompt, group in zip(PROMPTS, TransformersSampler(TOKENIZER).generate(model, PROMPTS, sampling)):
+        for answer in group:
+            logits = model(torch.tensor([prompt + answer.ids])).logits[0, len(prompt) - 1 : -1] / 0.7
+            logp = logits.log_softmax(-1)
+            assert answer.entropy == pytest.approx(-(logp.exp() * logp).sum().item(), rel=1e-4)
+    cut = completion([7, EOS, 8], [-0.5, float("nan"), -3.0], [EOS])
+    assert (cut.ids, cut.entropy) == ([7, EOS], 0.5)
 
 
 def test_top_k_one_is_greedy(model):

@@ -158,6 +158,20 @@ def test_length_penalty_is_trls(maximum, cache):
     assert ours[maximum - cache] == 0
 
 
+def test_the_penalty_under_trls_name():
+    """Ready made, as a config names it; logged under TRL's name."""
+    trl = pytest.importorskip("trl.rewards")
+    arguments = {"max_completion_len": 10, "soft_punish_cache": 4}
+    named = rewards.name_rewards([{"name": "get_soft_overlong_punishment", **arguments}], {"prompt"})
+    ids = [[1] * n for n in range(14)]
+    ours = named["soft_overlong_punishment_reward"](prompts=ids, completions=ids, completion_ids=ids)
+    theirs = trl.get_soft_overlong_punishment(**arguments)
+    assert ours == pytest.approx(theirs(completion_ids=ids))
+    assert theirs.__name__ == "soft_overlong_punishment_reward"
+    with pytest.raises(ValueError, match="'get_soft_overlong_punishment' needs 'soft_punish_cache'"):
+        rewards.resolve({"name": "get_soft_overlong_punishment", "max_completion_len": 10})
+
+
 def test_length_penalty_defaults_to_a_fifth():
     ids = [[1] * n for n in (80, 90, 100, 101)]
     assert rewards.length_penalty(completion_ids=ids, max_length=100) == [0.0, -0.5, -1.0, -1.0]

@@ -70,7 +70,16 @@ MISTAKES = [
     ({"train_datasets": "x"}, "did you mean train_dataset?"),
     ({"generation_batch_size": 64}, "generation_batch_size is not a setting: say steps_per_generation"),
     ({"per_device_eval_batch_size": 8}, "is not a setting: evaluation is batched by max_generation_tokens"),
-    ({"fp16": True}, "fp16 is not a setting: 16-bit training is bf16=True"),
+    ({"fp16": True, "bf16": True}, "fp16 and bf16 cannot both be True"),
+    ({"fp16": True, "dtype": "bfloat16"}, "fp16 computes in float16: dtype must be 'float32'.* got 'bfloat16'"),
+    ({"dtype": "float16"}, "dtype 'float16' needs use_peft=True: trained weights must be fp32.* say fp16=True"),
+    ({"advantage_estimator": "ppo"}, "advantage_estimator must be one of 'grpo', 'rloo'"),
+    ({"advantage_estimator": "rloo", "scale_rewards": "batch"}, "scale_rewards must be left out with 'rloo'"),
+    ({"advantage_estimator": "pass_at_k", "pass_at_k": 8}, "pass_at_k must be from 2 to 7"),
+    ({"multi_objective_aggregation": "normalize_then_sum", "scale_rewards": False}, "needs advantage_estimator 'grpo'"),
+    ({"max_resample_times": -1}, "max_resample_times must be >= 0, got -1"),
+    ({"vllm_geometric_mask_max": 0.9}, "vllm_geometric_mask_max must be > 1 or None, got 0.9"),
+    ({"vllm_geometric_mask_min": 0.9}, "vllm_geometric_mask_min needs vllm_geometric_mask_max"),
 ]  # fmt: skip
 if not torch.cuda.is_available():
     MISTAKES += [
@@ -233,7 +242,7 @@ def test_answers_without_any_reward_are_said_once(tmp_path, given, said):
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("default")
         trainer.train()  # two rollouts
-    texts = [str(w.message) for w in seen if "reward" in str(w.message)]
+    texts = [str(w.message) for w in seen if "got no reward" in str(w.message)]
     assert [text.partition(" answers got no reward")[0] for text in texts] == ([said] if said else [])
 
 
@@ -381,11 +390,12 @@ def test_several_rewards_with_weights_and_missing_scores(tmp_path):
     for i, e in enumerate(episodes):
         assert (e.advantage == 0) or i % 2 == 0
         length = len(trainer.tokenizer.decode(e.completion_ids, skip_special_tokens=True))
-        assert trainer.reward(e) == pytest.approx(torch.nan if i % 2 else 1.5 * length, nan_ok=True)
+        assert trainer.meter.reward(e) == pytest.approx(torch.nan if i % 2 else 1.5 * length, nan_ok=True)
     assert any(e.advantage != 0 for e in episodes)
     row = trainer.train()[0]
     assert {"rewards/half_0", "rewards/never", "rewards/half_2"} <= row.keys()
-    assert row["rewards/half_0"] == row["rewards/half_2"] > 0 == row["rewards/never"]
+    assert row["rewards/half_0"] == row["rewards/half_2"] > 0
+    assert row["rewards/never"] is None  # not 0, which would be a score
     assert row["reward"] == pytest.approx(1.5 * row["rewards/half_0"])  # of the answers that were scored
 
 
@@ -435,7 +445,8 @@ def test_a_16_bit_module_is_scored_again_whatever_the_config_says(tmp_path):
         {"loss_type": "vespo", "packing": True}, {"entropy_coef": 0.01, "top_entropy_quantile": 0.5},
         {"mask_truncated_completions": True, "loss_type": "dr_grpo"}, {"activation_offloading": True},
         {"gradient_checkpointing": True, "recompute_old_logprobs": True}, {"bf16": True},
-        {"optim": "adamw_torch_fused"},
+        {"optim": "adamw_torch_fused"}, {"fp16": True}, {"advantage_estimator": "rloo"},
+        {"multi_objective_aggregation": "normalize_then_sum"}, {"advantage_estimator": "pass_at_k", "pass_at_k": 2},
         {"token_budget": 8, "off_policy_mask_threshold": 0.1, "top_k": 3, "top_p": 0.9, "repetition_penalty": 1.1},
     ],
     ids=str,

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import extract_model_from_parallel, gather_object
 
-from fastgrpo.checks import Checked, need, require, require_installed
+from fastgrpo.checks import Above1, Below1, Checked, need, require, require_installed
 from fastgrpo.integrations.transformers import causal_lm
 from fastgrpo.trainer.completions import Completion, completion, end_tokens
 
@@ -39,6 +39,10 @@ class VLLMOptions(Checked):
         vllm_importance_sampling_mode: the ratio is a token's or a sequence's ("token_*", "sequence_*"); outside
             ``[clip_min, clip_max]`` it is cut ("*_truncate") or its term is dropped ("*_mask").
         vllm_importance_sampling_clip_max, vllm_importance_sampling_clip_min: bounds of that ratio; None: none.
+        vllm_geometric_mask_max, vllm_geometric_mask_min: with any mode, drop answers whose geometric mean ratio, the
+            exponential of the mean difference of log-probs over their tokens, is outside this band. It does not grow
+            with the length; bands are narrow, as 1.001 (verl's rollout correction "geometric"; Liu, Li et al. 2025,
+            "When speed kills stability"). min None: 1 / max; max None: no mask.
     """
 
     use_vllm: bool = False
@@ -57,6 +61,8 @@ class VLLMOptions(Checked):
     vllm_importance_sampling_mode: MismatchMode = "sequence_mask"
     vllm_importance_sampling_clip_max: float | None = 3.0
     vllm_importance_sampling_clip_min: float | None = None
+    vllm_geometric_mask_max: Above1 | None = None
+    vllm_geometric_mask_min: Below1 | None = None
 
     def check_combinations(self) -> None:
         super().check_combinations()
@@ -64,6 +70,14 @@ class VLLMOptions(Checked):
         require(
             low is None or high is None or low < high,
             f"vllm_importance_sampling_clip_min must be below clip_max {high}, got {low}",
+        )
+        low, high = self.vllm_geometric_mask_min, self.vllm_geometric_mask_max
+        require(
+            low is None or high is not None, f"vllm_geometric_mask_min needs vllm_geometric_mask_max, got {low} alone"
+        )
+        require(
+            high is None or self.vllm_importance_sampling_correction,
+            "vllm_geometric_mask_max is part of vllm_importance_sampling_correction, which is False",
         )
         if self.use_vllm:
             require_installed("vllm", "'fastgrpo[vllm]'")
@@ -75,9 +89,17 @@ class VLLMOptions(Checked):
         gap = (old - sampled).nan_to_num()
         ratio = (gap if mode.startswith("token") else gap.sum().expand_as(gap)).exp()
         low, high = 0.0 if low is None else low, float("inf") if high is None else high
-        if mode.endswith("truncate"):
-            return ratio.clamp(low, high)
-        return ratio * ((ratio >= low) & (ratio <= high))
+        inside = (ratio >= low) & (ratio <= high)
+        weights = ratio.clamp(low, high) if mode.endswith("truncate") else torch.where(inside, ratio, 0.0)
+        return weights * self.near(gap)
+
+    def near(self, gap: torch.Tensor) -> bool:
+        """Whether the geometric mean of the ratios ``exp(gap)``, (length,), is inside its band."""
+        high = self.vllm_geometric_mask_max
+        if high is None or not len(gap):
+            return True
+        low = 1.0 / high if self.vllm_geometric_mask_min is None else self.vllm_geometric_mask_min
+        return low <= gap.mean().exp().item() <= high
 
 
 @torch.no_grad()

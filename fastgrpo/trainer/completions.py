@@ -1,5 +1,6 @@
 """What every sampler gives: an answer, cut behind the token that ends it."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ class Completion:
     ids: list[int]  # up to and with the end token
     logprobs: list[float]  # nats: the sampler's own at ``temperature``, over the whole vocabulary
     finished: bool  # by an end token, not by length
+    entropy: float = 0.0  # nats: of the distributions behind ``logprobs``, summed
 
 
 def end_tokens(model: Any, tokenizer: Any) -> list[int]:
@@ -22,7 +24,10 @@ def end_tokens(model: Any, tokenizer: Any) -> list[int]:
     return sorted({*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id} - {None})
 
 
-def completion(ids: list[int], logprobs: list[float], ends: Sequence[int]) -> Completion:
-    """An answer cut behind its first end token."""
+def completion(
+    ids: list[int], logprobs: list[float], ends: Sequence[int], entropies: list[float] | None = None
+) -> Completion:
+    """An answer cut behind its first end token; without ``entropies`` they are estimated by what was drawn, -log p."""
     stop = next((i + 1 for i, token in enumerate(ids) if token in ends), None)
-    return Completion(ids[:stop], logprobs[:stop], stop is not None)
+    known = [0.0 if math.isnan(x) else -x for x in logprobs] if entropies is None else entropies
+    return Completion(ids[:stop], logprobs[:stop], stop is not None, sum(known[:stop]))

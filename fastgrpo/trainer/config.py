@@ -6,8 +6,8 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
-from fastgrpo.advantages import Scale
-from fastgrpo.checks import Checked, Count, Finite, GroupSize, Share, annotations, require
+from fastgrpo.advantages import Aggregation, Estimator, Scale, check_method
+from fastgrpo.checks import Checked, Count, CountOr0, Finite, GroupSize, Share, annotations, require
 from fastgrpo.config import ELSEWHERE, GRPOLossConfig
 from fastgrpo.integrations.vllm import VLLMOptions
 from fastgrpo.trainer.generate import Sampling
@@ -37,6 +37,13 @@ class GRPOConfig(Sampling, GRPOLossConfig, ModelOptions, VLLMOptions, RunOptions
             where its layers allow it (SDPA, full attention or windows longer than a sequence), else it says why not;
             then ``packing`` decides.
         skip_zero_advantages: leave out of the learner what cannot have a gradient.
+        advantage_estimator: "grpo", "rloo", "reinforce_plus_plus_baseline", "maxrl" or "pass_at_k", see
+            :func:`fastgrpo.group_advantages`; all but "grpo" scale on their own.
+        pass_at_k: answers of a set, of which the best one counts, with that estimator.
+        multi_objective_aggregation: of several rewards: "sum_then_normalize", or "normalize_then_sum" (GDPO).
+        max_resample_times: DAPO's dynamic sampling (arXiv:2503.14476, section 3.2): groups whose answers all have the
+            same reward give way to groups of the next prompts, up to so many times a rollout (what then has no spread
+            is kept); 0: never. Prompts given up count as used, so an epoch has fewer rollouts.
         recompute_old_logprobs: score a rollout again instead of taking the sampler's log-probs for the policy's; None:
             with vLLM, and in 16 bits where a rollout serves several optimiser steps.
         max_generation_tokens: prompt and answer tokens generated at once.
@@ -65,6 +72,10 @@ class GRPOConfig(Sampling, GRPOLossConfig, ModelOptions, VLLMOptions, RunOptions
     max_generation_tokens: Count = 65536
     reward_weights: list[Finite] | None = None
     scale_rewards: Literal[Scale, True, False] = "group"
+    advantage_estimator: Estimator = "grpo"
+    pass_at_k: Count = 4
+    multi_objective_aggregation: Aggregation = "sum_then_normalize"
+    max_resample_times: CountOr0 = 0
     mask_truncated_completions: bool = False
     sync_ref_model: bool = False
     ref_model_mixup_alpha: Share = 0.6
@@ -77,6 +88,11 @@ class GRPOConfig(Sampling, GRPOLossConfig, ModelOptions, VLLMOptions, RunOptions
         require(
             self.rollout % self.num_generations == 0,
             f"num_generations must divide a rank's rollout of {self.rollout} answers, got {self.num_generations}",
+        )
+        check_method(
+            **self.advantages,
+            group_size=self.num_generations,
+            names=("scale_rewards", "advantage_estimator", "multi_objective_aggregation"),
         )
         steps, accumulate = self.steps_per_generation, self.gradient_accumulation_steps
         require(
@@ -102,6 +118,16 @@ class GRPOConfig(Sampling, GRPOLossConfig, ModelOptions, VLLMOptions, RunOptions
         if isinstance(self.scale_rewards, bool):
             return "group" if self.scale_rewards else "none"
         return self.scale_rewards
+
+    @property
+    def advantages(self) -> dict[str, Any]:
+        """How :func:`fastgrpo.group_advantages` is called."""
+        return {
+            "scale": self.scale,
+            "estimator": self.advantage_estimator,
+            "aggregation": self.multi_objective_aggregation,
+            "pass_at_k": self.pass_at_k,
+        }
 
     @property
     def rollout(self) -> int:

@@ -38,14 +38,19 @@ class Sampling(Checked):
 
 
 class Recorder(LogitsProcessor):
-    """Log-probs of the drawn tokens, one step late: it holds one step's (B, V), never (B, T, V)."""
+    """Log-probs of the drawn tokens, one step late, and entropies: it holds one step's (B, V), never (B, T, V).
 
-    def __init__(self, temperature):
-        self.temperature, self.step, self.logprobs = temperature, None, []
+    tell: is given the number of tokens so far, step by step.
+    """
+
+    def __init__(self, temperature, tell=lambda count: None):
+        self.temperature, self.tell, self.step, self.logprobs, self.entropies = temperature, tell, None, [], []
 
     def __call__(self, input_ids, scores):
         self.take(input_ids)
         self.step = torch.log_softmax(scores.float() / self.temperature, -1)
+        self.entropies.append(torch.special.entr(self.step.exp()).sum(-1, keepdim=True))
+        self.tell(len(self.entropies))
         return scores
 
     def take(self, input_ids):
@@ -78,10 +83,13 @@ def generating(model):
 
 
 class TransformersSampler:
-    """``model.generate`` over left-padded batches of prompts of like length, drawing from torch's generator."""
+    """``model.generate`` over left-padded batches of prompts of like length, drawing from torch's generator.
 
-    def __init__(self, tokenizer, max_batch_tokens=65536):
-        self.tokenizer, self.max_batch_tokens = tokenizer, max_batch_tokens
+    tell: is given how far it is, in words, token by token.
+    """
+
+    def __init__(self, tokenizer, max_batch_tokens=65536, tell=lambda text: None):
+        self.tokenizer, self.max_batch_tokens, self.tell = tokenizer, max_batch_tokens, tell
 
     def sync(self, model) -> None:
         """Nothing to do: it samples from the model itself."""
@@ -97,6 +105,7 @@ class TransformersSampler:
             while order:
                 size = max(1, self.max_batch_tokens // (len(prompts[order[0] // n]) + sampling.max_completion_length))
                 rows, order = order[:size], order[size:]
+                self.done = f"{len(results)} of {len(prompts) * n} answers done"
                 results |= zip(rows, self.batch(bare, [prompts[row // n] for row in rows], sampling, greedy, ends))
         return [[results[i * n + j] for j in range(n)] for i in range(len(prompts))]
 
@@ -115,16 +124,18 @@ class TransformersSampler:
             use_cache=True,
             **{name: getattr(sampling, name) for name in names},
         )
-        recorder = Recorder(sampling.temperature)
+        more = f"{self.done}, {len(prompts)} at token {{}} of {sampling.max_completion_length}".format
+        recorder = Recorder(sampling.temperature, lambda count: self.tell(more(count)))
         # the recorder sees the model's own logits: before the penalty and the truncation
         processors = [recorder, RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty)]
         out = model.generate(ids, attention_mask=mask, generation_config=config, logits_processor=processors)
         recorder.take(out)
-        rows = zip(out[:, width:].tolist(), torch.cat(recorder.logprobs, 1).tolist())
-        return [completion(tokens, logprobs, ends) for tokens, logprobs in rows]
+        recorded = (torch.cat(columns, 1).tolist() for columns in (recorder.logprobs, recorder.entropies))
+        return [completion(ids, logp, ends, h) for ids, logp, h in zip(out[:, width:].tolist(), *recorded)]
 
 
-def make_sampler(config, tokenizer):
+def make_sampler(config, tokenizer, tell=lambda text: None):
     """``use_vllm`` and ``vllm_*`` are TRL's; ``max_generation_tokens`` bounds a batch of transformers' generate."""
-    vllm = config.use_vllm
-    return VLLMSampler(config, tokenizer) if vllm else TransformersSampler(tokenizer, config.max_generation_tokens)
+    if config.use_vllm:
+        return VLLMSampler(config, tokenizer)
+    return TransformersSampler(tokenizer, config.max_generation_tokens, tell)

@@ -4,6 +4,8 @@ import math
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import compress
+from operator import not_
 from typing import Any, Literal
 
 import numpy as np
@@ -17,10 +19,13 @@ from fastgrpo import GRPOLossConfig, grpo_loss, linear_logprobs
 from fastgrpo.inputs import IGNORE, Backend, Backward
 from fastgrpo.integrations.transformers import check_fused
 from fastgrpo.trainer import shared_prompts
+from fastgrpo.trainer.model import reshard
 from fastgrpo.weights import Totals, share_of_batch
 
 AUTO_BUDGET = 8192  # tokens of a micro-batch that "auto" starts from
+LOSS_SCALE, SCALE_GROWTH = 2.0**16, 2000  # of fp16, and after how many steps without an overflow it doubles: torch's
 EXTREMES = ("ratio_min", "ratio_max")
+STATE = ("budget", "limit", "loss_scale", "fitted")
 # out of memory as cuBLAS, Triton and the driver say it, which allocate beside torch
 NO_MEMORY = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory", "[CUDA]: out of memory")
 
@@ -32,9 +37,11 @@ class Episode:
     prompt_ids: list[int]
     completion_ids: list[int]
     advantage: float = 0.0
+    spread: bool = True  # the rewards of its group differ
     counts: bool = True  # False: masked, a truncated answer
     finished: bool = True
     rewards: list[float] = field(default_factory=list)  # one a reward function, NaN: cannot score
+    entropy: float = 0.0  # of the distributions it was sampled from, summed over its tokens (nats)
     sampler: torch.Tensor | None = None  # log-probs of the sampler
     old: torch.Tensor | None = None  # of the policy that sampled; None: the current one
     ref: torch.Tensor | None = None
@@ -135,6 +142,8 @@ class Learner:
         offload: keep activations in host memory until the backward.
         share_prompts: a group's answers behind one copy of their prompt, packed; "auto": where the model can.
         longest: tokens of a prompt and its answer.
+        half: compute in fp16; always where weights are. Its numbers end at 6e-8 and 65504, so the loss is scaled up and
+            the gradients, of fp32 weights, down again; see :meth:`overflowed`.
     """
 
     def __init__(
@@ -150,8 +159,11 @@ class Learner:
         backward: Backward = "auto",
         share_prompts: shared_prompts.Share = False,
         longest: int = 0,
+        half: bool = False,
     ) -> None:
         self.model, self.accelerator, self.config = model, accelerator, config
+        self.half = half or any(p.dtype == torch.float16 for p in model.parameters())
+        self.loss_scale, self.fitted = LOSS_SCALE if self.half else 1.0, 0
         self.skip, self.offload, self.auto, self.limit = skip, offload, budget == "auto", math.inf
         self.budget: int = AUTO_BUDGET if budget == "auto" else budget
         self.largest, self.cut = 0, False
@@ -159,7 +171,8 @@ class Learner:
         self.ddp = isinstance(model, DistributedDataParallel)
         self.inner: Any = model.module if self.ddp else model  # passes through it wait for no other rank
         check_fused(self.inner)
-        self.share = shared_prompts.decide(share_prompts, self.inner, longest, accelerator.print)
+        with self.precision():
+            self.share = shared_prompts.decide(share_prompts, self.inner, longest, accelerator.print)
         self.packed = packed or self.share
 
     def plan(self, episodes):
@@ -220,7 +233,7 @@ class Learner:
                 score = partial(
                     linear_logprobs, targets=targets, temperature=temperature, return_entropy=entropy, backend=backend
                 )
-                with self.accelerator.autocast():
+                with self.accelerator.autocast(), self.precision():
                     out = scorer(**inputs, fastgrpo=score)
                 flat = (out.entropy if entropy else out.logprobs)[targets != IGNORE].cpu()
                 pieces = flat.split([len(e.completion_ids) for e in batch])
@@ -243,13 +256,15 @@ class Learner:
             num_items: normaliser of dapo, cispo and vespo; None: the tokens of the batch.
 
         Returns:
-            dict of 0-dim tensors of this rank: "loss", and grpo_loss's sums, counts and extremes.
+            dict of 0-dim tensors of this rank: "loss", grpo_loss's sums, counts and extremes; "counted", the tokens
+            that the loss's mask counts; and of the answers left out "outside", their tokens, and "outside_entropy",
+            the sum of what the sampler knew.
         """
         threshold, bonus = self.entropy_threshold(episodes)
         counts = gather_object([(len(episodes), sum(e.tokens for e in episodes), sum(bonus.values()))])
         whole = Totals(*map(sum, zip(*counts)))
         num_items = whole.tokens if num_items is None else num_items
-        active = [e for e in episodes if not self.skip or needs_learning(e, self.config)]
+        active, left_out = self.split(episodes)
         if self.on_gpu:
             torch.cuda.reset_peak_memory_stats(self.accelerator.device)  # generation had one of its own
 
@@ -268,7 +283,64 @@ class Learner:
             total = self.within_memory(work, active)
             if self.ddp:  # only now do ranks wait for each other: a token that adds nothing, and DDP reduces gradients
                 self.backward(self.model, uncounted_batch(), Totals(1, 0, 0), whole, num_items, threshold)
-        return total
+        if self.loss_scale != 1.0:
+            for parameter in self.model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(1.0 / self.loss_scale)
+        known = {
+            "counted": sum(e.tokens for e in episodes),
+            "outside": sum(len(e.completion_ids) for e in left_out),
+            "outside_entropy": sum(e.entropy for e in left_out),
+        }
+        values = torch.tensor([*known.values()], dtype=torch.float32, device=self.accelerator.device)
+        return total | dict(zip(known, values.unbind()))
+
+    def split(self, episodes: list[Episode]) -> tuple[list[Episode], list[Episode]]:
+        """-> those that :meth:`gradients` measures, those of which its sums know nothing: skipped or masked."""
+        measured = [bool(e.tokens) and (not self.skip or needs_learning(e, self.config)) for e in episodes]
+        return list(compress(episodes, measured)), list(compress(episodes, map(not_, measured)))
+
+    @torch.no_grad()
+    def witness(self, episodes: list[Episode]) -> dict[str, torch.Tensor]:
+        """Ratios of the left out answers whose ``old`` is known: "witness_" and a sum, a count or an extreme."""
+        known = [replace(e, counts=True, importance=None) for e in self.split(episodes)[1] if e.old is not None]
+        if not any(gather_object([len(known)])):
+            return {}
+        config = replace(self.config, beta=0.0, entropy_coef=0.0, top_entropy_quantile=1.0, log_entropy=False)
+
+        def work(plan):
+            total = {}
+            for batch in plan:
+                inputs, known = self.collate(batch)
+                loss = partial(grpo_loss, **known, config=config, backend=self.options["backend"])
+                with self.precision():
+                    result = self.inner(**inputs, fastgrpo=loss)
+                accumulate(total, result.metrics)
+            return total
+
+        with self.attention(self.inner):
+            numbers = self.within_memory(work, known)
+        reshard(self.model)
+        return {f"witness_{name}": numbers[name] for name in ("tokens", "ratio_sum", *EXTREMES)}
+
+    def precision(self):
+        """fp16's own autocast: accelerate's exists on accelerators only, and skips the steps that overflow."""
+        return torch.autocast(self.accelerator.device.type, torch.float16) if self.half else nullcontext()
+
+    def overflowed(self, row: dict[str, Any]) -> bool:
+        """Whether gradients left fp16's range, and half the loss scale, set here, may help."""
+        if self.loss_scale <= 1.0 or math.isfinite(row["grad_norm"]) or not math.isfinite(row["loss"]):
+            return False
+        self.loss_scale, self.fitted = self.loss_scale / 2, 0
+        return True
+
+    def state(self) -> dict[str, float]:
+        """What a resumed run needs: :meth:`restore` takes it."""
+        return {name: getattr(self, name) for name in STATE}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        for name in STATE:
+            setattr(self, name, state.get(name, getattr(self, name)))
 
     def attention(self, model):
         return shared_prompts.sharing(model) if self.share else nullcontext()
@@ -279,10 +351,10 @@ class Learner:
     def backward(self, model, batch, part, whole, num_items, threshold):
         inputs, known = self.collate(batch)
         loss, scale = self.objective(known, part, whole, num_items, threshold)
-        with offload_activations(self.accelerator.device) if self.offload else nullcontext():
+        with self.precision(), offload_activations(self.accelerator.device) if self.offload else nullcontext():
             result = model(**inputs, fastgrpo=loss)
         # ranks' gradients are averaged: times their number
-        self.accelerator.backward(result.loss * scale * self.accelerator.num_processes)
+        self.accelerator.backward(result.loss * (scale * self.accelerator.num_processes * self.loss_scale))
         return {"loss": result.loss.detach() * scale, **result.metrics}
 
     def objective(self, known, part, whole, num_items, threshold):
@@ -314,7 +386,10 @@ class Learner:
 
     def grow(self) -> None:
         """After a step that fitted, and was cut by the budget: "auto" doubles it while the step's peak stays under 40 %
-        of a GPU's memory."""
+        of a GPU's memory. So does fp16's loss scale, after many steps."""
+        self.fitted += 1
+        if self.half and self.fitted % SCALE_GROWTH == 0:
+            self.loss_scale *= 2
         if self.auto and self.on_gpu and self.cut and 2 * self.budget < self.limit:
             device = self.accelerator.device
             total = torch.cuda.get_device_properties(device).total_memory

@@ -14,15 +14,21 @@ from accelerate.utils import gather_object, set_seed
 from transformers import TrainerState
 
 from fastgrpo import GRPOLossConfig, group_advantages
+from fastgrpo.advantages import has_spread
 from fastgrpo.checks import UserError
-from fastgrpo.trainer import arguments, checkpoint
+from fastgrpo.trainer import arguments, checkpoint, evaluation
 from fastgrpo.trainer import model as models
 from fastgrpo.trainer.config import GRPOConfig
+from fastgrpo.trainer.curves import PANELS, plot_curves
 from fastgrpo.trainer.data import decode, draw, encode, longest_prompt, score
 from fastgrpo.trainer.generate import Sampling, make_sampler
-from fastgrpo.trainer.learner import Episode, Learner, needs_learning
-from fastgrpo.trainer.logs import PANELS, SHOWN, RunLog, plot_curves
+from fastgrpo.trainer.health import Health, Pulse, save_bad_batch
+from fastgrpo.trainer.learner import Episode, Learner
+from fastgrpo.trainer.logs import SHOWN, RunLog
+from fastgrpo.trainer.metrics import WITNESSES, Meter
 from fastgrpo.trainer.rewards import Rewards, warn_unscored
+
+STATE = ("step", "used", "position", "resampled")
 
 
 class GRPOTrainer:
@@ -75,8 +81,10 @@ class GRPOTrainer:
         set_seed(config.seed)
         model = models.load_model(model, config, self.accelerator.device)
         self.reference: Any = None
+        self.pulse = Pulse()
         self.setup(model, peft_config, longest)
-        self.step = self.used = self.position = 0  # optimiser steps; those taken on the rollout in hand; rows drawn
+        # optimiser steps; those taken on the rollout in hand; rows drawn; groups given up for it, over its groups
+        self.step = self.used = self.position = self.resampled = 0
         self.rollout = []
         set_seed(config.seed, device_specific=True)
 
@@ -92,7 +100,9 @@ class GRPOTrainer:
         if reference is not None:
             self.reference = models.freeze(reference, accelerator)
         self.plan(config.rollout // config.num_generations, config.steps_per_rollout * config.num_iterations)
-        self.sampler = make_sampler(config, self.tokenizer)
+        self.meter = Meter(accelerator, [*self.rewards], self.weights, config.beta)
+        self.health = Health(accelerator.print, not accelerator.is_main_process, config.max_completion_length)
+        self.sampler = make_sampler(config, self.tokenizer, self.pulse.tell)
         self.learner = Learner(
             self.model,
             accelerator,
@@ -105,8 +115,13 @@ class GRPOTrainer:
             backward=config.backward,
             share_prompts=config.share_prompts,
             longest=longest + config.max_completion_length,
+            half=config.half,
         )
-        rounded = config.mixed_precision != "no" or any(p.dtype != torch.float32 for p in model.parameters())
+        rounded = (
+            self.learner.half
+            or config.mixed_precision != "no"
+            or any(p.dtype != torch.float32 for p in model.parameters())
+        )
         differs, asked = config.use_vllm or (rounded and self.uses > 1), config.recompute_old_logprobs
         self.rescore = differs if asked is None else asked
 
@@ -135,8 +150,9 @@ class GRPOTrainer:
         config, accelerator = self.config, self.accelerator
         if self.start_from is not None:
             self.restore(checkpoint.load(self.start_from, accelerator, self.settings()))
-        log = RunLog(config.output_dir, self.total, accelerator, config.logging_steps, self.step, self.name, self.shown)
-        with log as self.log:
+        often = config.logging_steps
+        log = RunLog(config.output_dir, self.total, accelerator, self.pulse, often, self.step, self.name, self.shown)
+        with log as self.log, self.pulse.beating(log):
             settings = {k: v for k, v in vars(config).items() if isinstance(v, int | float | str)}
             accelerator.init_trackers(config.run_name or "fastgrpo", config=settings)
             if config.eval_on_start and self.step == 0:
@@ -169,27 +185,49 @@ class GRPOTrainer:
     def collect(self):
         """A rollout: this rank's episodes, sampled, scored, with advantages and the log-probs the loss will need."""
         config, rank = self.config, self.accelerator.process_index
-        count = config.rollout // config.num_generations
-        numbers = draw(len(self.rows), self.position, self.prompts, config.seed, config.shuffle_dataset)
-        self.position += self.prompts
         self.sampler.sync(self.model)
-        mine = [self.rows[i] for i in numbers[rank * count : (rank + 1) * count]]
-        episodes = self.answer(mine, config.num_generations)
-        rewards = torch.tensor(gather_object([e.rewards for e in episodes])) * self.weights
+        episodes = self.sample_groups()
+        rewards = torch.tensor(gather_object([e.rewards for e in episodes]))
         warn_unscored(rewards, quiet=not self.accelerator.is_main_process)
-        advantages = group_advantages(rewards, config.num_generations, config.scale).tolist()
-        for episode, advantage in zip(episodes, advantages[rank * len(episodes) :]):
+        advantages = group_advantages(rewards, config.num_generations, weights=self.weights, **config.advantages)
+        for episode, advantage in zip(episodes, advantages[rank * len(episodes) :].tolist()):
             episode.advantage = advantage
-        self.add_logprobs([e for e in episodes if needs_learning(e, config) or not config.skip_zero_advantages])
+        self.add_logprobs(*self.learner.split(episodes))
         return episodes
+
+    def sample_groups(self):
+        """The episodes of this rank; a group without spread gives way to one of the next prompts, so many times."""
+        config, size, first = self.config, self.config.num_generations, self.position
+        groups, dull = {}, [*range(config.rollout // size)]
+        for _ in range(config.max_resample_times + 1):
+            episodes = self.answer(self.next_rows(len(dull)), size)
+            scores = torch.tensor([e.rewards for e in episodes]).view(-1, len(self.weights))
+            spread = has_spread(scores, size, config.multi_objective_aggregation, self.weights).tolist()
+            for i, slot in enumerate(dull):
+                groups[slot] = [replace(e, spread=spread[i]) for e in episodes[i * size : (i + 1) * size]]
+            dull = [slot for slot, differs in zip(dull, spread) if not differs]
+            if not any(gather_object([len(dull)])):
+                break
+        self.resampled = (self.position - first) / self.prompts - 1
+        return [e for slot in sorted(groups) for e in groups[slot]]
+
+    def next_rows(self, count):
+        """``count`` rows for this rank, where others may take other numbers."""
+        wanted, rank = gather_object([count]), self.accelerator.process_index
+        start, config = self.position + sum(wanted[:rank]), self.config
+        self.position += sum(wanted)
+        return [self.rows[i] for i in draw(len(self.rows), start, count, config.seed, config.shuffle_dataset)]
 
     def answer(self, rows, n, greedy=False):
         """-> ``n`` scored episodes a row."""
         config, tokenizer = self.config, self.tokenizer
         prompts = [encode(tokenizer, row["prompt"], config.chat_template_kwargs) for row in rows]
-        groups = self.sampler.generate(self.model, prompts, config.part(Sampling, num_generations=n), greedy)
+        self.pulse.doing(f"sampling {'greedy ' if greedy else ''}answers to {len(rows)} prompts")
+        with self.learner.precision():
+            groups = self.sampler.generate(self.model, prompts, config.part(Sampling, num_generations=n), greedy)
         drawn = [(row, ids, c) for row, ids, group in zip(rows, prompts, groups) for c in group]
         texts = [decode(tokenizer, row["prompt"], c.ids) for row, _, c in drawn]
+        self.pulse.doing(f"scoring {len(drawn)} answers")
         state = TrainerState(global_step=self.step, max_steps=self.total, epoch=self.position / len(self.rows))
         scores = score(self.rewards, [row for row, *_ in drawn], texts, [c.ids for *_, c in drawn], trainer_state=state)
         return [
@@ -197,6 +235,7 @@ class GRPOTrainer:
                 ids,
                 c.ids,
                 rewards=rewards,
+                entropy=c.entropy,
                 sampler=torch.tensor(c.logprobs),
                 finished=c.finished,
                 counts=c.finished or not config.mask_truncated_completions,
@@ -210,19 +249,19 @@ class GRPOTrainer:
             return
         text, count = self.tokenizer.decode, self.config.num_completions_to_print or 8
         sample = episodes[:: max(len(episodes) // count, 1)][:count]
-        rows = [(text(e.prompt_ids), text(e.completion_ids), self.reward(e)) for e in sample]
+        rows = [(text(e.prompt_ids), text(e.completion_ids), self.meter.reward(e)) for e in sample]
         self.log.answers(f"answers before step {self.step + 1}", rows)
 
-    def add_logprobs(self, episodes):
+    def add_logprobs(self, episodes, left_out):
         """Of the policy that sampled, where later steps need them, of the reference, and their mismatch with vLLM."""
-        config = self.config
+        config, asked = self.config, episodes + (left_out[::WITNESSES] if self.uses > 1 else [])
         if self.rescore:
-            for episode, old in zip(episodes, self.learner.score(episodes)):
+            for episode, old in zip(asked, self.learner.score(asked)):
                 episode.old = old
                 if config.use_vllm and config.vllm_importance_sampling_correction:
                     episode.importance = config.mismatch_weights(old, episode.sampler)
         elif self.uses > 1:
-            for episode in episodes:
+            for episode in asked:
                 episode.old = episode.sampler
         if config.beta > 0:
             bare = self.accelerator.unwrap_model(self.model)
@@ -240,17 +279,16 @@ class GRPOTrainer:
         """One optimiser step -> its numbers, read from the device once, before the weights change."""
         accelerator = self.accelerator
         tokens = sum(gather_object([sum(e.tokens for e in self.rollout)]))
-        numbers = self.learner.gradients(episodes, num_items=tokens / self.config.steps_per_rollout)
+        self.pulse.doing(f"learning from {len(episodes)} sequences")
+        numbers = self.learner.witness(episodes) if self.uses > 1 else {}
+        numbers |= self.learner.gradients(episodes, num_items=tokens / self.config.steps_per_rollout)
         norm: Any = accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
         numbers["grad_norm"] = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         row = self.summary(episodes, numbers)
+        if self.learner.overflowed(row):
+            return self.learn(episodes)  # the same batch, with half the loss scale
         if not math.isfinite(row["loss"] + row["grad_norm"]):
-            path = Path(self.config.output_dir) / f"bad-batch-{self.step + 1}-rank{accelerator.process_index}.pt"
-            torch.save({"row": row, "episodes": [vars(e) for e in episodes]}, path)
-            raise FloatingPointError(
-                f"step {self.step + 1}: loss {row['loss']}, gradient norm {row['grad_norm']}; the "
-                f"weights are as they were, the batch is in {path}"
-            )
+            save_bad_batch(self.config.output_dir, accelerator.process_index, self.step + 1, row, episodes)
         row["learning_rate"] = self.schedule.get_last_lr()[0]
         self.optimizer.step()
         self.schedule.step()
@@ -259,52 +297,19 @@ class GRPOTrainer:
 
     def summary(self, episodes, numbers):
         """The numbers of a step over all ranks."""
-        gathered: Any = self.accelerator.gather(torch.stack([v.float() for v in numbers.values()])[None])
-        ranks = gathered.T.tolist()
-        combine = {"ratio_min": min, "ratio_max": max, "grad_norm": max}
-        n = {name: combine.get(name, sum)(values) for name, values in zip(numbers, ranks)}
-        columns, measured = self.columns(episodes), max(n["measured_tokens"], 1)
-        row = {name: values.nanmean().nan_to_num().item() for name, values in columns.items()}
-        row |= {name.removesuffix("_sum"): n[name] / measured for name in n if name.endswith("_sum")}
-        row |= {"clip_fraction": row.pop("clip_region"), "loss": n["loss"], "grad_norm": n["grad_norm"]}
-        row |= {"ratio_max": n["ratio_max"], "ratio_min": min(n["ratio_min"], n["ratio_max"])}
-        tokens = columns["length"].sum().item()
-        return row | {"skipped": 1 - n["tokens"] / tokens, "step_tokens": tokens}
-
-    def columns(self, episodes):
-        """{name: (answers of all ranks,)}; NaN where a function cannot score."""
-        names = ["reward", *(f"rewards/{name}" for name in self.rewards), "length", "truncated"]
-        rows = [[self.reward(e), *e.rewards, len(e.completion_ids), not e.finished] for e in episodes]
-        return dict(zip(names, torch.tensor(gather_object(rows), dtype=torch.float32).T))
-
-    def reward(self, episode):
-        """The weighted sum, without functions that cannot score; NaN: none can."""
-        scores = torch.tensor(episode.rewards) * self.weights
-        return math.nan if scores.isnan().all() else scores.nansum().item()
+        row = self.meter.summary(episodes, numbers)
+        self.health.look(row)
+        return row | {"resampled": self.resampled}
 
     def evaluate(self):
-        """Greedy and sampled answers to the held-out prompts: mean rewards, and the share of prompts answered rightly
-        at once and once in ``num_generations_eval`` samples. Leaves the random numbers of training as they were."""
-        config, rank, world = self.config, self.accelerator.process_index, self.accelerator.num_processes
-        rows = [self.eval_rows[i] for i in range(rank, len(self.eval_rows), world)]
-        k = config.num_generations_eval or config.num_generations
-        gpu = [torch.cuda.current_device()] if self.accelerator.device.type == "cuda" else []
-        with torch.random.fork_rng(gpu):  # by default it touches every GPU of the machine
-            torch.manual_seed(config.seed + rank)
-            self.sampler.sync(self.model)
-            greedy = self.columns(self.answer(rows, 1, greedy=True))["reward"]
-            sampled = self.columns(self.answer(rows, k))["reward"].view(-1, k)
-        right = {"greedy_pass": greedy, "pass@1": sampled, f"pass@{k}": sampled.nan_to_num(-math.inf).amax(1)}
-        numbers = {name: (rewards >= config.eval_pass_threshold).float() for name, rewards in right.items()}
-        numbers |= {"greedy_reward": greedy, "reward": sampled}
-        return {f"eval/{name}": values.nanmean().nan_to_num().item() for name, values in numbers.items()}
+        return evaluation.evaluate(self)
 
     def save(self):
         """A checkpoint of everything that the next step depends on."""
-        state = {name: getattr(self, name) for name in ("step", "used", "position")}
+        state = {name: getattr(self, name) for name in STATE} | self.learner.state()
         state |= {"rollout": [vars(e) for e in self.rollout], "schedule": self.schedule.state_dict()}
-        state |= {"budget": self.learner.budget, "limit": self.learner.limit, "settings": self.settings()}
         reference = self.reference
+        state["settings"] = self.settings()
         state["reference"] = reference.state_dict() if reference is not None and self.config.sync_ref_model else None
         folder = Path(self.config.output_dir) / f"checkpoint-{self.step}"
         checkpoint.save(folder, self.accelerator, self.model, self.tokenizer, state, self.config.save_total_limit)
@@ -315,12 +320,12 @@ class GRPOTrainer:
         return {k: repr(v) for k, v in (vars(self.config) | job).items() if k != "resume_from_checkpoint"}
 
     def restore(self, state):
-        self.step, self.used, self.position = state["step"], state["used"], state["position"]
+        vars(self).update({name: state[name] for name in STATE if name in state})
         self.rollout, size = [Episode(**e) for e in state["rollout"]], self.config.rollout
         if len(self.rollout) not in (0, size):
             raise UserError(f"a rollout must have the {len(self.rollout)} answers of the checkpoint's, got {size}")
         self.schedule.load_state_dict(state["schedule"])
-        self.learner.budget, self.learner.limit = state["budget"], state["limit"]
+        self.learner.restore(state)
         if state["reference"] is not None:
             self.reference.load_state_dict(state["reference"])
 

@@ -37,6 +37,8 @@ class ModelOptions(Checked):
         use_cpu: also where there is a GPU.
         dtype: of the weights: "float32", "bfloat16", "float16", "float64", or "auto", as they are saved.
         bf16: autocast; None: on a GPU that has it.
+        fp16: compute in fp16, whose finer rounding keeps sampler and learner closer than bf16's; the trained weights
+            stay fp32, and the loss is scaled into fp16's range. So does dtype "float16", of a base below an adapter.
         attn_implementation: as transformers names it; None: flash-attn if installed (16 bits, GPU), else SDPA, else
             eager.
         disable_dropout: of the model.
@@ -67,6 +69,7 @@ class ModelOptions(Checked):
     use_cpu: bool = False
     dtype: str = "float32"
     bf16: bool | None = None
+    fp16: bool = False
     attn_implementation: str | None = None
     disable_dropout: bool = False
     gradient_checkpointing: bool = True
@@ -98,6 +101,17 @@ class ModelOptions(Checked):
         super().check_combinations()
         quantised, attention = self.load_in_4bit or self.load_in_8bit, self.attn_implementation or ""
         require(self.dtype in DTYPES, f"dtype must be one of {', '.join(map(repr, DTYPES))}, got {self.dtype!r}")
+        require(not (self.fp16 and self.bf16), "fp16 and bf16 cannot both be True")
+        require(
+            not self.fp16 or self.dtype != "bfloat16",
+            "fp16 computes in float16: dtype must be 'float32', 'float16' (of a base that use_peft freezes) or 'auto', "
+            "got 'bfloat16'",
+        )
+        require(
+            self.dtype != "float16" or self.use_peft,
+            "dtype 'float16' needs use_peft=True: trained weights must be fp32, since small steps and Adam's epsilon "
+            "round to 0 in fp16; to compute in fp16 say fp16=True",
+        )
         if quantised:
             require(self.use_peft, "load_in_4bit and load_in_8bit need use_peft=True, got False")
             require(not (self.load_in_4bit and self.load_in_8bit), "load_in_4bit and load_in_8bit cannot both be True")
@@ -123,9 +137,14 @@ class ModelOptions(Checked):
 
     @property
     def mixed_precision(self) -> str:
-        """accelerate's name of the autocast: where not said, bf16 on a GPU that has it."""
-        possible = self.on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+        """accelerate's name of the autocast: where not said, bf16 on a GPU that has it; fp16's is the learner's own."""
+        possible = self.on_gpu and not self.half and torch.cuda.is_bf16_supported(including_emulation=False)
         return "bf16" if self.bf16 or (self.bf16 is None and possible) else "no"
+
+    @property
+    def half(self) -> bool:
+        """Whether to compute in fp16."""
+        return self.fp16 or (self.dtype == "float16" and not self.bf16)
 
 
 def load_model(source, config, device):
@@ -140,6 +159,7 @@ def load_model(source, config, device):
     options = {"dtype": config.dtype, "trust_remote_code": config.trust_remote_code, **(config.model_init_kwargs or {})}
     if config.load_in_4bit or config.load_in_8bit:
         compute = torch.bfloat16 if device.type == "cuda" else torch.float32
+        compute = torch.float16 if config.half else compute
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=config.load_in_4bit,
             load_in_8bit=config.load_in_8bit,
@@ -266,6 +286,9 @@ def make_trainable(model, config, peft_config=None):
             model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
         with without_peft_warning():
             model = peft.get_peft_model(model, peft_config or lora(config))
+    for parameter in model.parameters():
+        if hasattr(model, "peft_config") and parameter.requires_grad and parameter.dtype == torch.float16:
+            parameter.data = parameter.data.float()  # modules_to_save, copied from an fp16 base
     if config.gradient_checkpointing:
         base = causal_lm(model)
         # its new name, where this transformers has it
@@ -325,6 +348,10 @@ def lora(config):
 
 def make_optimizer(model, config):
     parameters = [p for p in model.parameters() if p.requires_grad]
+    if any(p.dtype == torch.float16 for p in parameters):
+        raise ValueError(
+            "model must have trained weights of fp32 or bf16, got fp16, where Adam's small steps round to 0"
+        )
     options = {
         "lr": config.learning_rate,
         "betas": (config.adam_beta1, config.adam_beta2),

@@ -141,6 +141,15 @@ def length_penalty(
     return [0.0 if x <= 0 else -min(1.0, x / cache) if cache else -1.0 for x in over]
 
 
+def get_soft_overlong_punishment(max_completion_len: int, soft_punish_cache: int) -> RewardFunction:
+    """:func:`length_penalty` under the name that TRL has for it, ready made: a reward function."""
+
+    def soft_overlong_punishment_reward(completion_ids: Sequence[Sequence[int]], **_) -> list[float | None]:
+        return [*length_penalty(completion_ids, max_completion_len, soft_punish_cache)]
+
+    return soft_overlong_punishment_reward
+
+
 def countdown(
     completions: Sequence, numbers: Sequence[Sequence[int]], target: Sequence, partial_credit: float = 0.0, **_
 ) -> list[float]:
@@ -188,8 +197,17 @@ def evaluate(text):
 
 MODEL = "{'name': 'reward_model', 'path': ...}"
 # of arguments that no dataset brings, those that a shipped reward cannot do without
-REQUIRED = {"length_penalty": ("max_length",), "reward_model": ("path",), "judge": ("base_url", "model")}
-FACTORIES = {"reward_model": reward_model, "judge": judge}  # which make a function of their arguments
+REQUIRED = {
+    "length_penalty": ("max_length",),
+    "get_soft_overlong_punishment": ("max_completion_len", "soft_punish_cache"),
+    "reward_model": ("path",),
+    "judge": ("base_url", "model"),
+}
+FACTORIES = {  # which make a function of their arguments
+    "get_soft_overlong_punishment": get_soft_overlong_punishment,
+    "reward_model": reward_model,
+    "judge": judge,
+}
 RULES = (exact_answer, numeric_answer, think_format, length_penalty, countdown)
 SHIPPED = {**{f.__name__: f for f in RULES}, **FACTORIES}
 

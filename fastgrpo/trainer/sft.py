@@ -164,6 +164,7 @@ class SFTTrainer(GRPOTrainer):
             offload=config.activation_offloading,
             backend=config.backend,
             backward=config.backward,
+            half=config.half,
         )
 
     def encode(self, rows):
