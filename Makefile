@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: demo test quick bench kernel-report gpu-dry-run lint docs docs-text wheel clean
+.PHONY: demo distill test quick bench kernel-report gpu-dry-run lint docs docs-text wheel clean
 
 $(READY): requirements.txt pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -21,6 +21,12 @@ endif
 
 demo: $(READY)
 	$(BIN)/fastgrpo demo $(ARGS)
+
+# A teacher first, then the student that learns from it.
+distill: $(READY)
+	$(BIN)/fastgrpo sft sft-tiny --model tiny:sort --train_dataset tiny:sort --eval_dataset tiny:sort:test \
+	    --output_dir runs/distill-tiny/teacher
+	$(BIN)/fastgrpo distill distill-tiny $(ARGS)
 
 # A worker gets whole files, so that what a file's tests share is made once; tests/conftest.py has their order.
 PYTEST := PYTEST_TIMEOUT=600 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from fastgrpo import GRPOLossConfig
 from fastgrpo.integrations.transformers import fuse_lm_head
-from fastgrpo.trainer import SFTConfig, SFTTrainer, loop
+from fastgrpo.trainer import DistillConfig, DistillTrainer, SFTConfig, SFTTrainer, loop
 from fastgrpo.trainer.learner import Episode, Learner
 
 import trainer_job
@@ -26,7 +26,7 @@ CASES = {
     "bnpo, entropy": {"loss_type": "bnpo", "entropy_coef": 0.05, "top_entropy_quantile": 0.5},
 }  # fmt: skip
 RUNS = {
-    "plain": {}, "moving reference": {"sync_ref_model": True, "ref_model_sync_steps": 2},
+    "plain": {}, "moving reference": {"sync_ref_model": True, "ref_model_sync_steps": 2, "kl_estimator": "full"},
     "left out": {"beta": 0.0, "max_resample_times": 1},
     "lora": {"use_peft": True, "lora_target_modules": "all-linear", "lora_dropout": 0.0},
 }  # fmt: skip
@@ -133,6 +133,22 @@ def fine_tune(kind, output, ranks=2):
     return {n.removeprefix("module."): full(p).detach().clone() for n, p in trainer.model.named_parameters()}, log
 
 
+def distil(kind, output, ranks=2):
+    """From a wider teacher: three steps of four answers, over the ranks or in one process -> its weights, its log. With
+    top_k 1 every number of ranks has the same answers."""
+    loop.Accelerator = lambda **options: make_accelerator(kind, **options)
+    settings = {"max_steps": 3, "per_device_train_batch_size": 4 // ranks, "learning_rate": 1e-3, "eval_steps": 3,
+                "eval_strategy": "steps", "save_strategy": "no", "use_cpu": True, "optim": "adamw_torch", "top_k": 1,
+                "max_completion_length": 5}  # fmt: skip
+    model, tokenizer = trainer_job.make_model(dropout=0.0)
+    teacher = trainer_job.make_model(dropout=0.0, width=48)[0]
+    config = DistillConfig(output_dir=output, **settings)
+    rows = trainer_job.problems(10)
+    trainer = DistillTrainer(model, teacher, rows, config, rows[:3], processing_class=tokenizer)
+    log = trainer.train()
+    return {n.removeprefix("module."): full(p).detach().clone() for n, p in trainer.model.named_parameters()}, log
+
+
 def main(output):
     results = {}
     for kind in ("ddp", "fsdp2"):
@@ -143,6 +159,7 @@ def main(output):
                     results["ddp, little memory", tied, name] = gradients(kind, tied, settings, limited=True)
         for name, settings in RUNS.items():
             results[kind, name] = list(train(kind, f"{output}/{kind}-{name}", settings))
+        results[kind, "distil"] = distil(kind, f"{output}/{kind}-distil")
         results[kind, "sft"] = fine_tune(kind, f"{output}/{kind}-sft")
     kind, name = "fsdp2, head alone", "dapo"  # a tied head cannot be a unit of its own
     results[kind, False, name] = gradients(kind, False, CASES[name])

@@ -98,3 +98,19 @@ def test_supervised_fine_tuning_of_one_process(ranks, kind, tmp_path, monkeypatc
     for row, one in zip(log, expected):
         for name in {"loss", "eval/loss", "grad_norm", "learnt_tokens", "length", "epoch"} & row.keys():
             assert row[name] == pytest.approx(one[name], rel=1e-4), name
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_distillation_of_one_process(ranks, kind, tmp_path, monkeypatch):
+    """Also where the teacher's head is gathered for its call alone."""
+    monkeypatch.setattr("fastgrpo.trainer.loop.Accelerator", None)  # set, and put back
+    want, expected = distributed_job.distil("single", str(tmp_path), ranks=1)
+    (weights, log), (others, _) = (rank[kind, "distil"] for rank in ranks)
+    for name, weight in weights.items():
+        assert weight.equal(others[name]), name
+        torch.testing.assert_close(weight, want[name], rtol=0, atol=1e-4)  # a tenth of one step of Adam
+    assert [row["step"] for row in log] == [1, 2, 3, 3]
+    for row, one in zip(log, expected):
+        for name in {"loss", "divergence", "entropy", "eval/divergence", "grad_norm", "length"} & row.keys():
+            assert row[name] == pytest.approx(one[name], rel=1e-4), name
+    assert log[0]["divergence"] > 0.01

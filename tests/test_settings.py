@@ -8,7 +8,7 @@ pytest.importorskip("accelerate")
 pytest.importorskip("rich")
 
 from fastgrpo import checks
-from fastgrpo.trainer import GRPOConfig, GRPOTrainer, SFTConfig, cli, describe
+from fastgrpo.trainer import DistillConfig, GRPOConfig, GRPOTrainer, SFTConfig, cli, describe
 from fastgrpo.trainer.judge import JudgeSettings
 
 import trainer_job
@@ -21,7 +21,7 @@ def poisoned_memory():
     """Real memory: transformers fills what it allocates."""
 
 
-@pytest.mark.parametrize("cls", [GRPOConfig, SFTConfig, JudgeSettings], ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("cls", [GRPOConfig, SFTConfig, DistillConfig, JudgeSettings], ids=lambda cls: cls.__name__)
 def test_every_setting_is_described_once(cls):
     told = [setting for group in describe.groups(cls) for setting in group.settings]
     names = [field.name for field in dataclasses.fields(cls)]
@@ -41,7 +41,7 @@ def test_what_a_description_is_made_of():
     assert settings["token_budget"].text.endswith("halved when memory runs out.")  # over two lines
 
 
-@pytest.mark.parametrize("command", ["", "train", "sft"])
+@pytest.mark.parametrize("command", ["", "train", "sft", "distill"])
 def test_help_describes_the_settings(command, capsys):
     with pytest.raises(SystemExit) as end:
         cli.main([*command.split(), "--help"])

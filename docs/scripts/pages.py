@@ -134,6 +134,15 @@ def sft_settings():
     return own.strip()
 
 
+def distill_settings():
+    """Its own; all others are the trainer's too."""
+    from fastgrpo.trainer import DistillConfig
+    from fastgrpo.trainer.describe import settings_table
+
+    own, *_ = settings_table(DistillConfig).split("\n\n**")
+    return own.strip()
+
+
 def judge_settings():
     from fastgrpo.trainer.describe import settings_table
     from fastgrpo.trainer.judge import JudgeSettings
@@ -181,7 +190,10 @@ API = {
     ),
     "The reference": ("fastgrpo.reference", ("linear_logprobs", "grpo_loss")),
     "A vocabulary cut over ranks": ("fastgrpo.vocab_parallel", ("vocab_parallel_logprobs",)),
-    "The trainer": ("fastgrpo.trainer", ("GRPOTrainer", "GRPOConfig", "SFTTrainer", "SFTConfig")),
+    "The trainer": (
+        "fastgrpo.trainer",
+        ("GRPOTrainer", "GRPOConfig", "SFTTrainer", "SFTConfig", "DistillTrainer", "DistillConfig"),
+    ),
     "transformers": ("fastgrpo.integrations.transformers", ("fuse_lm_head", "FusedOutput", "is_fused")),
     "TRL": ("fastgrpo.integrations.trl", ("FastGRPOTrainer", "patched")),
     "Liger's slot": ("fastgrpo.integrations.liger", ("FusedLinearGRPOLoss", "apply")),
@@ -249,7 +261,7 @@ PARTS = {  # page: {name of a part: its text}
     "trainer.md": {"settings": trainer_settings, "sft-settings": sft_settings},
     "objectives.md": {"loss-settings": loss_settings},
     "rewards.md": {"rewards": rewards_table, "judge-settings": judge_settings},
-    "distillation.md": {},
+    "distillation.md": {"distill-settings": distill_settings},
     "api.md": {"api": api},
 }
 

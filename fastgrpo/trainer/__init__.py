@@ -1,5 +1,6 @@
-"""The thin trainer: ``GRPOTrainer(model, reward_funcs, train_dataset, config).train()``, and ``SFTTrainer(model,
-train_dataset, config).train()``; needs fastgrpo[train]."""
+"""The thin trainer: ``GRPOTrainer(model, reward_funcs, train_dataset, config).train()``, ``SFTTrainer(model,
+train_dataset, config).train()`` and ``DistillTrainer(model, teacher_model, train_dataset, config).train()``; needs
+fastgrpo[train]."""
 
 import importlib
 import logging
@@ -11,10 +12,18 @@ from fastgrpo.checks import need
 
 if TYPE_CHECKING:
     from fastgrpo.trainer.config import GRPOConfig
+    from fastgrpo.trainer.distill import DistillConfig, DistillTrainer
     from fastgrpo.trainer.loop import GRPOTrainer
     from fastgrpo.trainer.sft import SFTConfig, SFTTrainer
 
-HOMES = {"GRPOConfig": "config", "GRPOTrainer": "loop", "SFTConfig": "sft", "SFTTrainer": "sft"}
+HOMES = {
+    "GRPOConfig": "config",
+    "GRPOTrainer": "loop",
+    "SFTConfig": "sft",
+    "SFTTrainer": "sft",
+    "DistillConfig": "distill",
+    "DistillTrainer": "distill",
+}
 
 
 @contextmanager
@@ -38,4 +47,4 @@ def __getattr__(name: str):
         return getattr(importlib.import_module(f"fastgrpo.trainer.{HOMES[name]}"), name)
 
 
-__all__ = ["GRPOConfig", "GRPOTrainer", "SFTConfig", "SFTTrainer"]
+__all__ = ["DistillConfig", "DistillTrainer", "GRPOConfig", "GRPOTrainer", "SFTConfig", "SFTTrainer"]

@@ -10,6 +10,7 @@ USAGE = "any setting may follow as --key value, or --key alone for true; --resum
 COMMANDS = {  # name: (what it does, whose settings it takes)
     "train": ("train a model with GRPO", "train"),
     "sft": ("fine-tune a model on prompts and completions, conversations or texts", "sft"),
+    "distill": ("train a model towards a teacher's distributions, on its own answers", "distill"),
     "demo": ("train a small model to sort digits, in about a minute on a CPU", "train"),
 }
 
@@ -17,7 +18,7 @@ COMMANDS = {  # name: (what it does, whose settings it takes)
 class Command(argparse.ArgumentParser):
     """Its help ends with the settings, which only the optional packages can tell."""
 
-    def __init__(self, *arguments, settings=("train", "sft"), **options):
+    def __init__(self, *arguments, settings=("train", "sft", "distill"), **options):
         super().__init__(*arguments, **options)
         self.settings = settings
 
@@ -32,7 +33,7 @@ class Command(argparse.ArgumentParser):
 
 
 def make_parser():
-    parser = Command(prog="fastgrpo", description="GRPO without the logits, and what goes before it.")
+    parser = Command(prog="fastgrpo", description="GRPO without the logits, and what goes before or beside it.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, (does, settings) in COMMANDS.items():

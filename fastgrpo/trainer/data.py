@@ -88,4 +88,4 @@ def score(functions, rows, completions, completion_ids, **more):
     columns |= {"prompts": [row["prompt"] for row in rows], "completions": completions, **more}
     columns["completion_ids"] = completion_ids
     scores = [call_reward(name, function, columns, len(rows)) for name, function in functions.items()]
-    return [list(values) for values in zip(*scores)]
+    return [[values[i] for values in scores] for i in range(len(rows))]

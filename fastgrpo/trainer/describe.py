@@ -101,7 +101,7 @@ def command_help(commands: Iterable[str]) -> str:
     lines = []
     for name in commands:
         lines += [f"presets of {name}: {preset_names(name)}", f"what {name} is given: {', '.join(KINDS[name].job)}"]
-    if "train" in commands:
+    if {"train", "distill"} & {*commands}:
         lines += [f"reward_funcs: {', '.join(SHIPPED)}, or your own file.py:function"]
     lines += ["settings (what they may be; default), named as in TRL:", ""]
     return "\n".join(lines) + "\n" + settings_help(*(CONFIGS[name] for name in commands))

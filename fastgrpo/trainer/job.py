@@ -1,14 +1,14 @@
 """A job as a YAML file or preset and the command line's words say it."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 
 from fastgrpo.checks import Checked, annotations, fits, mistake, together
-from fastgrpo.trainer import arguments, sft
+from fastgrpo.trainer import arguments, distill, sft
 from fastgrpo.trainer.config import JOB, GRPOConfig
 from fastgrpo.trainer.data import load_rows
 from fastgrpo.trainer.loop import GRPOTrainer
@@ -23,11 +23,18 @@ class Kind(NamedTuple):
     config: type[Checked]
     job: tuple[str, ...]  # what is the trainer's argument, not a setting
     needed: set[str]
+    trainer: Callable[..., GRPOTrainer]
 
 
 KINDS = {
-    "train": Kind(GRPOConfig, JOB, {"model", "reward_funcs", "train_dataset"}),
-    "sft": Kind(sft.SFTConfig, sft.SFT_JOB, {"model", "train_dataset"}),
+    "train": Kind(GRPOConfig, JOB, {"model", "reward_funcs", "train_dataset"}, GRPOTrainer),
+    "sft": Kind(sft.SFTConfig, sft.SFT_JOB, {"model", "train_dataset"}, sft.SFTTrainer),
+    "distill": Kind(
+        distill.DistillConfig,
+        distill.DISTILL_JOB,
+        {"model", "teacher_model", "train_dataset"},
+        distill.DistillTrainer,
+    ),
 }
 
 
@@ -40,7 +47,7 @@ Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d[\d.
 
 def trainers(source: str | Path, words: list[str], command: str = "train") -> Iterator[GRPOTrainer]:
     """A YAML file or preset and the command line's words -> the trainers they ask for, each made when the one before
-    has been trained: an ``SFTTrainer`` for ``command`` "sft" or a GRPO job's ``sft`` section, then a ``GRPOTrainer``.
+    has been trained: an ``SFTTrainer`` for a job's ``sft`` section, then that of the ``command``.
 
     Raises:
         ValueError, TypeError: all mistakes in the settings, the datasets and the rewards.
@@ -50,16 +57,13 @@ def trainers(source: str | Path, words: list[str], command: str = "train") -> It
     except yaml.YAMLError as error:
         raise ValueError(f"this is not YAML: {error}") from error
     job, config = check(settings, command)
-    if command == "sft":
-        yield sft.SFTTrainer(config=config, **job)
-        return
     if section := job.pop("sft", None):
         trainer, job["model"] = sft.before(section, job, config)
         if trainer is not None:
             yield trainer
             trainer.accelerator.wait_for_everyone()
             del trainer  # its memory is the next one's
-    yield GRPOTrainer(config=config, **job)
+    yield KINDS[command].trainer(config=config, **job)
 
 
 def check(settings, command):
@@ -73,21 +77,24 @@ def check(settings, command):
         config = attempt(kind.config, **settings)
         if config is not None and isinstance(job.get("sft"), dict):
             job["sft"], config = attempt(sft.hand_on_resume, job["sft"], config) or (None, config)
-        found = {} if missing else attempt(check_job, job, config)
+        found = {} if missing else attempt(check_job, job, config, command)
     return {**job, **(found or {})}, config
 
 
-def check_job(job, config):
+def check_job(job, config, command):
     """-> what was found behind the names in a job."""
     section = job.get("sft")
     with together() as attempt:
-        load = load_examples if "reward_funcs" not in job else load_rows
+        load = load_examples if command == "sft" else load_rows
         rest = {name: job.get(name) for name in ("model", "train_dataset", "eval_dataset")}
         given = attempt(arguments.check, config, **rest, reward_funcs=job.get("reward_funcs", ()), load=load)
+        if command == "distill" and config is not None and given:
+            attempt(distill.check, config, job["model"], job["teacher_model"], given)
         if section is not None and not isinstance(section, dict):
             mistake(f"sft must hold settings 'name: value', got {section!r}")
         elif section and config is not None:
             attempt(load_examples, section.get("train_dataset", job["train_dataset"]), "sft's train_dataset")
+    assert given is not None  # else the mistake was raised
     found = {"train_dataset": given.rows, "eval_dataset": given.eval_rows}
     return found | ({"reward_funcs": [*given.rewards.values()]} if given.rewards else {})
 
@@ -140,10 +147,12 @@ def is_flag(name, kind):
 
 def preset_names(command: str) -> str:
     """The presets that are for a command."""
-    names = [
-        path.stem for path in PRESETS.glob("*.yaml") if ("reward_funcs" in read_yaml(path)) == (command == "train")
-    ]
-    return ", ".join(sorted(names))
+    return ", ".join(sorted(path.stem for path in PRESETS.glob("*.yaml") if meant_for(read_yaml(path)) == command))
+
+
+def meant_for(settings):
+    """The command that a preset is for."""
+    return "distill" if "teacher_model" in settings else "train" if "reward_funcs" in settings else "sft"
 
 
 def read_yaml(path):

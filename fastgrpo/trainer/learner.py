@@ -16,6 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import pad_sequence
 
 from fastgrpo import GRPOLossConfig, grpo_loss, linear_logprobs
+from fastgrpo.divergence import TeacherHead
+from fastgrpo.head import compute_dtype
 from fastgrpo.inputs import IGNORE, Backend, Backward
 from fastgrpo.integrations.transformers import check_fused
 from fastgrpo.trainer import shared_prompts
@@ -32,7 +34,7 @@ NO_MEMORY = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory", "[CUDA]:
 
 @dataclass
 class Episode:
-    """One answer and what is known of it. Tensors are (completion length,), float32, on the CPU."""
+    """One answer and what is known of it. Tensors are on the CPU, (completion length,) float32 but where said."""
 
     prompt_ids: list[int]
     completion_ids: list[int]
@@ -45,6 +47,8 @@ class Episode:
     sampler: torch.Tensor | None = None  # log-probs of the sampler
     old: torch.Tensor | None = None  # of the policy that sampled; None: the current one
     ref: torch.Tensor | None = None
+    teacher_prompt_ids: list[int] | None = None  # where a teacher sees another prompt
+    ref_hidden: torch.Tensor | None = None  # (completion length, D), the dtype they are computed in
     importance: torch.Tensor | None = None
 
     @property
@@ -103,9 +107,7 @@ def collate(
         values = [getattr(e, name) for e in episodes]
         if any(v is None for v in values):
             return None
-        return join(
-            [torch.cat((v.new_zeros(len(e.prompt_ids) - 1), v, v.new_zeros(1))) for e, v in zip(episodes, values)]
-        )
+        return join([torch.cat((zeros(v, len(e.prompt_ids) - 1), v, zeros(v, 1))) for e, v in zip(episodes, values)])
 
     inputs: dict[str, Any] = {"input_ids": join([e.prompt_ids + e.completion_ids for e in episodes])}
     targets = [
@@ -118,6 +120,7 @@ def collate(
         "targets": join(targets, IGNORE),
         "old_logprobs": align("old"),
         "ref_logprobs": align("ref"),
+        "ref_hidden": align("ref_hidden"),
         "sampling_logprobs": align("sampler"),
         "importance_weights": align("importance"),
         "advantages": torch.tensor([[e.advantage] for e in episodes], device=device),
@@ -129,6 +132,10 @@ def collate(
     if share:
         inputs["shared_prompts"] = shared_prompts.lay_out(row, device)
     return inputs, known
+
+
+def zeros(like, rows):
+    return like.new_zeros(rows, *like.shape[1:])
 
 
 class Learner:
@@ -167,6 +174,7 @@ class Learner:
         self.skip, self.offload, self.auto, self.limit = skip, offload, budget == "auto", math.inf
         self.budget: int = AUTO_BUDGET if budget == "auto" else budget
         self.largest, self.cut = 0, False
+        self.teacher: TeacherHead | None = None  # of the model whose states the episodes have, and (1, D) zeros
         self.options: dict[str, Any] = {"backend": backend, "backward": backward}
         self.ddp = isinstance(model, DistributedDataParallel)
         self.inner: Any = model.module if self.ddp else model  # passes through it wait for no other rank
@@ -185,7 +193,12 @@ class Learner:
             sizes = [tokens(batch, self.packed) for batch in batches]
         self.cut, self.largest = len(batches) > 1, max(sizes, default=1)
         most = max(gather_object([len(batches), 1]))
-        return batches + [uncounted_batch()] * (most - len(batches))
+        return batches + [self.uncounted_batch()] * (most - len(batches))
+
+    def uncounted_batch(self):
+        """A micro-batch that does not count."""
+        states = None if self.teacher is None else self.teacher.hidden
+        return [Episode([0], [0], counts=False, ref=torch.zeros(1), ref_hidden=states)]
 
     def within_memory(self, work, episodes):
         """``work(plan)``, again with half the token budget when memory runs out: it starts over, so nothing is lost.
@@ -216,26 +229,47 @@ class Learner:
                 if self.on_gpu:
                     torch.cuda.empty_cache()
 
-    @torch.no_grad()
     def score(
         self, episodes: list[Episode], model: torch.nn.Module | None = None, entropy: bool = False
     ) -> list[torch.Tensor]:
         """Log-probs (or entropies) of every answer's tokens, without a gradient: a list of (length,) CPU tensors."""
+        fixed = {"temperature": self.config.temperature, "backend": self.options["backend"], "return_entropy": entropy}
+
+        def measure(hidden, weight, known, **options):
+            out = linear_logprobs(hidden, weight, known["targets"], **fixed, **options)
+            return out.entropy if entropy else out.logprobs
+
+        return self.read(episodes, measure, model)
+
+    def states(self, episodes: list[Episode], model: torch.nn.Module | None = None) -> list[torch.Tensor]:
+        """The states that predict every answer's tokens, (length, D) CPU tensors, and :attr:`teacher`, their head."""
+        found: list[TeacherHead] = []
+
+        def take(hidden, weight, known, **options):
+            hidden = hidden.to(compute_dtype(hidden)) if torch.is_autocast_enabled(hidden.device.type) else hidden
+            if not found:
+                whole = self.accelerator.is_fsdp2  # gathered for this call alone
+                found.append(keep_head(hidden.new_zeros(1, hidden.shape[-1]).cpu(), weight, copy=whole, **options))
+            return hidden
+
+        states = self.read(episodes, take, model)
+        self.teacher = found[0]
+        return states
+
+    @torch.no_grad()
+    def read(self, episodes: list[Episode], measure, model: torch.nn.Module | None = None) -> list[torch.Tensor]:
+        """What ``measure(hidden, weight, known, **options of the head)``, called in the place of a model's head, gives
+        of the positions that predict every answer's tokens: a list of (length, ...) CPU tensors."""
         scorer: Any = self.inner if model is None else model
         check_fused(scorer)
-        temperature, backend = self.config.temperature, self.options["backend"]
 
         def work(plan):
             values = {}
             for batch in plan:
                 inputs, known = self.collate([replace(e, counts=True) for e in batch])
-                targets = known["targets"]
-                score = partial(
-                    linear_logprobs, targets=targets, temperature=temperature, return_entropy=entropy, backend=backend
-                )
                 with self.accelerator.autocast(), self.precision():
-                    out = scorer(**inputs, fastgrpo=score)
-                flat = (out.entropy if entropy else out.logprobs)[targets != IGNORE].cpu()
+                    out = scorer(**inputs, fastgrpo=partial(measure, known=known))
+                flat = out[known["targets"] != IGNORE].cpu()
                 pieces = flat.split([len(e.completion_ids) for e in batch])
                 values.update((id(e), piece.clone()) for e, piece in zip(batch, pieces))
             return [values[id(e)] for e in episodes]
@@ -247,6 +281,12 @@ class Learner:
                 return self.within_memory(work, episodes)
         finally:
             scorer.train(mode)
+
+    def add_reference(self, episodes: list[Episode], model: torch.nn.Module | None) -> None:
+        """What the KL term needs of the reference: its log-probs of the answers, or its states."""
+        name, look = ("ref_hidden", self.states) if self.config.takes_full_kl else ("ref", self.score)
+        for episode, value in zip(episodes, look(episodes, model)):
+            setattr(episode, name, value)
 
     def gradients(self, episodes: list[Episode], num_items: float | None = None) -> dict[str, torch.Tensor]:
         """Adds the batch's gradient to the parameters.
@@ -282,7 +322,7 @@ class Learner:
         with self.attention(self.inner):
             total = self.within_memory(work, active)
             if self.ddp:  # only now do ranks wait for each other: a token that adds nothing, and DDP reduces gradients
-                self.backward(self.model, uncounted_batch(), Totals(1, 0, 0), whole, num_items, threshold)
+                self.backward(self.model, self.uncounted_batch(), Totals(1, 0, 0), whole, num_items, threshold)
         if self.loss_scale != 1.0:
             for parameter in self.model.parameters():
                 if parameter.grad is not None:
@@ -360,12 +400,15 @@ class Learner:
     def objective(self, known, part, whole, num_items, threshold):
         """-> (the function that the LM head calls, what its loss is multiplied with)"""
         scale, coefficient = share_of_batch(self.config, part, whole)
+        head = self.teacher if self.config.takes_full_kl else None
+        reference = {} if head is None else {"ref_weight": head.weight, "ref_bias": head.bias}
         loss = partial(
             grpo_loss,
             **known,
             config=replace(self.config, entropy_coef=coefficient),
             num_items=num_items,
             entropy_threshold=threshold,
+            **reference,
             **self.options,
         )
         return loss, scale
@@ -401,14 +444,18 @@ class Learner:
         return self.accelerator.device.type == "cuda"  # is_available is also true where the config says use_cpu
 
 
+def keep_head(states, weight, bias=None, softcap=None, logit_scale=1.0, lora=None, copy=False):
+    """A head as it is now, for later: LoRA merged, and a ``copy`` where its weight is only lent."""
+    if lora is not None:
+        weight = torch.addmm(weight, lora[1].to(weight.dtype), lora[0].to(weight.dtype), alpha=lora[2])
+    if copy:
+        weight, bias = weight.clone(), None if bias is None else bias.clone()
+    return TeacherHead(states, weight.detach(), bias, softcap, logit_scale)
+
+
 def ran_out(error):
     """Whether an exception says that a GPU's memory is full."""
     return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in NO_MEMORY)
-
-
-def uncounted_batch():
-    """A micro-batch that does not count."""
-    return [Episode([0], [0], counts=False, ref=torch.zeros(1))]
 
 
 def accumulate(total, result):

@@ -49,6 +49,7 @@ class GRPOTrainer:
     """
 
     name, shown, panels = "GRPO", SHOWN, PANELS  # of the log
+    learner_class: Any = Learner
 
     def __init__(
         self,
@@ -95,7 +96,7 @@ class GRPOTrainer:
         """Model, frozen reference, optimiser, schedule, sampler and learner, on this rank's device."""
         config, accelerator = self.config, self.accelerator
         models.check_room(model, longest, config.max_completion_length)
-        reference = copy.deepcopy(model) if config.beta > 0 and not config.use_peft else None
+        reference = self.make_reference(model)
         model = self.prepare(model, peft_config)
         if reference is not None:
             self.reference = models.freeze(reference, accelerator)
@@ -103,7 +104,7 @@ class GRPOTrainer:
         self.meter = Meter(accelerator, [*self.rewards], self.weights, config.beta)
         self.health = Health(accelerator.print, not accelerator.is_main_process, config.max_completion_length)
         self.sampler = make_sampler(config, self.tokenizer, self.pulse.tell)
-        self.learner = Learner(
+        self.learner = self.learner_class(
             self.model,
             accelerator,
             config.part(GRPOLossConfig),
@@ -124,6 +125,10 @@ class GRPOTrainer:
         )
         differs, asked = config.use_vllm or (rounded and self.uses > 1), config.recompute_old_logprobs
         self.rescore = differs if asked is None else asked
+
+    def make_reference(self, model) -> Any:
+        """What the policy is compared with; None: nothing, or the model without its adapter."""
+        return copy.deepcopy(model) if self.config.beta > 0 and not self.config.use_peft else None
 
     def prepare(self, model, peft_config):
         """The model as it is trained, and its optimiser, on this rank's device -> the model without their wrappers."""
@@ -176,6 +181,8 @@ class GRPOTrainer:
         config = self.config
         if self.reference is not None and config.sync_ref_model and self.step % config.ref_model_sync_steps == 0:
             models.move(self.reference, self.model, config.ref_model_mixup_alpha)
+            if self.learner.config.takes_full_kl:
+                self.add_reference(self.rollout)  # states belong to the head that moved with them
         last, eval_steps = self.step == self.total, config.eval_steps or config.logging_steps
         if config.eval_strategy == "steps" and (self.step % eval_steps == 0 or last):
             self.log.write(self.step, self.evaluate())
@@ -263,11 +270,14 @@ class GRPOTrainer:
         elif self.uses > 1:
             for episode in asked:
                 episode.old = episode.sampler
-        if config.beta > 0:
+        self.add_reference(episodes)
+
+    def add_reference(self, episodes):
+        """What the KL term needs of the reference, where there is one."""
+        if self.config.beta > 0:
             bare = self.accelerator.unwrap_model(self.model)
-            with bare.disable_adapter() if config.use_peft else nullcontext():
-                for episode, ref in zip(episodes, self.learner.score(episodes, self.reference)):
-                    episode.ref = ref
+            with bare.disable_adapter() if self.config.use_peft else nullcontext():
+                self.learner.add_reference(episodes, self.reference)
 
     def batch(self):
         """The episodes of this optimiser step."""
@@ -328,6 +338,8 @@ class GRPOTrainer:
         self.learner.restore(state)
         if state["reference"] is not None:
             self.reference.load_state_dict(state["reference"])
+        if self.rollout:
+            self.add_reference([])  # its head
 
     def finish(self):
         """The model as ``from_pretrained`` loads it (an adapter alone with LoRA), and a picture of the run."""

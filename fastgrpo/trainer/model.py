@@ -221,7 +221,7 @@ def load_tokenizer(source, model, config):
     return source
 
 
-def check_source(name):
+def check_source(name, argument="model"):
     """What cannot be a model of the hub is a folder that exists: said at once, not after the hub's retries."""
     if name.startswith("tiny:") or Path(name).exists():
         return
@@ -229,7 +229,7 @@ def check_source(name):
     if not hub or (constants.HF_HUB_OFFLINE and not isinstance(try_to_load_from_cache(name, "config.json"), str)):
         why = "is not in the hub's cache, and HF_HUB_OFFLINE is set" if hub else "does not exist"
         raise ValueError(
-            f"model must be a folder, 'owner/name' on the hub, or 'tiny:NAME' with NAME one of "
+            f"{argument} must be a folder, 'owner/name' on the hub, or 'tiny:NAME' with NAME one of "
             f"{', '.join(examples.WORLDS)}, got {name!r}, which {why}"
         )
 
