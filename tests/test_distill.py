@@ -310,10 +310,7 @@ def test_full_kl_in_the_trainer(tmp_path, name):
 
     def watched(episodes, num_items):
         model = copy.deepcopy(trainer.model).eval()
-        if name == "lora":
-            other = copy.deepcopy(trainer.model).eval().unload()
-        else:
-            other = copy.deepcopy(trainer.reference)
+        other = copy.deepcopy(trainer.model).eval().unload() if name == "lora" else trainer.reference
         with torch.no_grad():
             values = [divergence(logits(model, e), logits(other, e), 1.0) for e in episodes]
         seen.append(torch.cat(values).mean().item())
