@@ -114,6 +114,7 @@ def test_small_divergences_are_not_noise(backend, device, beta, distance, scale)
     assert problems.relative_error(grads["hidden"], truth[2]["hidden"]) < 4e-7 * scale / distance
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("beta", BETAS)
 def test_certain_of_the_same_token(backend, device, beta):
     """p -> 1 in both: the divergence is of the tails, 1e-5 to 1e-26, relative to themselves."""
@@ -170,7 +171,6 @@ def test_gradcheck(backend, device, beta):
     problems.gradcheck(fast, truth, [tensors[k] for k in names], dtype, **loose)
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("beta", BETAS)
 def test_16_bit(backend, device, dtype, beta):
@@ -250,6 +250,7 @@ def test_certified_rows_of_a_trained_head(device, beta):
     assert errors.median() < 0.024
 
 
+@pytest.mark.quick
 def test_shapes_and_masked_rows_cost_nothing(backend, device):
     tensors = pair(12, 50, 8, 8, device)
     tensors["teacher_hidden"][~tensors["mask"]] = torch.nan
