@@ -315,7 +315,8 @@ def divergence_partials(problem):
     spread = torch.exp(-rise[:, own]) * (spread[:, 0] + rise[:, own] * sums[:, own])
     moved = source.move_peaks(*sums.unbind(1), *rise.unbind(1))
     values = torch.stack((*top, *(x.sum(0) for x in moved), spread.sum(0)))
-    none = values.new_tensor([FLOOR.value] * 2 + [0.0] * 5)[:, None]
+    none = torch.zeros_like(values[:, :1])
+    none[:2] = FLOOR.value
     return in_rows(values, selection, none)
 
 
@@ -340,6 +341,8 @@ def run_forward(problem, selection, stats):
     """-> partials (7, runs, N), with ``stats``, of a mixture, (2, runs, N)."""
     n, vocab, depth = problem.sizes
     hidden = problem.hidden
+    if n == 0:
+        return torch.empty(SUMS if stats is None else MIXED, 1, 0, dtype=torch.float32, device=hidden.device)
     tile, described = pick_tile(mixed("forward_pair", problem), problem)
     held = max(problem.params.workspace // (depth * hidden.element_size()) // tile.rows, 1) * tile.rows
     held = min(held, n)

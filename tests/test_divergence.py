@@ -250,6 +250,23 @@ def test_certified_rows_of_a_trained_head(device, beta):
     assert errors.median() < 0.024
 
 
+@pytest.mark.parametrize("bw", ["exact", "certified"])
+def test_a_student_that_rules_out_what_the_teacher_does_not(backend, device, bw):
+    """-inf in the student's bias alone: the mixture stays finite, and p_s - p_t is -p_t there."""
+    tensors = pair(9, 60, 8, 8, device)
+    tensors["bias"][-3:], tensors["teacher_bias"][-3:] = -torch.inf, 2.0
+    upstream = torch.ones(9, device=device)
+    value, _, grads = run(linear_divergence, tensors, upstream, beta=0.5, backend=backend, backward=bw, bias=True)
+    truth = run(reference.linear_divergence, in_double(tensors), upstream.double(), beta=0.5, bias=True)
+    torch.testing.assert_close(value.double(), truth[0], rtol=1e-5, atol=1e-6)
+    names = ("teacher_hidden", "teacher_weight", "teacher_bias")
+    others, head, bias = (tensors[k].double() for k in names)
+    z = (tensors["hidden"].double() @ tensors["weight"].double().T + tensors["bias"].double()).softmax(1)
+    dz = (z - (others @ head.T + bias).softmax(1)) * tensors["mask"][:, None]
+    _, _, grads = run(linear_divergence, tensors, upstream, beta=0.0, backend=backend, backward=bw, bias=True)
+    assert problems.relative_error(grads["hidden"], dz @ tensors["weight"].double()) < 1e-5
+
+
 @pytest.mark.quick
 def test_shapes_and_masked_rows_cost_nothing(backend, device):
     tensors = pair(12, 50, 8, 8, device)

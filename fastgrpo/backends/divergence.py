@@ -244,9 +244,8 @@ class MixtureFold:
     def add(self, tile, other):
         """Overwrites both tiles' logits; rows beyond tile.part are padding."""
         part, beta, n = tile.part, self.problem.beta, tile.rows.numel()
-        log_p, delta = log_ratios(PairStats(*(x[part] for x in self.stats)), tile.z[:n], other[:n])
+        log_p, delta, log_q = log_ratios(PairStats(*(x[part] for x in self.stats)), tile.z[:n], other[:n])
         log_s, log_t = mixture_logs(delta, beta)
-        log_q = torch.sub(log_p, delta, out=delta)
         p = dense.exp_(log_p)
         mine = log_s.mul_(1.0 - beta).mul_(p)
         self.stats.center[part] += mine.sum(1)
@@ -297,7 +296,8 @@ class Witness:
         for moments in (self.seen, self.left):
             moments[:, part] = move.moments(*moments[:, part])
         self.seen[:, part] += products(x, y)
-        least = self.least * self.norms(self.seen).square().mean().sqrt() * unit
+        norms = self.norms(self.seen).nan_to_num(nan=0.0, posinf=0.0)  # a bad row must not decide for the others
+        least = self.least * norms.square().mean().sqrt() * unit
         kept = torch.zeros(-(-n // BLOCK) * BLOCK, columns, dtype=torch.bool, device=x.device)
         size = torch.addcmul(x, center[:, None], y, value=-1, out=self.scratch.like(x, "size")).abs_()
         torch.ge(size, least[:, None], out=kept[:n])
@@ -336,11 +336,15 @@ def products(x, y):
 
 
 def log_ratios(known, z, other):
-    """Over the tiles' memory: log p of the student, and its difference to the teacher's. known: of these rows."""
+    """-> log p of the student, its difference to the teacher's, and the teacher's: (n, C) each.
+
+    The first and the last over the tiles' memory; none is made of the others, for one may be -1e30. known: of these
+    rows.
+    """
     z -= known.peak[:, None]
     other -= known.other_peak[:, None]
-    delta = torch.sub(z, other, out=other).sub_(known.gap[:, None])
-    return z.sub_(known.offset[:, None]), delta
+    delta = torch.sub(z, other).sub_(known.gap[:, None])
+    return z.sub_(known.offset[:, None]), delta, other.add_((known.gap - known.offset)[:, None])
 
 
 def logits_gradient(problem, z, bias, index, other, stats, grad):
@@ -356,11 +360,9 @@ def logits_gradient(problem, z, bias, index, other, stats, grad):
     chain = problem.params.logit_scale * (1.0 if inv_temperature is None else inv_temperature)
     z, slope = transform(problem, z, bias, inv_temperature, with_slope=True)
     known = PairStats(*stats)
-    log_p, delta = log_ratios(known, z, other)
+    log_p, delta, log_q = log_ratios(known, z, other)
     if problem.beta == 0.0:
-        scratch = Scratch()
-        log_q = torch.sub(log_p, delta, out=scratch.like(log_p, 0)).clamp_(min=dense.FAR)
-        dz = differences(dense.exp_(log_p), dense.exp_(log_q), delta, scratch).neg_()
+        dz = differences(dense.exp_(log_p), dense.exp_(log_q), delta, Scratch()).neg_()
     else:
         if problem.is_mixture:
             delta = mixture_logs(delta, problem.beta)[0].mul_(1.0 - problem.beta)
