@@ -11,24 +11,20 @@ import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
 from fastgrpo import backends, divergence, inputs, vocab_parallel
-from fastgrpo.backends.divergence import kl_stats
-from fastgrpo.backends.pair import PairStats
+from fastgrpo.backends.divergence import beside_peaks, kl_stats
+from fastgrpo.backends.pair import PairStats, mixture_stats
 from fastgrpo.backends.problem import Gradients, RowStats
 from fastgrpo.config import settings_go_in_config
 from fastgrpo.divergence import Divergence, PairTensors, TeacherHead
 from fastgrpo.head import HeadOptions
 from fastgrpo.inputs import IGNORE, Backend
-from fastgrpo.pair_math import move_peaks
 
 
 def merge_kl(partials, student_first, group):
     """(8, N) :class:`PairStats` of the whole vocabulary from every rank's (7, N) sums."""
-    peaks, sums, spread = partials[:2], partials[2:6], partials[6]
-    top = peaks.clone()
+    top = partials[:2].clone()
     dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group)
-    rise, own = top - peaks, 0 if student_first else 1
-    spread = torch.exp(-rise[own]) * (spread + rise[own] * sums[own])
-    moved = torch.stack((*move_peaks(*sums, *rise), spread))
+    moved = torch.stack(beside_peaks(partials, top, student_first))
     dist.all_reduce(moved, group=group)
     return torch.stack(kl_stats(top, moved[:4], moved[4], student_first))
 
@@ -44,9 +40,7 @@ def merge_mixture(problem, backend, group):
         ))
         for p in (problem.own, problem.teacher)
     )  # fmt: skip
-    none = torch.zeros_like(own.peak)
-    stats = PairStats(none, own.peak, own.offset, none, own.entropy, other.peak, own.offset - other.offset, none)
-    stats = torch.stack(stats)
+    stats = torch.stack(mixture_stats(own, other))
     sums = backend.mixture_sums(problem, stats)
     dist.all_reduce(sums, group=group)
     return torch.stack(PairStats(*stats)._replace(divergence=sums[0], center=sums[1]))

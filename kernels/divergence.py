@@ -4,15 +4,16 @@ The student's rows are gathered as in the forward of one head; the teacher's, wh
 read where they stand.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from fastgrpo import pair_math as source
 from fastgrpo.backends import staircase
-from fastgrpo.backends.pair import PairStats
+from fastgrpo.backends.divergence import beside_peaks
+from fastgrpo.backends.pair import PairStats, mixture_stats
 from fastgrpo.backends.problem import RowStats
 from fastgrpo.inputs import IGNORE, compact_rows
 from fastgrpo.kernels import tiles
@@ -280,7 +281,7 @@ def forward(problem):
         return stats
     selection = Selection(*compact_rows(problem.targets != IGNORE), problem.targets)
     if problem.is_mixture:
-        know_both(problem, stats)
+        stats = torch.stack(mixture_stats(*(RowStats(*forward_alone(p)) for p in (problem.own, problem.teacher))))
     partials = run_forward(problem, selection, stats if problem.is_mixture else None)
     if problem.is_mixture:
         known = PairStats(*stats)
@@ -309,12 +310,10 @@ def in_rows(values, selection, none):
 def divergence_partials(problem):
     """As :func:`fastgrpo.backends.divergence.divergence_partials`."""
     selection = Selection(*compact_rows(problem.targets != IGNORE), problem.targets)
-    peaks, sums, spread = (x.transpose(0, 1) for x in run_forward(problem, selection, None).split((2, 4, 1)))
-    top = peaks.amax(0)
-    rise, own = top - peaks, 0 if problem.beta == 1.0 else 1
-    spread = torch.exp(-rise[:, own]) * (spread[:, 0] + rise[:, own] * sums[:, own])
-    moved = source.move_peaks(*sums.unbind(1), *rise.unbind(1))
-    values = torch.stack((*top, *(x.sum(0) for x in moved), spread.sum(0)))
+    partials = run_forward(problem, selection, None)
+    top = partials[:2].amax(1)
+    moved = beside_peaks(partials, top[:, None], problem.beta == 1.0)
+    values = torch.stack((*top, *(x.sum(0) for x in moved)))
     none = torch.zeros_like(values[:, :1])
     none[:2] = FLOOR.value
     return in_rows(values, selection, none)
@@ -324,17 +323,6 @@ def mixture_sums(problem, stats):
     """As :func:`fastgrpo.backends.divergence.mixture_sums`."""
     selection = Selection(*compact_rows(problem.targets != IGNORE), problem.targets)
     return in_rows(run_forward(problem, selection, stats).sum(1), selection, 0.0)
-
-
-def know_both(problem, stats):
-    """Writes what a pass over each head alone tells."""
-    known = PairStats(*stats)
-    own, other = RowStats(*forward_alone(problem.own)), RowStats(*forward_alone(problem.teacher))
-    known.peak.copy_(own.peak)
-    known.offset.copy_(own.offset)
-    known.entropy.copy_(own.entropy)
-    known.other_peak.copy_(other.peak)
-    torch.sub(own.offset, other.offset, out=known.gap)
 
 
 def run_forward(problem, selection, stats):
@@ -505,9 +493,13 @@ class PairLauncher(Launcher):
     def kernel(problem, grads):
         return mixed("dlogits_pair", problem)
 
+    @functools.cached_property
+    def teacher(self):
+        return teacher_arguments(self.problem)
+
     def dlogits(self, first_row, last_row, chunk):
         problem = self.problem
-        teacher, others = teacher_arguments(problem)
+        teacher, others = self.teacher
         dlogits_pair_kernel[(self.grid(self.tile),)](
             **self.tile_arguments(first_row, last_row, chunk),
             teacher=teacher,

@@ -11,10 +11,11 @@ import torch
 from fastgrpo.backends import dense
 from fastgrpo.backends.certified import BLOCK, Certificate
 from fastgrpo.backends.logits import LogitTiles, Reader, RowSource, row_inverse_temperature, transform
-from fastgrpo.backends.pair import PairStats
+from fastgrpo.backends.pair import PairStats, mixture_stats
 from fastgrpo.backends.problem import FLOOR, NOTHING, RowStats
 from fastgrpo.inputs import accumulator_dtype
 from fastgrpo.pair_math import NEAR, finish_sums, mixture_logs, move_peaks
+from fastgrpo.row_math import rescale
 
 LEAST_PER_TOLERANCE = 2.0**-4  # terms of the rows' mean norm times tolerance * this are flagged
 ROUNDING = 8  # units of rounding in sums of squares
@@ -65,7 +66,8 @@ def mixture_sums(problem, stats):
     """(2, N) a mixture's divergence and center of a part of the vocabulary. stats: (8, N), of all of it."""
     rows = dense.counted_rows(problem.targets)
     known = PairStats(*stats[:, rows])
-    fold = MixtureFold(problem, known._replace(divergence=known.divergence * 0, center=known.center * 0))
+    none = torch.zeros_like(known.divergence)
+    fold = MixtureFold(problem, known._replace(divergence=none, center=none.clone()))
     fold_vocabulary(problem, rows, fold)
     sums = torch.zeros_like(stats[:2])
     sums[:, rows] = torch.stack((fold.stats.divergence, fold.stats.center))
@@ -194,10 +196,9 @@ class KLFold:
         known = self.peaks[:, part]
         high = torch.maximum(known, torch.stack((u.amax(1), v.amax(1))))
         rise = high - known
-        if self.problem.params.entropy:
-            mine = 0 if self.student_first else 1
-            self.spread[part] = torch.exp(-rise[mine]) * (self.spread[part] + rise[mine] * self.sums[mine, part])
-        self.sums[:, part] = torch.stack(move_peaks(*self.sums[:, part], *rise))
+        partials = torch.cat((known, self.sums[:, part], self.spread[None, part]))
+        *sums, self.spread[part] = beside_peaks(partials, high, self.student_first)
+        self.sums[:, part] = torch.stack(sums)
         self.peaks[:, part] = high
         return rise
 
@@ -205,6 +206,13 @@ class KLFold:
         """The rows of :class:`PairStats`."""
         stats = kl_stats(self.peaks, self.sums, self.spread, self.student_first)
         return stats if self.witness is None else stats._replace(norm=self.witness.row_norms())
+
+
+def beside_peaks(partials, top, student_first):
+    """-> the sums and the spread of :func:`divergence_partials` beside peaks (2, ...), none of them lower."""
+    peaks, sums, spread, own = partials[:2], partials[2:6], partials[6], 0 if student_first else 1
+    spread = rescale(peaks[own], sums[own], spread, top[own])[1]
+    return *move_peaks(*sums, *(top - peaks)), spread
 
 
 def kl_stats(peaks, sums, spread, student_first):
@@ -220,19 +228,8 @@ def kl_stats(peaks, sums, spread, student_first):
 
 
 def know_both(problem, rows):
-    """:class:`PairStats` of some rows with what a pass of each model alone tells; the rest 0."""
-    own, other = (RowStats(*dense.forward(p)[:, rows]) for p in (problem.own, problem.teacher))
-    none = torch.zeros_like(own.peak)
-    return PairStats(
-        divergence=none.clone(),
-        peak=own.peak,
-        offset=own.offset,
-        norm=none,
-        entropy=own.entropy,
-        other_peak=other.peak,
-        gap=own.offset - other.offset,
-        center=none.clone(),
-    )
+    """:class:`PairStats` of some rows with what a pass of each model alone tells."""
+    return mixture_stats(*(RowStats(*dense.forward(p)[:, rows]) for p in (problem.own, problem.teacher)))
 
 
 class MixtureFold:

@@ -22,6 +22,20 @@ class PairStats(NamedTuple):
     center: torch.Tensor  # what a row's log-ratios are taken from in its gradient, see :func:`slope_center`
 
 
+def mixture_stats(own, other):
+    """:class:`PairStats` of what :class:`RowStats` of the student and of the teacher tell; the rest 0."""
+    return PairStats(
+        divergence=torch.zeros_like(own.peak),
+        peak=own.peak,
+        offset=own.offset,
+        norm=torch.zeros_like(own.peak),
+        entropy=own.entropy,
+        other_peak=other.peak,
+        gap=own.offset - other.offset,
+        center=torch.zeros_like(own.peak),
+    )
+
+
 @dataclass(frozen=True)
 class PairProblem(HeadProblem):
     """The student's; ``targets`` are 0 where a row counts, else IGNORE."""
