@@ -20,9 +20,7 @@ from fastgrpo.kernels import tiles
 from fastgrpo.kernels.arguments import (
     TO_TRITON,
     Selection,
-    describe,
     logit_arguments,
-    pick_tile,
     row_strides,
 )
 from fastgrpo.kernels.backward import Launcher, climb
@@ -43,10 +41,9 @@ from fastgrpo.kernels.common import (
     store_rows,
     without_dust,
 )
+from fastgrpo.kernels.forward import Sweep
 from fastgrpo.kernels.forward import forward as forward_alone
-from fastgrpo.kernels.forward import vocabulary_runs
 from fastgrpo.kernels.pair_math import NEAR, expm1_near, finish_sums, join_sums, mixture_logs, move_peaks
-from fastgrpo.kernels.products import gather_rows, spans
 from fastgrpo.kernels.tiles import cdiv
 
 SUMS = 7  # of a run: two peaks, total, other, tilt, excess, the student's spread
@@ -327,51 +324,22 @@ def mixture_sums(problem, stats):
 
 def run_forward(problem, selection, stats):
     """-> partials (7, runs, N), with ``stats``, of a mixture, (2, runs, N)."""
-    n, vocab, depth = problem.sizes
-    hidden = problem.hidden
+    n, kinds = problem.targets.numel(), SUMS if stats is None else MIXED
     if n == 0:
-        return torch.empty(SUMS if stats is None else MIXED, 1, 0, dtype=torch.float32, device=hidden.device)
-    tile, described = pick_tile(mixed("forward_pair", problem), problem)
-    held = max(problem.params.workspace // (depth * hidden.element_size()) // tile.rows, 1) * tile.rows
-    held = min(held, n)
-    x = torch.empty(held, depth, dtype=hidden.dtype, device=hidden.device)
-    blocks = cdiv(held, tile.rows)
-    runs, run = vocabulary_runs(blocks, vocab, tile.cols, hidden.device)
-    kinds = SUMS if stats is None else MIXED
-    partials = torch.empty(kinds, runs, n, dtype=torch.float32, device=hidden.device)
-    head, logits, low_rank = logit_arguments(problem)
+        return torch.empty(kinds, 1, 0, dtype=torch.float32, device=problem.hidden.device)
+    sweep = Sweep(problem, mixed("forward_pair", problem), selection)
+    partials = sweep.new_partials(kinds)
     teacher, others = teacher_arguments(problem)
-    for first_row, last_row in spans(n, held):
-        gather_rows(hidden, selection.rows_ptr, selection.count_ptr, x, first_row, last_row, first_row)
-        forward_pair_kernel[(cdiv(blocks, tile.group) * tile.group * runs,)](
-            x_ptr=x,
-            x_desc=describe(x, tile.rows, tile.depth) if described else None,
-            w_desc=describe(problem.weight, tile.cols, tile.depth) if described else None,
-            head=head,
-            bias_ptr=problem.bias,
-            low_rank=low_rank,
+    for first_row, last_row in sweep.chunks():
+        forward_pair_kernel[sweep.grid](
+            **sweep.arguments(first_row, last_row),
             teacher=teacher,
-            selection=selection,
-            temperature_ptr=problem.temperature,
             stats_ptr=stats,
             partials_ptr=partials,
-            N=n,
-            first_row=first_row,
-            last_row=last_row,
-            run=run,
-            runs=runs,
-            logits=logits,
             beta=problem.beta,
             STUDENT_FIRST=problem.beta == 1.0,
             ENTROPY=problem.params.entropy and stats is None,
-            WHOLE_D=depth % tile.depth == 0,
-            COMPUTE=TO_TRITON[str(problem.params.compute_dtype)],
-            BLOCK_N=tile.rows,
-            BLOCK_V=tile.cols,
-            BLOCK_D=tile.depth,
-            GROUP=tile.group,
             **others,
-            **tile.options,
         )
     return partials
 

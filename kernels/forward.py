@@ -313,72 +313,105 @@ def forward_name(problem, certified):
     return name + "_full" if problem.params.entropy or crowded or has_extras(problem) else name
 
 
+class Sweep:
+    """A forward's way over rows and vocabulary: rows are gathered, as many as the workspace holds, and a program does
+    a block of them over a run of entries.
+
+    Attributes:
+        x: (held, D) the chunk's rows. head, logits, low_rank: of :func:`logit_arguments`. grid: of the launch.
+    """
+
+    def __init__(self, problem, kernel, selection):
+        self.problem, self.selection = problem, selection
+        n, vocab, depth = problem.sizes
+        hidden = problem.hidden
+        self.tile, self.described = pick_tile(kernel, problem)
+        rows = self.tile.rows
+        held = min(max(problem.params.workspace // (depth * hidden.element_size()) // rows, 1) * rows, n)
+        self.x = torch.empty(held, depth, dtype=hidden.dtype, device=hidden.device)
+        blocks = cdiv(held, rows)
+        self.runs, self.run = vocabulary_runs(blocks, vocab, self.tile.cols, hidden.device)
+        self.grid = (cdiv(blocks, self.tile.group) * self.tile.group * self.runs,)
+        self.head, self.logits, self.low_rank = logit_arguments(problem)
+
+    def new_partials(self, kinds):
+        """(kinds, runs, N) of fp32, not initialised."""
+        n = self.problem.targets.numel()
+        return torch.empty(kinds, self.runs, n, dtype=torch.float32, device=self.x.device)
+
+    def chunks(self):
+        """-> first_row, last_row, whose rows are in x then."""
+        for first_row, last_row in spans(self.problem.targets.numel(), self.x.shape[0]):
+            rows, count = self.selection.rows_ptr, self.selection.count_ptr
+            gather_rows(self.problem.hidden, rows, count, self.x, first_row, last_row, first_row)
+            yield first_row, last_row
+
+    def arguments(self, first_row, last_row):
+        """What any kernel of a forward takes, and the launch."""
+        problem, tile = self.problem, self.tile
+        n, _, depth = problem.sizes
+        return {
+            "x_ptr": self.x,
+            "x_desc": describe(self.x, tile.rows, tile.depth) if self.described else None,
+            "w_desc": describe(problem.weight, tile.cols, tile.depth) if self.described else None,
+            "head": self.head,
+            "bias_ptr": problem.bias,
+            "low_rank": self.low_rank,
+            "selection": self.selection,
+            "temperature_ptr": problem.temperature,
+            "N": n,
+            "first_row": first_row,
+            "last_row": last_row,
+            "run": self.run,
+            "runs": self.runs,
+            "logits": self.logits,
+            "WHOLE_D": depth % tile.depth == 0,
+            "COMPUTE": TO_TRITON[str(problem.params.compute_dtype)],
+            "BLOCK_N": tile.rows,
+            "BLOCK_V": tile.cols,
+            "BLOCK_D": tile.depth,
+            "GROUP": tile.group,
+            **tile.options,
+        }
+
+
 def run_forward(problem, rows, count, hint=None, flags=None, dropped=None, label=None, merged=None, stats=None):
     """The kernels, into ``merged`` (4, N) or ``stats`` (5, N): rows are gathered, as many as the workspace holds, and
     go over the vocabulary."""
-    n, vocab, depth = problem.sizes
+    n, hidden = problem.targets.numel(), problem.hidden
     if n == 0:
         return
-    hidden = problem.hidden
-    tile, described = pick_tile(forward_name(problem, certified=flags is not None), problem)
-    held = max(problem.params.workspace // (depth * hidden.element_size()) // tile.rows, 1) * tile.rows
-    held = min(held, n)
-    x = torch.empty(held, depth, dtype=hidden.dtype, device=hidden.device)
-    blocks = cdiv(held, tile.rows)
-    runs, run = vocabulary_runs(blocks, vocab, tile.cols, hidden.device)
-    kinds = DROPPED.value + (flags is not None)
-    partials = torch.empty(kinds, runs, n, dtype=torch.float32, device=hidden.device)
-    head, logits, low_rank = logit_arguments(problem)
     selection, taken = Selection(rows, count, problem.targets), taken_arguments(problem.taken)
+    sweep = Sweep(problem, forward_name(problem, certified=flags is not None), selection)
+    partials = sweep.new_partials(DROPPED.value + (flags is not None))
     known = label is not None or problem.taken is not None  # or there is none
     label = torch.zeros(n, dtype=torch.float32, device=hidden.device) if label is None else label
-    for first_row, last_row in spans(n, held):
-        gather_rows(hidden, rows, count, x, first_row, last_row, first_row)
+    for first_row, last_row in sweep.chunks():
         if not known:
             label_kernel[(cdiv(last_row - first_row, tiles.LABELS.rows),)](
-                x_ptr=x,
-                head=head,
+                x_ptr=sweep.x,
+                head=sweep.head,
                 bias_ptr=problem.bias,
-                low_rank=low_rank,
+                low_rank=sweep.low_rank,
                 selection=selection,
                 temperature_ptr=problem.temperature,
                 label_ptr=label,
                 first_row=first_row,
                 last_row=last_row,
-                logits=logits,
+                logits=sweep.logits,
                 COMPUTE=TO_TRITON[str(problem.params.compute_dtype)],
                 BLOCK_N=tiles.LABELS.rows,
                 BLOCK_D=tiles.LABELS.cols,
                 num_warps=tiles.LABELS.warps,
             )
-        forward_kernel[(cdiv(blocks, tile.group) * tile.group * runs,)](
-            x_ptr=x,
-            x_desc=describe(x, tile.rows, tile.depth) if described else None,
-            w_desc=describe(problem.weight, tile.cols, tile.depth) if described else None,
-            head=head,
-            bias_ptr=problem.bias,
-            low_rank=low_rank,
-            selection=selection,
+        forward_kernel[sweep.grid](
+            **sweep.arguments(first_row, last_row),
             taken=taken,
-            temperature_ptr=problem.temperature,
             hint_ptr=hint,
             label_ptr=label,
             flags_ptr=flags,
             partials_ptr=partials,
-            N=n,
-            first_row=first_row,
-            last_row=last_row,
-            run=run,
-            runs=runs,
-            logits=logits,
             log_cutoff=0.0 if flags is None else math.log(cutoff(problem.params.tolerance)),
             ENTROPY=problem.params.entropy,
-            WHOLE_D=depth % tile.depth == 0,
-            COMPUTE=TO_TRITON[str(problem.params.compute_dtype)],
-            BLOCK_N=tile.rows,
-            BLOCK_V=tile.cols,
-            BLOCK_D=tile.depth,
-            GROUP=tile.group,
-            **tile.options,
         )
     combine(problem, partials, selection, dropped, merged, stats)
