@@ -7,8 +7,9 @@ import pytest
 pytest.importorskip("matplotlib")
 
 from bench import bias
+from bench.bias_tasks import Demo, Partners
 
-TASK = bias.Task(vocabulary=300, length=4, groups=2, group_size=4, warm_up=2, steps=3)
+TASK = Partners(vocabulary=300, length=4, groups=2, group_size=4, warm_up=2, steps=3)
 ARMS = {"exact": {"backward": "exact"}, "auto": {"backward": "certified", "tolerance": 0.3, "row_tolerance": 1.0}}
 
 
@@ -46,7 +47,7 @@ def test_it_goes_on_where_it_was(rows):
 
 def test_paired_differences():
     def run(arm, seed, entropy):
-        return {"study": "training", "head": "lora", "arm": arm, "seed": seed, "final_entropy": entropy, "area": 1.0,
+        return {"study": "training", "task": "partners", "head": "lora", "arm": arm, "seed": seed, "final_entropy": entropy, "area": 1.0,
                 "final_reward": seed, "entropy": [entropy], "left_out": [0.75]}  # fmt: skip
 
     rows = [run("exact", 0, 1.0), run("exact", 1, 2.0), run("auto", 0, 1.5), run("auto", 1, 2.1), run("auto", 2, 9.0)]
@@ -58,6 +59,22 @@ def test_paired_differences():
     assert row["entropy_change"] == pytest.approx(0.2)
     assert row["steps_with_half_left_out"] == 1.0
     assert bias.pair_runs(rows, "auto", "trained") is None
+
+
+def test_own_answers_are_the_same_task(rows):
+    exact, again = {"backward": "exact", "luck": 0}, {"backward": "exact", "luck": 1}
+    policy = TASK.warm_up_policy()
+    a, b, c = (TASK.train(policy, 0, "trained", **how)[1] for how in (exact, again, exact))
+    assert a == c != b
+
+
+def test_the_demo_is_a_task_too():
+    pytest.importorskip("rich")
+    task = Demo(vocabulary=64, supervised_steps=1, steps=2)
+    rows = list(bias.training_runs(task, seeds=1))
+    assert [r["arm"] for r in rows] == ["exact", "auto", "whole dW alone"]
+    assert all(len(r[k]) == 2 for r in rows for k in ("reward", "entropy", "left_out"))
+    assert rows[0]["entropy"][0] == pytest.approx(rows[1]["entropy"][0], abs=1e-3)
 
 
 def test_the_picture(rows, tmp_path):
