@@ -47,8 +47,8 @@ def test_it_goes_on_where_it_was(rows):
 
 def test_paired_differences():
     def run(arm, seed, entropy):
-        return {"study": "training", "task": "partners", "head": "lora", "arm": arm, "seed": seed, "final_entropy": entropy, "area": 1.0,
-                "final_reward": seed, "entropy": [entropy], "left_out": [0.75]}  # fmt: skip
+        return {"study": "training", "task": "partners", "head": "lora", "arm": arm, "seed": seed, "area": 1.0,
+                "final_entropy": entropy, "final_reward": seed, "entropy": [entropy], "left_out": [0.75]}  # fmt: skip
 
     rows = [run("exact", 0, 1.0), run("exact", 1, 2.0), run("auto", 0, 1.5), run("auto", 1, 2.1), run("auto", 2, 9.0)]
     row = bias.pair_runs(rows, "auto", "lora")
