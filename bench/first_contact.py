@@ -24,6 +24,7 @@ import torch
 
 from bench.contact.correct import correct, large
 from bench.contact.device import REAL, REHEARSAL, Contact, failure
+from bench.contact.distributions import distributions, divergence
 from bench.contact.kernels import compile_tiles, kernels, ncu, once, time_tiles
 from bench.contact.whole import ceilings, certified, exact, loss_step, versions
 
@@ -40,10 +41,12 @@ STEPS = {
     "versions": Step(versions, 30),
     "ceilings": Step(ceilings, 40),
     "correct": Step(correct, 150, 8),
+    "distributions": Step(distributions, 90, 8),
     "large": Step(large, 40),
     "kernels": Step(kernels, 60),
     "exact": Step(exact, 70),
     "loss_step": Step(loss_step, 30),
+    "divergence": Step(divergence, 40),
     "compile_tiles": Step(compile_tiles, 60, 12),
     "tiles_timed": Step(time_tiles, 60),
     "certified": Step(certified, 50),
@@ -123,11 +126,11 @@ def summary(folder, wrong):
             best[r["kernel"]] = {"tile": r["tile"], "ms": r["ms"], "tflops": r.get("tflops")}
     (folder / "tiles.json").write_text(json.dumps(best, indent=1))
     for r in rows:
-        if r["step"] in ("versions", "ceilings", "large", "kernels", "exact", "loss_step", "certified"):
+        if r["step"] in ("versions", "ceilings", "large", "kernels", "exact", "loss_step", "divergence", "certified"):
             print({k: v for k, v in r.items() if k not in ("suite", "device", "torch", "date", "ops")})
     for r in bad:
         print("WRONG", {k: v for k, v in r.items() if k not in ("suite", "device", "torch", "date")})
-    checked = sum(r["step"] == "correct" for r in rows)
+    checked = sum(r["step"] in ("correct", "distributions") for r in rows)
     print(f"fastest tiles: {best}")
     print(f"{len(rows)} rows, {checked} variants compared, {len(bad)} wrong, steps not finished: {wrong or 'none'}")
     return 1 if bad or wrong else 0

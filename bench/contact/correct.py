@@ -47,6 +47,7 @@ def objectives():
         yield {"loss_type": loss_type, "importance_sampling_level": level}
     for estimator, corrected in itertools.product(KL_ESTIMATORS, (True, False)):
         yield {"beta": 0.1, "kl_estimator": estimator, "use_bias_correction_kl": corrected}
+    yield {"beta": 0.1, "kl_estimator": "full"}
     for loss_type, mask in itertools.product((CLIPPED[0], "cispo"), DIVERGENCE_MASKS):
         yield {"loss_type": loss_type, "divergence_mask": mask}
     yield {"entropy_coef": 0.01, "top_entropy_quantile": 0.5, "off_policy_mask_threshold": 0.1}
@@ -132,6 +133,8 @@ def compare_loss(contact, settings, batch=4, length=48, vocab=2000, depth=64):
         "importance_weights": 0.5 + torch.rand(shape, generator=g, device=contact.device),
     }
     config = GRPOLossConfig(**settings)
+    if config.kl_estimator == "full":
+        arguments |= {"ref_hidden": 0.9 * hidden.view(*shape, depth), "ref_weight": weight}
 
     def run(function, dtype, **extra):
         h, w = (x.to(dtype).clone().requires_grad_() for x in (hidden.view(*shape, depth), weight))

@@ -1,0 +1,145 @@
+"""Whole distributions: divergences from a teacher and top-k targets, against float64, timed, and without waiting."""
+
+import itertools
+
+import torch
+
+from bench.contact.device import attempt, bare, largest, relative
+from bench.contact.whole import cuda_checks
+
+BETAS = {0.0: "forward KL", 1.0: "reverse KL", 0.5: "JSD"}
+
+
+def distribution_cases():
+    """-> function, dtype, its keywords"""
+    options = [
+        {},
+        {"frozen": True},
+        {"bias": True, "softcap": 30.0, "lora": True, "temperatures": True},
+        {"backward": "auto"},
+        {"backward": "auto", "frozen": True},
+    ]
+    for dtype, beta, option in itertools.product((torch.bfloat16, torch.float32), BETAS, options):
+        yield compare_divergence, dtype, {"beta": beta, **option}
+    for dtype, k, softcap in itertools.product((torch.bfloat16, torch.float16, torch.float32), (1, 16), (None, 30.0)):
+        yield compare_topk, dtype, {"k": k, "softcap": softcap}
+
+
+def distributions(contact, shard=0, shards=1):
+    """Every variant against float64 over full logits on the same inputs."""
+    cases = list(distribution_cases())[:: 1 if contact.cuda else 11]
+    for compare, dtype, options in cases[shard::shards]:
+        shape = (300, 5000, 256) if contact.cuda else (8, 300, 64)
+        row = {"what": compare.__name__, "dtype": str(dtype), **options}
+        yield {**row, **attempt(compare, contact, dtype, shape, **options)}
+
+
+def draw(contact, dtype, seed=3):
+    """-> random(*shape, dtype): normal numbers of a stream of their own."""
+    g = torch.Generator(contact.device).manual_seed(seed)
+    return lambda *shape, dtype=dtype: torch.randn(shape, generator=g, device=contact.device).to(dtype)
+
+
+def compare_divergence(
+    contact, dtype, shape, beta, frozen=False, bias=False, lora=False, temperatures=False, softcap=None, **keywords
+):
+    """-> errors of a divergence from a wider teacher, and whether each is within its limit."""
+    from fastgrpo import linear_divergence, reference
+
+    n, vocab, depth = shape
+    hidden, weight, targets = contact.head(n, depth, dtype, vocab)
+    random = draw(contact, dtype)
+    teacher = random(n, depth + 32), random(vocab, depth + 32) / depth**0.5
+    teacher[0][::2] += 9 * teacher[1][targets[::2]]
+    leaves = {"hidden": hidden, "weight": weight, "bias": random(vocab) if bias else None}
+    if lora:
+        leaves |= {"A": random(8, depth, dtype=torch.float32), "B": 0.1 * random(vocab, 8, dtype=torch.float32)}
+    mask = torch.arange(n, device=contact.device) % 7 != 5
+    options = {"beta": beta, "softcap": softcap}
+    if temperatures:
+        options["temperature"] = 1.0 + torch.arange(n, device=contact.device) / n
+    upstream = random(n, dtype=torch.float32)
+
+    def run(function, dtype=None, **extra):
+        mine = {
+            k: x.to(dtype or x.dtype, copy=True).requires_grad_(not (frozen and k in ("weight", "bias")))
+            for k, x in leaves.items()
+            if x is not None
+        }
+        theirs = [x.to(dtype or x.dtype) for x in teacher]
+        pair = (mine["A"], mine["B"], 2.0) if lora else None
+        heads = mine["hidden"], mine["weight"], *theirs, mask
+        out = function(*heads, bias=mine.get("bias"), lora=pair, return_entropy=True, **options, **extra)
+        (out.divergence * upstream).sum().backward()
+        return out, {k: x.grad for k, x in mine.items() if x.requires_grad}
+
+    truth, wanted = run(reference.linear_divergence, torch.float64)
+    out, grads = run(linear_divergence, backend="triton", **({"backward": "exact"} | keywords))
+    errors = {k: largest(getattr(out, k), getattr(truth, k)) for k in ("divergence", "entropy")}
+    errors |= {k: relative(grads[k], wanted[k]) for k in grads}
+    limit = 1e-4 if dtype == torch.float32 else 1e-2
+    limit = limit if keywords.get("backward", "exact") == "exact" else max(limit, 2e-3)
+    return {
+        "errors": errors,
+        "ok": all(errors[k] <= (1e-4 if k in ("divergence", "entropy") else limit) for k in errors),
+    }
+
+
+def compare_topk(contact, dtype, shape, k, softcap):
+    """-> errors of the log-probs of k targets a token and of the rest's, and of their gradients."""
+    from fastgrpo import linear_logprobs
+
+    n, vocab, depth = shape
+    hidden, weight, targets = contact.head(n, depth, dtype, vocab)
+    random = draw(contact, dtype)
+    ids = (targets[:, None] + torch.arange(k, device=contact.device) * 17) % vocab
+    up, up_rest = random(n, k, dtype=torch.float32), random(n, dtype=torch.float32)
+
+    def plain(h, w):
+        z = h @ w.T
+        logp = (softcap * torch.tanh(z / softcap) if softcap else z).log_softmax(1)
+        others = logp.masked_fill(torch.zeros_like(logp, dtype=torch.bool).scatter_(1, ids, True), -torch.inf)
+        return logp.gather(1, ids), others.logsumexp(1)
+
+    def ours(h, w):
+        out = linear_logprobs(h, w, ids, softcap=softcap, backend="triton", backward="exact")
+        return out.logprobs, out.rest
+
+    def run(function, dtype):
+        h, w = (x.to(dtype, copy=True).requires_grad_() for x in (hidden, weight))
+        logp, rest = function(h, w)
+        return logp, rest, *torch.autograd.grad((logp * up).sum() + (rest * up_rest).sum(), (h, w))
+
+    truth, got = run(plain, torch.float64), run(ours, dtype)
+    errors = {name: largest(a, b) for name, a, b in zip(("logprobs", "rest"), got, truth)}
+    errors |= {name: relative(a, b) for name, a, b in zip(("hidden", "weight"), got[2:], truth[2:])}
+    limit = 1e-4 if dtype == torch.float32 else 1e-2
+    near = {"logprobs": 3e-5, "rest": 3e-5}
+    return {"errors": errors, "ok": all(errors[k] <= near.get(k, limit) for k in errors)}
+
+
+def divergence(contact):
+    """A divergence at real size: time beside the bare product of one model, peak memory, waits, a CUDA graph."""
+    from fastgrpo import linear_divergence
+
+    depth, n = contact.sizes.widths[len(contact.sizes.widths) // 2], contact.sizes.tokens
+    product = bare(contact, depth)["ms"]
+    hidden, weight, _ = contact.head(n, depth)
+    teacher = [x.detach() for x in contact.head(n, depth, seed=1)[:2]]
+    for beta, frozen in list(itertools.product(BETAS, (False, True)))[:: 1 if contact.cuda else 5]:
+        h, w = hidden.detach().requires_grad_(), weight.detach().requires_grad_(not frozen)
+        leaves = (h,) if frozen else (h, w)
+
+        def forward(h=h, w=w, beta=beta):
+            return linear_divergence(h, w, *teacher, beta=beta, backend="triton").divergence
+
+        def both(forward=forward, leaves=leaves):
+            return torch.autograd.grad(forward().sum(), leaves)
+
+        first, row = both(), {"what": BETAS[beta], "D": depth, "N": n, "frozen": frozen, "bare_ms": product}
+        row |= {"forward_ms": contact.milliseconds(forward)[0], "both_ms": contact.milliseconds(both)[0]}
+        row["passes"] = round(row["both_ms"] / product, 3)
+        row["deterministic"] = all(torch.equal(a, b) for a, b in zip(first, both()))
+        if contact.cuda:
+            row |= cuda_checks(both, h, w, frozen, first)
+        yield row
