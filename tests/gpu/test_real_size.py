@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bench import profiles
-from fastgrpo import GRPOLossConfig, grpo_loss, linear_logprobs
+from fastgrpo import GRPOLossConfig, grpo_loss, linear_divergence, linear_logprobs, reference
 
 pytestmark = pytest.mark.gpu
 N, V, D = 16384, 152064, 1024  # N * V = 2.5e9
@@ -199,6 +199,76 @@ def test_sampling_support():
     z = (weight[ids[rows]].double() * hidden[rows, None].double()).sum(2).log_softmax(1)
     assert (out.logprobs[rows] - z[:, 0]).abs().max() < 1e-4
     assert (out.entropy[rows] + (z.exp() * z).sum(1)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_divergence(beta, frozen):
+    """From a wider teacher: values and gradients of some rows, within the bound, without waiting, in a graph."""
+    n, wide = 8192, D + 512
+    hidden, weight, _ = problem(n=n)
+    teacher = problem(n=n, depth=wide, seed=1)[:2]
+    h, w = hidden.requires_grad_(), weight.requires_grad_(not frozen)
+    leaves = (h,) if frozen else (h, w)
+
+    def step():
+        out = linear_divergence(h, w, *teacher, beta=beta, backend="triton").divergence
+        return out.detach(), torch.autograd.grad(out.sum(), leaves)
+
+    step()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        value, grads = step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    peak = torch.cuda.max_memory_allocated() - before - sum(2 * x.numel() for x in leaves)
+    bound = 128 * MIB + 4 * n * D + 128 * n + n * V / 512 + 40 * V + 16 * MIB
+    print(f"beyond inputs and gradients: {peak / MIB:.0f} MiB, bound {bound / MIB:.0f} MiB")
+    assert peak <= bound
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip((value, *grads), (captured[0], *captured[1])))
+    rows = torch.arange(0, n, 512, device="cuda")
+    some = hidden.detach()[rows].double().requires_grad_()
+    theirs = teacher[0][rows].double(), teacher[1].double()
+    truth = reference.linear_divergence(some, weight.detach().double(), *theirs, beta=beta).divergence
+    (want,) = torch.autograd.grad(truth.sum(), some)
+    assert (value[rows] - truth).abs().max() < 1e-4 * (1 + truth.abs().max())
+    assert (grads[0][rows].double() - want).norm() < 6e-3 * want.norm()
+
+
+def test_top_k_targets():
+    """Sixteen a token: log-probs, the rest's mass, gradients of some rows, without waiting."""
+    hidden, weight, targets = problem(n=4096)
+    ids = (targets[:, None] + torch.arange(16, device="cuda") * 1009) % V
+    h, w = hidden.requires_grad_(), weight.requires_grad_()
+
+    def step():
+        out = linear_logprobs(h, w, ids, backend="triton", backward="exact")
+        return out, torch.autograd.grad(out.logprobs.sum() + out.rest.sum(), (h, w))
+
+    _, first = step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        out, grads = step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.equal(x, y) for x, y in zip(first, grads))
+    rows = torch.arange(0, 4096, 128, device="cuda")
+    some = hidden.detach()[rows].double().requires_grad_()
+    logp = (some @ weight.detach().double().T).log_softmax(1)
+    taken = logp.gather(1, ids[rows])
+    rest = logp.scatter(1, ids[rows], -torch.inf).logsumexp(1)
+    (want,) = torch.autograd.grad(taken.sum() + rest.sum(), some)
+    assert (out.logprobs[rows] - taken).abs().max() < 2e-5 * (1 + taken.abs().max())
+    assert (out.rest[rows] - rest).abs().max() < 1e-4
+    assert (grads[0][rows].double() - want).norm() < 6e-3 * want.norm()
 
 
 @pytest.mark.parametrize("profile", ["rl", "flat"])
