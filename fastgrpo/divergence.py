@@ -7,6 +7,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from fastgrpo import head_op, inputs, strategies
+from fastgrpo.backends import frozen
 from fastgrpo.backends.pair import PairProblem, PairStats
 from fastgrpo.backends.problem import HeadParams, HeadProblem
 from fastgrpo.config import settings_go_in_config
@@ -203,7 +204,10 @@ def head_divergence(hidden, weight, mask, teacher, beta, options):
     trained = any(x is not None and x.requires_grad for x in (weight, options.bias, lora.B))
     # dW's rows need so many rows whole that nothing is saved, measured; asked for, it is done
     worthwhile = params.backend == "torch" and (options.backward == "certified" or not trained)
-    divergence, entropy = LinearDivergence.apply(*tensors, params, strategies.choose_pair(params, worthwhile))
+    strategy = strategies.choose_pair(params, worthwhile)
+    if params.backend == "torch" and frozen.applies(hidden, (weight, options.bias, lora.A, lora.B), params):
+        strategy = strategies.DivergingFrozen
+    divergence, entropy = LinearDivergence.apply(*tensors, params, strategy)
     return Divergence(divergence.view(targets.shape), None if entropy is None else entropy.view(targets.shape))
 
 

@@ -127,6 +127,14 @@ class DivergingCertified(Certified):
         return stats, certificate.tensors
 
 
+class DivergingFrozen(Frozen):
+    """A divergence whose gradient of hidden is made in the forward."""
+
+    @staticmethod
+    def forward(problem, backend, given):
+        return backend.frozen_divergence_forward(problem)
+
+
 class TopK:
     """Several targets a row, see :mod:`fastgrpo.topk`; their ids are the one tensor of the entries."""
 

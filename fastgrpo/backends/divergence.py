@@ -11,14 +11,15 @@ import torch
 from fastgrpo.backends import dense
 from fastgrpo.backends.certified import BLOCK, Certificate
 from fastgrpo.backends.logits import LogitTiles, Reader, RowSource, row_inverse_temperature, transform
-from fastgrpo.backends.pair import PairStats, mixture_stats
-from fastgrpo.backends.problem import FLOOR, NOTHING, RowStats
+from fastgrpo.backends.pair import PairStats
+from fastgrpo.backends.problem import FLOOR
 from fastgrpo.inputs import accumulator_dtype
 from fastgrpo.pair_math import NEAR, finish_sums, mixture_logs, move_peaks
 from fastgrpo.row_math import rescale
 
 LEAST_PER_TOLERANCE = 2.0**-4  # terms of the rows' mean norm times tolerance * this are flagged
 ROUNDING = 8  # units of rounding in sums of squares
+NOISE, NOTHING_SEEN = 9.0, 2.0**-20  # see near_rows
 
 
 def forward(problem):
@@ -45,7 +46,7 @@ def run_forward(problem, witness):
         if problem.is_mixture
         else KLFold(problem, rows, witness)
     )
-    fold_vocabulary(problem, rows, fold, 1 if witness is None else BLOCK)
+    fold_vocabulary(problem, rows, fold)
     stats = torch.zeros(len(PairStats._fields), problem.targets.numel(), dtype=dtype, device=rows.device)
     stats[:, rows] = torch.stack(fold.finish())
     return stats
@@ -74,37 +75,36 @@ def mixture_sums(problem, stats):
     return sums
 
 
-def fold_vocabulary(problem, rows, fold, multiple=1):
-    for tile, other in pair_tiles(problem, rows, multiple):
+def fold_vocabulary(problem, rows, fold, with_slope=False):
+    for tile, other in pair_tiles(problem, rows, with_slope):
         fold.add(tile, other)
 
 
-def pair_tiles(problem, rows, multiple):
-    """The student's :class:`fastgrpo.backends.logits.Tile` of transformed logits and the teacher's beside it.
-
-    Both are padded to a multiple of so many rows, with NOTHING.
-    """
-    buffers = problem.tiles_alive + (2 if multiple > 1 else 0)
-    tiles, teacher = LogitTiles(problem, rows, buffers, multiple=multiple), Teacher(problem, rows)
+def pair_tiles(problem, rows, with_slope=False):
+    """The student's :class:`fastgrpo.backends.logits.Tile` of transformed logits and the teacher's beside it."""
+    buffers = problem.tiles_alive + (3 if with_slope else 2)
+    tiles = LogitTiles(problem, rows, buffers, with_slope=with_slope and problem.params.softcap is not None)
+    teacher = Teacher(problem, rows, hold=tiles.source.gathered is not None)
     for tile in tiles:
-        yield tile, teacher.logits(tile.part, tile.chunk.span, tile.z.shape[0])
+        yield tile, teacher.logits(tile.part, tile.chunk.span)
 
 
 class Teacher:
     """The teacher's transformed logits of some rows.
 
     Args:
-        rows: (n,); the parts of them are slices.
+        rows: (n,); the parts of them are slices. hold: whether they may be held as operands; None: if a quarter of the
+            workspace holds them.
     """
 
-    def __init__(self, problem, rows):
+    def __init__(self, problem, rows, hold=None):
         self.problem, self.rows = problem.teacher, rows
         self.reader = Reader(problem.teacher)
-        self.source = RowSource(self.reader, rows)
+        self.source = RowSource(self.reader, rows, hold)
         self.span, self.entries, self.buffer = None, None, None
 
-    def logits(self, part, entries, height=None):
-        """(n, C), or padded to (height, C) with NOTHING.
+    def logits(self, part, entries):
+        """(n, C), overwritten by the next.
 
         Args:
             entries: a slice of the vocabulary, read once for rows that follow each other, or (C,) ids.
@@ -112,17 +112,9 @@ class Teacher:
         if self.span is None or entries is not self.span:
             self.span, self.entries = entries, self.reader.entries(entries)
         n, count = len(self.rows[part]), self.entries[0].shape[0]
-        height = n if height is None else height
-        if self.reader.native:
-            z = self.reader.raw_logits(self.source[part], self.entries, None)
-            whole = z if height == n else torch.cat((z, z.new_empty(height - n, count)))
-        else:
-            whole = self.room(height, count)
-            self.reader.raw_logits(self.source[part], self.entries, whole[:n])
+        z = self.reader.raw_logits(self.source[part], self.entries, None if self.reader.native else self.room(n, count))
         bias = None if self.problem.bias is None else self.problem.bias[entries]
-        transform(self.problem, whole[:n], bias, row_inverse_temperature(self.problem, self.rows[part]))
-        whole[n:] = NOTHING
-        return whole
+        return transform(self.problem, z, bias, row_inverse_temperature(self.problem, self.rows[part]))[0]
 
     def room(self, height, count):
         """Memory for a tile, the same for all."""
@@ -153,8 +145,47 @@ def differences(u, v, d, scratch):
     return torch.where(far, apart, near, out=near)
 
 
+def near_rows(leant, d, mass, total, scratch):
+    """(n,) bool: the rows of a tile whose :func:`differences` rounding would drown, were they made of exponentials.
+
+    That errs by some 1e-7 of ``mass``, where the divergence can be told to 1e-6 of its root (the logits' own rounding).
+    It is about half the mean of d^2. On a GPU, where the host would have to wait for it, None: take all rows as near.
+
+    Args:
+        leant: (n, C) d e^u. mass: (n,) the tile's sum of e^u. total: (n,) with the tiles before.
+    """
+    if d.device.type != "cpu":
+        return None
+    squares = torch.mul(leant, d, out=scratch.like(d, "squares")).sum(1)
+    return (mass.square() > NOISE * squares * total) & (mass > NOTHING_SEEN * total)
+
+
+def sum_differences(u, v, d, near, plain, out, scratch):
+    """(n,) sums of v - u over the columns, exact to d at the rows that are ``near``, ``plain`` elsewhere.
+
+    Args:
+        out: (n, C) v - u, whose near rows are made exact too; or None.
+    """
+    rows = None if near is None else near.nonzero().squeeze(1)
+    if rows is not None and 2 * rows.numel() <= near.numel():
+        if rows.numel():
+            exact = differences(*(x.index_select(0, rows) for x in (u, v, d)), scratch)
+            plain = plain.index_copy(0, rows, exact.sum(1))
+            if out is not None:
+                out.index_copy_(0, rows, exact)
+        return plain
+    exact = differences(u, v, d, scratch)
+    if out is not None:
+        out.copy_(exact)
+    return exact.sum(1)
+
+
 class KLFold:
-    """Folds tiles into the running sums of :mod:`fastgrpo.pair_math`."""
+    """Folds tiles into the running sums of :mod:`fastgrpo.pair_math`.
+
+    Args:
+        witness: sees the terms of every row's gradient, see :class:`Witness`; None: nobody.
+    """
 
     def __init__(self, problem, rows, witness=None):
         self.problem, self.student_first, self.witness = problem, problem.beta == 1.0, witness
@@ -165,31 +196,44 @@ class KLFold:
         self.spread = torch.zeros(rows.numel(), dtype=dtype, device=device)  # of the student, with an entropy
 
     def add(self, tile, other):
-        """Overwrites both tiles' logits; rows beyond tile.part are padding."""
-        part, n = tile.part, tile.rows.numel()
-        whole = (tile.z, other) if self.student_first else (other, tile.z)
-        u, v = (z[:n] for z in whole)
+        """Overwrites both tiles' logits."""
+        part = tile.part
+        u, v = (tile.z, other) if self.student_first else (other, tile.z)
         rise = self.raise_peaks(part, u, v)
         for z, peak in zip((u, v), self.peaks):
             z -= peak[part, None]
-        total, other_total, tilt, excess = (x[part] for x in self.sums)
         if self.problem.params.entropy:
-            own = tile.z[:n].clamp(min=dense.FAR)
+            own = tile.z.clamp(min=dense.FAR)
             self.spread[part] -= (own * dense.exp_(own.clone())).sum(1)
-        d = torch.sub(u, v, out=self.scratch.like(u, 0))
-        for z in whole:
+        d = torch.sub(u, v, out=self.scratch.like(u, "d"))
+        for z in (u, v):
             dense.exp_(z)
-        total += u.sum(1)
-        other_total += v.sum(1)
-        excess += differences(u, v, d, self.scratch).sum(1)
-        leant = d.mul_(u)
-        tilt += leant.sum(1)
-        if self.witness is not None and self.student_first:  # p_s (d - E[d])
-            decay = torch.exp(-rise[0])
-            moved = Move(decay, decay, rise[0] - rise[1])
-            self.witness.look(tile, leant, u, moved, tilt / total, total)
-        elif self.witness is not None:  # p_s - p_t
-            self.witness.look(tile, v, u, Move(*torch.exp(-rise.flip(0)), 0.0), other_total / total, other_total)
+        leant = torch.mul(d, u, out=self.scratch.like(u, "leant"))
+        sums = self.sums[:, part]
+        mass, other_mass = u.sum(1), v.sum(1)
+        sums[0] += mass
+        sums[1] += other_mass
+        sums[2] += leant.sum(1)
+        near = near_rows(leant, d, mass, sums[0], self.scratch)
+        apart = None
+        if self.witness is not None and not self.student_first:
+            apart = torch.sub(v, u, out=self.scratch.like(u, "difference"))
+        sums[3] += sum_differences(u, v, d, near, other_mass - mass, apart, self.scratch)
+        if self.witness is not None:
+            self.show(tile, leant if apart is None else apart, u, rise, sums)
+
+    def show(self, tile, x, y, rise, sums):
+        """To the witness: p_s (d - E[d]), or p_s - p_t as e^v - e^u less its sum's part that e^u has."""
+        total, other_total, tilt, excess = sums
+        decay = torch.exp(-rise)
+        if self.student_first:
+            move = Move(decay[0], decay[0], decay[0] * (rise[0] - rise[1]))
+            self.witness.look(tile, x, y, move, tilt / total, total)
+        else:  # the teacher first
+            turn = rise[1] - rise[0]
+            near = decay[1] * torch.expm1(turn.clamp(-NEAR, NEAR))
+            lean = torch.where(turn.abs() < NEAR, near, decay[0] - decay[1])
+            self.witness.look(tile, x, y, Move(decay[1], decay[0], lean), excess / total, other_total)
 
     def raise_peaks(self, part, u, v):
         """-> (2, n) by how much."""
@@ -228,8 +272,16 @@ def kl_stats(peaks, sums, spread, student_first):
 
 
 def know_both(problem, rows):
-    """:class:`PairStats` of some rows with what a pass of each model alone tells."""
-    return mixture_stats(*(RowStats(*dense.forward(p)[:, rows]) for p in (problem.own, problem.teacher)))
+    """:class:`PairStats` of some rows with what a pass over both models' logits tells, the divergence aside."""
+    levels = KLFold(problem, rows)
+    fold_vocabulary(problem, rows, levels)
+    return without_divergence(levels.finish())
+
+
+def without_divergence(stats):
+    """What a KL's :class:`PairStats` tell of both models alone."""
+    none = torch.zeros_like(stats.divergence)
+    return stats._replace(divergence=none, center=none.clone())
 
 
 class MixtureFold:
@@ -239,9 +291,9 @@ class MixtureFold:
         self.problem, self.stats, self.witness = problem, stats, witness
 
     def add(self, tile, other):
-        """Overwrites both tiles' logits; rows beyond tile.part are padding."""
-        part, beta, n = tile.part, self.problem.beta, tile.rows.numel()
-        log_p, delta, log_q = log_ratios(PairStats(*(x[part] for x in self.stats)), tile.z[:n], other[:n])
+        """Overwrites both tiles' logits."""
+        part, beta = tile.part, self.problem.beta
+        log_p, delta, log_q = log_ratios(PairStats(*(x[part] for x in self.stats)), tile.z, other)
         log_s, log_t = mixture_logs(delta, beta)
         p = dense.exp_(log_p)
         mine = log_s.mul_(1.0 - beta).mul_(p)
@@ -250,23 +302,24 @@ class MixtureFold:
         self.stats.divergence[part] += theirs.add_(mine).sum(1)
         if self.witness is not None:
             still = torch.ones_like(self.stats.center[part])
-            self.witness.look(tile, mine, p, Move(still, still, 0.0), self.stats.center[part], still)
+            move = Move(still, still, torch.zeros_like(still))
+            self.witness.look(tile, mine, p, move, self.stats.center[part], still)
 
     def finish(self):
         return self.stats if self.witness is None else self.stats._replace(norm=self.witness.row_norms())
 
 
 class Move(NamedTuple):
-    """What new peaks make of a row's terms: x becomes lead * (x - turn * y), y trail * y."""
+    """What new peaks make of a row's terms: x becomes lead * x - lean * y, y trail * y. (n,) each."""
 
     lead: torch.Tensor
     trail: torch.Tensor
-    turn: torch.Tensor | float
+    lean: torch.Tensor
 
     def moments(self, xx, xy, yy):
-        lead, trail, turn = self
+        lead, trail, lean = self
         return torch.stack((
-            lead**2 * (xx - 2 * turn * xy + turn**2 * yy), lead * trail * (xy - turn * yy), trail**2 * yy,
+            lead**2 * xx - 2 * lead * lean * xy + lean**2 * yy, trail * (lead * xy - lean * yy), trail**2 * yy,
         ))  # fmt: skip
 
 
@@ -288,24 +341,23 @@ class Witness:
 
     def look(self, tile, x, y, move, center, unit):
         """x, y: (n, C), overwritten. move: since these rows' last tile. center, unit: with this tile's entries."""
-        part, n, columns = tile.part, *x.shape
+        part = tile.part
         self.center[part], self.unit[part] = center, unit
         for moments in (self.seen, self.left):
             moments[:, part] = move.moments(*moments[:, part])
-        self.seen[:, part] += products(x, y)
+        self.seen[:, part] += products(x, y, self.scratch)
         norms = self.norms(self.seen).nan_to_num(nan=0.0, posinf=0.0)  # a bad row must not decide for the others
         least = self.least * norms.square().mean().sqrt() * unit
-        kept = torch.zeros(-(-n // BLOCK) * BLOCK, columns, dtype=torch.bool, device=x.device)
-        size = torch.addcmul(x, center[:, None], y, value=-1, out=self.scratch.like(x, "size")).abs_()
-        torch.ge(size, least[:, None], out=kept[:n])
-        kept = kept.view(-1, BLOCK, columns).any(1)
+        size = torch.addcmul(x, center[:, None], y, value=-1, out=self.scratch.like(x, "size"))
+        size.mul_(1 / least[:, None]).abs_()
+        kept = torch.stack([~(part.amax(0) < 1) for part in size.split(BLOCK)])  # a NaN keeps
         first = part.start // BLOCK
         self.flags[first : first + len(kept), tile.chunk.span] |= kept
         left = ~kept
         for z in (x, y):
             for rows, mine in zip(z.split(BLOCK), left):
                 rows.mul_(mine)
-        self.left[:, part] += products(x, y)
+        self.left[:, part] += products(x, y, self.scratch)
 
     def norms(self, moments):
         """(n,) of the rows' terms that the moments are of."""
@@ -327,9 +379,11 @@ class Witness:
         return square.clamp_(min=0.0).sqrt_() / self.unit
 
 
-def products(x, y):
+def products(x, y, scratch):
     """(3, n): sums of x^2, x y, y^2 over the columns."""
-    return torch.stack([torch.einsum("nc,nc->n", a, b) for a, b in ((x, x), (x, y), (y, y))])
+    mixed = torch.mul(x, y, out=scratch.like(x, "mixed")).sum(1)
+    xx, yy = (torch.linalg.vector_norm(z, dim=1).square() for z in (x, y))
+    return torch.stack((xx, mixed, yy))
 
 
 def log_ratios(known, z, other):

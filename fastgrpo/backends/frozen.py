@@ -242,8 +242,8 @@ def affordable(problem, stats, slopes, grad_logp):
     grad = grad_logp[slopes.rows]
     serves = grad != 0
     if slopes.dropped is not None:
-        other_mass = RowStats(*stats).other_mass[slopes.rows]
-        serves = certified_backward.within_tolerance(problem, other_mass, grad, slopes.dropped, serves)
+        norms = problem.norms(stats)[slopes.rows]
+        serves = certified_backward.within_tolerance(problem, norms, grad, slopes.dropped, serves)
     whole = (grad_logp != 0) & (problem.targets != IGNORE)
     whole[slopes.rows] &= ~serves
     return torch.where(serves, grad, 0.0), whole.nonzero().squeeze(1)

@@ -228,10 +228,15 @@ class LogitTiles:
 
 
 class RowSource:
-    """Rows of hidden (and of LoRA's low) as operands, gathered once where a quarter of the workspace holds them."""
+    """Rows of hidden (and of LoRA's low) as operands, gathered once where a quarter of the workspace holds them.
 
-    def __init__(self, reader, rows):
-        self.reader, self.rows, self.held = reader, rows, bytes_held(reader, rows.numel())
+    Args:
+        hold: whether they are, where that was decided elsewhere.
+    """
+
+    def __init__(self, reader, rows, hold=None):
+        self.reader, self.rows = reader, rows
+        self.held = bytes_held(reader, rows.numel()) if hold is None else hold
         self.gathered = reader.rows(rows) if self.held else None
 
     def __getitem__(self, part):

@@ -2,7 +2,7 @@
 
 import torch
 
-from fastgrpo.backends import certified, dense, dense_backward, divergence, frozen, kept
+from fastgrpo.backends import certified, dense, dense_backward, divergence, frozen, frozen_divergence, kept
 from fastgrpo.backends import certified_backward as _certified_backward
 from fastgrpo.inputs import accumulator_dtype
 from fastgrpo.objective import token_objective
@@ -19,6 +19,7 @@ divergence_forward = divergence.forward
 divergence_partials = divergence.divergence_partials
 mixture_sums = divergence.mixture_sums
 certified_divergence_forward = divergence.certified_forward
+frozen_divergence_forward = frozen_divergence.forward
 backward = dense_backward.backward
 
 

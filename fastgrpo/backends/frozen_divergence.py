@@ -1,0 +1,345 @@
+"""The gradient of a frozen student head from a divergence: made in the forward, where both models' logits are.
+
+``d divergence / d logits`` of a row is ``(x - center y) / unit``, see :class:`fastgrpo.backends.divergence.Witness`:
+the terms x and y are at hand tile by tile, center and unit when the vocabulary is over. So the rows go through it
+panel by panel, a panel being what the workspace holds the terms of, and one GEMM more makes dX. A mixture's panel
+holds both models' logits first, for its terms want the log-sum-exps: its second pass over the heads is saved too.
+
+With a tolerance each block of rows keeps the entries whose terms may matter, and of these, once all is known, as few
+columns as the error budget allows, the largest. What a row leaves out is its certificate, as a norm, and is put back
+as if spread evenly; rows that leave out too much are done again by the backward.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from fastgrpo.backends import dense, divergence
+from fastgrpo.backends.certified import BLOCK, CROWDED
+from fastgrpo.backends.divergence import ROUNDING, KLFold, MixtureFold, Scratch
+from fastgrpo.backends.frozen import SHARE, Slopes
+from fastgrpo.backends.logits import Chunk, Reader, Tile, row_inverse_temperature
+from fastgrpo.backends.pair import PairStats
+from fastgrpo.backends.problem import sum_entries
+from fastgrpo.inputs import accumulator_dtype
+
+SAFE = 0.5  # of the size of a column that the last panel could leave out: below it none is kept to be looked at
+LEAST_ROWS, MOST_ROWS = 16, 1024  # of a panel
+ROOM = 0.7  # of the workspace for the terms
+
+
+def forward(problem):
+    """-> (8, N) :class:`PairStats`, :class:`fastgrpo.backends.frozen.Slopes` of the divergence."""
+    rows, dtype = dense.counted_rows(problem.targets), accumulator_dtype(problem.hidden)
+    stats = torch.zeros(len(PairStats._fields), problem.targets.numel(), dtype=dtype, device=rows.device)
+    values = torch.zeros(rows.numel(), problem.weight.shape[1], dtype=dtype, device=rows.device)
+    maker, first = PanelMaker(problem, rows.numel()), 0
+    dropped = torch.zeros_like(values[:, 0])
+    while first < rows.numel():
+        part = slice(first, min(first + maker.height, rows.numel()))
+        stats[:, rows[part]], dropped[part] = maker.make(rows[part], values[part])
+        first = part.stop
+    return stats, Slopes(rows, values, dropped if leaves_out(problem) else None)
+
+
+def leaves_out(problem):
+    return problem.params.tolerance is not None
+
+
+class Pool:
+    """Memory of the terms, given out piece by piece and taken back at once: fresh pages cost more than the work."""
+
+    def __init__(self, cells, dtype, device):
+        self.memory, self.used = torch.empty(cells, dtype=dtype, device=device), 0
+
+    def take(self, shape):
+        """None where there is no more."""
+        first, self.used = self.used, self.used + shape.numel()
+        return self.memory[first : self.used].view(shape) if self.used <= self.memory.numel() else None
+
+
+class PanelMaker:
+    """Statistics and gradients of a panel of rows after the other.
+
+    Attributes:
+        height: rows of the next panel.
+    """
+
+    def __init__(self, problem, rows):
+        workspace, dtype = problem.params.workspace, accumulator_dtype(problem.hidden)
+        self.problem, vocab = problem.within(int((1 - ROOM) * workspace)), problem.weight.shape[0]
+        capped = problem.params.softcap is not None
+        self.held = (3 if capped else 2) * vocab if problem.is_mixture else 0  # cells of a row
+        cells = min(int(ROOM * workspace) // dtype.itemsize, max(rows, LEAST_ROWS) * (self.held + 2 * vocab))
+        self.pool = Pool(cells, dtype, problem.hidden.device)
+        self.spread = leaves_out(problem) and not capped and not problem.params.shard
+        self.every = sum_entries(problem.weight, dtype) if self.spread else None
+        self.budget, self.height = Budget(problem), self.fit(1.0)
+
+    def fit(self, share):
+        """Rows that fit if so many of the terms are kept."""
+        rows = int(self.pool.memory.numel() / (self.held + 2 * share * self.problem.weight.shape[0]))
+        multiple = BLOCK if rows >= BLOCK else LEAST_ROWS
+        return min(max(rows // multiple * multiple, LEAST_ROWS), MOST_ROWS)
+
+    def make(self, rows, out):
+        """-> (8, n) statistics, (n,) norms of what is left out. out: (n, D) the gradients, zeros."""
+        self.pool.used = 0
+        terms = Terms(self.problem, rows.numel(), self.pool, self.budget)
+        fold = self.fold_mixture(rows, terms) if self.problem.is_mixture else KLFold(self.problem, rows, terms)
+        if not self.problem.is_mixture:
+            divergence.fold_vocabulary(self.problem, rows, fold, with_slope=True)
+        dropped = terms.finish(out, self.every)
+        inverse = row_inverse_temperature(self.problem, rows)
+        out *= self.problem.params.logit_scale * (1.0 if inverse is None else inverse)
+        share = terms.pieces_cells() / max(2 * rows.numel() * self.problem.weight.shape[0], 1)
+        self.height = self.fit(min(1.5 * share + 0.02, 1.0))
+        return torch.stack(fold.finish()), dropped
+
+    def fold_mixture(self, rows, terms):
+        """:class:`MixtureFold` of all entries, whose logits are made once and held between."""
+        levels, held = KLFold(self.problem, rows), []
+        for tile, other in divergence.pair_tiles(self.problem, rows, with_slope=True):
+            mine = [None if x is None else self.pool.take(x.shape).copy_(x) for x in (tile.z, tile.slope, other)]
+            held.append((Tile(*mine[:2], tile.rows, tile.part, [], Chunk(tile.chunk.span, [], None)), mine[2]))
+            levels.add(tile, other)
+        fold = MixtureFold(self.problem, divergence.without_divergence(levels.finish()), terms)
+        for pair in held:
+            fold.add(*pair)
+        return fold
+
+
+class Budget:
+    """What the rows may leave out, a row's norm squared on average; it grows with the rows that are done."""
+
+    def __init__(self, problem):
+        tolerance = problem.params.tolerance
+        self.share = 0.0 if tolerance is None else (SHARE * tolerance * problem.of_tolerance) ** 2
+        self.norms, self.spent, self.last = 0.0, 0.0, None
+
+    def least(self, rows, vocab, norm):
+        """Of a block of rows the norm squared of a column from which on it may matter.
+
+        Args:
+            norm: mean square of the rows' norms so far, for the first panel; the others go by the one before.
+        """
+        return self.share * norm * rows / vocab if self.last is None else SAFE * self.last
+
+    def choose(self, sizes, norms, gone):
+        """Which columns a panel leaves out: those smaller than the number returned.
+
+        Args:
+            sizes: (k,) their norms squared. norms: the sum of its rows' norms squared. gone: what is left out already.
+        """
+        self.norms += norms
+        left, high = self.share * self.norms - self.spent - gone, sizes.nan_to_num(nan=0.0).amax().clamp(min=1e-30)
+        steps = high * torch.exp2(-torch.arange(0, 60, 0.25, dtype=sizes.dtype, device=sizes.device))
+        low, top = 0, len(steps)  # the first step that fits is in [low, top]
+        while low < top:
+            middle = (low + top) // 2
+            fits = float(torch.where(sizes < steps[middle], sizes, 0.0).sum()) <= left
+            low, top = (low, middle) if fits else (middle + 1, top)
+        least = float(steps[low]) if low < len(steps) else 0.0
+        self.spent += gone + float(torch.where(sizes < least, sizes, 0.0).sum())
+        self.last = least
+        return least
+
+
+class Piece(NamedTuple):
+    """Terms that are kept of a block of rows in a tile."""
+
+    rows: slice  # among the panel's
+    span: slice  # of the vocabulary
+    ids: torch.Tensor | None  # (k,) int64 in the span; None: all
+    x: torch.Tensor  # (m, k)
+    y: torch.Tensor  # (m, k)
+    tile: int
+
+    def entries(self, problem, chosen):
+        """Which rows of the weight. chosen: (k',) of the piece's columns, or None."""
+        if self.ids is None and chosen is None:
+            return self.span
+        return self.span.start + (chosen if self.ids is None else self.ids if chosen is None else self.ids[chosen])
+
+
+class Terms:
+    """Keeps the terms of a panel's rows that may matter: looks as :class:`fastgrpo.backends.divergence.Witness`.
+
+    Args:
+        rows: how many. pool: :class:`Pool` for them; where that is full, the panel's rows are given up.
+    """
+
+    def __init__(self, problem, rows, pool, budget):
+        self.problem, self.pool, self.budget, self.scratch = problem, pool, budget, Scratch()
+        dtype, device = accumulator_dtype(problem.hidden), problem.hidden.device
+        self.pieces, self.full = [], False
+        self.moves = torch.zeros(3, 0, rows, dtype=dtype, device=device)  # lead, trail, lean of each tile until now
+        self.center, self.unit = torch.zeros(rows, dtype=dtype, device=device), torch.ones(rows, dtype=dtype, device=device)
+        self.left = torch.zeros(2, rows, dtype=dtype, device=device)  # norms of what is not kept: x - center y, y
+        self.seen = torch.zeros(rows, dtype=dtype, device=device)  # of all of it, about
+        self.norms, self.slack = None, 1 + ROUNDING * torch.finfo(dtype).eps
+
+    def look(self, tile, x, y, move, center, unit):
+        """As :meth:`Witness.look`'s."""
+        part = tile.part
+        if tile.slope is not None:
+            for z in (x, y):
+                z.mul_(tile.slope[: len(z)])
+        self.move(part, move, center)
+        self.center[part], self.unit[part] = center, unit
+        if not leaves_out(self.problem):
+            self.keep(part, tile.chunk.span, None, x, y)
+        elif not self.full:
+            self.look_closely(part, tile.chunk.span, x, y)
+
+    def move(self, part, move, center):
+        """The peaks have risen, the center has changed: what that makes of the tiles before."""
+        lead, trail, lean = move
+        if part.start == 0:
+            same = self.moves.new_ones(3, 1, self.moves.shape[2])
+            same[2] = 0
+            self.moves = torch.cat((self.moves, same), 1)
+        leads, trails, leans = self.moves[:, :-1, part]
+        leans.mul_(lead).addcmul_(lean, trails)
+        leads *= lead
+        trails *= trail
+        drift, left = lead * self.center[part] - lean - center * trail, self.left[:, part]
+        left[0].mul_(lead).add_(drift.abs() * left[1])
+        left[1] *= trail
+        self.seen[part] *= lead
+
+    def look_closely(self, part, span, x, y):
+        unit, center = self.unit[part, None], self.center[part, None]
+        size = torch.addcmul(x, center, y, value=-1, out=self.scratch.like(x, "size")).mul_(1 / unit).square_()
+        seen = (self.seen[part].square() + size.sum(1) * unit[:, 0].square()).sqrt_()
+        self.seen[part] = seen
+        known = (seen / unit[:, 0]).nan_to_num(nan=0.0, posinf=0.0).square().mean()
+        for first in range(0, len(x), BLOCK):
+            mine = slice(first, min(first + BLOCK, len(x)))
+            rows = slice(part.start + mine.start, part.start + mine.stop)
+            least = self.budget.least(len(x[mine]), self.problem.weight.shape[0], known)
+            here = size[mine]
+            kept = ~(column_sums(here) < least)  # a NaN is kept
+            ids = kept.nonzero().squeeze(1)
+            if ids.numel() > CROWDED * x.shape[1]:
+                self.keep(rows, span, None, x[mine], y[mine])
+                continue
+            self.keep(rows, span, ids, x[mine], y[mine])
+            off = (~kept).to(x.dtype)
+            left = torch.mv(here, off).sqrt_() * unit[mine, 0], torch.linalg.vector_norm(y[mine].mul_(off), dim=1)
+            self.left[:, rows] = torch.hypot(self.left[:, rows], torch.stack(left) * self.slack)
+
+    def keep(self, rows, span, ids, x, y):
+        shape = x.shape if ids is None else torch.Size((len(x), ids.numel()))
+        if self.full or not shape.numel():
+            return
+        kept = [self.pool.take(shape) for _ in range(2)]
+        if kept[1] is None:
+            self.full, self.pieces = True, []
+            return
+        for mine, z in zip(kept, (x, y)):
+            mine.copy_(z) if ids is None else torch.index_select(z, 1, ids, out=mine)
+        self.pieces.append(Piece(rows, span, ids, *kept, self.moves.shape[1] - 1))
+
+    def pieces_cells(self):
+        return 2 * self.moves.shape[2] * self.problem.weight.shape[0] if self.full else sum(2 * p.x.numel() for p in self.pieces)
+
+    def finish(self, out, every):
+        """-> (n,) norms of what the rows leave out, inf where they were given up.
+
+        Args:
+            out: (n, D) the gradients, zeros. every: (D,) the sum of all entries, if what is left out is put back.
+        """
+        dropped = self.left[0] / self.unit
+        if self.full:
+            self.norms = torch.zeros_like(dropped)
+            return torch.full_like(dropped, torch.inf)
+        leads, trails, leans = self.moves
+        ahead, behind = leads / self.unit, (leans + self.center * trails) / self.unit
+        for piece in self.pieces:
+            t, rows = piece.tile, piece.rows
+            piece.x.mul_(ahead[t, rows, None]).addcmul_(behind[t, rows, None], piece.y, value=-1)
+        squares = dropped.square()
+        self.norms = torch.zeros_like(dropped)
+        if leaves_out(self.problem):
+            for piece in self.pieces:
+                self.norms[piece.rows] += row_squares(piece.x)
+        adder = Adder(self.problem, out, every)
+        for piece, chosen in zip(self.pieces, self.choose(squares)):
+            values = piece.x
+            if chosen is not None:
+                values = torch.index_select(values, 1, chosen, out=piece.y.flatten()[: len(values) * chosen.numel()].view(len(values), -1))
+                squares[piece.rows] += torch.mv(piece.x.square_(), absent(chosen, piece.x))
+            adder.add(piece, values, chosen)
+        adder.finish()
+        self.norms = self.norms.sqrt_()
+        return squares.sqrt_()
+
+    def choose(self, squares):
+        """Of each piece the columns that are kept, or None for all: the largest, as many as the budget wants."""
+        if not leaves_out(self.problem) or not self.pieces:
+            return [None] * len(self.pieces)
+        sizes = [column_sums(torch.square(p.x, out=p.y)) for p in self.pieces]
+        norms, gone = (float(x.nan_to_num(nan=0.0, posinf=0.0).sum()) for x in (self.norms, squares))
+        least = self.budget.choose(torch.cat(sizes), norms, gone)
+        chosen = ((~(size < least)).nonzero().squeeze(1) for size in sizes)
+        return [None if ids.numel() > CROWDED * len(size) else ids for ids, size in zip(chosen, sizes)]
+
+    def row_norms(self):
+        """(n,) of what is kept: less than all."""
+        return self.norms
+
+
+def row_squares(x):
+    return torch.linalg.vector_norm(x, dim=1).square()
+
+
+def column_sums(x):
+    """(C,): on a CPU torch's sum over the outer axis takes several times as long."""
+    return torch.mv(x.t(), x.new_ones(len(x)))
+
+
+def absent(ids, x):
+    """(k,) 1 at the columns of x that are not among the ids, 0 at these."""
+    return x.new_ones(x.shape[1]).index_fill_(0, ids, 0.0)
+
+
+class Adder:
+    """Adds terms times entries to the gradients, then what each block of rows leaves out as if spread evenly."""
+
+    def __init__(self, problem, out, every):
+        self.problem, self.reader, self.out, self.every = problem, Reader(problem), out, every
+        self.sums = {}  # {first row: [rows, row sums, sum of entries, how many]}
+
+    def add(self, piece, values, chosen):
+        which = piece.entries(self.problem, chosen)
+        for columns in range(0, values.shape[1], self.most):
+            part = slice(columns, columns + self.most)
+            entries = self.read(which, part)
+            self.reader.add_mm(self.out[piece.rows], values[:, part].to(self.reader.operand), entries)
+            if self.every is not None:
+                self.note(piece.rows, values[:, part], entries)
+
+    @property
+    def most(self):
+        """Entries that a part of the workspace holds as operands."""
+        return max(self.problem.params.workspace // (4 * self.problem.weight.shape[1] * self.out.element_size()), 16)
+
+    def read(self, which, part):
+        weight = self.problem.weight
+        if isinstance(which, slice):
+            return self.reader.cast(weight[which][part])
+        return self.reader.cast(weight.index_select(0, which[part]))
+
+    def note(self, rows, values, entries):
+        known = self.sums.setdefault(rows.start, [rows, 0.0, 0.0, 0])
+        known[1] = known[1] + values.sum(1)
+        known[2] = known[2] + sum_entries(entries, self.out.dtype)
+        known[3] += len(entries)
+
+    def finish(self):
+        """A row's terms add up to 0: those left out are what the kept ones lack."""
+        for rows, values, entries, count in self.sums.values():
+            left = self.problem.weight.shape[0] - count
+            if left:
+                self.out[rows].addr_(-values, (self.every - entries) / left)
