@@ -7,8 +7,9 @@ removes the part of the error that adds up (the entries share a direction).
 
 import torch
 
-from fastgrpo.backends import dense, dense_backward, gradient, grouping, row_audit
+from fastgrpo.backends import dense, dense_backward, grouping, row_audit
 from fastgrpo.backends.dense_backward import ExactRows
+from fastgrpo.backends.gradient import Gradient
 from fastgrpo.backends.logits import LogitTiles, Reader, row_inverse_temperature, unscale
 from fastgrpo.backends.problem import new_gradients, row_scale, sum_entries
 from fastgrpo.inputs import IGNORE
@@ -104,6 +105,7 @@ class TailRows:
             self.bounds.append(self.bounds[-1] + part.numel())
         self.tiles = LogitTiles(problem, rows, buffers=2, raw=True)
         self.reader = self.tiles.reader
+        self.gradient = Gradient(problem, rows, hold=self.tiles.source.held > 0)
         self.scale = row_scale(grad_logp[rows]) if self.reader.native and parts else None
 
     def add(self, span, totals):
@@ -117,7 +119,7 @@ class TailRows:
     def add_tile(self, tile, *totals):
         *d_entries, d_bias = totals
         reader = self.reader
-        dz = dense_backward.differentiate(self.problem, tile, self.stats, self.grads, self.scale)
+        dz = dense_backward.differentiate(self.gradient, tile, self.stats, self.grads, self.scale)
         self.hide_kept(dz, tile.part.start, tile.chunk.span)
         if d_bias is not None:
             d_bias += unscale(dz.sum(0), self.scale)
@@ -181,7 +183,7 @@ class SparseRows:
         label = dense.find_labels(entries, problem.apart(rows))
         bias = None if problem.bias is None else problem.bias[entries]
         grad = self.grad[rows] if self.scale is None else self.grad[rows] * self.scale
-        dz = gradient.of_tile(problem, z, bias, rows, entries, label, self.stats[:, rows], grad)
+        dz = group.gradient.of_tile(z, bias, slice(0, n), entries, label, self.stats[:, rows], grad)
         if group.row_sums is not None:
             group.row_sums += dz.sum(1)
         if d_bias is not None:
@@ -224,6 +226,7 @@ class GroupSums:
 
     def __init__(self, group, stats, problem, sides):
         self.rows, self.entries, self.dropped = group.rows, group.entries, group.dropped
+        self.gradient = Gradient(problem, group.rows)
         self.depth, self.tiles = problem.depth, problem.tiles_alive
         # A row's dlogits add up to 0: where the sum left out is not known, it is what those made lack.
         self.row_sums = None if problem.knows_left_out else stats.new_zeros(group.rows.numel())

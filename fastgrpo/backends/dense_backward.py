@@ -2,7 +2,7 @@
 
 import torch
 
-from fastgrpo.backends import gradient
+from fastgrpo.backends.gradient import Gradient
 from fastgrpo.backends.logits import LogitTiles, Reader, bytes_held, fit_tile, unscale
 from fastgrpo.backends.problem import new_gradients, row_scale
 from fastgrpo.inputs import IGNORE
@@ -80,6 +80,7 @@ class ExactRows:
         self.problem, self.stats, self.rows, self.grads = problem, stats, rows, grads
         self.tiles = LogitTiles(problem, rows, count_buffers(problem, grads), raw=True)
         self.reader, n = self.tiles.reader, rows.numel()
+        self.gradient = Gradient(problem, rows, hold=self.tiles.source.held > 0)
         self.scale = row_scale(*(g[rows] for g in grads)) if self.reader.native and n else None
         # A sum that is scaled must be unscaled alone. dW's memory has no value until a first tile has overwritten it.
         overwritten = n > 0 and self.scale is None
@@ -103,7 +104,7 @@ class ExactRows:
 
     def add_tile(self, tile, d_entries, d_bias):
         reader = self.reader
-        dz = differentiate(self.problem, tile, self.stats, self.grads, self.scale)
+        dz = differentiate(self.gradient, tile, self.stats, self.grads, self.scale)
         if d_bias is not None:
             d_bias += dz.sum(0)
         if reader.native:
@@ -133,9 +134,9 @@ class ExactRows:
                     x.gradient.index_copy_(0, rows, value.to(x.gradient.dtype))
 
 
-def differentiate(problem, tile, stats, grads, scale):
-    """d loss / d raw logits of a raw tile, over its memory. grads: as :class:`ExactRows`'s, times ``scale`` if any."""
+def differentiate(gradient, tile, stats, grads, scale):
+    """d loss / d raw logits of a raw tile, over its memory, by the :class:`fastgrpo.backends.gradient.Gradient` of the
+    tiles' rows. grads: as :class:`ExactRows`'s, times ``scale`` if any."""
     grads = [g[tile.rows] if scale is None else g[tile.rows] * scale for g in grads]
-    local = problem.apart(tile.rows) - tile.chunk.span.start
-    known = stats[:, tile.rows]
-    return gradient.of_tile(problem, tile.z, tile.chunk.bias, tile.rows, tile.chunk.span, local, known, *grads)
+    local = gradient.problem.apart(tile.rows) - tile.chunk.span.start
+    return gradient.of_tile(tile.z, tile.chunk.bias, tile.part, tile.chunk.span, local, stats[:, tile.rows], *grads)

@@ -14,7 +14,7 @@ from fastgrpo.backends.logits import LogitTiles, Reader, RowSource, row_inverse_
 from fastgrpo.backends.pair import PairStats
 from fastgrpo.backends.problem import FLOOR
 from fastgrpo.inputs import accumulator_dtype
-from fastgrpo.pair_math import NEAR, finish_sums, mixture_logs, move_peaks
+from fastgrpo.pair_math import NEAR, finish_sums, move_peaks
 from fastgrpo.row_math import rescale
 
 LEAST_PER_TOLERANCE = 2.0**-4  # terms of the rows' mean norm times tolerance * this are flagged
@@ -46,7 +46,7 @@ def run_forward(problem, witness):
         if problem.is_mixture
         else KLFold(problem, rows, witness)
     )
-    fold_vocabulary(problem, rows, fold)
+    fold_vocabulary(problem, rows, fold, multiple=1 if witness is None else BLOCK)
     stats = torch.zeros(len(PairStats._fields), problem.targets.numel(), dtype=dtype, device=rows.device)
     stats[:, rows] = torch.stack(fold.finish())
     return stats
@@ -75,17 +75,22 @@ def mixture_sums(problem, stats):
     return sums
 
 
-def fold_vocabulary(problem, rows, fold, with_slope=False):
-    for tile, other in pair_tiles(problem, rows, with_slope):
+def fold_vocabulary(problem, rows, fold, **options):
+    for tile, other in pair_tiles(problem, rows, **options):
         fold.add(tile, other)
 
 
-def pair_tiles(problem, rows, with_slope=False):
-    """The student's :class:`fastgrpo.backends.logits.Tile` of transformed logits and the teacher's beside it."""
-    buffers = problem.tiles_alive + (3 if with_slope else 2)
-    tiles = LogitTiles(problem, rows, buffers, with_slope=with_slope and problem.params.softcap is not None)
-    teacher = Teacher(problem, rows, hold=tiles.source.gathered is not None)
+def pair_tiles(problem, rows, with_slope=False, multiple=1):
+    """The student's :class:`fastgrpo.backends.logits.Tile` of transformed logits and the teacher's beside it.
+
+    Args:
+        with_slope: whether the student's softcap's comes too. multiple: of how many rows tiles begin.
+    """
+    capped = with_slope and problem.params.softcap is not None
+    tiles = LogitTiles(problem, rows, problem.tiles_alive + capped + 2, with_slope=capped, multiple=multiple)
+    teacher = Teacher(problem, rows, hold=tiles.source.held > 0)
     for tile in tiles:
+        tile.z = tile.z[: tile.rows.numel()]
         yield tile, teacher.logits(tile.part, tile.chunk.span)
 
 
@@ -156,7 +161,7 @@ def near_rows(leant, d, mass, total, scratch):
     """
     if d.device.type != "cpu":
         return None
-    squares = torch.mul(leant, d, out=scratch.like(d, "squares")).sum(1)
+    squares = torch.mul(leant, d, out=scratch.like(d, "near")).sum(1)
     return (mass.square() > NOISE * squares * total) & (mass > NOTHING_SEEN * total)
 
 
@@ -284,26 +289,40 @@ def without_divergence(stats):
     return stats._replace(divergence=none, center=none.clone())
 
 
+def mixture_logs(delta, beta, scratch):
+    """As :func:`fastgrpo.pair_math.mixture_logs`, in kept memory: torch's expm1 and log1p are accurate everywhere."""
+    fall = torch.abs(delta, out=scratch.like(delta, "fall")).neg_().expm1_()
+    weight = beta
+    if beta != 0.5:
+        weight = torch.sign(delta, out=scratch.like(delta, "weight")).mul_(beta - 0.5).add_(0.5)
+    log = fall.mul_(weight).log1p_().neg_()
+    above = torch.clamp(delta, min=0.0, out=scratch.like(delta, "above"))
+    below = torch.clamp(delta, max=0.0, out=scratch.like(delta, "below"))
+    return below.add_(log), torch.sub(log, above, out=above)
+
+
 class MixtureFold:
     """The generalised JSD. stats: of the rows, both log-sum-exps known."""
 
     def __init__(self, problem, stats, witness=None):
-        self.problem, self.stats, self.witness = problem, stats, witness
+        self.problem, self.stats, self.witness, self.scratch = problem, stats, witness, Scratch()
+        self.mass = torch.zeros_like(stats.divergence)  # of the student's entries so far
 
     def add(self, tile, other):
         """Overwrites both tiles' logits."""
         part, beta = tile.part, self.problem.beta
-        log_p, delta, log_q = log_ratios(PairStats(*(x[part] for x in self.stats)), tile.z, other)
-        log_s, log_t = mixture_logs(delta, beta)
+        log_p, delta, log_q = log_ratios(PairStats(*(x[part] for x in self.stats)), tile.z, other, self.scratch)
+        log_s, log_t = mixture_logs(delta, beta, self.scratch)
         p = dense.exp_(log_p)
         mine = log_s.mul_(1.0 - beta).mul_(p)
         self.stats.center[part] += mine.sum(1)
         theirs = dense.exp_(log_q).mul_(beta).mul_(log_t)
         self.stats.divergence[part] += theirs.add_(mine).sum(1)
         if self.witness is not None:
-            still = torch.ones_like(self.stats.center[part])
-            move = Move(still, still, torch.zeros_like(still))
-            self.witness.look(tile, mine, p, move, self.stats.center[part], still)
+            self.mass[part] += p.sum(1)
+            center = self.stats.center[part] / self.mass[part].clamp(min=dense.negligible(p.dtype))
+            still = torch.ones_like(center)
+            self.witness.look(tile, mine, p, Move(still, still, torch.zeros_like(still)), center, still)
 
     def finish(self):
         return self.stats if self.witness is None else self.stats._replace(norm=self.witness.row_norms())
@@ -348,8 +367,9 @@ class Witness:
         self.seen[:, part] += products(x, y, self.scratch)
         norms = self.norms(self.seen).nan_to_num(nan=0.0, posinf=0.0)  # a bad row must not decide for the others
         least = self.least * norms.square().mean().sqrt() * unit
-        size = torch.addcmul(x, center[:, None], y, value=-1, out=self.scratch.like(x, "size"))
-        size.mul_(1 / least[:, None]).abs_()
+        # x and center * y apart: where they cancel now they may not with the last center
+        size = torch.abs(x, out=self.scratch.like(x, "size")).addcmul_(center.abs()[:, None], y)
+        size.mul_(1 / least[:, None])
         kept = torch.stack([~(part.amax(0) < 1) for part in size.split(BLOCK)])  # a NaN keeps
         first = part.start // BLOCK
         self.flags[first : first + len(kept), tile.chunk.span] |= kept
@@ -386,7 +406,7 @@ def products(x, y, scratch):
     return torch.stack((xx, mixed, yy))
 
 
-def log_ratios(known, z, other):
+def log_ratios(known, z, other, scratch):
     """-> log p of the student, its difference to the teacher's, and the teacher's: (n, C) each.
 
     The first and the last over the tiles' memory; none is made of the others, for one may be -1e30. known: of these
@@ -394,11 +414,11 @@ def log_ratios(known, z, other):
     """
     z -= known.peak[:, None]
     other -= known.other_peak[:, None]
-    delta = torch.sub(z, other).sub_(known.gap[:, None])
+    delta = torch.sub(z, other, out=scratch.like(z, "delta")).sub_(known.gap[:, None])
     return z.sub_(known.offset[:, None]), delta, other.add_((known.gap - known.offset)[:, None])
 
 
-def logits_gradient(problem, z, bias, index, other, stats, grad):
+def logits_gradient(problem, z, bias, index, other, stats, grad, scratch=None):
     """d loss / d the student's raw logits of one tile, over z's memory.
 
     With delta = log p_s - log p_t: p_s (delta - KL) for KL(s || t), p_s - p_t for KL(t || s), and for the mixture
@@ -406,23 +426,19 @@ def logits_gradient(problem, z, bias, index, other, stats, grad):
 
     Args:
         z: (n, C) raw. other: (n, C) transformed, overwritten. stats: (8, n). grad: (n,) of the divergences.
+        scratch: :class:`Scratch` of many tiles, or None.
     """
     inv_temperature = row_inverse_temperature(problem, index)
     chain = problem.params.logit_scale * (1.0 if inv_temperature is None else inv_temperature)
     z, slope = transform(problem, z, bias, inv_temperature, with_slope=True)
-    known = PairStats(*stats)
-    log_p, delta, log_q = log_ratios(known, z, other)
+    known, scratch = PairStats(*stats), Scratch() if scratch is None else scratch
+    log_p, delta, log_q = log_ratios(known, z, other, scratch)
     if problem.beta == 0.0:
-        dz = differences(dense.exp_(log_p), dense.exp_(log_q), delta, Scratch()).neg_()
+        dz = differences(dense.exp_(log_p), dense.exp_(log_q), delta, scratch).neg_()
     else:
         if problem.is_mixture:
-            delta = mixture_logs(delta, problem.beta)[0].mul_(1.0 - problem.beta)
+            delta = mixture_logs(delta, problem.beta, scratch)[0].mul_(1.0 - problem.beta)
         dz = delta.sub_(known.center[:, None]).mul_(dense.exp_(log_p))
     dz = dz.mul_(grad[:, None] * chain)
     dz = z.copy_(dz if slope is None else dz.mul_(slope))
     return dense.without_denormals(dz)
-
-
-def teacher_of(problem, index, entries):
-    """(n, C) the teacher's transformed logits. entries: a slice or (C,) ids."""
-    return Teacher(problem, index).logits(slice(0, index.numel()), entries)

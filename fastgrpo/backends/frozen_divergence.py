@@ -17,14 +17,16 @@ import torch
 from fastgrpo.backends import dense, divergence
 from fastgrpo.backends.certified import BLOCK, CROWDED
 from fastgrpo.backends.divergence import ROUNDING, KLFold, MixtureFold, Scratch
-from fastgrpo.backends.frozen import SHARE, Slopes
+from fastgrpo.backends.frozen import Slopes
 from fastgrpo.backends.logits import Chunk, Reader, Tile, row_inverse_temperature
 from fastgrpo.backends.pair import PairStats
 from fastgrpo.backends.problem import sum_entries
 from fastgrpo.inputs import accumulator_dtype
 
+SHARE = 0.6  # of the error budget that the forward spends, before it knows the rows' gradients
 SAFE = 0.5  # of the size of a column that the last panel could leave out: below it none is kept to be looked at
 LEAST_ROWS, MOST_ROWS = 16, 1024  # of a panel
+ROOMIER = 1.5  # how much more of its terms a panel may keep than the one before
 ROOM = 0.7  # of the workspace for the terms
 
 
@@ -92,8 +94,7 @@ class PanelMaker:
         dropped = terms.finish(out, self.every)
         inverse = row_inverse_temperature(self.problem, rows)
         out *= self.problem.params.logit_scale * (1.0 if inverse is None else inverse)
-        share = terms.pieces_cells() / max(2 * rows.numel() * self.problem.weight.shape[0], 1)
-        self.height = self.fit(min(1.5 * share + 0.02, 1.0))
+        self.height = self.fit(min(ROOMIER * terms.share + 0.02, 1.0))
         return torch.stack(fold.finish()), dropped
 
     def fold_mixture(self, rows, terms):
@@ -174,8 +175,9 @@ class Terms:
         dtype, device = accumulator_dtype(problem.hidden), problem.hidden.device
         self.pieces, self.full = [], False
         self.moves = torch.zeros(3, 0, rows, dtype=dtype, device=device)  # lead, trail, lean of each tile until now
-        self.center, self.unit = torch.zeros(rows, dtype=dtype, device=device), torch.ones(rows, dtype=dtype, device=device)
-        self.left = torch.zeros(2, rows, dtype=dtype, device=device)  # norms of what is not kept: x - center y, y
+        self.center = torch.zeros(rows, dtype=dtype, device=device)
+        self.unit = torch.ones_like(self.center)
+        self.left = torch.zeros(2, rows, dtype=dtype, device=device)  # norms of what is not kept: x, y
         self.seen = torch.zeros(rows, dtype=dtype, device=device)  # of all of it, about
         self.norms, self.slack = None, 1 + ROUNDING * torch.finfo(dtype).eps
 
@@ -185,15 +187,15 @@ class Terms:
         if tile.slope is not None:
             for z in (x, y):
                 z.mul_(tile.slope[: len(z)])
-        self.move(part, move, center)
+        self.move(part, move)
         self.center[part], self.unit[part] = center, unit
         if not leaves_out(self.problem):
             self.keep(part, tile.chunk.span, None, x, y)
         elif not self.full:
             self.look_closely(part, tile.chunk.span, x, y)
 
-    def move(self, part, move, center):
-        """The peaks have risen, the center has changed: what that makes of the tiles before."""
+    def move(self, part, move):
+        """The peaks have risen: what that makes of the tiles before."""
         lead, trail, lean = move
         if part.start == 0:
             same = self.moves.new_ones(3, 1, self.moves.shape[2])
@@ -203,31 +205,38 @@ class Terms:
         leans.mul_(lead).addcmul_(lean, trails)
         leads *= lead
         trails *= trail
-        drift, left = lead * self.center[part] - lean - center * trail, self.left[:, part]
-        left[0].mul_(lead).add_(drift.abs() * left[1])
+        left = self.left[:, part]
+        left[0].mul_(lead).add_(lean.abs() * left[1])
         left[1] *= trail
         self.seen[part] *= lead
 
     def look_closely(self, part, span, x, y):
-        unit, center = self.unit[part, None], self.center[part, None]
-        size = torch.addcmul(x, center, y, value=-1, out=self.scratch.like(x, "size")).mul_(1 / unit).square_()
-        seen = (self.seen[part].square() + size.sum(1) * unit[:, 0].square()).sqrt_()
-        self.seen[part] = seen
-        known = (seen / unit[:, 0]).nan_to_num(nan=0.0, posinf=0.0).square().mean()
+        """Keeps the columns where ``x^2 + (center y)^2`` is large in a block: of x and center * y apart, for where
+        they cancel now they may not with the last center."""
+        unit, center = self.unit[part], self.center[part]
+        norm = self.see(part, x, y) if self.budget.last is None else None
+        squares = [torch.square(z, out=self.scratch.like(z, key)) for key, z in enumerate((x, y))]
+        weights = torch.stack((1 / unit.square(), (center / unit).square()))
         for first in range(0, len(x), BLOCK):
             mine = slice(first, min(first + BLOCK, len(x)))
             rows = slice(part.start + mine.start, part.start + mine.stop)
-            least = self.budget.least(len(x[mine]), self.problem.weight.shape[0], known)
-            here = size[mine]
-            kept = ~(column_sums(here) < least)  # a NaN is kept
+            least = self.budget.least(len(x[mine]), self.problem.weight.shape[0], norm)
+            size = sum(torch.mv(z[mine].t(), w[mine]) for z, w in zip(squares, weights))
+            kept = ~(size < least)  # a NaN is kept
             ids = kept.nonzero().squeeze(1)
             if ids.numel() > CROWDED * x.shape[1]:
                 self.keep(rows, span, None, x[mine], y[mine])
                 continue
             self.keep(rows, span, ids, x[mine], y[mine])
             off = (~kept).to(x.dtype)
-            left = torch.mv(here, off).sqrt_() * unit[mine, 0], torch.linalg.vector_norm(y[mine].mul_(off), dim=1)
-            self.left[:, rows] = torch.hypot(self.left[:, rows], torch.stack(left) * self.slack)
+            left = torch.stack([torch.mv(z[mine], off) for z in squares]).sqrt_()
+            self.left[:, rows] = torch.hypot(self.left[:, rows], left * self.slack)
+
+    def see(self, part, x, y):
+        """Mean square of the rows' norms so far."""
+        size = torch.addcmul(x, self.center[part, None], y, value=-1, out=self.scratch.like(x, 0))
+        self.seen[part] = torch.hypot(self.seen[part], torch.linalg.vector_norm(size, dim=1))
+        return (self.seen[part] / self.unit[part]).nan_to_num(nan=0.0, posinf=0.0).square().mean()
 
     def keep(self, rows, span, ids, x, y):
         shape = x.shape if ids is None else torch.Size((len(x), ids.numel()))
@@ -241,8 +250,11 @@ class Terms:
             mine.copy_(z) if ids is None else torch.index_select(z, 1, ids, out=mine)
         self.pieces.append(Piece(rows, span, ids, *kept, self.moves.shape[1] - 1))
 
-    def pieces_cells(self):
-        return 2 * self.moves.shape[2] * self.problem.weight.shape[0] if self.full else sum(2 * p.x.numel() for p in self.pieces)
+    @property
+    def share(self):
+        """Of all terms, those that were kept."""
+        cells = self.moves.shape[2] * self.problem.weight.shape[0]
+        return 1.0 if self.full or not cells else sum(p.x.numel() for p in self.pieces) / cells
 
     def finish(self, out, every):
         """-> (n,) norms of what the rows leave out, inf where they were given up.
@@ -250,7 +262,7 @@ class Terms:
         Args:
             out: (n, D) the gradients, zeros. every: (D,) the sum of all entries, if what is left out is put back.
         """
-        dropped = self.left[0] / self.unit
+        dropped = (self.left[0] + self.center.abs() * self.left[1]) / self.unit
         if self.full:
             self.norms = torch.zeros_like(dropped)
             return torch.full_like(dropped, torch.inf)
@@ -268,7 +280,8 @@ class Terms:
         for piece, chosen in zip(self.pieces, self.choose(squares)):
             values = piece.x
             if chosen is not None:
-                values = torch.index_select(values, 1, chosen, out=piece.y.flatten()[: len(values) * chosen.numel()].view(len(values), -1))
+                values = piece.y.flatten()[: len(piece.y) * chosen.numel()].view(len(piece.y), -1)
+                torch.index_select(piece.x, 1, chosen, out=values)
                 squares[piece.rows] += torch.mv(piece.x.square_(), absent(chosen, piece.x))
             adder.add(piece, values, chosen)
         adder.finish()

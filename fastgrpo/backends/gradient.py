@@ -4,14 +4,27 @@ from fastgrpo.backends import dense, divergence
 from fastgrpo.backends.pair import PairProblem
 
 
-def of_tile(problem, z, bias, index, entries, local, stats, *grads):
-    """d loss / d raw logits, over z's memory.
+class Gradient:
+    """Of tiles of some rows.
 
     Args:
-        z: (n, C) raw logits. bias: (C,) or None. index: (n,) the rows. entries: slice or (C,) the entries.
-        local: (n,) where among them each label stands. stats: of these rows. grads: [(n,)].
+        rows: (n,), the parts of them are slices. hold: whether what else of them is read may be held.
     """
-    if isinstance(problem, PairProblem):
-        other = divergence.teacher_of(problem, index, entries)
-        return divergence.logits_gradient(problem, z, bias, index, other, stats, *grads)
-    return dense.logits_gradient(problem, z, bias, index, local, stats, *grads)
+
+    def __init__(self, problem, rows, hold=False):
+        self.problem, self.rows, self.teacher = problem, rows, None
+        if isinstance(problem, PairProblem):
+            self.teacher, self.scratch = divergence.Teacher(problem, rows, hold), divergence.Scratch()
+
+    def of_tile(self, z, bias, part, entries, local, stats, *grads):
+        """d loss / d raw logits, over z's memory.
+
+        Args:
+            z: (n, C) raw logits. bias: (C,) or None. part: a slice of the rows. entries: slice or (C,) the entries.
+            local: (n,) where among them each label stands. stats: of these rows. grads: [(n,)].
+        """
+        index = self.rows[part]
+        if self.teacher is None:
+            return dense.logits_gradient(self.problem, z, bias, index, local, stats, *grads)
+        other = self.teacher.logits(part, entries)
+        return divergence.logits_gradient(self.problem, z, bias, index, other, stats, *grads, scratch=self.scratch)

@@ -53,7 +53,7 @@ class PairProblem(HeadProblem):
 
     @property
     def tiles_alive(self):
-        return 4  # both logits, their difference and one more
+        return 7 if self.is_mixture else 6  # both logits, their difference, and what is made of it
 
     @property
     def of_tolerance(self):

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from fastgrpo.backends import dense, gradient
+from fastgrpo.backends import dense
+from fastgrpo.backends.gradient import Gradient
 from fastgrpo.backends.logits import Reader, RowSource
 from fastgrpo.backends.problem import RowStats
 
@@ -167,7 +168,8 @@ class RowAudit(Audit):
         for index, z in zip(self.chunks(rows), self.chunks(out)):
             z.copy_(self.reader.raw_logits(self.reader.rows(index), heads, None))
             label = dense.find_labels(entries, self.problem.apart(index))
-            gradient.of_tile(self.problem, z, bias, index, entries, label, self.stats[:, index], self.grad[index])
+            known, whole = self.stats[:, index], slice(0, index.numel())
+            Gradient(self.problem, index).of_tile(z, bias, whole, entries, label, known, self.grad[index])
         return out
 
     def mark_kept(self, entries):
@@ -239,6 +241,7 @@ class DeviceAudit(Audit):
         self.samples = samples_on(str(stats.device), vocab)
         self.labels = self.samples.place[problem.apart(self.rows).clamp(-1, vocab) + 1]
         self.source = RowSource(self.reader, self.rows)
+        self.gradient = Gradient(problem, self.rows, hold=self.source.held > 0)
         every = slice(0, self.samples.entries.numel())
         self.made = self.make_dlogits(every) if every.stop <= self.entries_at_once() else None
 
@@ -298,9 +301,9 @@ class DeviceAudit(Audit):
         (heads, bias), parts = self.read_entries(self.samples.entries[span]), []
         for part in self.row_parts():
             z = self.reader.raw_logits(self.source[part], heads, None)
-            place, known, grad, rows = self.labels_in(span)[part], self.stats[:, part], self.grad[part], self.rows[part]
+            place, known, grad = self.labels_in(span)[part], self.stats[:, part], self.grad[part]
             entries = self.samples.entries[span]
-            parts.append(gradient.of_tile(self.problem, z, bias, rows, entries, place, known, grad))
+            parts.append(self.gradient.of_tile(z, bias, part, entries, place, known, grad))
         return join(parts).masked_fill_(self.unusable, 0.0)
 
     def labels_in(self, span):
