@@ -66,7 +66,9 @@ def linear_divergence(
         temperature: a number > 0, or a float tensor of mask's shape. Divides both models' logits.
         return_entropy: also return the student's entropy, without a gradient.
         backend, backward, tolerance, workspace_mb, row_tolerance: see :func:`fastgrpo.linear_logprobs`. "auto" is
-            exact where the head is trained. On the Triton backend the backward is exact whatever is asked for.
+            exact where the head is trained. On the Triton backend the backward is exact whatever is asked for. Where
+            hidden alone wants a gradient (a frozen head, no LoRA on it) the torch backend makes it in the forward, in
+            three GEMMs of one model's logits or less, mixtures too, and holds it until the backward, 4 N D bytes.
 
     Returns:
         ``Divergence(divergence, entropy)``, float32 (float64 for float64 input), of mask's shape, >= 0 up to rounding
@@ -202,13 +204,19 @@ def head_divergence(hidden, weight, mask, teacher, beta, options):
     )
     tensors = pair_tensors(hidden, weight, targets, teacher, beta, options, params, lora)
     trained = any(x is not None and x.requires_grad for x in (weight, options.bias, lora.B))
-    # dW's rows need so many rows whole that nothing is saved, measured; asked for, it is done
-    worthwhile = params.backend == "torch" and (options.backward == "certified" or not trained)
-    strategy = strategies.choose_pair(params, worthwhile)
-    if params.backend == "torch" and frozen.applies(hidden, (weight, options.bias, lora.A, lora.B), params):
+    strategy = strategies.choose_pair(params, tolerance_of(params, options.backward, trained) is not None)
+    eager_torch = params.backend == "torch" and not torch.compiler.is_compiling()
+    if eager_torch and frozen.applies(hidden, (weight, options.bias, lora.A, lora.B), params):
         strategy = strategies.DivergingFrozen
     divergence, entropy = LinearDivergence.apply(*tensors, params, strategy)
     return Divergence(divergence.view(targets.shape), None if entropy is None else entropy.view(targets.shape))
+
+
+def tolerance_of(params, backward, trained):
+    """The tolerance, None where leaving entries out does not pay or the backend cannot."""
+    # dW's rows need so many rows whole that nothing is saved, measured; asked for, it is done
+    worthwhile = params.backend == "torch" and (backward == "certified" or not trained)
+    return params.tolerance if worthwhile else None
 
 
 def check(hidden, weight, mask, teacher, beta, options):

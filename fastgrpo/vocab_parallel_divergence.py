@@ -4,46 +4,75 @@ Every rank folds its own entries; a MAX and a SUM all-reduce merge them, for a m
 backward is that of the rank's entries with the merged statistics: dW and db are the rank's own, dX a sum over ranks.
 """
 
+import math
 from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
-from fastgrpo import backends, divergence, inputs, vocab_parallel
-from fastgrpo.backends.divergence import beside_peaks, kl_stats
-from fastgrpo.backends.pair import PairStats, mixture_stats
-from fastgrpo.backends.problem import Gradients, RowStats
+from fastgrpo import backends, divergence, inputs, strategies, vocab_parallel
+from fastgrpo.backends import divergence as divergence_fold
+from fastgrpo.backends.divergence import Move, beside_peaks, kl_stats, move_terms, scale_terms
+from fastgrpo.backends.pair import PairStats
+from fastgrpo.backends.problem import Gradients
 from fastgrpo.config import settings_go_in_config
 from fastgrpo.divergence import Divergence, PairTensors, TeacherHead
 from fastgrpo.head import HeadOptions
-from fastgrpo.inputs import IGNORE, Backend
+from fastgrpo.inputs import IGNORE, Backend, Backward
 
 
-def merge_kl(partials, student_first, group):
-    """(8, N) :class:`PairStats` of the whole vocabulary from every rank's (7, N) sums."""
+def merge(partials, student_first, group):
+    """-> (2, N) peaks, (4, N) sums and (8, N) :class:`PairStats` of a KL of the whole vocabulary, from every rank's
+    (7, N): one MAX and one SUM all-reduce."""
     top = partials[:2].clone()
     dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group)
     moved = torch.stack(beside_peaks(partials, top, student_first))
     dist.all_reduce(moved, group=group)
-    return torch.stack(kl_stats(top, moved[:4], moved[4], student_first))
+    return top, moved[:4], torch.stack(kl_stats(top, moved[:4], moved[4], student_first))
 
 
 def merge_mixture(problem, backend, group):
-    """(8, N) :class:`PairStats` of a mixture: both log-sum-exps, then the sums that want them."""
-    known, entries = problem.targets != IGNORE, problem.targets
-    if dist.get_rank(group) > 0:  # entry 0 stands in for a label; that of the first rank
-        entries = torch.where(known, inputs.ELSEWHERE, entries)
-    own, other = (
-        RowStats(*vocab_parallel.combine_known(
-            vocab_parallel.merge(backend.partial_forward(replace(p, targets=entries)), entries, group), entries, known
-        ))
-        for p in (problem.own, problem.teacher)
-    )  # fmt: skip
-    stats = torch.stack(mixture_stats(own, other))
-    sums = backend.mixture_sums(problem, stats)
+    """(8, N) :class:`PairStats` of a mixture: what both models' log-sum-exps tell, divergence and center 0."""
+    stats = merge(backend.divergence_partials(problem), False, group)[2]
+    return torch.stack(divergence_fold.without_divergence(PairStats(*stats)))
+
+
+def add_sums(stats, sums, group):
+    """A mixture's divergence and center, (2, N), summed over the ranks, into the statistics."""
     dist.all_reduce(sums, group=group)
     return torch.stack(PairStats(*stats)._replace(divergence=sums[0], center=sums[1]))
+
+
+def forward(problem, backend, group):
+    """-> (8, N) :class:`PairStats` of the whole vocabulary, and the tensors of this rank's certificate, if any."""
+    if problem.params.tolerance is not None:
+        return certified_forward(problem, backend, group)
+    if problem.is_mixture:
+        stats = merge_mixture(problem, backend, group)
+        return add_sums(stats, backend.mixture_sums(problem, stats), group), ()
+    return merge(backend.divergence_partials(problem), problem.beta == 1.0, group)[2], ()
+
+
+def certified_forward(problem, backend, group):
+    """Every rank flags by its own entries alone; what they leave out is told in terms of the whole vocabulary."""
+    if problem.is_mixture:
+        stats = merge_mixture(problem, backend, group)
+        sums, rows, witness = backend.certified_partials(problem, stats)
+        stats = add_sums(stats, sums, group)
+        still = torch.ones_like(witness.center)
+        witness.settle(Move(still, still, torch.zeros_like(still)), PairStats(*stats).center[rows], still)
+    else:
+        student_first = problem.beta == 1.0
+        partials, rows, witness = backend.certified_partials(problem)
+        top, sums, stats = merge(partials, student_first, group)
+        rise = (top - partials[:2])[:, rows]
+        witness.settle(move_terms(rise, student_first), *scale_terms(sums[:, rows], student_first))
+    squares = torch.zeros_like(stats[0])
+    squares[rows] = witness.row_norms().square()
+    dist.all_reduce(squares, group=group)
+    stats = torch.stack(PairStats(*stats)._replace(norm=squares.sqrt()))
+    return stats, witness.certificate(rows).tensors
 
 
 class VocabParallelDivergence(torch.autograd.Function):
@@ -55,12 +84,9 @@ class VocabParallelDivergence(torch.autograd.Function):
         ctx.params, ctx.share, ctx.pairing = params, share, tensors.pairing
         problem, backend = tensors.problem(params), backends.load(params.backend)
         with torch.autocast(tensors.hidden.device.type, enabled=False):
-            if problem.is_mixture:
-                stats = merge_mixture(problem, backend, share.group)
-            else:
-                stats = merge_kl(backend.divergence_partials(problem), problem.beta == 1.0, share.group)
+            stats, certificate = forward(problem, backend, share.group)
             stats = torch.where(tensors.targets == IGNORE, 0.0, stats)
-        ctx.save_for_backward(stats, *tensors[:-1])
+        ctx.save_for_backward(stats, *tensors[:-1], *certificate)
         entropy = PairStats(*stats).entropy.clone() if params.entropy else None
         if entropy is not None:
             ctx.mark_non_differentiable(entropy)
@@ -72,11 +98,13 @@ class VocabParallelDivergence(torch.autograd.Function):
         nothing = [None] * (len(PairTensors._fields) + 2)
         if grad is None:
             return tuple(nothing)
-        stats, *tensors = ctx.saved_tensors
-        problem = PairTensors(*tensors, pairing=ctx.pairing).problem(ctx.params)
+        stats, *rest = ctx.saved_tensors
+        count = len(PairTensors._fields) - 1
+        problem = PairTensors(*rest[:count], pairing=ctx.pairing).problem(ctx.params)
         with torch.autocast(stats.device.type, enabled=False):
-            needs = Gradients(*ctx.needs_input_grad[:3])
-            grads = backends.load(ctx.params.backend).backward(problem, stats, grad, None, needs)
+            needs, backend = Gradients(*ctx.needs_input_grad[:3]), backends.load(ctx.params.backend)
+            strategy = strategies.choose_pair(ctx.params, True)
+            grads = strategy.backward(problem, backend, (), stats, rest[count:], grad, None, needs)
         d_hidden = grads.hidden
         if d_hidden is not None and ctx.share.reduce_hidden_grad:
             dist.all_reduce(d_hidden, group=ctx.share.group)
@@ -104,18 +132,23 @@ def vocab_parallel_divergence(
     teacher_logit_scale: float = 1.0,
     return_entropy: bool = False,
     backend: Backend = "auto",
+    backward: Backward = "auto",
+    tolerance: float | None = None,
     workspace_mb: float = 128,
+    row_tolerance: float | None = None,
 ) -> Divergence:
     """:func:`fastgrpo.linear_divergence` over a vocabulary whose entries the ranks of a group hold.
 
     Every rank calls it with the same hidden states, mask and options, and its own entries of both heads; shards need
     not be equal, and their order does not matter. The forward sends two all-reduces, (2, N) and (5, N), for a mixture
-    five; the backward, which is exact, sends dX in the accumulator's dtype where hidden wants a gradient.
+    a third, (2, N), and one, (N,), where the backward is to be certified; the backward sends dX in the accumulator's
+    dtype where hidden wants a gradient.
 
     Args:
         group: the torch.distributed process group that the vocabulary is cut over.
-        reduce_hidden_grad: as in :func:`fastgrpo.vocab_parallel.vocab_parallel_logprobs`. The others: as in
-            ``linear_divergence``.
+        reduce_hidden_grad: as in :func:`fastgrpo.vocab_parallel.vocab_parallel_logprobs`.
+        backward, tolerance, row_tolerance: as in ``linear_divergence``; each rank keeps its own entries' error within
+            tolerance / sqrt(ranks). A frozen head's gradient is made in the backward here. The others: as there.
 
     Returns:
         ``Divergence(divergence, entropy)`` of the whole vocabulary, the same on every rank; differentiable, once, in
@@ -131,14 +164,22 @@ def vocab_parallel_divergence(
         softcap=softcap,
         logit_scale=logit_scale,
         backend=backend,
-        backward="exact",
+        backward=backward,
+        tolerance=tolerance,
         workspace_mb=workspace_mb,
+        row_tolerance=row_tolerance,
         return_entropy=return_entropy,
     )
     teacher = TeacherHead(teacher_hidden, teacher_weight, teacher_bias, teacher_softcap, teacher_logit_scale)
     targets = divergence.check(hidden, weight, mask, teacher, beta, options)
     hidden_grad = inputs.accumulator_dtype(hidden) if reduce_hidden_grad else None
-    params = options.params(hidden, weight, (hidden, weight, bias), hidden_grad=hidden_grad, shard=True)
+    sizes = (targets.numel(), math.inf, weight.shape[1])  # shards differ, the decision may not
+    params = options.params(hidden, weight, (hidden, weight, bias), sizes, hidden_grad=hidden_grad, shard=True)
+    trained = any(x is not None and x.requires_grad for x in (weight, bias))
+    tolerance = divergence.tolerance_of(params, backward, trained)
+    if tolerance is not None:
+        tolerance /= dist.get_world_size(group) ** 0.5
+    params = replace(params, tolerance=tolerance)
     tensors = divergence.pair_tensors(hidden, weight, targets, teacher, beta, options, params)
     share = vocab_parallel.Share(group, bool(reduce_hidden_grad))
     value, entropy = VocabParallelDivergence.apply(*tensors, params, share)

@@ -8,7 +8,9 @@ import torch
 
 from bench import profiles
 from fastgrpo import linear_divergence, reference
-from fastgrpo.backends import certified_backward
+from fastgrpo.backends import certified_backward, frozen_divergence, torch_backend
+from fastgrpo.divergence import TeacherHead, check, pair_tensors
+from fastgrpo.head import HeadOptions
 
 import problems
 from processes import run_ranks
@@ -267,6 +269,167 @@ def test_a_student_that_rules_out_what_the_teacher_does_not(backend, device, bw)
     assert problems.relative_error(grads["hidden"], dz @ tensors["weight"].double()) < 1e-5
 
 
+FROZEN = {
+    "plain": {},
+    "all": {"bias": True, "softcap": 6.0, "teacher_softcap": 9.0, "logit_scale": 0.8, "temperature": "tensor",
+            "return_entropy": True},
+}  # fmt: skip
+
+
+def freeze(tensors, op=linear_divergence, **options):
+    """:func:`run` with a gradient of hidden alone -> divergence, entropy, d hidden."""
+    options, hidden = dict(options), tensors["hidden"].clone().requires_grad_()
+    upstream = options.pop("upstream")
+    if options.pop("bias", False):
+        options |= {"bias": tensors["bias"], "teacher_bias": tensors["teacher_bias"]}
+    if options.get("temperature") == "tensor":
+        options["temperature"] = torch.linspace(0.6, 1.4, len(upstream), device=upstream.device, dtype=upstream.dtype)
+    rest = [tensors[k] for k in ("weight", "teacher_hidden", "teacher_weight", "mask")]
+    out = op(hidden, *rest, **options)
+    (grad,) = torch.autograd.grad((out.divergence * upstream).sum(), hidden)
+    return out.divergence.detach(), out.entropy, grad
+
+
+@pytest.fixture
+def in_forward(monkeypatch):
+    """Fails where the backward goes over the vocabulary again."""
+
+    def refuse(*arguments):
+        raise AssertionError("the gradient was made in the backward")
+
+    return lambda: monkeypatch.setattr("fastgrpo.backends.dense_backward.add_exact_rows", refuse)
+
+
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("options", FROZEN.values(), ids=FROZEN)
+@pytest.mark.parametrize(("shape", "workspace"), [((1, 1, 3, 5), 128), ((300, 700, 24, 16), 0.6)], ids=str)
+def test_frozen_head(device, beta, options, shape, workspace, in_forward):
+    """In several panels of several tiles each: as exact as a trained head's gradient."""
+    tensors = pair(*shape, device)
+    tensors["hidden"][::7] *= 5  # flat and peaked rows
+    upstream = torch.randn(shape[0], device=device)
+    truth = freeze(in_double(tensors), reference.linear_divergence, upstream=upstream.double(), beta=beta, **options)
+    naive = freeze(tensors, reference.linear_divergence, upstream=upstream, beta=beta, **options)
+    in_forward()
+    got = freeze(tensors, upstream=upstream, beta=beta, backend="torch", workspace_mb=workspace, **options)
+    torch.testing.assert_close(got[0].double(), truth[0], rtol=1e-5, atol=1e-5)
+    if got[1] is not None:
+        torch.testing.assert_close(got[1].double(), truth[1], rtol=1e-5, atol=1e-5)
+    mine, theirs = (problems.relative_error(x[2], truth[2]) for x in (got, naive))
+    assert mine <= 2 * theirs + 5e-6, (mine, theirs)
+    assert (got[2][~tensors["mask"]] == 0).all()
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_frozen_head_gradcheck(device, beta, in_forward):
+    tensors = in_double(pair(5, 23, 4, 3, device))
+    rest = [tensors[k] for k in ("weight", "teacher_hidden", "teacher_weight", "mask")]
+    options = {"beta": beta, "bias": tensors["bias"], "teacher_bias": tensors["teacher_bias"], "softcap": 4.0}
+
+    def call(op, **others):
+        return lambda hidden: (op(hidden, *rest, **options, **others).divergence,)
+
+    in_forward()
+    fast = call(linear_divergence, backend="torch", workspace_mb=0.02)
+    problems.gradcheck(fast, call(reference.linear_divergence), [tensors["hidden"]], torch.float64)
+
+
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("distance", [1e-2, 1e-4])
+def test_frozen_head_beside_the_teacher(device, beta, distance):
+    hidden, weight, _, _ = problems.head(24, 500, 32, torch.float32, device)
+    tensors = {"hidden": hidden, "weight": weight, "teacher_weight": weight, "mask": None}
+    tensors["teacher_hidden"] = hidden + distance * torch.randn_like(hidden)
+    upstream = torch.ones(24, device=device)
+    got = freeze(tensors, upstream=upstream, beta=beta, backend="torch")
+    truth = freeze(in_double(tensors), reference.linear_divergence, upstream=upstream.double(), beta=beta)
+    assert problems.relative_error(got[2], truth[2]) < 4e-7 / distance
+
+
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("options", [{}, {"bias": True, "temperature": "tensor"}, {"softcap": 80.0}], ids=str)
+@pytest.mark.parametrize("workspace", [4, 64])
+def test_frozen_head_certified(device, beta, options, workspace):
+    """Within the tolerance, what each row leaves out under its certificate; unequal gradients come in."""
+    tensors = near_pair(768, 8192, 64, device)
+    tensors["hidden"][700:] *= 0.1  # flat rows, which keep everything
+    tensors["teacher_hidden"][700:] *= 0.1
+    upstream = torch.randn(768, device=device).exp()
+    chosen = {"beta": beta, "backend": "torch", "upstream": upstream, **options}
+    exact = freeze(tensors, **chosen)
+    made = freeze(tensors, backward="certified", workspace_mb=workspace, **chosen)
+    torch.testing.assert_close(made[0], exact[0], rtol=1e-5, atol=1e-6)
+    assert 1e-6 < problems.relative_error(made[2], exact[2]) < 0.005
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_frozen_head_certificate_bounds_dlogits(device, beta):
+    """Each row's ``dropped`` is at least the norm of what its gradient lacks: read off with a head of unit vectors."""
+    n, vocab = 300, 1500
+    g = torch.Generator().manual_seed(0)
+    z = 4 * torch.randn(1, vocab, generator=g) + 2 * torch.randn(n, vocab, generator=g)
+    others = z + torch.randn(n, vocab, generator=g)
+    z, others, eye = z.double(), others.double(), torch.eye(vocab, dtype=torch.float64)
+    options = HeadOptions(backward="certified", tolerance=0.05, workspace_mb=8, backend="torch")
+    hidden, teacher = z.clone().requires_grad_(), TeacherHead(others, eye)
+    targets = check(hidden, eye, None, teacher, beta, options)
+    params = options.params(hidden, eye, (hidden,), shard=True)  # nothing put back as if spread evenly
+    problem = pair_tensors(hidden.detach(), eye, targets, teacher, beta, options, params).problem(params)
+    stats, slopes = torch_backend.frozen_divergence_forward(problem)
+    tensors = {"hidden": z, "weight": eye, "teacher_hidden": others, "teacher_weight": eye, "mask": None}
+    truth = freeze(tensors, reference.linear_divergence, upstream=torch.ones(n).double(), beta=beta)[2]
+    lacks, norm = (slopes.values - truth).norm(dim=1), stats[3]
+    assert (lacks <= slopes.dropped + 1e-12).all()
+    assert (slopes.dropped <= 5 * lacks + 1e-12).all()
+    assert slopes.dropped.max() > 0
+    assert (norm <= truth.norm(dim=1) * 1.00001).all()
+    served = slopes.dropped.square().sum() / norm.square().sum()
+    assert served.sqrt() < 0.05 * problem.of_tolerance
+
+
+def test_a_panel_that_does_not_fit_is_given_up(device, monkeypatch):
+    """Its rows are done by the backward."""
+    monkeypatch.setattr(frozen_divergence.PanelMaker, "fit", lambda self, share: 256)
+    tensors, upstream = near_pair(768, 8192, 64, device), torch.rand(768, device=device)
+    exact = freeze(tensors, backend="torch", backward="exact", workspace_mb=128, upstream=upstream)
+    for bw in ("exact", "certified"):
+        made = freeze(tensors, backend="torch", backward=bw, workspace_mb=2, upstream=upstream)
+        assert problems.relative_error(made[2], exact[2]) < (1e-5 if bw == "exact" else 0.005)
+
+
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("bw", ["exact", "certified"])
+def test_a_bad_row_of_a_frozen_head_stays_alone(device, beta, bw):
+    tensors, upstream = near_pair(300, 4100, 32, device), torch.ones(300, device=device)
+    clean = freeze(tensors, backend="torch", backward=bw, beta=beta, upstream=upstream)
+    tensors["hidden"][4, 2], tensors["teacher_hidden"][9, 1] = torch.nan, torch.inf
+    dirty = freeze(tensors, backend="torch", backward=bw, beta=beta, upstream=upstream)
+    good = torch.ones(300, dtype=torch.bool, device=device)
+    good[[4, 9]] = False
+    assert dirty[0][[4, 9]].isnan().all()
+    torch.testing.assert_close(dirty[0][good], clean[0][good], rtol=1e-5, atol=1e-6)
+    assert problems.relative_error(dirty[2][good], clean[2][good]) < (1e-5 if bw == "exact" else 0.01)
+
+
+@pytest.mark.parametrize("who", ["bias", "teacher_bias"])
+def test_entry_0_may_be_a_models_only_one(device, who):
+    """All other logits -inf: its log-sum-exp is that logit, the JSD finite."""
+    tensors = pair(9, 60, 8, 8, device)
+    tensors[who][1:] = -torch.inf
+    upstream = torch.ones(9, device=device)
+    value, _, grads = run(linear_divergence, tensors, upstream, beta=0.5, backend="torch", bias=True)
+    hidden, weight, others, head = (
+        tensors[k].double() for k in ("hidden", "weight", "teacher_hidden", "teacher_weight")
+    )
+    s, t = hidden @ weight.T + tensors["bias"].double(), others @ head.T + tensors["teacher_bias"].double()
+    s, t = s.softmax(1).requires_grad_(), t.softmax(1)
+    m = (s + t) / 2
+    want = (torch.xlogy(s, s) + torch.xlogy(t, t) - 2 * torch.xlogy(m, m)).sum(1) / 2
+    want = torch.where(tensors["mask"], want.detach(), 0.0)
+    torch.testing.assert_close(value.double(), want, rtol=1e-5, atol=1e-6)
+    assert all(x.isfinite().all() for x in grads.values())
+
+
 @pytest.mark.quick
 def test_shapes_and_masked_rows_cost_nothing(backend, device):
     tensors = pair(12, 50, 8, 8, device)
@@ -315,12 +478,29 @@ def test_vocabulary_shards(tmp_path):
     run_ranks(divergence_job.__file__, 2, tmp_path)
     ranks = [torch.load(tmp_path / f"rank{r}.pt") for r in range(2)]
     for name, case in divergence_job.CASES.items():
-        whole = divergence_job.outcome(linear_divergence, case)
-        close = {"rtol": 1e-10, "atol": 1e-11} if case["backend"] == "torch" else {"rtol": 2e-4, "atol": 2e-5}
+        check_shards(
+            name,
+            divergence_job.outcome(linear_divergence, case),
+            [results[name] for results in ranks],
+            {"rtol": 1e-10, "atol": 1e-11} if case["backend"] == "torch" else {"rtol": 2e-4, "atol": 2e-5},
+        )
+    for name, case in divergence_job.CERTIFIED.items():
+        given = divergence_job.peaked_tensors()
+        exact = divergence_job.outcome(linear_divergence, case | {"backward": "exact"}, given=given)
         parts = [results[name] for results in ranks]
-        for key, want in whole.items():
-            if key in ("weight", "bias"):
-                torch.testing.assert_close(torch.cat([p[key] for p in parts]), want, **close)
-            elif want is not None:
-                for part in parts:
-                    torch.testing.assert_close(part[key], want, **close, msg=lambda m, n=name, k=key: f"{n} {k}: {m}")
+        for part in parts:
+            torch.testing.assert_close(part["divergence"], exact["divergence"], rtol=1e-9, atol=1e-11)
+        assert torch.equal(parts[0]["hidden"], parts[1]["hidden"])
+        tolerance = case["tolerance"]
+        assert 1e-9 < problems.relative_error(parts[0]["hidden"], exact["hidden"]) < tolerance
+        heads = torch.cat([p["weight"] for p in parts])
+        assert 1e-9 < problems.relative_error(heads, exact["weight"]) < tolerance
+
+
+def check_shards(name, whole, parts, close):
+    for key, want in whole.items():
+        if key in ("weight", "bias"):
+            torch.testing.assert_close(torch.cat([p[key] for p in parts]), want, **close)
+        elif want is not None:
+            for part in parts:
+                torch.testing.assert_close(part[key], want, **close, msg=lambda m, k=key: f"{name} {k}: {m}")

@@ -214,8 +214,9 @@ class SparseRows:
         for group in self.groups:
             left_out = vocab - group.entries.numel()
             for (side, d_rows, all_entries), total, kept_sum in zip(self.sides, group.totals, group.kept_sums):
-                # Through a softcap, whose slope differs by entry, the sum of what was left out is not known.
-                if left_out and self.problem.params.softcap is None:
+                # Through a softcap, whose slope differs by entry, the sum of what was left out is not known; nor on a
+                # shard where it is told from what is made.
+                if left_out and group.put_back:
                     total.addr_(self.sum_left_out(group), (all_entries - kept_sum) / left_out)
                 total = self.reader.unscale("up", unscale(total, self.scale), side)
                 d_rows.flatten(0, 1).index_copy_(0, group.rows, total.to(d_rows.dtype))
@@ -230,6 +231,7 @@ class GroupSums:
         self.depth, self.tiles = problem.depth, problem.tiles_alive
         # A row's dlogits add up to 0: where the sum left out is not known, it is what those made lack.
         self.row_sums = None if problem.knows_left_out else stats.new_zeros(group.rows.numel())
+        self.put_back = problem.params.softcap is None and (problem.knows_left_out or not problem.params.shard)
         self.totals = [stats.new_zeros(group.rows.numel(), total.numel()) for _, _, total in sides]
         self.kept_sums = [torch.zeros_like(total) for _, _, total in sides]
 

@@ -17,7 +17,7 @@ from fastgrpo.inputs import accumulator_dtype
 from fastgrpo.pair_math import NEAR, finish_sums, move_peaks
 from fastgrpo.row_math import rescale
 
-LEAST_PER_TOLERANCE = 2.0**-4  # terms of the rows' mean norm times tolerance * this are flagged
+LEAST_PER_TOLERANCE = 0.1  # terms of the rows' mean norm times tolerance * this are flagged
 ROUNDING = 8  # units of rounding in sums of squares
 NOISE, NOTHING_SEEN = 9.0, 2.0**-20  # see near_rows
 
@@ -39,6 +39,19 @@ def certified_forward(problem):
     return stats, witness.certificate(rows)
 
 
+def certified_partials(problem, stats=None):
+    """Of a part of the vocabulary what :func:`divergence_partials` returns, or with ``stats``, of a mixture,
+    :func:`mixture_sums`; and the :class:`Witness` of its entries, of the counted rows.
+
+    ``witness.certificate(rows)`` is right once :meth:`Witness.settle` knows the whole vocabulary's statistics.
+    """
+    rows = dense.counted_rows(problem.targets)
+    witness = Witness(problem, rows.numel(), rows.device)
+    if stats is None:
+        return divergence_partials(problem, witness), rows, witness
+    return mixture_sums(problem, stats, witness), rows, witness
+
+
 def run_forward(problem, witness):
     rows, dtype = dense.counted_rows(problem.targets), accumulator_dtype(problem.hidden)
     fold = (
@@ -52,24 +65,24 @@ def run_forward(problem, witness):
     return stats
 
 
-def divergence_partials(problem):
+def divergence_partials(problem, witness=None):
     """(7, N) both peaks, :func:`move_peaks`'s four sums and the student's spread, of a part of the vocabulary."""
     rows, dtype = dense.counted_rows(problem.targets), accumulator_dtype(problem.hidden)
-    fold = KLFold(problem, rows)
-    fold_vocabulary(problem, rows, fold)
+    fold = KLFold(problem, rows, witness)
+    fold_vocabulary(problem, rows, fold, multiple=1 if witness is None else BLOCK)
     partials = torch.zeros(7, problem.targets.numel(), dtype=dtype, device=rows.device)
     partials[:2] = FLOOR
     partials[:, rows] = torch.cat((fold.peaks, fold.sums, fold.spread[None]))
     return partials
 
 
-def mixture_sums(problem, stats):
+def mixture_sums(problem, stats, witness=None):
     """(2, N) a mixture's divergence and center of a part of the vocabulary. stats: (8, N), of all of it."""
     rows = dense.counted_rows(problem.targets)
     known = PairStats(*stats[:, rows])
     none = torch.zeros_like(known.divergence)
-    fold = MixtureFold(problem, known._replace(divergence=none, center=none.clone()))
-    fold_vocabulary(problem, rows, fold)
+    fold = MixtureFold(problem, known._replace(divergence=none, center=none.clone()), witness)
+    fold_vocabulary(problem, rows, fold, multiple=1 if witness is None else BLOCK)
     sums = torch.zeros_like(stats[:2])
     sums[:, rows] = torch.stack((fold.stats.divergence, fold.stats.center))
     return sums
@@ -225,20 +238,8 @@ class KLFold:
             apart = torch.sub(v, u, out=self.scratch.like(u, "difference"))
         sums[3] += sum_differences(u, v, d, near, other_mass - mass, apart, self.scratch)
         if self.witness is not None:
-            self.show(tile, leant if apart is None else apart, u, rise, sums)
-
-    def show(self, tile, x, y, rise, sums):
-        """To the witness: p_s (d - E[d]), or p_s - p_t as e^v - e^u less its sum's part that e^u has."""
-        total, other_total, tilt, excess = sums
-        decay = torch.exp(-rise)
-        if self.student_first:
-            move = Move(decay[0], decay[0], decay[0] * (rise[0] - rise[1]))
-            self.witness.look(tile, x, y, move, tilt / total, total)
-        else:  # the teacher first
-            turn = rise[1] - rise[0]
-            near = decay[1] * torch.expm1(turn.clamp(-NEAR, NEAR))
-            lean = torch.where(turn.abs() < NEAR, near, decay[0] - decay[1])
-            self.witness.look(tile, x, y, Move(decay[1], decay[0], lean), excess / total, other_total)
+            move = move_terms(rise, self.student_first)
+            self.witness.look(tile, leant if apart is None else apart, u, move, *scale_terms(sums, self.student_first))
 
     def raise_peaks(self, part, u, v):
         """-> (2, n) by how much."""
@@ -255,6 +256,21 @@ class KLFold:
         """The rows of :class:`PairStats`."""
         stats = kl_stats(self.peaks, self.sums, self.spread, self.student_first)
         return stats if self.witness is None else stats._replace(norm=self.witness.row_norms())
+
+
+def move_terms(rise, student_first):
+    """:class:`Move` of peaks (2, n) that rise. The terms are x = d e^u or, the teacher first, e^v - e^u; y = e^u."""
+    decay, turn = torch.exp(-rise), rise[1] - rise[0]
+    if student_first:
+        return Move(decay[0], decay[0], -decay[0] * turn)
+    near = decay[1] * torch.expm1(turn.clamp(-NEAR, NEAR))
+    return Move(decay[1], decay[0], torch.where(turn.abs() < NEAR, near, decay[0] - decay[1]))
+
+
+def scale_terms(sums, student_first):
+    """-> center and unit of the terms: p_s (d - E[d]), or p_s - p_t as e^v - e^u less its sum's part that e^u has."""
+    total, other_total, tilt, excess = sums
+    return (tilt / total, total) if student_first else (excess / total, other_total)
 
 
 def beside_peaks(partials, top, student_first):
@@ -367,8 +383,8 @@ class Witness:
         self.seen[:, part] += products(x, y, self.scratch)
         norms = self.norms(self.seen).nan_to_num(nan=0.0, posinf=0.0)  # a bad row must not decide for the others
         least = self.least * norms.square().mean().sqrt() * unit
-        # x and center * y apart: where they cancel now they may not with the last center
-        size = torch.abs(x, out=self.scratch.like(x, "size")).addcmul_(center.abs()[:, None], y)
+        size = torch.addcmul(x, center[:, None], y, value=-1, out=self.scratch.like(x, "size")).abs_()
+        size = torch.maximum(size, torch.abs(x, out=self.scratch.like(x, "mixed")), out=size)  # the center may move
         size.mul_(1 / least[:, None])
         kept = torch.stack([~(part.amax(0) < 1) for part in size.split(BLOCK)])  # a NaN keeps
         first = part.start // BLOCK
@@ -378,6 +394,11 @@ class Witness:
             for rows, mine in zip(z.split(BLOCK), left):
                 rows.mul_(mine)
         self.left[:, part] += products(x, y, self.scratch)
+
+    def settle(self, move, center, unit):
+        """What more entries, looked at elsewhere, make of these."""
+        self.seen, self.left = move.moments(*self.seen), move.moments(*self.left)
+        self.center, self.unit = center, unit
 
     def norms(self, moments):
         """(n,) of the rows' terms that the moments are of."""

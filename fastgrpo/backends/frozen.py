@@ -241,7 +241,9 @@ def affordable(problem, stats, slopes, grad_logp):
     """-> (n,) gradients of the rows whose slopes serve, 0 at the others; the rows that the exact backward does."""
     grad = grad_logp[slopes.rows]
     serves = grad != 0
-    if slopes.dropped is not None:
+    if problem.params.tolerance is None:
+        serves = serves if slopes.dropped is None else serves & (slopes.dropped == 0)  # inf where there was no room
+    elif slopes.dropped is not None:
         norms = problem.norms(stats)[slopes.rows]
         serves = certified_backward.within_tolerance(problem, norms, grad, slopes.dropped, serves)
     whole = (grad_logp != 0) & (problem.targets != IGNORE)

@@ -41,7 +41,7 @@ def forward(problem):
         part = slice(first, min(first + maker.height, rows.numel()))
         stats[:, rows[part]], dropped[part] = maker.make(rows[part], values[part])
         first = part.stop
-    return stats, Slopes(rows, values, dropped if leaves_out(problem) else None)
+    return stats, Slopes(rows, values, dropped)
 
 
 def leaves_out(problem):
@@ -98,7 +98,11 @@ class PanelMaker:
         return torch.stack(fold.finish()), dropped
 
     def fold_mixture(self, rows, terms):
-        """:class:`MixtureFold` of all entries, whose logits are made once and held between."""
+        """:class:`MixtureFold` of all entries, whose logits are made once and held between, where they fit."""
+        if rows.numel() * self.held > self.pool.memory.numel():
+            fold = MixtureFold(self.problem, divergence.know_both(self.problem, rows), terms)
+            divergence.fold_vocabulary(self.problem, rows, fold, with_slope=True)
+            return fold
         levels, held = KLFold(self.problem, rows), []
         for tile, other in divergence.pair_tiles(self.problem, rows, with_slope=True):
             mine = [None if x is None else self.pool.take(x.shape).copy_(x) for x in (tile.z, tile.slope, other)]

@@ -18,6 +18,7 @@ slopes_like = frozen.slopes_like
 divergence_forward = divergence.forward
 divergence_partials = divergence.divergence_partials
 mixture_sums = divergence.mixture_sums
+certified_partials = divergence.certified_partials
 certified_divergence_forward = divergence.certified_forward
 frozen_divergence_forward = frozen_divergence.forward
 backward = dense_backward.backward
