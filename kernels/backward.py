@@ -14,7 +14,7 @@ import triton.language as tl
 from fastgrpo.backends import staircase
 from fastgrpo.backends.problem import new_gradients, row_scale, sum_entries
 from fastgrpo.inputs import IGNORE, compact_rows
-from fastgrpo.kernels import tiles
+from fastgrpo.kernels import forward, tiles
 from fastgrpo.kernels.arguments import (
     TO_TRITON,
     Selection,
@@ -43,6 +43,7 @@ from fastgrpo.kernels.common import (
     without_dust,
 )
 from fastgrpo.kernels.panels import Cut, Panels
+from fastgrpo.kernels.plan import positions_of
 from fastgrpo.kernels.products import (
     add_product,
     copy_tile,
@@ -50,6 +51,7 @@ from fastgrpo.kernels.products import (
     dweight_kernel,
     gather_rows,
     scatter_kernel,
+    slabs_for,
     spans,
 )
 from fastgrpo.kernels.row_math import gradient_at_label
@@ -142,6 +144,9 @@ def dlogits_kernel(
     tl.store(out, dz.to(dlogits_ptr.dtype.element_ty))
 
 
+SLABS_SHARE = 0.2  # of the workspace at most
+
+
 class Factor(NamedTuple):
     """One of the products that make the logits: rows times entries, and what its gradients' GEMMs need."""
 
@@ -194,14 +199,20 @@ class Work:
         # an order of their own are copied chunk by chunk, and that not once more for each chunk of rows.
         self.rows_outside = plan.entries is None and all(f.d_entries is None for f in factors)
         copies = plan.entries is not None and described
-        cut = self.cut(dtype.itemsize + (4 / tile.cols if spread else 0), copies)
+        self.programs = forward.processor_count(self.device)
+        cell = dtype.itemsize + (4 / tile.cols if spread else 0)
+        self.slabs = [self.slabs_of(k, copies, dtype) for k in range(len(factors))] if plan.entries is not None else []
+        cut = self.cut(cell, copies)
+        if cut.rows < self.n and self.slabs:
+            self.slabs = []
+            cut = self.cut(cell, copies)
         self.panels = Panels(cut, vocab, dtype, self.device, plan.stops_head, plan.stops_hidden, plan.entries)
         if copies:
             self.panels.copy_entries(problem.weight)
         self.rows = min(cut.rows, self.n)
         self.gathered = [self.room_for_rows(k) for k in range(len(factors))]
         held = self.rows if self.rows_outside else self.n
-        self.row_sums = [self.new(held, f.depth) if f.d_rows is not None else None for f in factors]
+        self.row_sums = [self.new_sum(k, held) for k in range(len(factors))]
         apart, entries = self.rows < self.n, cut.most * tiles.WIDTH  # entries summed over several chunks of rows
         self.entry_sums = [self.new(entries, f.depth) if apart and f.d_entries is not None else None for f in factors]
         self.means = [None] * len(factors)
@@ -211,6 +222,26 @@ class Work:
     def new(self, rows, cols, dtype=torch.float32):
         return torch.empty(rows, cols, dtype=dtype, device=self.device)
 
+    def slabs_of(self, k, copies, dtype):
+        """:class:`Slabs` of factor k's rows, where they are a small part of the workspace; or None."""
+        tile = tiles.for_tensor("dhidden", dtype, self.device, described=copies and k == 0)
+        slabs = slabs_for(tile, self.factors[k].depth, self.programs)
+        size = 4 * sum(slabs) * self.factors[k].depth
+        small = size <= SLABS_SHARE * self.problem.params.workspace
+        return slabs if small and min(slabs) and self.factors[k].d_rows is not None else None
+
+    def slabs_for(self, k):
+        return self.slabs[k] if self.slabs else None
+
+    def new_sum(self, k, held):
+        if self.factors[k].d_rows is None:
+            return None
+        slabs = self.slabs_for(k)
+        total = self.new(held + sum(slabs or ()), self.factors[k].depth)
+        if slabs:
+            total[held:].zero_()
+        return total
+
     def cut(self, cell, copies):
         factors, problem = self.factors, self.problem
         per_row = sum(f.depth * f.rows.element_size() for k, f in enumerate(factors) if self.copies_a_chunk(k))
@@ -218,7 +249,8 @@ class Work:
             per_row += sum(4 * f.depth for f in factors if f.d_rows is not None)
         summed = sum(4 * f.depth for f in factors if f.d_entries is not None)
         copied = problem.weight.shape[1] * problem.weight.element_size() if copies else 0
-        return Cut(self.n, problem.sizes[1], problem.params.workspace, cell, per_row, copied, summed)
+        slabs = sum(4 * sum(rows) * f.depth for rows, f in zip(self.slabs, factors) if rows)
+        return Cut(self.n, problem.sizes[1], problem.params.workspace - slabs, cell, per_row, copied, summed)
 
     def is_read(self, k):
         """Whether a GEMM reads factor k's rows: the logits' the head's, dW's its own."""
@@ -261,14 +293,6 @@ def backward(problem, stats, grad_logp, grad_entropy, needs):
         active, *compact_rows(active), problem.weight.shape[0]))  # fmt: skip
 
 
-def certified_backward(problem, stats, certificate, grad_logp, needs):
-    """As :func:`backward`, of the entries that matter: within the certificate's tolerances, without waiting either."""
-    grad_logp = grad_logp.contiguous()
-    active = (problem.targets != IGNORE) & (grad_logp != 0)
-    return climb(problem, stats, [grad_logp], active, needs, lambda: staircase.make(
-        problem, stats, certificate, grad_logp, needs))  # fmt: skip
-
-
 def climb(problem, stats, grads, active, needs, make_plan, launcher=None):
     out = new_gradients(problem, needs)
     if problem.targets.numel() == 0 or not any(needs):
@@ -278,7 +302,7 @@ def climb(problem, stats, grads, active, needs, make_plan, launcher=None):
         return out
     plan = make_plan()
     d_bias = torch.zeros(problem.bias.shape, dtype=torch.float32, device=problem.bias.device) if needs.bias else None
-    scale = row_scale(*(torch.where(active, g, 0.0) for g in grads))
+    scale = row_scale(*(torch.where(active, g, 0.0) for g in grads)) if plan.scale is None else plan.scale
     factors = make_factors(problem, scale, out)
     # A row's dlogits add up to 0, so what those made lack of it is what was left out: put back as if spread evenly.
     sums_to_0 = problem.params.softcap is None and not problem.params.shard
@@ -340,6 +364,8 @@ class Launcher:
         entries = self.plan.entries
         if entries is None:
             return targets
+        if self.plan.positions is not None:
+            return positions_of(targets, self.plan.positions)
         positions = torch.empty_like(entries).scatter_(0, entries, torch.arange(len(entries), device=entries.device))
         inside = (targets >= 0) & (targets < len(entries))
         return torch.where(inside, positions[torch.where(inside, targets, 0)], targets)
@@ -415,6 +441,7 @@ class Launcher:
         add_product(
             work.panels, factor.entries, total, self.plan.count, first_row, last_row, chunk,
             first_held=work.first_held(first_row, total), mean=work.means[k], copied=k == 0,
+            slabs=work.slabs_for(k), programs=work.programs if work.slabs_for(k) else 0,
         )  # fmt: skip
 
     def dweight_tile(self, k):
@@ -478,12 +505,15 @@ class Launcher:
 
     def scatter_all(self, first_row, last_row):
         """The finished sums of some rows into their gradients, over what was gathered there."""
-        for factor, total in zip(self.work.factors, self.work.row_sums):
+        for k, (factor, total) in enumerate(zip(self.work.factors, self.work.row_sums)):
             if total is None:
                 continue
+            slabs = self.work.slabs_for(k)
             tile = copy_tile(factor.depth)
             scatter_kernel[(cdiv(last_row - first_row, tile.rows) * cdiv(factor.depth, tile.cols),)](
                 sum_ptr=total,
+                slabs=slabs,
+                held=0 if slabs is None else len(total) - sum(slabs),
                 rows_ptr=self.plan.rows,
                 count_ptr=self.plan.count,
                 scale_ptr=factor.rows_scale,

@@ -6,6 +6,8 @@ entries in place or, where descriptors want them in another order, from a copy o
 a fixed order.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -104,7 +106,39 @@ def sum_so_far(total_ptrs, mask, decay_ptr, at, mask_n, chunk):
     return total
 
 
-@triton.jit(do_not_specialize=["first_row", "last_row", "first_held", "chunk", "V"])
+class Slabs(NamedTuple):
+    """Rows that stand behind a sum for what is summed apart, see :func:`dhidden_kernel`, those of one slab after the
+    other's: where a chunk is needed by few rows, its entries are split, up to four ways, to fill the processors."""
+
+    first: int
+    second: int
+    third: int
+
+
+def slabs_for(tile, depth, programs):
+    """:class:`Slabs` of a product with tiles of so many columns; programs: that run at once."""
+    across = cdiv(depth, tile.cols)
+    return Slabs(*(tile.rows * (programs // (ways * across)) for ways in (2, 3, 4)))
+
+
+@triton.jit
+def own_split(pid, programs, stop, first_row, tiles_d, chunk, slabs, BLOCK_N: tl.constexpr):
+    """-> program of its split, split, how many there are: as many as run at once, in the first chunk one."""
+    rows = tl.maximum(stop - first_row, 1)
+    each = tl.cdiv(rows, BLOCK_N) * tiles_d
+    splits = tl.maximum(tl.minimum(programs // each, len(slabs) + 1), 1)
+    splits = tl.where(chunk > 0, splits, 1)
+    each = tl.where(splits > 1, each, tl.num_programs(0))
+    return pid % each, pid // each, splits
+
+
+@triton.jit
+def slab_begin(slabs, split):
+    """Where a split's rows begin behind the sum."""
+    return tl.where(split > 1, slabs.first, 0) + tl.where(split > 2, slabs.second, 0)
+
+
+@triton.jit(do_not_specialize=["first_row", "last_row", "first_held", "chunk", "V", "held", "programs"])
 def dhidden_kernel(
     dlogits_ptr,  # panels of the chunk
     dlogits_desc,  # of them as (rows, PANEL), and
@@ -120,6 +154,9 @@ def dhidden_kernel(
     sums_ptr,  # (tiles, rows of a panel) fp32 sums of the rows of dlogits tiles; or None
     mean_ptr,  # (D,) fp32 mean of the entries, in whose direction goes what a row's dlogits lack of a sum of 0
     sum_ptr,  # (held, D) fp32, the chunks before; nothing in the first
+    slabs,  # Slabs behind the sum, 0 before the first chunk; or None
+    held,  # rows of the sum, where there are slabs
+    programs,  # that run at once
     first_row,
     last_row,
     first_held,
@@ -137,13 +174,20 @@ def dhidden_kernel(
 ):
     """sum = decay * sum + dlogits @ entries of the chunk."""
     tiles_d = tl.cdiv(D, BLOCK_D)
-    block = tl.program_id(0) // tiles_d
-    first_d = tl.program_id(0) % tiles_d * BLOCK_D
+    pid = tl.program_id(0)
     stop = tl.minimum(tl.load(count_ptr), last_row)
+    first, last, height = chunk_panels(cuts_ptr, head_stops_ptr, chunk, first_row, last_row, PANEL)
+    begin = 0  # the first of the chunk's entries that is added up here
+    if slabs is not None:
+        tall = tl.load(stops_ptr + first, mask=first < last, other=0)
+        pid, split, splits = own_split(pid, programs, tl.minimum(tall, stop), first_row, tiles_d, chunk, slabs, BLOCK_N)
+        if split >= splits:
+            return
+    block = pid // tiles_d
+    first_d = pid % tiles_d * BLOCK_D
     start = first_row + block * BLOCK_N
     if start >= stop:
         return
-    first, last, height = chunk_panels(cuts_ptr, head_stops_ptr, chunk, first_row, last_row, PANEL)
     needed = panels_needed(stops_ptr, first, last, start)
     if (needed == first) & (chunk > 0):
         return
@@ -155,14 +199,22 @@ def dhidden_kernel(
         place = tl.load(rows_ptr + first_row + local, mask=mask_n, other=0)
         total_ptrs = sum_ptr + place[:, None] * D + offs_d[None, :]
     else:
-        total_ptrs = sum_ptr + tl.cast(start - first_held, tl.int64) * D
+        row = start - first_held
+        if slabs is not None:
+            row += tl.where(split > 0, held + slab_begin(slabs, split), 0)
+        total_ptrs = sum_ptr + tl.cast(row, tl.int64) * D
         total_ptrs = total_ptrs + tl.arange(0, BLOCK_N)[:, None] * D + offs_d[None, :]
+    lacked = needed - first  # panels whose rows' sums are put back
+    if slabs is not None:
+        begin = lacked * split // splits * PANEL
+        needed = first + lacked * (split + 1) // splits
+        lacked = tl.where(split == 0, lacked, 0)
     first_v = first * PANEL
     length = tl.minimum((needed - first) * PANEL, V - first_v)
     if w_desc is not None:  # the sum so far is read first: beside a wide tile there is no room for it
         acc = sum_so_far(total_ptrs, mask, decay_ptr, first_row + local, mask_n, chunk)
         first_w = first_v if ids_ptr is None else 0
-        for v in range(0, length, BLOCK_V):
+        for v in range(begin, length, BLOCK_V):
             dz = dlogits_desc.load([v // PANEL * height + block * BLOCK_N, v % PANEL])
             w = w_desc.load([first_w + v, first_d])
             acc = tl.dot(dz, w, acc)
@@ -172,10 +224,12 @@ def dhidden_kernel(
         dz_ptrs = dlogits_ptr + tl.cast(block * BLOCK_N, tl.int64) * PANEL
         dz_ptrs = dz_ptrs + tl.arange(0, BLOCK_N)[:, None] * PANEL + offs_v[None, :]
         to_next_panel = (tl.cast(height, tl.int64) - 1) * PANEL
+        if slabs is not None:
+            dz_ptrs += begin * tl.cast(height, tl.int64)
         w_ptrs = entries_ptr + offs_d[None, :] * tl.cast(stride_d, tl.int64)
         if ids_ptr is None:
-            w_ptrs = w_ptrs + (first_v + offs_v).to(tl.int64)[:, None] * stride_v
-        for v in range(0, length, BLOCK_V):
+            w_ptrs = w_ptrs + (first_v + begin + offs_v).to(tl.int64)[:, None] * stride_v
+        for v in range(begin, length, BLOCK_V):
             dz = tl.load(dz_ptrs)
             mask_w = (v + offs_v < length)[:, None] & (offs_d < D)[None, :]
             if ids_ptr is not None:
@@ -189,14 +243,16 @@ def dhidden_kernel(
             dz_ptrs += tl.multiple_of(step, 16)
         acc += sum_so_far(total_ptrs, mask, decay_ptr, first_row + local, mask_n, chunk)
     if mean_ptr is not None:
-        lacking = sum_panels(sums_ptr, (needed - first) * SUMS_A_PANEL, height, local, mask_n, BLOCK_N)
+        lacking = sum_panels(sums_ptr, lacked * SUMS_A_PANEL, height, local, mask_n, BLOCK_N)
         acc -= lacking[:, None] * tl.load(mean_ptr + offs_d, mask=offs_d < D, other=0.0)[None, :]
     tl.store(total_ptrs, acc, mask=mask)
 
 
-@triton.jit(do_not_specialize=["first_row", "last_row", "first_held"])
+@triton.jit(do_not_specialize=["first_row", "last_row", "first_held", "held"])
 def scatter_kernel(
     sum_ptr,  # (held, D) fp32
+    slabs,  # Slabs behind it, or None
+    held,
     rows_ptr,  # (N,) a permutation
     count_ptr,  # (1,)
     scale_ptr,  # (1,)
@@ -215,7 +271,15 @@ def scatter_kernel(
     mask_n, mask_d = offs_n < last_row, offs_d < D
     has_gradient = offs_n < tl.minimum(tl.load(count_ptr), last_row)
     sum_ptrs = sum_ptr + (offs_n - first_held).to(tl.int64)[:, None] * D + offs_d[None, :]
-    total = tl.load(sum_ptrs, mask=has_gradient[:, None] & mask_d[None, :], other=0.0) / tl.load(scale_ptr)
+    total = tl.load(sum_ptrs, mask=has_gradient[:, None] & mask_d[None, :], other=0.0)
+    if slabs is not None:
+        first = held
+        for k in tl.static_range(len(slabs)):
+            slab_ptrs = sum_ptr + (first + offs_n).to(tl.int64)[:, None] * D + offs_d[None, :]
+            mask = (has_gradient & (offs_n < slabs[k]))[:, None] & mask_d[None, :]
+            total += tl.load(slab_ptrs, mask=mask, other=0.0)
+            first += slabs[k]
+    total = total / tl.load(scale_ptr)
     rows = tl.load(rows_ptr + offs_n, mask=mask_n, other=0)
     out = out_ptr + rows[:, None] * D + offs_d[None, :]
     tl.store(out, total.to(out_ptr.dtype.element_ty), mask=mask_n[:, None] & mask_d[None, :])
@@ -362,16 +426,17 @@ def gather(source, rows, count, out, cuts, chunk, first_row, last_row, first_hel
 
 
 def add_product(panels, entries, total, count, first_row, last_row, chunk, first_held=0, rows=None, decay=None,
-                mean=None, copied=True):  # fmt: skip
+                mean=None, copied=True, slabs=None, programs=0):  # fmt: skip
     """total = decay * total + dlogits @ entries of a chunk, see :func:`dhidden_kernel`.
 
     Args:
+        slabs: :class:`Slabs` or None. programs: that run at once, as many as slabs were made for.
         panels: :class:`fastgrpo.kernels.panels.Panels`. copied: whether it copies these entries, if any.
     """
     depth, dlogits = entries.shape[1], panels.dlogits
     tile, dlogits_desc, w_desc = panels.product_tile(entries, copied)
     blocks = cdiv(min(last_row - first_row, panels.rows), tile.rows)
-    dhidden_kernel[(blocks * cdiv(depth, tile.cols),)](
+    dhidden_kernel[(max(blocks * cdiv(depth, tile.cols), programs),)](
         dlogits_ptr=dlogits,
         dlogits_desc=dlogits_desc,
         w_desc=w_desc,
@@ -386,6 +451,9 @@ def add_product(panels, entries, total, count, first_row, last_row, chunk, first
         sums_ptr=None if mean is None else panels.sums,
         mean_ptr=mean,
         sum_ptr=total,
+        slabs=slabs,
+        held=0 if slabs is None else len(total) - sum(slabs),
+        programs=programs,
         first_row=first_row,
         last_row=last_row,
         first_held=first_held,
