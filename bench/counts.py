@@ -95,14 +95,19 @@ class native:
     """Products as on CUDA, where a 16-bit one returns its sum in fp32."""
 
     def __enter__(self):
-        from fastgrpo.kernels import backward
+        from fastgrpo.kernels import backward, forward
 
+        self.processors = forward.processor_count
+        forward.processor_count = lambda device: PROCESSORS
         self.saved = [(module, name, getattr(module, name)) for module in (lora, backward) for name in
                       ("has_native", "mm16")]  # fmt: skip
         for module, _, _ in self.saved:
             module.has_native, module.mm16 = has_native, torch.mm
 
     def __exit__(self, *error):
+        from fastgrpo.kernels import forward
+
+        forward.processor_count = self.processors
         for module, name, value in self.saved:
             setattr(module, name, value)
 
@@ -128,17 +133,20 @@ def make_staircase(n, vocab, depth, profile="rl", head="trained", seed=0):
 
 def cut_chunks(stairs, n, vocab, depth, head, workspace_mb):
     """-> [(first panel, the one after the last)] of the chunks that hold something, and how many are launched."""
+    from fastgrpo.kernels.backward import SLABS_SHARE
     from fastgrpo.kernels.panels import Cut
-    from fastgrpo.kernels.products import slabs_for
+    from fastgrpo.kernels.products import slab_rows, ways_for
     from fastgrpo.kernels.tiles import WIDTH, lookup
 
     summed = 4 * depth if head == "trained" else 0
-    slabs = slabs_for(lookup("dhidden", 2, "sm_90", described=True), depth, PROCESSORS)
-    cut = Cut(n, vocab, int(workspace_mb * 2**20) - 4 * sum(slabs) * depth, 2 + 4 / WIDTH, 0, 2 * depth, summed)
+    tile = lookup("dhidden", 2, "sm_90", described=True)
+    slabs = 4 * depth * slab_rows(ways_for(tile, depth, PROCESSORS), tile)
+    slabs = 0 if slabs > SLABS_SHARE * workspace_mb * 2**20 else slabs
+    cut = Cut(n, vocab, int(workspace_mb * 2**20) - slabs, 2 + 4 / WIDTH, 0, depth, summed)
     stops, at, chunks = stairs.stops_head.tolist(), 0, []
     while at < len(stops):
         height = -(-max(min(stops[at], cut.rows), 1) // WIDTH) * WIDTH
-        last = min(at + max(min(cut.room // height, cut.most), 1), len(stops))
+        last = min(at + max(min(cut.room // (height + depth), cut.most), 1), len(stops))
         chunks.append((at, last))
         at = last
     return chunks, cut.chunks
@@ -155,6 +163,7 @@ def makespan(costs, slots):
 def count_work(stairs, vocab, depth, head="trained", workspace_mb=128, processors=PROCESSORS, split=True):
     """-> {pass: :class:`Work`} of a backward in bf16 with Hopper's tiles. split: whether narrow chunks are, for dX."""
     from fastgrpo.kernels import tiles
+    from fastgrpo.kernels.products import ways_for
 
     n, width = stairs.rows.numel(), tiles.WIDTH
     shapes = {name: tiles.lookup(name, 2, "sm_90", described=True) for name in RESIDENT}
@@ -164,7 +173,7 @@ def count_work(stairs, vocab, depth, head="trained", workspace_mb=128, processor
         made, entries = 2 * sum(of_head[first:last]) * width, 2 * (last - first) * width * depth
         for name, total in totals.items():
             stops = (of_hidden if name == "dhidden" else of_head)[first:last]
-            splits = processors if name == "dhidden" and first and split else 0
+            splits = ways_for(shapes[name], depth, processors) if name == "dhidden" and split else 1
             programs = PROGRAMS[name](stops, shapes[name], width, depth, splits)
             cells, slots, rows = sum(stops) * width, processors * RESIDENT[name], max(stops) * depth
             # dlogits, entries and rows once each; entries are copied first, a sum of fp32 is read and written
@@ -174,22 +183,24 @@ def count_work(stairs, vocab, depth, head="trained", workspace_mb=128, processor
     return {name: Work(*total) for name, total in totals.items()}
 
 
-def dlogits_programs(stops, tile, width, depth, splits=0):
+def dlogits_programs(stops, tile, width, depth, splits=1):
     """Cells that each program works through, in the order they start in; steps of D count as of the last, whole."""
     cells = tile.rows * tile.cols * math.ceil(depth / tile.depth) * tile.depth / depth
     return [cells] * sum(-(-s // tile.rows) * (width // tile.cols) for s in stops)
 
 
-def dhidden_programs(stops, tile, width, depth, splits=0):
-    """splits: how many programs the entries are split for, see :func:`fastgrpo.kernels.products.own_split`."""
-    across, share = math.ceil(depth / tile.cols), tile.cols / depth
-    needed = [sum(s > row for s in stops) for row in range(0, stops[0], tile.rows)]
-    ways = max(min(splits // max(len(needed) * across, 1), 4), 1)
-    parts = [(panels * (k + 1) // ways - panels * k // ways) * width for k in range(ways) for panels in needed]
-    return [tile.rows * length * share for length in parts for _ in range(across)]
+def dhidden_programs(stops, tile, width, depth, splits=1):
+    """splits: ways that the first block's entries are split, see :func:`fastgrpo.kernels.products.own_split`."""
+    across, share, costs = math.ceil(depth / tile.cols), tile.cols / depth, []
+    blocks, split = math.ceil(stops[0] / tile.rows), splits // 2
+    for block in [*range(split, blocks), *range(min(split, blocks))]:
+        panels = sum(s > block * tile.rows for s in stops)
+        ways = max(splits >> block.bit_length(), 1)
+        costs += [(panels * (k + 1) // ways - panels * k // ways) * width for k in range(ways) for _ in range(across)]
+    return [tile.rows * length * share for length in costs]
 
 
-def dweight_programs(stops, tile, width, depth, splits=0):
+def dweight_programs(stops, tile, width, depth, splits=1):
     share = tile.cols / depth
     return [tile.rows * -(-s // tile.depth) * tile.depth * share for s in stops for _ in
             range(width // tile.rows * math.ceil(depth / tile.cols))]  # fmt: skip

@@ -88,6 +88,7 @@ def share_kernel(
     words,
     TILE: tl.constexpr,
     CERTIFIED: tl.constexpr,  # rows of a block of the certificate
+    PARTS: tl.constexpr,  # at least as many as there are
     PANEL: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -97,9 +98,9 @@ def share_kernel(
     total = tl.load(shares_ptr + places, mask=mask_n & (first_column > 0), other=0.0)
     for first in range(0, columns, PANEL):
         column = first + tl.arange(0, PANEL)
-        mass = tl.zeros((PANEL,), tl.float32)
-        for part in range(parts):
-            mass += tl.load(masses_ptr + part * columns + column)
+        part = tl.arange(0, PARTS)
+        at = masses_ptr + part[:, None] * columns + column[None, :]
+        mass = tl.sum(tl.load(at, mask=(part < parts)[:, None], other=0.0), axis=0)
         counted = (mass > 0) & (first_column + column < count)
         weight = tl.where(counted, 1.0 / tl.where(counted, mass, 1.0), 0.0)
         dz, _ = sampled(dlogits_ptr, states_ptr, places, column, height, mask_n, PANEL)
@@ -303,6 +304,7 @@ class SampleCut(NamedTuple):
     room: int
     most: int
     chunks: int
+    copied: int = 0
 
 
 class Memory(NamedTuple):
@@ -428,6 +430,7 @@ class Audit:
                 words=self.certificate.flags.shape[1],
                 TILE=self.certificate.tile,
                 CERTIFIED=self.certificate.block,
+                PARTS=PARTS,
                 PANEL=tiles.WIDTH,
                 BLOCK_N=32,
             )

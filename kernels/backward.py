@@ -45,21 +45,22 @@ from fastgrpo.kernels.common import (
 from fastgrpo.kernels.panels import Cut, Panels
 from fastgrpo.kernels.plan import positions_of
 from fastgrpo.kernels.products import (
+    Split,
     add_product,
-    copy_tile,
     dbias_kernel,
     dweight_kernel,
     gather_rows,
-    scatter_kernel,
-    slabs_for,
+    scatter,
+    slab_rows,
     spans,
+    ways_for,
 )
 from fastgrpo.kernels.row_math import gradient_at_label
 from fastgrpo.kernels.tiles import cdiv
 from fastgrpo.lora import has_native, mm16
 
 
-@triton.jit(do_not_specialize=["first_row", "last_row", "first_held", "chunk", "N"])
+@triton.jit(do_not_specialize=["first_row", "last_row", "first_held", "chunk", "N", "copied_rows"])
 def dlogits_kernel(
     x_ptr,  # (held, D) rows of hidden, gathered
     x_desc,  # of it, and
@@ -84,6 +85,7 @@ def dlogits_kernel(
     first_held,
     chunk,
     N,
+    copied_rows,  # that w_desc reads, with ids: the chunk's are the last ones
     logits,  # Logits
     WHOLE_D: tl.constexpr,
     COMPUTE: tl.constexpr,
@@ -108,7 +110,7 @@ def dlogits_kernel(
     offs_n = start + tl.arange(0, BLOCK_N)
     mask_n = offs_n < stop
     rows, label = selected_rows(selection, offs_n, mask_n, head.V)
-    first_w = first_v if ids_ptr is None else local_v
+    first_w = first_v if ids_ptr is None else copied_rows - (last - first) * PANEL + local_v
     value = raw_logits(
         x_ptr, x_desc, w_desc, head, bias_ptr, low_rank, ids_ptr, rows, start - first_held, stop - 1 - first_held,
         first_v, first_w, WHOLE_D, COMPUTE, BLOCK_N, BLOCK_V, BLOCK_D,
@@ -199,12 +201,11 @@ class Work:
         # an order of their own are copied chunk by chunk, and that not once more for each chunk of rows.
         self.rows_outside = plan.entries is None and all(f.d_entries is None for f in factors)
         copies = plan.entries is not None and described
-        self.programs = forward.processor_count(self.device)
         cell = dtype.itemsize + (4 / tile.cols if spread else 0)
-        self.slabs = [self.slabs_of(k, copies, dtype) for k in range(len(factors))] if plan.entries is not None else []
+        self.splits = [self.splits_of(k, copies, plan.entries is None) for k in range(len(factors))]
         cut = self.cut(cell, copies)
-        if cut.rows < self.n and self.slabs:
-            self.slabs = []
+        if cut.rows < self.n:
+            self.splits = [Split()] * len(factors)
             cut = self.cut(cell, copies)
         self.panels = Panels(cut, vocab, dtype, self.device, plan.stops_head, plan.stops_hidden, plan.entries)
         if copies:
@@ -222,25 +223,20 @@ class Work:
     def new(self, rows, cols, dtype=torch.float32):
         return torch.empty(rows, cols, dtype=dtype, device=self.device)
 
-    def slabs_of(self, k, copies, dtype):
-        """:class:`Slabs` of factor k's rows, where they are a small part of the workspace; or None."""
-        tile = tiles.for_tensor("dhidden", dtype, self.device, described=copies and k == 0)
-        slabs = slabs_for(tile, self.factors[k].depth, self.programs)
-        size = 4 * sum(slabs) * self.factors[k].depth
-        small = size <= SLABS_SHARE * self.problem.params.workspace
-        return slabs if small and min(slabs) and self.factors[k].d_rows is not None else None
-
-    def slabs_for(self, k):
-        return self.slabs[k] if self.slabs else None
+    def splits_of(self, k, copies, exact):
+        """:class:`Split` of factor k's sum, whose slabs may be a small part of the workspace."""
+        depth, tile = self.factors[k].depth, tiles.for_tensor(
+            "dhidden", self.problem.params.compute_dtype, self.device, described=copies and k == 0)  # fmt: skip
+        ways = ways_for(tile, depth, forward.processor_count(self.device))
+        rows = slab_rows(ways, tile)
+        if exact or self.factors[k].d_rows is None or 4 * rows * depth > SLABS_SHARE * self.problem.params.workspace:
+            return Split()
+        return Split(ways, tile.rows, rows)
 
     def new_sum(self, k, held):
         if self.factors[k].d_rows is None:
             return None
-        slabs = self.slabs_for(k)
-        total = self.new(held + sum(slabs or ()), self.factors[k].depth)
-        if slabs:
-            total[held:].zero_()
-        return total
+        return self.new(held + self.splits[k].rows, self.factors[k].depth)
 
     def cut(self, cell, copies):
         factors, problem = self.factors, self.problem
@@ -248,8 +244,8 @@ class Work:
         if self.rows_outside:
             per_row += sum(4 * f.depth for f in factors if f.d_rows is not None)
         summed = sum(4 * f.depth for f in factors if f.d_entries is not None)
-        copied = problem.weight.shape[1] * problem.weight.element_size() if copies else 0
-        slabs = sum(4 * sum(rows) * f.depth for rows, f in zip(self.slabs, factors) if rows)
+        copied = problem.weight.shape[1] if copies else 0  # each entry takes its width of a panel's rows
+        slabs = sum(4 * split.rows * f.depth for split, f in zip(self.splits, factors))
         return Cut(self.n, problem.sizes[1], problem.params.workspace - slabs, cell, per_row, copied, summed)
 
     def is_read(self, k):
@@ -416,6 +412,7 @@ class Launcher:
             "first_held": work.first_held(first_row, x),
             "chunk": chunk,
             "N": n,
+            "copied_rows": panels.copied_rows,
             "logits": self.logits,
             "WHOLE_D": depth % tile.depth == 0,
             "COMPUTE": self.compute,
@@ -441,7 +438,7 @@ class Launcher:
         add_product(
             work.panels, factor.entries, total, self.plan.count, first_row, last_row, chunk,
             first_held=work.first_held(first_row, total), mean=work.means[k], copied=k == 0,
-            slabs=work.slabs_for(k), programs=work.programs if work.slabs_for(k) else 0,
+            ways=work.splits[k].ways,
         )  # fmt: skip
 
     def dweight_tile(self, k):
@@ -508,21 +505,6 @@ class Launcher:
         for k, (factor, total) in enumerate(zip(self.work.factors, self.work.row_sums)):
             if total is None:
                 continue
-            slabs = self.work.slabs_for(k)
-            tile = copy_tile(factor.depth)
-            scatter_kernel[(cdiv(last_row - first_row, tile.rows) * cdiv(factor.depth, tile.cols),)](
-                sum_ptr=total,
-                slabs=slabs,
-                held=0 if slabs is None else len(total) - sum(slabs),
-                rows_ptr=self.plan.rows,
-                count_ptr=self.plan.count,
-                scale_ptr=factor.rows_scale,
-                out_ptr=factor.d_rows,
-                first_row=first_row,
-                last_row=last_row,
-                first_held=self.work.first_held(first_row, total),
-                D=factor.depth,
-                BLOCK_N=tile.rows,
-                BLOCK_D=tile.cols,
-                num_warps=tile.warps,
-            )
+            held = self.work.first_held(first_row, total)
+            scatter(total, self.work.splits[k], self.plan.rows, self.plan.count, factor.rows_scale, factor.d_rows,
+                    first_row, last_row, held)  # fmt: skip

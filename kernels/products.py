@@ -17,7 +17,7 @@ from fastgrpo.kernels.common import chunk_panels, entry_ids, row_offsets
 from fastgrpo.kernels.tiles import cdiv
 
 
-@triton.jit(do_not_specialize=["chunks", "panels", "room", "most", "rows"])
+@triton.jit(do_not_specialize=["chunks", "panels", "room", "most", "rows", "copied"])
 def cut_kernel(
     stops_ptr,  # (panels,) leading rows that each panel's entries need, not rising
     cuts_ptr,  # (chunks + 1,) out: the first panel of each chunk
@@ -26,6 +26,7 @@ def cut_kernel(
     room,  # rows of panels that the buffer holds
     most,  # panels of a chunk at most
     rows,  # of a panel at most
+    copied,  # rows that the copy of a panel's entries takes
     PANEL: tl.constexpr,
 ):
     """As many panels a chunk as fit, by the rows that its first one needs; chunks that are left over are empty."""
@@ -34,7 +35,7 @@ def cut_kernel(
     for chunk in range(chunks):
         stop = tl.load(stops_ptr + at, mask=at < panels, other=1)
         height = tl.cdiv(tl.maximum(tl.minimum(stop, rows), 1), PANEL) * PANEL
-        at = tl.minimum(at + tl.maximum(tl.minimum(room // height, most), 1), panels)
+        at = tl.minimum(at + tl.maximum(tl.minimum(room // (height + copied), most), 1), panels)
         tl.store(cuts_ptr + chunk + 1, at)
 
 
@@ -47,7 +48,7 @@ def gather_kernel(
     out_ptr,  # (held, D) out
     first_row,
     last_row,
-    first_held,  # the row of rows_ptr that out's first one holds; with cuts the chunk's first
+    first_held,  # the row that out's first one holds; with cuts the rows of out, whose last ones are written
     chunk,
     D,
     T,
@@ -61,7 +62,7 @@ def gather_kernel(
     if cuts_ptr is not None:
         first_row = tl.load(cuts_ptr + chunk) * PANEL
         stop = tl.load(cuts_ptr + chunk + 1) * PANEL  # a panel's last rows may lie beyond last_row: they are 0
-        first_held = first_row
+        first_held = stop - first_held
     tiles_d = tl.cdiv(D, BLOCK_D)
     offs_n = first_row + tl.program_id(0) // tiles_d * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_d = tl.program_id(0) % tiles_d * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -106,39 +107,65 @@ def sum_so_far(total_ptrs, mask, decay_ptr, at, mask_n, chunk):
     return total
 
 
-class Slabs(NamedTuple):
-    """Rows that stand behind a sum for what is summed apart, see :func:`dhidden_kernel`, those of one slab after the
-    other's: where a chunk is needed by few rows, its entries are split, up to four ways, to fill the processors."""
-
-    first: int
-    second: int
-    third: int
+# The first rows need the most entries, and in the narrow chunks none but them: they alone give too few programs. So the
+# entries of the first block of rows are split up to so many ways, of the second half as many, of the third and the
+# fourth a quarter ... What split k > 0 adds up stands in a slab of rows behind the sum; the slabs of splits 2^l ..
+# 2^(l + 1) - 1 have as many rows together as that of split 1.
+MOST_WAYS, LEVELS = 16, tl.constexpr(4)
 
 
-def slabs_for(tile, depth, programs):
-    """:class:`Slabs` of a product with tiles of so many columns; programs: that run at once."""
-    across = cdiv(depth, tile.cols)
-    return Slabs(*(tile.rows * (programs // (ways * across)) for ways in (2, 3, 4)))
+class Split(NamedTuple):
+    """Of a sum of rows."""
+
+    ways: int = 1  # one: it is not split
+    block: int = 1  # rows that are split together
+    rows: int = 0  # of its slabs
+
+
+def ways_for(tile, depth, programs):
+    """How often the first block of rows is split, a power of two: ``programs`` run at once; 1: nothing is split."""
+    each = cdiv(depth, tile.cols)
+    return max(w for w in (1, 2, 4, 8, MOST_WAYS) if w == 1 or w * each <= programs)
+
+
+def slab_rows(ways, tile):
+    """Rows behind the sum that hold what is split."""
+    return ways // 2 * (ways.bit_length() - 1) * tile.rows
+
+
+def split_blocks(ways):
+    """-> blocks of rows that are split, and blocks of programs they take."""
+    return (ways // 2, ways // 2 * ways.bit_length()) if ways > 1 else (0, 0)
 
 
 @triton.jit
-def own_split(pid, programs, stop, first_row, tiles_d, chunk, slabs, BLOCK_N: tl.constexpr):
-    """-> program of its split, split, how many there are: as many as run at once, in the first chunk one."""
-    rows = tl.maximum(stop - first_row, 1)
-    each = tl.cdiv(rows, BLOCK_N) * tiles_d
-    splits = tl.maximum(tl.minimum(programs // each, len(slabs) + 1), 1)
-    splits = tl.where(chunk > 0, splits, 1)
-    each = tl.where(splits > 1, each, tl.num_programs(0))
-    return pid % each, pid // each, splits
+def own_split(number, unsplit, WAYS: tl.constexpr):
+    """-> block of rows, split, how many there are, of the ``number``-th block of programs; the longest come first."""
+    block, split, splits = number + WAYS // 2, 0, 1
+    first, count, blocks = unsplit, WAYS, 0
+    for level in tl.static_range(LEVELS):
+        ways: tl.constexpr = WAYS >> level
+        if ways > 1:
+            inside = (number >= first) & (number < first + count)
+            split = tl.where(inside, (number - first) % ways, split)
+            splits = tl.where(inside, ways, splits)
+            block = tl.where(inside, blocks + (number - first) // ways, block)
+            first += count
+            count, blocks = WAYS // 2, 1 << level
+    return block, split, splits
 
 
 @triton.jit
-def slab_begin(slabs, split):
-    """Where a split's rows begin behind the sum."""
-    return tl.where(split > 1, slabs.first, 0) + tl.where(split > 2, slabs.second, 0)
+def slab_begin(split, WAYS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Where the rows of split > 0 begin behind the sum."""
+    block = 0
+    for level in tl.static_range(LEVELS):
+        here = level * (WAYS // 2) + (split - (1 << level)) * (WAYS >> (level + 1))
+        block = tl.where(split >> level > 0, here, block)
+    return block * BLOCK_N
 
 
-@triton.jit(do_not_specialize=["first_row", "last_row", "first_held", "chunk", "V", "held", "programs"])
+@triton.jit(do_not_specialize=["first_row", "last_row", "first_held", "chunk", "V", "held", "unsplit", "copied_rows"])
 def dhidden_kernel(
     dlogits_ptr,  # panels of the chunk
     dlogits_desc,  # of them as (rows, PANEL), and
@@ -154,9 +181,9 @@ def dhidden_kernel(
     sums_ptr,  # (tiles, rows of a panel) fp32 sums of the rows of dlogits tiles; or None
     mean_ptr,  # (D,) fp32 mean of the entries, in whose direction goes what a row's dlogits lack of a sum of 0
     sum_ptr,  # (held, D) fp32, the chunks before; nothing in the first
-    slabs,  # Slabs behind the sum, 0 before the first chunk; or None
-    held,  # rows of the sum, where there are slabs
-    programs,  # that run at once
+    held,  # rows of the sum before its slabs
+    unsplit,  # blocks of rows whose entries are not split
+    copied_rows,  # that w_desc reads, with ids: the chunk's are the last ones
     first_row,
     last_row,
     first_held,
@@ -168,26 +195,23 @@ def dhidden_kernel(
     COMPUTE: tl.constexpr,
     PANEL: tl.constexpr,
     SUMS_A_PANEL: tl.constexpr,
+    WAYS: tl.constexpr,  # see ways_for
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     """sum = decay * sum + dlogits @ entries of the chunk."""
     tiles_d = tl.cdiv(D, BLOCK_D)
-    pid = tl.program_id(0)
-    stop = tl.minimum(tl.load(count_ptr), last_row)
-    first, last, height = chunk_panels(cuts_ptr, head_stops_ptr, chunk, first_row, last_row, PANEL)
+    block = tl.program_id(0) // tiles_d
+    first_d = tl.program_id(0) % tiles_d * BLOCK_D
     begin = 0  # the first of the chunk's entries that is added up here
-    if slabs is not None:
-        tall = tl.load(stops_ptr + first, mask=first < last, other=0)
-        pid, split, splits = own_split(pid, programs, tl.minimum(tall, stop), first_row, tiles_d, chunk, slabs, BLOCK_N)
-        if split >= splits:
-            return
-    block = pid // tiles_d
-    first_d = pid % tiles_d * BLOCK_D
+    if WAYS > 1:
+        block, split, splits = own_split(block, unsplit, WAYS)
+    stop = tl.minimum(tl.load(count_ptr), last_row)
     start = first_row + block * BLOCK_N
     if start >= stop:
         return
+    first, last, height = chunk_panels(cuts_ptr, head_stops_ptr, chunk, first_row, last_row, PANEL)
     needed = panels_needed(stops_ptr, first, last, start)
     if (needed == first) & (chunk > 0):
         return
@@ -200,12 +224,12 @@ def dhidden_kernel(
         total_ptrs = sum_ptr + place[:, None] * D + offs_d[None, :]
     else:
         row = start - first_held
-        if slabs is not None:
-            row += tl.where(split > 0, held + slab_begin(slabs, split), 0)
+        if WAYS > 1:
+            row += tl.where(split > 0, held + slab_begin(split, WAYS, BLOCK_N), 0)
         total_ptrs = sum_ptr + tl.cast(row, tl.int64) * D
         total_ptrs = total_ptrs + tl.arange(0, BLOCK_N)[:, None] * D + offs_d[None, :]
     lacked = needed - first  # panels whose rows' sums are put back
-    if slabs is not None:
+    if WAYS > 1:
         begin = lacked * split // splits * PANEL
         needed = first + lacked * (split + 1) // splits
         lacked = tl.where(split == 0, lacked, 0)
@@ -213,7 +237,7 @@ def dhidden_kernel(
     length = tl.minimum((needed - first) * PANEL, V - first_v)
     if w_desc is not None:  # the sum so far is read first: beside a wide tile there is no room for it
         acc = sum_so_far(total_ptrs, mask, decay_ptr, first_row + local, mask_n, chunk)
-        first_w = first_v if ids_ptr is None else 0
+        first_w = first_v if ids_ptr is None else copied_rows - (last - first) * PANEL
         for v in range(begin, length, BLOCK_V):
             dz = dlogits_desc.load([v // PANEL * height + block * BLOCK_N, v % PANEL])
             w = w_desc.load([first_w + v, first_d])
@@ -224,7 +248,7 @@ def dhidden_kernel(
         dz_ptrs = dlogits_ptr + tl.cast(block * BLOCK_N, tl.int64) * PANEL
         dz_ptrs = dz_ptrs + tl.arange(0, BLOCK_N)[:, None] * PANEL + offs_v[None, :]
         to_next_panel = (tl.cast(height, tl.int64) - 1) * PANEL
-        if slabs is not None:
+        if WAYS > 1:
             dz_ptrs += begin * tl.cast(height, tl.int64)
         w_ptrs = entries_ptr + offs_d[None, :] * tl.cast(stride_d, tl.int64)
         if ids_ptr is None:
@@ -251,8 +275,7 @@ def dhidden_kernel(
 @triton.jit(do_not_specialize=["first_row", "last_row", "first_held", "held"])
 def scatter_kernel(
     sum_ptr,  # (held, D) fp32
-    slabs,  # Slabs behind it, or None
-    held,
+    held,  # rows of it before its slabs
     rows_ptr,  # (N,) a permutation
     count_ptr,  # (1,)
     scale_ptr,  # (1,)
@@ -261,6 +284,8 @@ def scatter_kernel(
     last_row,
     first_held,
     D,
+    WAYS: tl.constexpr,  # of the product, and rows of its blocks
+    SLAB_BLOCK: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -272,13 +297,14 @@ def scatter_kernel(
     has_gradient = offs_n < tl.minimum(tl.load(count_ptr), last_row)
     sum_ptrs = sum_ptr + (offs_n - first_held).to(tl.int64)[:, None] * D + offs_d[None, :]
     total = tl.load(sum_ptrs, mask=has_gradient[:, None] & mask_d[None, :], other=0.0)
-    if slabs is not None:
-        first = held
-        for k in tl.static_range(len(slabs)):
-            slab_ptrs = sum_ptr + (first + offs_n).to(tl.int64)[:, None] * D + offs_d[None, :]
-            mask = (has_gradient & (offs_n < slabs[k]))[:, None] & mask_d[None, :]
-            total += tl.load(slab_ptrs, mask=mask, other=0.0)
-            first += slabs[k]
+    for split in tl.static_range(1, WAYS):
+        rows = 0
+        for level in tl.static_range(LEVELS):
+            if split >> level == 1:
+                rows = (WAYS >> (level + 1)) * SLAB_BLOCK
+        at = held + slab_begin(split, WAYS, SLAB_BLOCK) + offs_n
+        mask = (has_gradient & (offs_n < rows))[:, None] & mask_d[None, :]
+        total += tl.load(sum_ptr + at.to(tl.int64)[:, None] * D + offs_d[None, :], mask=mask, other=0.0)
     total = total / tl.load(scale_ptr)
     rows = tl.load(rows_ptr + offs_n, mask=mask_n, other=0)
     out = out_ptr + rows[:, None] * D + offs_d[None, :]
@@ -398,9 +424,9 @@ def gather_rows(source, rows, count, out, first_row, last_row, first_held):
     gather(source, rows, count, out, None, 0, first_row, last_row, first_held, last_row - first_row)
 
 
-def gather_entries(entries, ids, out, cuts, chunk):
-    """A chunk's entries (V, D) into out, in the order of ids."""
-    gather(entries[None], ids, None, out, cuts, chunk, 0, ids.numel(), 0, out.shape[0])
+def gather_entries(entries, ids, out, cuts, chunk, most):
+    """A chunk's entries (V, D), ``most`` at most, to the end of out, in the order of ids."""
+    gather(entries[None], ids, None, out, cuts, chunk, 0, ids.numel(), out.shape[0], most)
 
 
 def gather(source, rows, count, out, cuts, chunk, first_row, last_row, first_held, most):
@@ -426,17 +452,18 @@ def gather(source, rows, count, out, cuts, chunk, first_row, last_row, first_hel
 
 
 def add_product(panels, entries, total, count, first_row, last_row, chunk, first_held=0, rows=None, decay=None,
-                mean=None, copied=True, slabs=None, programs=0):  # fmt: skip
+                mean=None, copied=True, ways=1):  # fmt: skip
     """total = decay * total + dlogits @ entries of a chunk, see :func:`dhidden_kernel`.
 
     Args:
-        slabs: :class:`Slabs` or None. programs: that run at once, as many as slabs were made for.
+        ways: of :func:`ways_for`; the slabs stand at the end of total.
         panels: :class:`fastgrpo.kernels.panels.Panels`. copied: whether it copies these entries, if any.
     """
     depth, dlogits = entries.shape[1], panels.dlogits
     tile, dlogits_desc, w_desc = panels.product_tile(entries, copied)
-    blocks = cdiv(min(last_row - first_row, panels.rows), tile.rows)
-    dhidden_kernel[(max(blocks * cdiv(depth, tile.cols), programs),)](
+    split, parts = split_blocks(ways)
+    unsplit = max(cdiv(min(last_row - first_row, panels.rows), tile.rows) - split, 0)
+    dhidden_kernel[((unsplit + parts) * cdiv(depth, tile.cols),)](
         dlogits_ptr=dlogits,
         dlogits_desc=dlogits_desc,
         w_desc=w_desc,
@@ -451,9 +478,9 @@ def add_product(panels, entries, total, count, first_row, last_row, chunk, first
         sums_ptr=None if mean is None else panels.sums,
         mean_ptr=mean,
         sum_ptr=total,
-        slabs=slabs,
-        held=0 if slabs is None else len(total) - sum(slabs),
-        programs=programs,
+        held=len(total) - slab_rows(ways, tile),
+        unsplit=unsplit,
+        copied_rows=panels.copied_rows,
         first_row=first_row,
         last_row=last_row,
         first_held=first_held,
@@ -465,10 +492,33 @@ def add_product(panels, entries, total, count, first_row, last_row, chunk, first
         COMPUTE=TO_TRITON[str(dlogits.dtype)],
         PANEL=tiles.WIDTH,
         SUMS_A_PANEL=panels.sums_a_panel,
+        WAYS=ways,
         BLOCK_N=tile.rows,
         BLOCK_D=tile.cols,
         BLOCK_V=tile.depth,
         **tile.options,
+    )
+
+
+def scatter(total, split, rows, count, scale, out, first_row, last_row, first_held):
+    """out[rows] = total / scale, see :func:`scatter_kernel`; total: with the slabs of a :class:`Split` behind it."""
+    depth, tile = total.shape[1], copy_tile(total.shape[1])
+    scatter_kernel[(cdiv(last_row - first_row, tile.rows) * cdiv(depth, tile.cols),)](
+        sum_ptr=total,
+        held=len(total) - split.rows,
+        rows_ptr=rows,
+        count_ptr=count,
+        scale_ptr=scale,
+        out_ptr=out,
+        first_row=first_row,
+        last_row=last_row,
+        first_held=first_held,
+        D=depth,
+        WAYS=split.ways,
+        SLAB_BLOCK=split.block,
+        BLOCK_N=tile.rows,
+        BLOCK_D=tile.cols,
+        num_warps=tile.warps,
     )
 
 

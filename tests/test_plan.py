@@ -1,4 +1,4 @@
-"""The plan by kernels is torch's: the same kinds of rows, the same staircase; sums of split products; launches."""
+"""The plan by kernels is torch's: the same kinds of rows, the same staircase; sums of split products."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -10,7 +10,6 @@ pytest.importorskip("triton")
 
 from test_staircase import BIAS_ALONE, FROZEN, ROW_TOLERANCE, TRAINED, VOCAB, certify, drawn, pack, problem_of
 
-from bench import counts
 from fastgrpo.backends import row_audit, staircase
 from fastgrpo.backends.certified_backward import within_tolerance
 from fastgrpo.backends.problem import Gradients, row_scale
@@ -132,69 +131,31 @@ def test_the_fewest_whole_rows(vocab, device):
         assert 0 < steps < row_audit.STEPS
 
 
-@pytest.mark.parametrize("programs", [4, 16])
-def test_a_product_that_is_split(programs, device):
-    """Over chunks that ever fewer rows need: the sum behind and the slabs together are what one sum was."""
-    n, vocab, depth = 256, 9 * tiles.WIDTH, 48
-    g = torch.Generator().manual_seed(0)
-    stops = torch.tensor([256, 256, 200, 130, 90, 60, 33, 20, 0], dtype=torch.int32, device=device)
-    cuts = torch.tensor([0, 2, 5, 8, 9], dtype=torch.int32, device=device)
-    cut = SimpleNamespace(rows=n, chunks=4, most=3, room=3 * n)
-    entries = torch.randn(vocab, depth, generator=g).to(device)
+@pytest.mark.parametrize("ways", [2, 4, 16])
+def test_a_product_that_is_split(ways, device):
+    """Over chunks that ever fewer rows need: the sum and the slabs behind it together are what one sum was."""
+    n, vocab, depth = 512, 26 * tiles.WIDTH, 48
+    stops = torch.tensor([512, 500, 250, 250, *[120] * 6, *[64] * 8, *[20] * 7, 0], dtype=torch.int32, device=device)
+    cuts = torch.tensor([0, 2, 4, 10, 18, 26], dtype=torch.int32, device=device)
+    cut = SimpleNamespace(rows=n, chunks=5, most=8, room=4 * n, copied=0)
+    entries = torch.randn(vocab, depth, generator=torch.Generator().manual_seed(0)).to(device)
     panels = Panels(cut, vocab, torch.float32, device, stops, cuts=cuts)
-    slabs = products.slabs_for(tiles.for_tensor("dhidden", torch.float32, panels.dlogits.device), depth, programs)
-    assert sum(slabs) > 0
-    count, sums, ways = stops[:1], [], []
-    for split in (None, slabs):
-        total = torch.zeros(n + sum(split or ()), depth, device=device)
+    tile = tiles.for_tensor("dhidden", torch.float32, panels.dlogits.device)
+    slabs, out = products.slab_rows(ways, tile), []
+    for split in (1, ways):
+        total = torch.zeros(n + (slabs if split > 1 else 0), depth, device=device)
         g = torch.Generator().manual_seed(1)
-        for chunk in range(4):
+        for chunk in range(5):
             panels.dlogits.copy_(torch.randn(panels.dlogits.shape, generator=g))
-            products.add_product(panels, entries, total, count, 0, n, chunk, slabs=split,
-                                 programs=programs if split else 0)  # fmt: skip
-        sums.append(total[:n].clone())
-        ways.append(total[n:])
-    assert ways[1].count_nonzero() > 0
-    first = 0
-    for rows in slabs:
-        sums[1][: min(rows, n)] += ways[1][first : first + min(rows, n)]
-        first += rows
-    torch.testing.assert_close(sums[1], sums[0], rtol=1e-5, atol=1e-4)
-
-
-CHUNKED = ("gather_kernel", "dlogits_kernel", "dhidden_kernel", "dweight_kernel")  # launched once a chunk
-
-
-@pytest.mark.parametrize("head", counts.NEEDS)
-def test_launches_at_real_size(head):
-    """All that is launched, torch's operations too: a constant, and four a chunk (docs/gpu.md)."""
-    for workspace in (128, 1024):
-        parts = counts.count_launches(16384, 151936, 1536, head, workspace)
-        chunks = parts["gradients"]["dlogits_kernel"]
-        assert chunks == (62 if head == "trained" else 62) if workspace == 128 else 7
-        total = sum(sum(names.values()) for names in parts.values())
-        a_chunk = 4 if head == "trained" else 3
-        assert total - a_chunk * chunks <= (37 if head == "trained" else 25)
-        torch_ones = [name for names in parts.values() for name in names if name.startswith("torch: ")]
-        assert not {"torch: sort", "torch: cumsum", "torch: index", "torch: nonzero"} & set(torch_ones)
-
-
-@pytest.mark.quick
-def test_counts_of_work():
-    """The cells are the staircase's; few programs leave processors idle, split ones do not."""
-    assert counts.makespan([3.0, 1.0, 1.0, 1.0], 2) == 3.0
-    assert counts.makespan([1.0, 1.0, 3.0], 2) == 4.0
-    vocab = 200 * tiles.WIDTH
-    stops = (torch.arange(200, 0, -1) * 10).to(torch.int32)
-    rows = torch.arange(4096)
-    stairs = staircase.Staircase(rows, torch.tensor([2000]), torch.arange(vocab), stops, stops)
-    whole, split = (counts.count_work(stairs, vocab, 1024, workspace_mb=32, split=s) for s in (False, True))
-    for of, share in zip(("dlogits", "dhidden", "dweight"), staircase.cells(stairs, vocab).tolist()):
-        assert split[of].cells == pytest.approx(share * 4096 * vocab)
-        assert split[of].padded >= split[of].cells
-        assert split[of].longest >= split[of].padded
-    assert split["dhidden"].longest < 0.8 * whole["dhidden"].longest
-    assert split["dlogits"] == whole["dlogits"]
+            products.add_product(panels, entries, total, stops[:1], 0, n, chunk, ways=split)
+        split_up = total[n:].abs().sum(1).count_nonzero()
+        made = torch.empty(n, depth, device=device)
+        rows, scale = torch.arange(n, device=device), torch.ones(1, device=device)
+        of = products.Split(split, tile.rows, len(total) - n)
+        products.scatter(total, of, rows, stops[:1], scale, made, 0, n, 0)
+        out.append(made)
+    assert split_up > (ways // 2) * 16  # rows of more than one slab
+    torch.testing.assert_close(out[1], out[0], rtol=1e-5, atol=1e-4)
 
 
 def test_the_forwards_order_and_certificate(device):
