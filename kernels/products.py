@@ -144,12 +144,11 @@ def own_split(number, unsplit, WAYS: tl.constexpr):
     block, split, splits = number + WAYS // 2, 0, 1
     first, count, blocks = unsplit, WAYS, 0
     for level in tl.static_range(LEVELS):
-        ways: tl.constexpr = WAYS >> level
-        if ways > 1:
+        if WAYS >> level > 1:
             inside = (number >= first) & (number < first + count)
-            split = tl.where(inside, (number - first) % ways, split)
-            splits = tl.where(inside, ways, splits)
-            block = tl.where(inside, blocks + (number - first) // ways, block)
+            split = tl.where(inside, (number - first) % (WAYS >> level), split)
+            splits = tl.where(inside, WAYS >> level, splits)
+            block = tl.where(inside, blocks + (number - first) // (WAYS >> level), block)
             first += count
             count, blocks = WAYS // 2, 1 << level
     return block, split, splits

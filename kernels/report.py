@@ -146,6 +146,9 @@ def replaced(make):
             setattr(module, name, kernel)
 
 
+PROCESSORS = 128  # of a device that is not there
+
+
 class Forgetful(list):
     """Of launches, which hold the memory that they were given."""
 
@@ -155,17 +158,19 @@ class Forgetful(list):
 
 @contextlib.contextmanager
 def recording(architecture, launches=None):
-    from fastgrpo.kernels import tiles
+    from fastgrpo.kernels import forward, tiles
 
-    names = ("architecture", "interpreting", "measured")
+    names, processors = ("architecture", "interpreting", "measured"), forward.processor_count
     launches = [] if launches is None else launches
     plain = {name: getattr(tiles, name) for name in names}
     for name, instead in zip(names, (lambda device: architecture, lambda: False, lambda device: {})):
         setattr(tiles, name, instead)
+    forward.processor_count = lambda device: PROCESSORS
     try:
         with replaced(lambda kernel: Recorder(kernel, launches)):
             yield launches
     finally:
+        forward.processor_count = processors
         for name, function in plain.items():
             setattr(tiles, name, function)
 
