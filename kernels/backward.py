@@ -14,7 +14,7 @@ import triton.language as tl
 from fastgrpo.backends import staircase
 from fastgrpo.backends.problem import new_gradients, row_scale, sum_entries
 from fastgrpo.inputs import IGNORE, compact_rows
-from fastgrpo.kernels import tiles
+from fastgrpo.kernels import forward, tiles
 from fastgrpo.kernels.arguments import (
     TO_TRITON,
     Selection,
@@ -43,21 +43,24 @@ from fastgrpo.kernels.common import (
     without_dust,
 )
 from fastgrpo.kernels.panels import Cut, Panels
+from fastgrpo.kernels.plan import positions_of
 from fastgrpo.kernels.products import (
+    Split,
     add_product,
-    copy_tile,
     dbias_kernel,
     dweight_kernel,
     gather_rows,
-    scatter_kernel,
+    scatter,
+    slab_rows,
     spans,
+    ways_for,
 )
 from fastgrpo.kernels.row_math import gradient_at_label
 from fastgrpo.kernels.tiles import cdiv
 from fastgrpo.lora import has_native, mm16
 
 
-@triton.jit(do_not_specialize=["first_row", "last_row", "first_held", "chunk", "N"])
+@triton.jit(do_not_specialize=["first_row", "last_row", "first_held", "chunk", "N", "copied_rows"])
 def dlogits_kernel(
     x_ptr,  # (held, D) rows of hidden, gathered
     x_desc,  # of it, and
@@ -82,6 +85,7 @@ def dlogits_kernel(
     first_held,
     chunk,
     N,
+    copied_rows,  # that w_desc reads, with ids: the chunk's are the last ones
     logits,  # Logits
     WHOLE_D: tl.constexpr,
     COMPUTE: tl.constexpr,
@@ -106,7 +110,7 @@ def dlogits_kernel(
     offs_n = start + tl.arange(0, BLOCK_N)
     mask_n = offs_n < stop
     rows, label = selected_rows(selection, offs_n, mask_n, head.V)
-    first_w = first_v if ids_ptr is None else local_v
+    first_w = first_v if ids_ptr is None else copied_rows - (last - first) * PANEL + local_v
     value = raw_logits(
         x_ptr, x_desc, w_desc, head, bias_ptr, low_rank, ids_ptr, rows, start - first_held, stop - 1 - first_held,
         first_v, first_w, WHOLE_D, COMPUTE, BLOCK_N, BLOCK_V, BLOCK_D,
@@ -140,6 +144,9 @@ def dlogits_kernel(
         tl.store(sums_ptr + tile * height + block * BLOCK_N + tl.arange(0, BLOCK_N), tl.sum(dz, axis=1))
     out = panel_pointers(dlogits_ptr, height, block * BLOCK_N, local_v, PANEL, BLOCK_N, BLOCK_V)
     tl.store(out, dz.to(dlogits_ptr.dtype.element_ty))
+
+
+SLABS_SHARE = 0.2  # of the workspace at most
 
 
 class Factor(NamedTuple):
@@ -194,14 +201,19 @@ class Work:
         # an order of their own are copied chunk by chunk, and that not once more for each chunk of rows.
         self.rows_outside = plan.entries is None and all(f.d_entries is None for f in factors)
         copies = plan.entries is not None and described
-        cut = self.cut(dtype.itemsize + (4 / tile.cols if spread else 0), copies)
+        cell = dtype.itemsize + (4 / tile.cols if spread else 0)
+        self.splits = [self.splits_of(k, copies, plan.entries is None) for k in range(len(factors))]
+        cut = self.cut(cell, copies)
+        if cut.rows < self.n:
+            self.splits = [Split()] * len(factors)
+            cut = self.cut(cell, copies)
         self.panels = Panels(cut, vocab, dtype, self.device, plan.stops_head, plan.stops_hidden, plan.entries)
         if copies:
             self.panels.copy_entries(problem.weight)
         self.rows = min(cut.rows, self.n)
         self.gathered = [self.room_for_rows(k) for k in range(len(factors))]
         held = self.rows if self.rows_outside else self.n
-        self.row_sums = [self.new(held, f.depth) if f.d_rows is not None else None for f in factors]
+        self.row_sums = [self.new_sum(k, held) for k in range(len(factors))]
         apart, entries = self.rows < self.n, cut.most * tiles.WIDTH  # entries summed over several chunks of rows
         self.entry_sums = [self.new(entries, f.depth) if apart and f.d_entries is not None else None for f in factors]
         self.means = [None] * len(factors)
@@ -211,14 +223,30 @@ class Work:
     def new(self, rows, cols, dtype=torch.float32):
         return torch.empty(rows, cols, dtype=dtype, device=self.device)
 
+    def splits_of(self, k, copies, exact):
+        """:class:`Split` of factor k's sum, whose slabs may be a small part of the workspace."""
+        depth, tile = self.factors[k].depth, tiles.for_tensor(
+            "dhidden", self.problem.params.compute_dtype, self.device, described=copies and k == 0)  # fmt: skip
+        ways = ways_for(tile, depth, forward.processor_count(self.device))
+        rows = slab_rows(ways, tile)
+        if exact or self.factors[k].d_rows is None or 4 * rows * depth > SLABS_SHARE * self.problem.params.workspace:
+            return Split()
+        return Split(ways, tile.rows, rows)
+
+    def new_sum(self, k, held):
+        if self.factors[k].d_rows is None:
+            return None
+        return self.new(held + self.splits[k].rows, self.factors[k].depth)
+
     def cut(self, cell, copies):
         factors, problem = self.factors, self.problem
         per_row = sum(f.depth * f.rows.element_size() for k, f in enumerate(factors) if self.copies_a_chunk(k))
         if self.rows_outside:
             per_row += sum(4 * f.depth for f in factors if f.d_rows is not None)
         summed = sum(4 * f.depth for f in factors if f.d_entries is not None)
-        copied = problem.weight.shape[1] * problem.weight.element_size() if copies else 0
-        return Cut(self.n, problem.sizes[1], problem.params.workspace, cell, per_row, copied, summed)
+        copied = problem.weight.shape[1] if copies else 0  # each entry takes its width of a panel's rows
+        slabs = sum(4 * split.rows * f.depth for split, f in zip(self.splits, factors))
+        return Cut(self.n, problem.sizes[1], problem.params.workspace - slabs, cell, per_row, copied, summed)
 
     def is_read(self, k):
         """Whether a GEMM reads factor k's rows: the logits' the head's, dW's its own."""
@@ -261,14 +289,6 @@ def backward(problem, stats, grad_logp, grad_entropy, needs):
         active, *compact_rows(active), problem.weight.shape[0]))  # fmt: skip
 
 
-def certified_backward(problem, stats, certificate, grad_logp, needs):
-    """As :func:`backward`, of the entries that matter: within the certificate's tolerances, without waiting either."""
-    grad_logp = grad_logp.contiguous()
-    active = (problem.targets != IGNORE) & (grad_logp != 0)
-    return climb(problem, stats, [grad_logp], active, needs, lambda: staircase.make(
-        problem, stats, certificate, grad_logp, needs))  # fmt: skip
-
-
 def climb(problem, stats, grads, active, needs, make_plan, launcher=None):
     out = new_gradients(problem, needs)
     if problem.targets.numel() == 0 or not any(needs):
@@ -278,7 +298,7 @@ def climb(problem, stats, grads, active, needs, make_plan, launcher=None):
         return out
     plan = make_plan()
     d_bias = torch.zeros(problem.bias.shape, dtype=torch.float32, device=problem.bias.device) if needs.bias else None
-    scale = row_scale(*(torch.where(active, g, 0.0) for g in grads))
+    scale = row_scale(*(torch.where(active, g, 0.0) for g in grads)) if plan.scale is None else plan.scale
     factors = make_factors(problem, scale, out)
     # A row's dlogits add up to 0, so what those made lack of it is what was left out: put back as if spread evenly.
     sums_to_0 = problem.params.softcap is None and not problem.params.shard
@@ -340,6 +360,8 @@ class Launcher:
         entries = self.plan.entries
         if entries is None:
             return targets
+        if self.plan.positions is not None:
+            return positions_of(targets, self.plan.positions)
         positions = torch.empty_like(entries).scatter_(0, entries, torch.arange(len(entries), device=entries.device))
         inside = (targets >= 0) & (targets < len(entries))
         return torch.where(inside, positions[torch.where(inside, targets, 0)], targets)
@@ -390,6 +412,7 @@ class Launcher:
             "first_held": work.first_held(first_row, x),
             "chunk": chunk,
             "N": n,
+            "copied_rows": panels.copied_rows,
             "logits": self.logits,
             "WHOLE_D": depth % tile.depth == 0,
             "COMPUTE": self.compute,
@@ -415,6 +438,7 @@ class Launcher:
         add_product(
             work.panels, factor.entries, total, self.plan.count, first_row, last_row, chunk,
             first_held=work.first_held(first_row, total), mean=work.means[k], copied=k == 0,
+            ways=work.splits[k].ways,
         )  # fmt: skip
 
     def dweight_tile(self, k):
@@ -478,21 +502,9 @@ class Launcher:
 
     def scatter_all(self, first_row, last_row):
         """The finished sums of some rows into their gradients, over what was gathered there."""
-        for factor, total in zip(self.work.factors, self.work.row_sums):
+        for k, (factor, total) in enumerate(zip(self.work.factors, self.work.row_sums)):
             if total is None:
                 continue
-            tile = copy_tile(factor.depth)
-            scatter_kernel[(cdiv(last_row - first_row, tile.rows) * cdiv(factor.depth, tile.cols),)](
-                sum_ptr=total,
-                rows_ptr=self.plan.rows,
-                count_ptr=self.plan.count,
-                scale_ptr=factor.rows_scale,
-                out_ptr=factor.d_rows,
-                first_row=first_row,
-                last_row=last_row,
-                first_held=self.work.first_held(first_row, total),
-                D=factor.depth,
-                BLOCK_N=tile.rows,
-                BLOCK_D=tile.cols,
-                num_warps=tile.warps,
-            )
+            held = self.work.first_held(first_row, total)
+            scatter(total, self.work.splits[k], self.plan.rows, self.plan.count, factor.rows_scale, factor.d_rows,
+                    first_row, last_row, held)  # fmt: skip

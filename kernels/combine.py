@@ -3,12 +3,14 @@
 import triton
 import triton.language as tl
 
+from fastgrpo.backends import certified
 from fastgrpo.backends.problem import RowPartials
 from fastgrpo.kernels import tiles
 from fastgrpo.kernels.common import FLOOR, load_partials, selected_rows, store_rows
 from fastgrpo.kernels.row_math import rescale, row_stats
 from fastgrpo.kernels.tiles import cdiv
 
+HINT_SLACK = tl.constexpr(certified.HINT_SLACK)
 DROPPED = tl.constexpr(len(RowPartials._fields))  # behind them, where certified: sum of exp outside the flags
 
 
@@ -51,6 +53,7 @@ def fold_runs(
 def combine_kernel(
     partials_ptr,  # (4 or 5, runs, N)
     selection,  # Selection
+    hint_ptr,  # (N,) that the flags' cutoff was placed by, or None
     dropped_ptr,  # (N,) out, in the order of rows: probability outside the flags, sum of exp if merged; or None
     merged_ptr,  # (4, N) out: RowPartials, the runs merged but not combined; None: combine
     stats_ptr,  # (5, N) out: RowStats; None where merged_ptr is given
@@ -82,16 +85,20 @@ def combine_kernel(
         logp, peak, offset, other_mass, entropy = row_stats(peak, total, spread, label_z)
         store_rows(stats_ptr + rows, (logp, peak, offset, other_mass, entropy), N, mask_n)
         dropped = tl.where(total == 0, 0.0, dropped / total * other_mass)
+        if hint_ptr is not None:  # see certified.distrust
+            astray = logp - tl.load(hint_ptr + rows, mask=mask_n, other=0.0) > HINT_SLACK
+            dropped = tl.where(astray & (dropped > 0), float("inf"), dropped)
     if dropped_ptr is not None:
         tl.store(dropped_ptr + offs_n, dropped, mask=mask_n)
 
 
-def combine(problem, partials, selection, dropped=None, merged=None, stats=None):
-    """partials (4 or 5, runs, N) into ``merged`` (4, N) or ``stats`` (5, N)."""
+def combine(problem, partials, selection, dropped=None, merged=None, stats=None, hint=None):
+    """partials (4 or 5, runs, N) into ``merged`` (4, N) or ``stats`` (5, N). hint: (N,) of a certified forward."""
     n, vocab, _ = problem.sizes
     combine_kernel[(cdiv(n, tiles.COMBINE_BLOCK),)](
         partials_ptr=partials,
         selection=selection,
+        hint_ptr=hint if stats is not None and dropped is not None else None,
         dropped_ptr=dropped,
         merged_ptr=merged,
         stats_ptr=stats,

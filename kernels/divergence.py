@@ -361,7 +361,7 @@ def teacher_arguments(problem):
     }
 
 
-@triton.jit(do_not_specialize=["first_row", "last_row", "first_held", "chunk", "N", "T"])
+@triton.jit(do_not_specialize=["first_row", "last_row", "first_held", "chunk", "N", "copied_rows", "T"])
 def dlogits_pair_kernel(
     x_ptr,  # (held, D) rows of the student's hidden, gathered
     x_desc,  # of it, and
@@ -386,6 +386,7 @@ def dlogits_pair_kernel(
     first_held,
     chunk,
     N,
+    copied_rows,  # that w_desc reads, with ids: the chunk's are the last ones
     T,
     logits,  # Logits of the student
     beta,
@@ -417,7 +418,7 @@ def dlogits_pair_kernel(
     taught = teacher_raw(
         teacher, teacher_bias_ptr, ids_ptr, rows, first_v, T, TEACHER_COMPUTE, BLOCK_N, BLOCK_V, BLOCK_D
     )
-    first_w = first_v if ids_ptr is None else local_v
+    first_w = first_v if ids_ptr is None else copied_rows - (last - first) * PANEL + local_v
     raw = raw_logits(
         x_ptr, x_desc, w_desc, head, bias_ptr, low_rank, ids_ptr, rows, start - first_held, stop - 1 - first_held,
         first_v, first_w, WHOLE_D, COMPUTE, BLOCK_N, BLOCK_V, BLOCK_D,

@@ -1,14 +1,13 @@
 """Fused forward: a program owns a block of rows and a run of vocabulary entries; logits stay in fp32 registers."""
 
 import math
-from dataclasses import replace
 
 import torch
 import triton
 import triton.language as tl
 
-from fastgrpo.backends.certified import cutoff, distrust
-from fastgrpo.backends.problem import HeadProblem, RowStats
+from fastgrpo.backends.certified import cutoff
+from fastgrpo.backends.problem import HeadProblem
 from fastgrpo.inputs import IGNORE, compact_rows
 from fastgrpo.kernels import tiles
 from fastgrpo.kernels.arguments import (
@@ -38,6 +37,7 @@ from fastgrpo.kernels.common import (
     up_values,
 )
 from fastgrpo.kernels.flags import PackedCertificate
+from fastgrpo.kernels.plan import order_rows
 from fastgrpo.kernels.products import gather_rows, spans
 from fastgrpo.kernels.row_math import rescale
 from fastgrpo.kernels.tiles import cdiv
@@ -265,10 +265,7 @@ def certified_forward(problem: HeadProblem, hint):
         hint: (N,) float32 log-probs <= 0 near the current ones, or None. Rows are sorted by it.
     """
     stats = problem.new_stats(torch.float32)
-    certificate = run_certified(problem, hint, stats=stats)
-    rows = certificate.order
-    dropped = distrust(certificate.dropped, RowStats(*stats).logp[rows], None if hint is None else hint[rows])
-    return stats, replace(certificate, dropped=dropped)
+    return stats, run_certified(problem, hint, stats=stats)
 
 
 def certified_partial_forward(problem: HeadProblem, label, hint):
@@ -284,10 +281,8 @@ def certified_partial_forward(problem: HeadProblem, label, hint):
 def run_certified(problem, hint, **arguments):
     n = problem.targets.numel()
     device = problem.hidden.device
-    counted = problem.targets != IGNORE
-    _, count = compact_rows(counted)
     # a permutation of all rows, the ignored ones last: the backward looks at every position
-    rows = torch.where(counted, 0.0 if hint is None else hint, torch.inf).argsort(stable=True)
+    rows, _, count = order_rows(hint, problem.targets)
     block, words = flag_shape(problem)
     flags = torch.zeros(cdiv(n, block), words, dtype=torch.int32, device=device)
     dropped = torch.zeros(n, dtype=torch.float32, device=device)
@@ -414,4 +409,4 @@ def run_forward(problem, rows, count, hint=None, flags=None, dropped=None, label
             log_cutoff=0.0 if flags is None else math.log(cutoff(problem.params.tolerance)),
             ENTROPY=problem.params.entropy,
         )
-    combine(problem, partials, selection, dropped, merged, stats)
+    combine(problem, partials, selection, dropped, merged, stats, hint)

@@ -17,28 +17,28 @@ class Cut:
     """How much fits the workspace: host numbers only.
 
     Attributes:
-        rows: of a panel at most. room: rows of panels that the buffer holds. most: panels of a chunk at most.
+        rows: of a panel at most. room: rows of panels that the buffer holds, or of them and of the copies of their
+            entries. most: panels of a chunk at most. copied: rows of it that such a copy takes, 0 where there is none.
         chunks: of entries, where every panel needs all rows; fewer otherwise.
     """
 
-    def __init__(self, n, vocab, workspace, cell, per_row, per_entry, per_entry_in_rows):
-        """Bytes of a cell of a panel, of a row beside it, of an entry beside it, and with rows cut of an entry more."""
-        width, self.panels = tiles.WIDTH, cdiv(vocab, tiles.WIDTH)
+    def __init__(self, n, vocab, workspace, cell, per_row, copied, per_entry_in_rows):
+        """Bytes of a cell of a panel, of a row beside it; rows of panels that a copy of a panel's entries takes; bytes
+        of an entry more, with rows cut."""
+        width, self.panels, self.copied = tiles.WIDTH, cdiv(vocab, tiles.WIDTH), copied
         self.rows = cdiv(n, width) * width
         while True:
             spare = workspace - self.rows * per_row
-            per_panel = width * (per_entry + (per_entry_in_rows if self.rows < n else 0))
-            self.most = self.panels
-            if per_panel:
-                self.most = min(max(int(SHARE * spare) // per_panel, 1), self.panels)
-            self.room = int((spare - (self.most * per_panel if per_panel else 0)) // (width * cell)) // width * width
-            fits = self.room >= self.rows * min(FEWEST, self.panels) and self.most >= min(FEWEST, self.panels)
-            if fits or self.rows <= width:
+            per_panel = width * per_entry_in_rows if self.rows < n else 0
+            self.most = min(max(int(SHARE * spare) // per_panel, 1), self.panels) if per_panel else self.panels
+            self.room = int((spare - self.most * per_panel) // (width * cell)) // width * width
+            least = min(FEWEST, self.panels)
+            if (self.room >= (self.rows + copied) * least and self.most >= least) or self.rows <= width:
                 break
             self.rows = cdiv(self.rows // 2, width) * width
-        self.room = min(max(self.room, self.rows), self.rows * self.panels)
-        self.most = min(self.most, self.room // width)
-        self.chunks = cdiv(self.panels, max(min(self.room // self.rows, self.most), 1))
+        self.room = min(max(self.room, self.rows + copied), (self.rows + copied) * self.panels)
+        self.most = min(self.most, self.room // (width + copied))
+        self.chunks = cdiv(self.panels, max(min(self.room // (self.rows + copied), self.most), 1))
 
 
 class Panels:
@@ -53,8 +53,10 @@ class Panels:
     def __init__(self, cut, vocab, dtype, device, stops, stops_hidden=None, ids=None, cuts=None):
         self.rows, self.chunks, self.most, self.vocab, self.ids = cut.rows, cut.chunks, cut.most, vocab, ids
         self.stops, self.stops_hidden = stops, stops if stops_hidden is None else stops_hidden
-        self.dlogits = torch.empty(cut.room, tiles.WIDTH, dtype=dtype, device=device)
+        rows = cut.room + cdiv(cut.copied, tiles.WIDTH)  # copies begin at whole entries
+        self.dlogits = torch.empty(rows, tiles.WIDTH, dtype=dtype, device=device)
         self.sums, self.sums_a_panel, self.copied, self.tiles = None, 1, None, {}
+        self.copied_rows = 0  # of self.copied; a chunk's are the last ones
         self.cuts = torch.empty(cut.chunks + 1, dtype=torch.int32, device=device) if cuts is None else cuts
         if cuts is None:
             cut_kernel[(1,)](
@@ -65,6 +67,7 @@ class Panels:
                 room=cut.room,
                 most=cut.most,
                 rows=cut.rows,
+                copied=cut.copied,
                 PANEL=tiles.WIDTH,
                 num_warps=1,
             )
@@ -76,12 +79,17 @@ class Panels:
         self.sums = torch.empty(count, dtype=torch.float32, device=self.dlogits.device)
 
     def copy_entries(self, weight):
-        """Have the entries of each chunk copied in the order of ids: tensor descriptors read no scattered rows."""
-        self.copied = weight.new_empty(self.most * tiles.WIDTH, weight.shape[1])
+        """Have the entries of each chunk copied in the order of ids: tensor descriptors read no scattered rows.
+
+        The copies stand at the end of the buffer, so that a chunk may be of many entries or of many rows.
+        """
+        depth, values = weight.shape[1], self.dlogits.view(-1)
+        self.copied_rows = values.numel() // depth
+        self.copied = values[: self.copied_rows * depth].view(self.copied_rows, depth)
 
     def copy_chunk(self, weight, chunk):
         if self.copied is not None:
-            gather_entries(weight, self.ids, self.copied, self.cuts, chunk)
+            gather_entries(weight, self.ids, self.copied, self.cuts, chunk, self.most * tiles.WIDTH)
 
     def described(self, entries, copied):
         """What a descriptor reads of these entries; None: pointers have to. copied: whether they are those copied."""

@@ -6,6 +6,8 @@ entries in place or, where descriptors want them in another order, from a copy o
 a fixed order.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -15,7 +17,7 @@ from fastgrpo.kernels.common import chunk_panels, entry_ids, row_offsets
 from fastgrpo.kernels.tiles import cdiv
 
 
-@triton.jit(do_not_specialize=["chunks", "panels", "room", "most", "rows"])
+@triton.jit(do_not_specialize=["chunks", "panels", "room", "most", "rows", "copied"])
 def cut_kernel(
     stops_ptr,  # (panels,) leading rows that each panel's entries need, not rising
     cuts_ptr,  # (chunks + 1,) out: the first panel of each chunk
@@ -24,6 +26,7 @@ def cut_kernel(
     room,  # rows of panels that the buffer holds
     most,  # panels of a chunk at most
     rows,  # of a panel at most
+    copied,  # rows that the copy of a panel's entries takes
     PANEL: tl.constexpr,
 ):
     """As many panels a chunk as fit, by the rows that its first one needs; chunks that are left over are empty."""
@@ -32,7 +35,7 @@ def cut_kernel(
     for chunk in range(chunks):
         stop = tl.load(stops_ptr + at, mask=at < panels, other=1)
         height = tl.cdiv(tl.maximum(tl.minimum(stop, rows), 1), PANEL) * PANEL
-        at = tl.minimum(at + tl.maximum(tl.minimum(room // height, most), 1), panels)
+        at = tl.minimum(at + tl.maximum(tl.minimum(room // (height + copied), most), 1), panels)
         tl.store(cuts_ptr + chunk + 1, at)
 
 
@@ -45,7 +48,7 @@ def gather_kernel(
     out_ptr,  # (held, D) out
     first_row,
     last_row,
-    first_held,  # the row of rows_ptr that out's first one holds; with cuts the chunk's first
+    first_held,  # the row that out's first one holds; with cuts the rows of out, whose last ones are written
     chunk,
     D,
     T,
@@ -59,7 +62,7 @@ def gather_kernel(
     if cuts_ptr is not None:
         first_row = tl.load(cuts_ptr + chunk) * PANEL
         stop = tl.load(cuts_ptr + chunk + 1) * PANEL  # a panel's last rows may lie beyond last_row: they are 0
-        first_held = first_row
+        first_held = stop - first_held
     tiles_d = tl.cdiv(D, BLOCK_D)
     offs_n = first_row + tl.program_id(0) // tiles_d * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_d = tl.program_id(0) % tiles_d * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -104,7 +107,64 @@ def sum_so_far(total_ptrs, mask, decay_ptr, at, mask_n, chunk):
     return total
 
 
-@triton.jit(do_not_specialize=["first_row", "last_row", "first_held", "chunk", "V"])
+# The first rows need the most entries, and in the narrow chunks none but them: they alone give too few programs. So the
+# entries of the first block of rows are split up to so many ways, of the second half as many, of the third and the
+# fourth a quarter ... What split k > 0 adds up stands in a slab of rows behind the sum; the slabs of splits 2^l ..
+# 2^(l + 1) - 1 have as many rows together as that of split 1.
+MOST_WAYS, LEVELS = 16, tl.constexpr(4)
+
+
+class Split(NamedTuple):
+    """Of a sum of rows."""
+
+    ways: int = 1  # one: it is not split
+    block: int = 1  # rows that are split together
+    rows: int = 0  # of its slabs
+
+
+def ways_for(tile, depth, programs):
+    """How often the first block of rows is split, a power of two: ``programs`` run at once; 1: nothing is split."""
+    each = cdiv(depth, tile.cols)
+    return max(w for w in (1, 2, 4, 8, MOST_WAYS) if w == 1 or w * each <= programs)
+
+
+def slab_rows(ways, tile):
+    """Rows behind the sum that hold what is split."""
+    return ways // 2 * (ways.bit_length() - 1) * tile.rows
+
+
+def split_blocks(ways):
+    """-> blocks of rows that are split, and blocks of programs they take."""
+    return (ways // 2, ways // 2 * ways.bit_length()) if ways > 1 else (0, 0)
+
+
+@triton.jit
+def own_split(number, unsplit, WAYS: tl.constexpr):
+    """-> block of rows, split, how many there are, of the ``number``-th block of programs; the longest come first."""
+    block, split, splits = number + WAYS // 2, 0, 1
+    first, count, blocks = unsplit, WAYS, 0
+    for level in tl.static_range(LEVELS):
+        if WAYS >> level > 1:
+            inside = (number >= first) & (number < first + count)
+            split = tl.where(inside, (number - first) % (WAYS >> level), split)
+            splits = tl.where(inside, WAYS >> level, splits)
+            block = tl.where(inside, blocks + (number - first) // (WAYS >> level), block)
+            first += count
+            count, blocks = WAYS // 2, 1 << level
+    return block, split, splits
+
+
+@triton.jit
+def slab_begin(split, WAYS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Where the rows of split > 0 begin behind the sum."""
+    block = 0
+    for level in tl.static_range(LEVELS):
+        here = level * (WAYS // 2) + (split - (1 << level)) * (WAYS >> (level + 1))
+        block = tl.where(split >> level > 0, here, block)
+    return block * BLOCK_N
+
+
+@triton.jit(do_not_specialize=["first_row", "last_row", "first_held", "chunk", "V", "held", "unsplit", "copied_rows"])
 def dhidden_kernel(
     dlogits_ptr,  # panels of the chunk
     dlogits_desc,  # of them as (rows, PANEL), and
@@ -120,6 +180,9 @@ def dhidden_kernel(
     sums_ptr,  # (tiles, rows of a panel) fp32 sums of the rows of dlogits tiles; or None
     mean_ptr,  # (D,) fp32 mean of the entries, in whose direction goes what a row's dlogits lack of a sum of 0
     sum_ptr,  # (held, D) fp32, the chunks before; nothing in the first
+    held,  # rows of the sum before its slabs
+    unsplit,  # blocks of rows whose entries are not split
+    copied_rows,  # that w_desc reads, with ids: the chunk's are the last ones
     first_row,
     last_row,
     first_held,
@@ -131,6 +194,7 @@ def dhidden_kernel(
     COMPUTE: tl.constexpr,
     PANEL: tl.constexpr,
     SUMS_A_PANEL: tl.constexpr,
+    WAYS: tl.constexpr,  # see ways_for
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -139,6 +203,9 @@ def dhidden_kernel(
     tiles_d = tl.cdiv(D, BLOCK_D)
     block = tl.program_id(0) // tiles_d
     first_d = tl.program_id(0) % tiles_d * BLOCK_D
+    begin = 0  # the first of the chunk's entries that is added up here
+    if WAYS > 1:
+        block, split, splits = own_split(block, unsplit, WAYS)
     stop = tl.minimum(tl.load(count_ptr), last_row)
     start = first_row + block * BLOCK_N
     if start >= stop:
@@ -155,14 +222,22 @@ def dhidden_kernel(
         place = tl.load(rows_ptr + first_row + local, mask=mask_n, other=0)
         total_ptrs = sum_ptr + place[:, None] * D + offs_d[None, :]
     else:
-        total_ptrs = sum_ptr + tl.cast(start - first_held, tl.int64) * D
+        row = start - first_held
+        if WAYS > 1:
+            row += tl.where(split > 0, held + slab_begin(split, WAYS, BLOCK_N), 0)
+        total_ptrs = sum_ptr + tl.cast(row, tl.int64) * D
         total_ptrs = total_ptrs + tl.arange(0, BLOCK_N)[:, None] * D + offs_d[None, :]
+    lacked = needed - first  # panels whose rows' sums are put back
+    if WAYS > 1:
+        begin = lacked * split // splits * PANEL
+        needed = first + lacked * (split + 1) // splits
+        lacked = tl.where(split == 0, lacked, 0)
     first_v = first * PANEL
     length = tl.minimum((needed - first) * PANEL, V - first_v)
     if w_desc is not None:  # the sum so far is read first: beside a wide tile there is no room for it
         acc = sum_so_far(total_ptrs, mask, decay_ptr, first_row + local, mask_n, chunk)
-        first_w = first_v if ids_ptr is None else 0
-        for v in range(0, length, BLOCK_V):
+        first_w = first_v if ids_ptr is None else copied_rows - (last - first) * PANEL
+        for v in range(begin, length, BLOCK_V):
             dz = dlogits_desc.load([v // PANEL * height + block * BLOCK_N, v % PANEL])
             w = w_desc.load([first_w + v, first_d])
             acc = tl.dot(dz, w, acc)
@@ -172,10 +247,12 @@ def dhidden_kernel(
         dz_ptrs = dlogits_ptr + tl.cast(block * BLOCK_N, tl.int64) * PANEL
         dz_ptrs = dz_ptrs + tl.arange(0, BLOCK_N)[:, None] * PANEL + offs_v[None, :]
         to_next_panel = (tl.cast(height, tl.int64) - 1) * PANEL
+        if WAYS > 1:
+            dz_ptrs += begin * tl.cast(height, tl.int64)
         w_ptrs = entries_ptr + offs_d[None, :] * tl.cast(stride_d, tl.int64)
         if ids_ptr is None:
-            w_ptrs = w_ptrs + (first_v + offs_v).to(tl.int64)[:, None] * stride_v
-        for v in range(0, length, BLOCK_V):
+            w_ptrs = w_ptrs + (first_v + begin + offs_v).to(tl.int64)[:, None] * stride_v
+        for v in range(begin, length, BLOCK_V):
             dz = tl.load(dz_ptrs)
             mask_w = (v + offs_v < length)[:, None] & (offs_d < D)[None, :]
             if ids_ptr is not None:
@@ -189,14 +266,15 @@ def dhidden_kernel(
             dz_ptrs += tl.multiple_of(step, 16)
         acc += sum_so_far(total_ptrs, mask, decay_ptr, first_row + local, mask_n, chunk)
     if mean_ptr is not None:
-        lacking = sum_panels(sums_ptr, (needed - first) * SUMS_A_PANEL, height, local, mask_n, BLOCK_N)
+        lacking = sum_panels(sums_ptr, lacked * SUMS_A_PANEL, height, local, mask_n, BLOCK_N)
         acc -= lacking[:, None] * tl.load(mean_ptr + offs_d, mask=offs_d < D, other=0.0)[None, :]
     tl.store(total_ptrs, acc, mask=mask)
 
 
-@triton.jit(do_not_specialize=["first_row", "last_row", "first_held"])
+@triton.jit(do_not_specialize=["first_row", "last_row", "first_held", "held"])
 def scatter_kernel(
     sum_ptr,  # (held, D) fp32
+    held,  # rows of it before its slabs
     rows_ptr,  # (N,) a permutation
     count_ptr,  # (1,)
     scale_ptr,  # (1,)
@@ -205,6 +283,8 @@ def scatter_kernel(
     last_row,
     first_held,
     D,
+    WAYS: tl.constexpr,  # of the product, and rows of its blocks
+    SLAB_BLOCK: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -215,7 +295,16 @@ def scatter_kernel(
     mask_n, mask_d = offs_n < last_row, offs_d < D
     has_gradient = offs_n < tl.minimum(tl.load(count_ptr), last_row)
     sum_ptrs = sum_ptr + (offs_n - first_held).to(tl.int64)[:, None] * D + offs_d[None, :]
-    total = tl.load(sum_ptrs, mask=has_gradient[:, None] & mask_d[None, :], other=0.0) / tl.load(scale_ptr)
+    total = tl.load(sum_ptrs, mask=has_gradient[:, None] & mask_d[None, :], other=0.0)
+    for split in tl.static_range(1, WAYS):
+        rows = 0
+        for level in tl.static_range(LEVELS):
+            if split >> level == 1:
+                rows = (WAYS >> (level + 1)) * SLAB_BLOCK
+        at = held + slab_begin(split, WAYS, SLAB_BLOCK) + offs_n
+        mask = (has_gradient & (offs_n < rows))[:, None] & mask_d[None, :]
+        total += tl.load(sum_ptr + at.to(tl.int64)[:, None] * D + offs_d[None, :], mask=mask, other=0.0)
+    total = total / tl.load(scale_ptr)
     rows = tl.load(rows_ptr + offs_n, mask=mask_n, other=0)
     out = out_ptr + rows[:, None] * D + offs_d[None, :]
     tl.store(out, total.to(out_ptr.dtype.element_ty), mask=mask_n[:, None] & mask_d[None, :])
@@ -334,9 +423,9 @@ def gather_rows(source, rows, count, out, first_row, last_row, first_held):
     gather(source, rows, count, out, None, 0, first_row, last_row, first_held, last_row - first_row)
 
 
-def gather_entries(entries, ids, out, cuts, chunk):
-    """A chunk's entries (V, D) into out, in the order of ids."""
-    gather(entries[None], ids, None, out, cuts, chunk, 0, ids.numel(), 0, out.shape[0])
+def gather_entries(entries, ids, out, cuts, chunk, most):
+    """A chunk's entries (V, D), ``most`` at most, to the end of out, in the order of ids."""
+    gather(entries[None], ids, None, out, cuts, chunk, 0, ids.numel(), out.shape[0], most)
 
 
 def gather(source, rows, count, out, cuts, chunk, first_row, last_row, first_held, most):
@@ -362,16 +451,18 @@ def gather(source, rows, count, out, cuts, chunk, first_row, last_row, first_hel
 
 
 def add_product(panels, entries, total, count, first_row, last_row, chunk, first_held=0, rows=None, decay=None,
-                mean=None, copied=True):  # fmt: skip
+                mean=None, copied=True, ways=1):  # fmt: skip
     """total = decay * total + dlogits @ entries of a chunk, see :func:`dhidden_kernel`.
 
     Args:
+        ways: of :func:`ways_for`; the slabs stand at the end of total.
         panels: :class:`fastgrpo.kernels.panels.Panels`. copied: whether it copies these entries, if any.
     """
     depth, dlogits = entries.shape[1], panels.dlogits
     tile, dlogits_desc, w_desc = panels.product_tile(entries, copied)
-    blocks = cdiv(min(last_row - first_row, panels.rows), tile.rows)
-    dhidden_kernel[(blocks * cdiv(depth, tile.cols),)](
+    split, parts = split_blocks(ways)
+    unsplit = max(cdiv(min(last_row - first_row, panels.rows), tile.rows) - split, 0)
+    dhidden_kernel[((unsplit + parts) * cdiv(depth, tile.cols),)](
         dlogits_ptr=dlogits,
         dlogits_desc=dlogits_desc,
         w_desc=w_desc,
@@ -386,6 +477,9 @@ def add_product(panels, entries, total, count, first_row, last_row, chunk, first
         sums_ptr=None if mean is None else panels.sums,
         mean_ptr=mean,
         sum_ptr=total,
+        held=len(total) - slab_rows(ways, tile),
+        unsplit=unsplit,
+        copied_rows=panels.copied_rows,
         first_row=first_row,
         last_row=last_row,
         first_held=first_held,
@@ -397,10 +491,33 @@ def add_product(panels, entries, total, count, first_row, last_row, chunk, first
         COMPUTE=TO_TRITON[str(dlogits.dtype)],
         PANEL=tiles.WIDTH,
         SUMS_A_PANEL=panels.sums_a_panel,
+        WAYS=ways,
         BLOCK_N=tile.rows,
         BLOCK_D=tile.cols,
         BLOCK_V=tile.depth,
         **tile.options,
+    )
+
+
+def scatter(total, split, rows, count, scale, out, first_row, last_row, first_held):
+    """out[rows] = total / scale, see :func:`scatter_kernel`; total: with the slabs of a :class:`Split` behind it."""
+    depth, tile = total.shape[1], copy_tile(total.shape[1])
+    scatter_kernel[(cdiv(last_row - first_row, tile.rows) * cdiv(depth, tile.cols),)](
+        sum_ptr=total,
+        held=len(total) - split.rows,
+        rows_ptr=rows,
+        count_ptr=count,
+        scale_ptr=scale,
+        out_ptr=out,
+        first_row=first_row,
+        last_row=last_row,
+        first_held=first_held,
+        D=depth,
+        WAYS=split.ways,
+        SLAB_BLOCK=split.block,
+        BLOCK_N=tile.rows,
+        BLOCK_D=tile.cols,
+        num_warps=tile.warps,
     )
 
 

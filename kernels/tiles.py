@@ -93,6 +93,8 @@ TILES = {
 INTERPRETER = Tile(32, 64, 32, 4, 1, group=2)
 COPY = Tile(16, 256, 0, 4, 1)  # of rows that are only gathered or scattered
 LABELS = Tile(8, 256, 0, 4, 1)  # of the labels' logits
+AUDIT = {2: Tile(64, 128, 32, 8, 2), 4: Tile(32, 64, 16, 4, 2)}  # two sums: audited entries, columns; rows at once
+AUDIT_INTERPRETER = Tile(128, 128, 64, 4, 1)
 LEVEL_ROWS = 32
 WIDTH = 128  # entries of a panel of dlogits; a multiple of every backward tile's sides
 ROW_BLOCK = 1024  # of the elementwise kernels over tokens
@@ -143,6 +145,10 @@ def for_tensor(kernel, dtype, device, described=False):
         return INTERPRETER
     tile = measured(device).get((kernel, dtype.itemsize, described))
     return lookup(kernel, dtype.itemsize, architecture(device), described) if tile is None else tile
+
+
+def for_audit(dtype):
+    return AUDIT_INTERPRETER if interpreting() else AUDIT[dtype.itemsize]
 
 
 def has_descriptors(device):

@@ -15,6 +15,7 @@ WORTHWHILE = 0.9  # part of the exact path's GEMMs up to which leaving entries o
 # What one more kept entry of a group costs beside its GEMMs, in rows of them: read for dX alone; read and written for
 # dW too. Measured.
 OVERHEAD_ROWS = {"cpu": (48, 256), "cuda": (256, 256)}
+UNITS = 2**40  # integers that a budget is counted in
 LEVELS = 4  # groups of up to 2^LEVELS blocks
 
 
@@ -66,11 +67,10 @@ def within_budget(costs, budget, active):
 
     Summed as integers, so that the choice is the same on every run on every device.
     """
-    one = 2**40
     share = torch.nan_to_num(costs / budget, nan=2.0, posinf=2.0).clamp(max=2.0)
-    units = torch.where(active, (share.double() * one).ceil().to(torch.int64), 0)
+    units = torch.where(active, (share.double() * UNITS).ceil().to(torch.int64), 0)
     ranked, order = units.sort(stable=True)
-    return torch.zeros_like(active).scatter_(0, order, ranked.cumsum(0) <= one)
+    return torch.zeros_like(active).scatter_(0, order, ranked.cumsum(0) <= UNITS)
 
 
 def overhead_rows(device, trained):

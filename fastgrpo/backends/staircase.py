@@ -24,6 +24,8 @@ class Staircase(NamedTuple):
     entries: torch.Tensor | None  # (V,) int64 permutation; None: in their order
     stops_hidden: torch.Tensor  # (ceil(V / TILE),) int32, of each tile the leading rows that dX needs; not rising
     stops_head: torch.Tensor  # the same for dW, at least as many; those of dX where no head's gradient is needed
+    positions: torch.Tensor | None = None  # (V,) int64, where in ``entries`` each stands; None: not known yet
+    scale: torch.Tensor | None = None  # (1,) of problem.row_scale; None: the same
 
 
 def exact(active, rows, count, vocab):

@@ -9,6 +9,7 @@ from fastgrpo.backends import frozen
 from fastgrpo.backends.pair import PairProblem
 from fastgrpo.inputs import IGNORE
 from fastgrpo.kernels import backward as _backward
+from fastgrpo.kernels import certified as _certified
 from fastgrpo.kernels import divergence as _divergence
 from fastgrpo.kernels import forward as _forward
 from fastgrpo.kernels import frozen as _frozen
@@ -97,7 +98,7 @@ def certified_backward(problem, stats, kept, grad_logp, needs):
     """kept: the tensors of the forward's certificate."""
     with on_device(problem.hidden):
         certificate = PackedCertificate(*kept, _forward.flag_shape(problem)[0], _forward.flag_tile(problem))
-        return _backward.certified_backward(problem, stats, certificate, grad_logp, needs)
+        return _certified.certified_backward(problem, stats, certificate, grad_logp, needs)
 
 
 def counted_rows(targets):

@@ -15,7 +15,11 @@ V, D, RANK = 5008, 256, 16  # multiples of 16, as in the kernel report: what one
 FORWARD = 4  # its documented launches: rows gathered, their labels, the vocabulary, the combination of its runs
 FROZEN = 4, 3  # a chunk: masses, fold, level, their product with the weight; gather, combination, directions
 EXACT = 6  # chunks cut, rows gathered; dlogits, dX, dW of the one chunk; scatter
-CERTIFIED = EXACT + 2  # the last block that keeps each entry; a chunk more where descriptors need its entries copied
+PLAN = 8  # rows weighed, sorted out, counted, placed; entries' need, their offsets, places, the labels' places
+AUDIT = 10  # samples' labels, rows gathered, dlogits; masses, shares, ranking; dlogits, what is lost, errors, choice
+ORDER = 1  # of the rows of a certified forward
+CERTIFIED = ORDER + EXACT + 1 + PLAN + AUDIT  # 1: entries copied in their order, where descriptors read them
+AUDITED = 2  # of one gradient more: what is lost, errors
 TOPK = FORWARD - 1 + 3  # no labels; the targets' logits, and their part of dX and dW
 LORA = 4  # its pair's: gather, dX, dW, scatter
 BIAS, OBJECTIVE = 1, 1
@@ -100,6 +104,18 @@ def partial(dtype, certified):
         triton_backend.partial_forward(problem)
 
 
+def plan_by_torch(dtype):
+    """What a certificate that no kernel plans with goes through."""
+    from fastgrpo.backends import staircase, triton_backend
+    from fastgrpo.backends.problem import Gradients
+    from fastgrpo.kernels.flags import PackedCertificate
+
+    problem = problem_of(dtype, tolerance=0.005)
+    stats, certificate = triton_backend.certified_forward(problem, None)
+    assert isinstance(certificate, PackedCertificate)
+    staircase.make(problem, stats, certificate, torch.ones(problem.targets.numel()), Gradients(True, True))
+
+
 def loss(config, gated=False, dtype=torch.bfloat16, n=64, batch=4):
     hidden, weight, targets = tensors(dtype, n=n, batch=batch)
     row = torch.zeros(targets.shape)
@@ -179,24 +195,27 @@ def cases(everything):
             yield case(f"{name}, frozen head", FORWARD + EXACT - 1 + LORA, logprobs, dtype, lora=lora, frozen=True)
             yield case(f"{name}, everything", FORWARD + EXACT + LORA + BIAS, logprobs, dtype, lora=lora, bias=True,
                        options=True, entropy=True)  # fmt: skip
-            yield case(f"{name}, certified", FORWARD + CERTIFIED + LORA, logprobs, dtype, lora=lora,
+            yield case(f"{name}, certified", FORWARD + CERTIFIED + LORA + AUDITED, logprobs, dtype, lora=lora,
                        backward="certified")  # fmt: skip
             yield case(f"{name}, support", None, logprobs, dtype, lora=lora, support=True, options=True, bias=True)
         for frozen, hint in itertools.product((False, True), (False, True)):
             name = f"{kind} certified{', hint' if hint else ''}{', frozen head' if frozen else ''}"
-            yield case(name, FORWARD + CERTIFIED - frozen, logprobs, dtype, backward="certified", hint=hint,
+            launches = FORWARD + CERTIFIED - (1 + AUDIT) * frozen
+            yield case(name, launches, logprobs, dtype, backward="certified", hint=hint,
                        frozen=frozen)  # fmt: skip
-        yield case(f"{kind} certified, everything", FORWARD + CERTIFIED + BIAS, logprobs, dtype, backward="certified",
+        yield case(f"{kind} certified, everything", FORWARD + CERTIFIED + BIAS + AUDITED, logprobs, dtype,
+                   backward="certified",
                    hint=True, bias=True, options=True)  # fmt: skip
         yield case(f"{kind} support", 3, logprobs, dtype, support=True)  # logits, dX, dW
         yield case(f"{kind} top-k", TOPK + EXACT, logprobs, dtype, topk=5)
         yield case(f"{kind} top-k, frozen head", TOPK - 1 + EXACT - 1, logprobs, dtype, topk=5, frozen=True)
         yield case(f"{kind} top-k, everything", None, logprobs, dtype, topk=5, lora=dtype, bias=True, options=True,
                    entropy=True)  # fmt: skip
-        yield case(f"{kind} top-k, certified", TOPK + CERTIFIED, logprobs, dtype, topk=5, backward="certified")
+        yield case(f"{kind} top-k, certified", TOPK + CERTIFIED + 2, logprobs, dtype, topk=5, backward="certified")
         yield case(f"{kind} top-k of another batch", None, logprobs, dtype, topk=5, n=99, batch=3, compiles=0)
         yield case(f"{kind} shard", FORWARD, partial, dtype, certified=False)
-        yield case(f"{kind} shard, certified", FORWARD, partial, dtype, certified=True)
+        yield case(f"{kind} shard, certified", FORWARD + ORDER, partial, dtype, certified=True)
+        yield case(f"{kind} plan by torch", FORWARD + ORDER + 1, plan_by_torch, dtype)
     # Nothing is compiled again when only the batch changes.
     for options in ({}, {"frozen": True}, {"backward": "certified", "hint": True}):
         launches = FORWARD + CERTIFIED if "backward" in options else None
@@ -205,8 +224,9 @@ def cases(everything):
             name = f"bfloat16 {options or ''} {shape}"
             yield case(name, launches, logprobs, bf16, compiles=0, **options, **shape)
         for workspace in (16, 2, 1):
+            fresh = (2, 16) if "backward" in options else (2,)  # chunks of rows; no room to split chunks
             yield case(f"bfloat16 {options or ''} {workspace} MiB", None, logprobs, bf16, n=1500, **options,
-                       workspace_mb=workspace, compiles=None if workspace == 2 else 0)  # fmt: skip
+                       workspace_mb=workspace, compiles=None if workspace in fresh else 0)  # fmt: skip
     for shape in ({"n": 301}, {"n": 1}, {"n": 432, "batch": 3}, {"n": 404, "batch": 4, "view": True}):
         yield case(f"bfloat16 dX in forward {shape}", sum(FROZEN), dx_in_forward, bf16, compiles=0, **shape)
     for n, size, chunks in ((1500, 2, 16), (1400, 2, 16), (1500, 1, 32)):

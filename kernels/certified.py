@@ -1,0 +1,53 @@
+"""The certified backward: the exact one's staircase, as high as the certificate asks; the host never waits."""
+
+from fastgrpo.backends import staircase
+from fastgrpo.backends.staircase import Staircase
+from fastgrpo.kernels import tiles
+from fastgrpo.kernels.arguments import TO_TRITON, Selection, logit_arguments, taken_arguments
+from fastgrpo.kernels.audit import Audit, plan_memory
+from fastgrpo.kernels.backward import Launcher, climb
+from fastgrpo.kernels.plan import place_entries, place_rows, positions_of, weigh
+
+
+def certified_backward(problem, stats, certificate, grad_logp, needs):
+    """As :func:`fastgrpo.kernels.backward.backward`, of the entries that matter: within the tolerances."""
+    grad_logp = grad_logp.contiguous()
+    return climb(problem, stats, [grad_logp], None, needs, lambda: make_plan(
+        problem, stats, certificate, grad_logp, needs))  # fmt: skip
+
+
+def make_plan(problem, stats, certificate, grad_logp, needs):
+    """As :func:`fastgrpo.backends.staircase.make`, by kernels."""
+    trained = any(needs.of_head) or bool(needs.bias)
+    weights, places, kept = weigh(problem, stats, certificate, grad_logp), None, None
+    if trained and problem.params.row_tolerance < 1:
+        weights, places, kept = audit(problem, stats, certificate, weights, grad_logp, needs)
+    placed = place_rows(certificate, weights.kinds, places, kept)
+    entries, positions, stops_hidden, stops_head = place_entries(certificate, placed, problem.weight.shape[0], trained)
+    return Staircase(placed.rows, placed.count, entries, stops_hidden, stops_head, positions, weights.scale)
+
+
+def audit(problem, stats, certificate, weights, grad_logp, needs):
+    """-> weights, and of an :class:`Audit` the places and how many of them are kept; or None, the kinds being final."""
+    memory = plan_memory(problem, needs)
+    if min(memory.ranking, memory.audited) > 0:
+        made = Audit(problem, stats, certificate, weights, grad_logp, needs, memory, SampleLauncher)
+        return weights, *made.places(problem.params.row_tolerance)
+    # a workspace too small for all rows of a panel: torch's goes in narrower pieces
+    kinds = staircase.sort_out(problem, stats, certificate, grad_logp, needs, trained=True)
+    return weights._replace(kinds=kinds), None, None
+
+
+class SampleLauncher(Launcher):
+    """Makes the dlogits of an audit's samples, reading the head by pointers: they are a hundredth of it."""
+
+    def __init__(self, work, problem, stats, grad_logp, scale):
+        self.work, self.problem, self.stats, self.grads, self.scale = work, problem, stats, [grad_logp], scale
+        samples, order = work.samples, work.order
+        self.tile = tiles.for_tensor(self.kernel(problem, self.grads), problem.params.compute_dtype, order.device)
+        head, self.logits, self.low_rank = logit_arguments(problem)
+        self.head, self.operands = head._replace(V=samples.ids.numel()), (None, None)
+        self.compute = TO_TRITON[str(problem.params.compute_dtype)]
+        self.selection = Selection(order, work.panels.stops, positions_of(problem.targets, samples.place))
+        taken = problem.taken
+        self.taken = taken_arguments(None if taken is None else positions_of(taken, samples.place).sort(1).values)
