@@ -1,5 +1,9 @@
 """A group's answers behind one copy of their prompt: the gradients and log-probs of whole rows, or a reason why not."""
 
+import sys
+from itertools import pairwise
+from types import SimpleNamespace
+
 import pytest
 import torch
 import transformers
@@ -115,7 +119,7 @@ def test_lora_checkpointing_and_offload(settings):
 
 
 REFUSALS = [
-    ("Gemma2", {}, "attn_implementation is 'eager', not 'sdpa'"),
+    ("Gemma2", {}, "attn_implementation is 'eager', not 'sdpa' or"),
     ("Falcon", {}, "does not use transformers' attention interface"),
     ("FalconH1", {}, "it has layers of hybrid"),
     ("Jamba", {}, "it has layers of linear_attention"),
@@ -219,6 +223,36 @@ def test_turns_in_common_have_each_answer_s_gradient(loss_type, level):
         config = GRPOLossConfig(**options, epsilon_high=1.2 if loss_type == "cispo" else 0.28)
         want = learn(model, episodes, False, config, longest=TURNS)
         assert_same(learn(model, episodes, True, config, longest=TURNS, budget=60), want)
+
+
+def varlen(q, k, v, cu_q, cu_k, max_q, max_k, dropout_p, softmax_scale, softcap, causal):
+    """What flash-attn 2.1 and later documents: (T, H, d), causal from each sequence's last key backwards."""
+    assert (cu_q.dtype, cu_k.dtype, causal, dropout_p, softcap) == (torch.int32, torch.int32, True, 0.0, 0.0)
+    assert (max_q, max_k) == (cu_q.diff().max(), cu_k.diff().max())
+    rows = []
+    for (a, b), (c, d) in zip(pairwise(cu_q.tolist()), pairwise(cu_k.tolist())):
+        mask = torch.ones(b - a, d - c, dtype=torch.bool).tril(d - c - (b - a))
+        heads = (x.transpose(0, 1)[None] for x in (q[a:b], k[c:d], v[c:d]))
+        options = {"attn_mask": mask, "scale": softmax_scale, "enable_gqa": True}
+        rows.append(torch.nn.functional.scaled_dot_product_attention(*heads, **options)[0].transpose(0, 1))
+    return torch.cat(rows)
+
+
+def test_flash_attn_s_lengths(monkeypatch):
+    """By a stand-in for its function; on a GPU this has not been run."""
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_varlen_func=varlen))
+    model, episodes = make("Qwen2"), trainer_job.make_conversations()
+    want = learn(model, episodes, False)
+    model.config._attn_implementation_internal = "flash_attention_2"
+    inputs = shared_prompts.lay_out(episodes, torch.device("cpu"))
+    refusal = pytest.raises(shared_prompts.CannotShare, match=r"in torch\.float32, and flash-attn in 16 bits")
+    with shared_prompts.sharing(model), refusal:
+        model(**inputs)
+    monkeypatch.setattr(shared_prompts, "HALF", (torch.float32,))
+    monkeypatch.setattr(shared_prompts, "why_not", lambda *_: None)  # which asks flash-attn itself
+    assert_same(learn(model, episodes, True), want)
+    assert_same(learn(model, episodes, True, budget=60), want)
+    assert model.config._attn_implementation == "flash_attention_2"
 
 
 def test_no_mask_of_the_whole_row():

@@ -153,7 +153,7 @@ class Learner:
         budget: tokens of a micro-batch, or "auto": grows on a GPU while its memory allows.
         packed: see :func:`collate`. skip: leave out what cannot have a gradient.
         offload: keep activations in host memory until the backward.
-        share_prompts: a group's answers behind one copy of their prompt, packed; "auto": where the model can.
+        share_prompts: answers behind one copy of what they begin with, packed; "auto": where the model can.
         longest: tokens of a prompt and its answer.
         half: compute in fp16; always where weights are. Its numbers end at 6e-8 and 65504, so the loss is scaled up and
             the gradients, of fp32 weights, down again; see :meth:`overflowed`.

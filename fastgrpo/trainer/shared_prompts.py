@@ -3,9 +3,9 @@
 A row (1, T) is a tree: each :class:`Segment` of it is attended from by itself and by what follows it. The answers of a
 group have their prompt in common, the answers of a conversation its first turns, prompts a system message. Position ids
 are those of each answer's whole sequence. A layer attends from each segment to those before it and to itself: ordinary
-SDPA calls over rows gathered from the layer's queries, keys and values, so LoRA and checkpointing see nothing. The head
-then gets each answer's own copy of the states that predict its tokens, those in common too: each copy has its own
-advantage, mask and old log-probs.
+SDPA calls over rows gathered from the layer's queries, keys and values, or one of flash-attn's over their lengths, so
+LoRA and checkpointing see nothing. The head then gets each answer's own copy of the states that predict its tokens,
+those in common too: each copy has its own advantage, mask and old log-probs.
 """
 
 from collections import defaultdict
@@ -23,6 +23,8 @@ from fastgrpo.integrations.transformers import causal_lm
 from fastgrpo.trainer.model import reshard
 
 NAME = "fastgrpo_shared_prompts"  # of the attention function; transformers makes no mask for a name it does not know
+VARLEN = "fastgrpo_shared_prompts_varlen"  # where the model's own is flash-attn 2
+HALF = (torch.float16, torch.bfloat16)  # what flash-attn takes
 STEP = 16  # tokens: fewer in common, beyond a prompt, are not worth another segment
 Share = Literal["auto", True, False]
 
@@ -46,10 +48,21 @@ class Block(NamedTuple):
     mask: torch.Tensor | None  # (1 or B, 1, L, S) bool; None: causal
 
 
+class Lengths(NamedTuple):
+    """All segments in one call: their own tokens as they stand in the row, and the keys of each."""
+
+    keys: torch.Tensor  # (S,) int64, tokens of the row
+    cu_seqlens_q: torch.Tensor  # (segments + 1,) int32
+    cu_seqlens_k: torch.Tensor
+    max_seqlen_q: int
+    max_seqlen_k: int
+
+
 class Layout(NamedTuple):
     """How the tokens of a row attend to each other."""
 
     blocks: list[Block]
+    lengths: Lengths
     place: torch.Tensor  # (T,) int64, where in the blocks' outputs that of each token is
     predicts: torch.Tensor  # (N,) int64, the tokens whose states predict the first answer's tokens, the second's ...
     longest: int  # tokens of a prompt with its answer
@@ -165,12 +178,24 @@ def lay_out(episodes, device):
         "input_ids": torch.tensor([tokens], device=device),
         "position_ids": torch.tensor([positions], device=device),
         "shared_prompts": Layout(
-            [Block(*(None if x is None else x.to(device) for x in block)) for block in blocks],
+            [move(block, device) for block in blocks],
+            move(lengths_of(segments), device),
             place.to(device),
             torch.cat(predicts).to(device),
             longest,
         ),
     }
+
+
+def move(group: Any, device):
+    return type(group)(*(x.to(device) if isinstance(x, torch.Tensor) else x for x in group))
+
+
+def lengths_of(segments):
+    own = [len(segment.own) for segment in segments]
+    whole = [len(segment.before) + n for segment, n in zip(segments, own)]
+    ends = [torch.tensor([0, *accumulate(n)], dtype=torch.int32) for n in (own, whole)]
+    return Lengths(torch.cat([x for segment in segments for x in segment]), *ends, max(own), max(whole))
 
 
 def attention_calls(segments, tokens):
@@ -232,6 +257,31 @@ def attend(
     return torch.cat(outputs).index_select(0, shared_prompts.place)[None], None
 
 
+def attend_varlen(
+    module,
+    query,  # (1, H, T, d)
+    key,  # (1, H of keys, T, d)
+    value,
+    attention_mask,
+    shared_prompts: Any = None,  # a Layout
+    is_causal=None,
+    sliding_window=None,
+    dropout=0.0,
+    scaling=None,
+    **options,
+):
+    """-> (1, T, H, d), from flash-attn, whose causal mask ends with each segment's last key."""
+    from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
+
+    check_call(module, query, key, attention_mask, shared_prompts, is_causal, sliding_window, options)
+    if query.dtype not in HALF:
+        raise CannotShare(f"{type(module).__name__} attends in {query.dtype}, and flash-attn in 16 bits")
+    keys, *lengths = shared_prompts.lengths
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    more = {"dropout_p": dropout, "softmax_scale": scaling, "softcap": options.get("softcap") or 0.0, "causal": True}
+    return flash_attn_varlen_func(q, k.index_select(0, keys), v.index_select(0, keys), *lengths, **more)[None], None
+
+
 def gather(x, index):
     """(1, H, T, d), (B, L) -> (B, H, L, d)"""
     return x[0].transpose(0, 1).index_select(0, index.flatten()).unflatten(0, index.shape).transpose(1, 2)
@@ -252,6 +302,7 @@ def check_call(module, query, key, attention_mask, layout, is_causal, sliding_wi
 
 
 AttentionInterface.register(NAME, attend)
+AttentionInterface.register(VARLEN, attend_varlen)
 
 
 @contextmanager
@@ -261,8 +312,8 @@ def sharing(model):
     found = {id(config): config for config in configs if isinstance(config, PreTrainedConfig)}
     before = [(config, config._attn_implementation_internal) for config in found.values()]
     try:
-        for config, _ in before:
-            config._attn_implementation_internal = NAME
+        for config, name in before:
+            config._attn_implementation_internal = VARLEN if name == "flash_attention_2" else NAME
         yield
     finally:
         for config, name in before:
@@ -289,8 +340,8 @@ def why_not(model, longest):
     config = base.config.get_text_config()
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"]  # without them a window is every layer's
     window = getattr(config, "sliding_window", None) if "sliding_attention" in kinds else None
-    if config._attn_implementation != "sdpa":
-        return f"attn_implementation is {config._attn_implementation!r}, not 'sdpa'"
+    if config._attn_implementation not in ("sdpa", "flash_attention_2"):
+        return f"attn_implementation is {config._attn_implementation!r}, not 'sdpa' or 'flash_attention_2'"
     if not base._can_set_attn_implementation():
         return f"{type(base).__name__} does not use transformers' attention interface"
     if odd := sorted({*kinds} - {"full_attention", "sliding_attention"}):
