@@ -40,9 +40,9 @@ def summary(rows):
     for row in rows:
         if "eval/pass@1" in row:
             found.setdefault(row["entry"], []).append(row["eval/pass@1"])
-    changes = [f"{values[0]:.2f} to {values[-1]:.2f}" for values in found.values()]
+    changes = [f"{seed} {values[0]:.2f} to {values[-1]:.2f}" for seed, values in found.items()]
     steps = max(row["step"] for row in rows)
-    return f"Held-out problems, sampled answers, {steps} steps, {len(changes)} seeds: {', '.join(changes)}."
+    return f"Held-out problems, sampled answers, {steps} steps: {'; '.join(changes)}."
 
 
 def main(arguments=None):
