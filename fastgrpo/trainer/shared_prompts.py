@@ -194,8 +194,9 @@ def move(group: Any, device):
 def lengths_of(segments):
     own = [len(segment.own) for segment in segments]
     whole = [len(segment.before) + n for segment, n in zip(segments, own)]
-    ends = [torch.tensor([0, *accumulate(n)], dtype=torch.int32) for n in (own, whole)]
-    return Lengths(torch.cat([x for segment in segments for x in segment]), *ends, max(own), max(whole))
+    ends_own, ends_whole = (torch.tensor([0, *accumulate(n)], dtype=torch.int32) for n in (own, whole))
+    keys = torch.cat([x for segment in segments for x in segment])
+    return Lengths(keys, ends_own, ends_whole, max(own), max(whole))
 
 
 def attention_calls(segments, tokens):
