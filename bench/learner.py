@@ -300,6 +300,9 @@ def bars(rows, field, zeros, label, path):
     axes = figure.subplots(len(lines), len(columns), squeeze=False, sharey=True)
     for (i, longest), (j, prompt) in itertools.product(enumerate(lines), enumerate(columns)):
         mine, axis = [r for r in rows if (r["prompt"], r["longest"]) == (prompt, longest)], axes[i][j]
+        if not mine:  # not measured yet
+            axis.set_axis_off()
+            continue
         values, names = [r[field] for r in mine], [r["entry"] for r in mine]
         axis.barh(names, values, color=["C1" if name == TRL else "C0" for name in names])
         axis.bar_label(axis.containers[0], [f"{v:.3g} ({values[0] / v:.1f} x)" for v in values], padding=3, fontsize=7)
