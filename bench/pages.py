@@ -8,13 +8,21 @@ import importlib
 import re
 import sys
 
-from bench import RESULTS, ROOT, bias, front, learner, report
+from bench import RESULTS, ROOT, bias, curves, front, learner, report
 
 PARTS = {  # page: {name of a part: its text}
     "README.md": {"numbers": front.numbers, "results": front.results},
     "docs/gpu.md": {"passes": front.passes},
-    "docs/benchmarks.md": {"figures": lambda: report.figures(RESULTS)},
+    "docs/benchmarks.md": {"figures": lambda: report.figures(RESULTS), "learner": lambda: learner.table(of_learner())},
+    "docs/trainer.md": {
+        "learner": lambda: learner.summary(of_learner()),
+        "real": lambda: curves.summary(report.load(RESULTS, "real", "cpu")),
+    },
 }
+
+
+def of_learner():
+    return report.load(RESULTS, "learner", "cpu")
 
 
 def fill(page, name, text):
@@ -39,8 +47,7 @@ def pictures():
         for kind in report.KINDS:
             if rows := report.load(RESULTS, suite, kind):
                 importlib.import_module(f"bench.suites.{suite}").charts(rows, str(RESULTS / f"{suite}-{kind}"))
-    for module in (bias, learner):
-        name = module.__name__.split(".")[-1]
+    for module, name in ((bias, "bias"), (learner, "learner"), (curves, "real")):
         module.plot(report.load(RESULTS, name, "cpu"), RESULTS / f"{name}-cpu.png")
     front.main()
 

@@ -252,7 +252,11 @@ def main(argv=None):
 
     parser = argparse.ArgumentParser(prog="python -m bench.real", description=__doc__)
     parser.add_argument("--tokens", type=int, default=TOKENS, help=f"of each profile; default: {TOKENS}")
+    parser.add_argument("--model", action="store_true", help="fetch the model alone, and print its folder")
     options = parser.parse_args(argv)
+    if options.model:
+        print(fetch_model())
+        return
     if options.tokens < GROUP:
         parser.error(f"--tokens must be >= {GROUP}, got {options.tokens}")
     with Show() as show:

@@ -45,9 +45,9 @@ def episodes(vocabulary=14):
     return result
 
 
-def share(everyone, rank):
+def share(everyone, rank, first=8):
     """Unequal work: rank 1 has one long sequence with an advantage, rank 0 needs more micro-batches."""
-    return everyone[:8] if rank == 0 else everyone[8:]
+    return everyone[:first] if rank == 0 else everyone[first:]
 
 
 def make_accelerator(kind, **options):
@@ -82,14 +82,16 @@ def limit_memory(model, rank):
     model.register_forward_pre_hook(full, with_kwargs=True)
 
 
-def gradients(kind, tied, settings, limited=False):
+def gradients(kind, tied, settings, limited=False, turns=False):
     accelerator = make_accelerator(kind)
     model = fuse_lm_head(trainer_job.make_model(tied, dropout=0.0)[0])
     model, _ = accelerator.prepare(model, torch.optim.AdamW(model.parameters()))
-    learner = Learner(model, accelerator, GRPOLossConfig(max_completion_length=12, **settings), budget=24)
+    options = {"budget": 80, "share_prompts": True, "longest": 55} if turns else {"budget": 24}
+    learner = Learner(model, accelerator, GRPOLossConfig(max_completion_length=12, **settings), **options)
     if limited:
         limit_memory(learner.inner, accelerator.process_index)
-    mine = share(episodes(), accelerator.process_index) if accelerator.num_processes > 1 else episodes()
+    mine = trainer_job.make_conversations(vocabulary=14) if turns else episodes()
+    mine = share(mine, accelerator.process_index, 5 if turns else 8) if accelerator.num_processes > 1 else mine
     numbers = learner.gradients(mine)
     assert accelerator.num_processes == 1 or kind == "ddp" or isinstance(model.model.norm.weight, DTensor)
     assert kind != "fsdp2, head alone" or isinstance(model.lm_head, FSDPModule)
@@ -157,6 +159,7 @@ def main(output):
                 results[kind, tied, name] = gradients(kind, tied, settings)
                 if kind == "ddp":
                     results["ddp, little memory", tied, name] = gradients(kind, tied, settings, limited=True)
+        results[kind, False, "turns"] = gradients(kind, False, CASES["grpo, kl"], turns=True)
         for name, settings in RUNS.items():
             results[kind, name] = list(train(kind, f"{output}/{kind}-{name}", settings))
         results[kind, "distil"] = distil(kind, f"{output}/{kind}-distil")

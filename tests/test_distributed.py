@@ -34,13 +34,22 @@ GRADIENTS = [
 @pytest.mark.parametrize(("kind", "tied", "name"), [*GRADIENTS, ("fsdp2, head alone", False, "dapo")])
 def test_gradients_of_one_process(ranks, kind, tied, name):
     want = distributed_job.gradients("single", tied, distributed_job.CASES[name])
-    budgets = [rank[kind, tied, name]["budget"] for rank in ranks]
-    assert budgets == [12 if "little" in kind else 24, 24]  # rank 0 alone runs out of memory, both start over
-    everyone = [score for rank in ranks for score in rank[kind, tied, name]["scores"]]
-    for ours, theirs in zip(everyone, want["scores"]):
+    got = [rank[kind, tied, name] for rank in ranks]
+    assert [g["budget"] for g in got] == [12 if "little" in kind else 24, 24]  # rank 0 alone runs out, both start over
+    assert_same(got, want)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_shared_turns_have_the_gradients_of_one_process(ranks, kind):
+    want = distributed_job.gradients("single", False, distributed_job.CASES["grpo, kl"], turns=True)
+    assert_same([rank[kind, False, "turns"] for rank in ranks], want)
+
+
+def assert_same(ranks, want):
+    everyone = [score for got in ranks for score in got["scores"]]
+    for ours, theirs in zip(everyone, want["scores"], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
-    for rank in ranks:
-        got = rank[kind, tied, name]
+    for got in ranks:
         assert got["loss"].item() == pytest.approx(want["loss"].item(), rel=1e-5, abs=1e-6)
         assert got["grads"].keys() == want["grads"].keys()
         top = max(g.norm() for g in want["grads"].values())

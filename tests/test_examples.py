@@ -14,7 +14,8 @@ from fastgrpo.trainer.job import load_config
 from fastgrpo.trainer.rewards import resolve
 
 NAMES = list(examples.WORLDS)
-REWARD = {"sort": "exact_answer", "countdown": "countdown", "arithmetic": "numeric_answer", "gsm8k": "numeric_answer"}
+REWARD = dict.fromkeys(("addition", "arithmetic", "gsm8k"), "numeric_answer")
+REWARD |= {"sort": "exact_answer", "countdown": "countdown"}
 
 
 @pytest.fixture(autouse=True)
@@ -86,7 +87,7 @@ def test_gsm8k_names_the_bad_line(tmp_path, line):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("tiny:sorting", "NAME one of sort, countdown, arithmetic, gsm8k, got 'tiny:sorting'"),
+        ("tiny:sorting", "NAME one of sort, addition, countdown, arithmetic, gsm8k, got 'tiny:sorting'"),
         ("big:sort", "expected 'world:NAME' or 'tiny:NAME'"),
         ("tiny:sort:tests", "a world's part must be 'train' or 'test', got 'tests'"),
         ("world:gsm8k", "gsm8k needs a file: 'world:gsm8k:path/train.jsonl'"),
@@ -124,13 +125,23 @@ def test_tiny_models_are_reproducible():
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("preset", ["countdown", "arithmetic", "gsm8k"])
+@pytest.mark.parametrize("preset", ["countdown", "arithmetic", "gsm8k", "gsm8k-4bit", "gsm8k-cpu"])
 def test_presets_for_a_real_model(preset):
     """Their settings are legal (8-bit paging aside, which needs a GPU), and their rewards fit their rows."""
-    job, settings = load_config(preset, {"optim": "adamw_torch", "use_peft": False})
+    job, settings = load_config(preset, {"optim": "adamw_torch", "use_peft": False, "load_in_4bit": False})
     assert len(job["reward_funcs"]) == len(settings.reward_weights)
     assert "model" not in job
-    assert ("train_dataset" in job) == (preset != "gsm8k")
+    assert ("train_dataset" in job) == (not preset.startswith("gsm8k"))
+
+
+def test_the_real_preset():
+    """`make real`: numbers are asked for, and the answer's last one counts."""
+    job, settings = load_config("real")
+    assert "model" not in job
+    assert settings.use_peft
+    row = examples.load_rows(job["train_dataset"])[0]
+    assert row["prompt"][0]["content"].endswith("Answer with the number only.")
+    assert rewards_of("addition", [row, row], [f"It is {row['answer']}.", "It is 61."]) == [1.0, 0.0]
 
 
 RISES = {"demo": 36, "countdown-tiny": 60, "arithmetic-tiny": 60, "gsm8k-tiny": 32}  # optimiser steps

@@ -14,6 +14,8 @@ from fastgrpo.trainer import generate  # noqa: E402
 from fastgrpo.trainer.completions import completion  # noqa: E402
 from fastgrpo.trainer.generate import Recorder, Sampling, TransformersSampler, end_tokens  # noqa: E402
 
+import causal_lms  # noqa: E402
+
 PAD, EOS, V = 0, 2, 48
 TOKENIZER = SimpleNamespace(pad_token_id=PAD, eos_token_id=EOS)
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [5], [12, 13, 14], [40, 41, 42, 43], [5, 6]]
@@ -126,6 +128,36 @@ def test_stops(model):
         assert not {EOS, 7, 9} & set(answer.ids[:-1])
 
 
+FAMILIES = {  # and whether a prompt goes through the model once
+    "Cohere": True, "GPT2:GPT2LMHeadModel": True, "Gemma3Text:Gemma3ForCausalLM": True, "Llama": True, "Mistral": True,
+    "Qwen3Moe": True, "OPT": True, "Mamba": False, "FalconH1": False, "Jamba": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_prompt_is_computed_once(family, monkeypatch):
+    """The same tokens and log-probs as from a cache that every row fills itself."""
+    config, _, name = family.partition(":")
+    kinds = getattr(transformers, f"{config}Config"), getattr(transformers, name or f"{config}ForCausalLM")
+    window = {"sliding_window": 4} if family in ("Mistral", "Gemma3Text:Gemma3ForCausalLM") else {}
+    model = causal_lms.make(*kinds, **window).eval()
+    seen, calls = [], []
+    real, generation = generate.prefill, model.generate
+    monkeypatch.setattr(generate, "prefill", lambda *a: seen.append(real(*a)) or seen[-1])
+    monkeypatch.setattr(model, "generate", lambda ids, **o: calls.append(ids.shape) or generation(ids, **o))
+    sampling = Sampling(num_generations=4, max_completion_length=6)
+    torch.manual_seed(0)
+    once = TransformersSampler(TOKENIZER).generate(model, PROMPTS, sampling)
+    assert calls == [(len(PROMPTS), 6), (4 * len(PROMPTS), 7)]
+    assert [bool(found) for found in seen] == [FAMILIES[family]]
+    monkeypatch.setattr(generate, "prefill", lambda *_: {})
+    torch.manual_seed(0)
+    for group, other in zip(once, TransformersSampler(TOKENIZER).generate(model, PROMPTS, sampling)):
+        for a, b in zip(group, other):
+            assert a.ids == b.ids
+            torch.testing.assert_close(torch.tensor(a.logprobs), torch.tensor(b.logprobs), atol=1e-5, rtol=0)
+
+
 def test_a_tokenizer_without_padding(model):
     tokenizer = SimpleNamespace(pad_token_id=None, eos_token_id=EOS)
     torch.manual_seed(0)
@@ -148,6 +180,7 @@ def test_uneven_prompts_equal_one_by_one(model):
 def test_a_batch_stays_within_its_tokens(model, monkeypatch):
     sizes = []
     inner = model.generate
+    monkeypatch.setattr(generate, "prefill", lambda *_: {})  # calls of its own
     monkeypatch.setattr(model, "generate", lambda ids, **k: sizes.append(ids.shape) or inner(ids, **k))
     TransformersSampler(TOKENIZER, 64).generate(model, PROMPTS, Sampling(num_generations=5, max_completion_length=8))
     assert sum(rows for rows, _ in sizes) == 5 * len(PROMPTS)

@@ -13,8 +13,11 @@ from accelerate import Accelerator
 
 from fastgrpo import GRPOLossConfig, reference
 from fastgrpo.config import LOSS_TYPES
+from fastgrpo.inputs import IGNORE
 from fastgrpo.integrations.transformers import fuse_lm_head
 from fastgrpo.trainer.learner import AUTO_BUDGET, Episode, Learner, collate, micro_batches, needs_learning
+
+import trainer_job
 
 VOCABULARY = 61
 
@@ -80,7 +83,7 @@ def padded_gradients(model, episodes, config, num_items=None):
     for i, e in zip(rows, episodes):
         ids[i, : e.length], attention[i, : e.length] = torch.tensor(e.prompt_ids + e.completion_ids), 1
         span = slice(len(e.prompt_ids) - 1, e.length - 1)
-        mask[i, span] = int(e.counts)
+        mask[i, span] = (e.targets != IGNORE).long()
         for name, value in values.items():
             if getattr(e, name) is not None:
                 value[i, span] = getattr(e, name)
@@ -150,6 +153,21 @@ def test_what_needs_every_sequence_skips_none(loss_type):
             assert ours == pytest.approx(loss, rel=2e-5, abs=1e-6)
             assert_close(grads, want, 2e-5 if "entropy_coef" in settings else 1e-5)
             assert numbers["tokens"] == sum(e.tokens for e in episodes)
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_conversations(loss_type, level):
+    """Tokens of others' turns do not count; turns in common are targets of every answer that holds them."""
+    config = GRPOLossConfig(loss_type=loss_type, importance_sampling_level=level, max_completion_length=40, beta=0.1)
+    model, episodes = make_model(), trainer_job.make_conversations(vocabulary=VOCABULARY)
+    set_old(model, episodes, config)
+    loss, want = padded_gradients(model, episodes, config)
+    for way in (WAYS["packed"], WAYS["sorted"], WAYS["shared"], WAYS["one shared"]):
+        ours, grads, numbers = learner_gradients(model, episodes, config, **way)
+        assert ours == pytest.approx(loss, rel=2e-5, abs=1e-6), way
+        assert_close(grads, want)
+        assert numbers["tokens"] == sum(e.tokens for e in episodes) < sum(len(e.completion_ids) for e in episodes)
 
 
 def test_a_batch_without_any_advantage_gives_zero_gradients():

@@ -193,20 +193,6 @@ def test_every_figure_comes_from_the_results():
 
 
 @pytest.mark.quick
-def test_the_learner_step_of_the_trainer_page():
-    from bench import RESULTS, report
-
-    rows = {r["entry"]: r for r in report.load(RESULTS, "learner", "cpu")}
-    text = (ROOT / "docs/trainer.md").read_text()
-    trl, ours = rows["TRL 1.16, micro-batches of 8"]["seconds"], rows["fastgrpo, sorted by length"]["seconds"]
-    assert f"{ours:.2f} s a learner step" in text
-    assert f"against {trl:.2f} s" in text
-    times = [f"{row['times_faster_than_trl']:.1f}" for name, row in rows.items() if name.startswith("fastgrpo")]
-    sorted_by_length, packed, nothing_skipped = times
-    assert f"{sorted_by_length} x ({packed} x packed with SDPA, {nothing_skipped} x without skipping" in text
-
-
-@pytest.mark.quick
 def test_readme_has_no_other_figures():
     """Outside of code and generated parts no number has a unit or a decimal point, but for versions and the listed."""
     text = re.sub(r"```.*?```|<!-- (\w+): .*?<!-- end of \1 -->|`[^`]*`|\]\([^)]*\)", "", README, flags=re.DOTALL)

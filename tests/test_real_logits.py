@@ -57,6 +57,13 @@ def collect(profile, tokens):
         return real.collect(profile, tokens, show)
 
 
+def test_the_model_alone(small, capsys):
+    """What `make real` trains."""
+    real.main(["--model"])
+    assert capsys.readouterr().out.strip() == str(real.CACHE / real.MODEL)
+    assert f"pip install --quiet {real.READER}\n" in (real.DATA.parents[2] / "Makefile").read_text()
+
+
 def test_the_excerpt_has_its_licence():
     text = (real.DATA / "LICENSE").read_text()
     assert text.startswith("MIT License")

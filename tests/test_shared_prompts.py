@@ -1,5 +1,9 @@
 """A group's answers behind one copy of their prompt: the gradients and log-probs of whole rows, or a reason why not."""
 
+import sys
+from itertools import pairwise
+from types import SimpleNamespace
+
 import pytest
 import torch
 import transformers
@@ -8,6 +12,7 @@ pytest.importorskip("accelerate")
 from accelerate import Accelerator
 
 from fastgrpo import GRPOLossConfig
+from fastgrpo.config import LOSS_TYPES
 from fastgrpo.integrations.transformers import fuse_lm_head
 from fastgrpo.trainer import shared_prompts
 from fastgrpo.trainer.learner import Episode, Learner, collate
@@ -23,6 +28,7 @@ FAMILIES = [
 ]  # fmt: skip
 GROUPS = [(12, (3, 7, 14)), (1, (2, 9)), (6, (5,))]  # tokens of a prompt, of its answers
 LONGEST = 26
+TURNS = 55  # of a conversation
 
 
 @pytest.fixture(autouse=True)
@@ -46,11 +52,12 @@ def make_episodes(groups=GROUPS):
     return episodes
 
 
-def learn(model, episodes, share, **options):
+def learn(model, episodes, share, config=None, **options):
     """-> gradients, log-probs"""
     if not share:
         options["budget"] = 1  # a row for each answer
-    learner = Learner(model, Accelerator(cpu=True), GRPOLossConfig(), share_prompts=share, longest=LONGEST, **options)
+    options = {"share_prompts": share, "longest": LONGEST, **options}
+    learner = Learner(model, Accelerator(cpu=True), config or GRPOLossConfig(), **options)
     learner.gradients(episodes)
     gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     return gradients, learner.score(episodes)
@@ -72,6 +79,9 @@ def test_whole_rows_gradients(family):
     want = learn(model, episodes, False)
     assert_same(learn(model, episodes, True), want)
     assert_same(learn(model, episodes, True, budget=30), want)  # the first group is cut
+    episodes = trainer_job.make_conversations()
+    want = learn(model, episodes, False, longest=TURNS)
+    assert_same(learn(model, episodes, True, budget=60, longest=TURNS), want)
 
 
 def test_a_wrong_layout_is_seen(monkeypatch):
@@ -109,7 +119,7 @@ def test_lora_checkpointing_and_offload(settings):
 
 
 REFUSALS = [
-    ("Gemma2", {}, "attn_implementation is 'eager', not 'sdpa'"),
+    ("Gemma2", {}, "attn_implementation is 'eager', not 'sdpa' or"),
     ("Falcon", {}, "does not use transformers' attention interface"),
     ("FalconH1", {}, "it has layers of hybrid"),
     ("Jamba", {}, "it has layers of linear_attention"),
@@ -151,25 +161,110 @@ def test_micro_batches_hold_the_budget_and_share(budget):
     for batch in batches:
         inputs, known = collate(batch, True, torch.device("cpu"), True)
         prompts = {tuple(e.prompt_ids) for e in batch}
-        tokens = sum(len(p) - 1 for p in prompts) + sum(len(e.completion_ids) + 1 for e in batch)
+        tokens = sum(map(len, prompts)) + sum(len(e.completion_ids) - 1 for e in batch)
         assert inputs["input_ids"].numel() == shared_prompts.count_tokens(batch) == tokens
         assert tokens <= budget or len(batch) == 1
         assert known["targets"].ne(-100).sum() == sum(e.tokens for e in batch)
     whole = shared_prompts.count_tokens([e for b in shared_prompts.micro_batches(episodes, 10**6) for e in b])
-    assert whole == 19 + 8 * 5 + 4 + sum(range(2, 10)) + 2 + 31 + 51
+    assert whole == 20 + 8 * 3 + 5 + sum(range(8)) + 3 + 29 + 49
     assert shared_prompts.micro_batches([], budget) == []
+
+
+@pytest.mark.quick
+def test_a_row_is_a_tree():
+    """Each distinct beginning stands once, in whole steps; every answer's states are those of its own tokens."""
+    episodes = trainer_job.make_conversations()
+    alone = [e.length - 1 for e in episodes]
+    shared = 6 * 16 + 4 * 3 + 4 * 13 + 16  # to 16: all but the last row; to 19 and to 32: five; to 48: two
+    assert sum(alone) - shared_prompts.count_tokens(episodes) == shared
+    for seed in range(20):
+        g = torch.Generator().manual_seed(seed)
+        rows = [trainer_job.make_conversations(s)[i] for s in (0, 1) for i in torch.randperm(8, generator=g)[:6]]
+        for budget in (40, 100, 150, 1000):
+            batches = shared_prompts.micro_batches(rows, budget)
+            assert sorted(id(e) for b in batches for e in b) == sorted(map(id, rows))
+            for batch in batches:
+                assert shared_prompts.count_tokens(batch) <= max(budget, batch[0].length - 1)
+                check_row(batch)
+
+
+def check_row(episodes):
+    inputs = shared_prompts.lay_out(episodes, torch.device("cpu"))
+    layout, (ids,), (positions,) = inputs["shared_prompts"], inputs["input_ids"], inputs["position_ids"]
+    assert len(ids) == shared_prompts.count_tokens(episodes)
+    for e, path in zip(episodes, layout.predicts.split([len(e.completion_ids) for e in episodes])):
+        first = len(e.prompt_ids) - 1
+        assert ids[path].tolist() == (e.prompt_ids + e.completion_ids)[first:-1]
+        assert positions[path].tolist() == [*range(first, e.length - 1)]
+    seen = torch.cat([count_keys(block) for block in layout.blocks])[layout.place]
+    assert torch.equal(seen, positions + 1)
+
+
+def count_keys(block):
+    """(B * L,) how many tokens each query sees."""
+    rows, length = block.queries.shape
+    if block.mask is None:
+        return torch.arange(1, length + 1).repeat(rows)
+    return block.mask.sum(-1).expand(rows, 1, length).flatten()
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_turns_in_common_have_each_answer_s_gradient(loss_type, level):
+    """Tokens that stand once are targets of each answer that holds them, by its advantage, old log-probs and mask."""
+    model, episodes = make("Qwen2"), trainer_job.make_conversations()
+    for settings in ({}, {"beta": 0.1, "entropy_coef": 0.05, "top_entropy_quantile": 0.4}):
+        options = {
+            "loss_type": loss_type,
+            "importance_sampling_level": level,
+            "max_completion_length": TURNS,
+            **settings,
+        }
+        config = GRPOLossConfig(**options, epsilon_high=1.2 if loss_type == "cispo" else 0.28)
+        want = learn(model, episodes, False, config, longest=TURNS)
+        assert_same(learn(model, episodes, True, config, longest=TURNS, budget=60), want)
+
+
+def varlen(q, k, v, cu_q, cu_k, max_q, max_k, dropout_p, softmax_scale, softcap, causal):
+    """What flash-attn 2.1 and later documents: (T, H, d), causal from each sequence's last key backwards."""
+    assert (cu_q.dtype, cu_k.dtype, causal, dropout_p, softcap) == (torch.int32, torch.int32, True, 0.0, 0.0)
+    assert (max_q, max_k) == (cu_q.diff().max(), cu_k.diff().max())
+    rows = []
+    for (a, b), (c, d) in zip(pairwise(cu_q.tolist()), pairwise(cu_k.tolist())):
+        mask = torch.ones(b - a, d - c, dtype=torch.bool).tril(d - c - (b - a))
+        heads = (x.transpose(0, 1)[None] for x in (q[a:b], k[c:d], v[c:d]))
+        options = {"attn_mask": mask, "scale": softmax_scale, "enable_gqa": True}
+        rows.append(torch.nn.functional.scaled_dot_product_attention(*heads, **options)[0].transpose(0, 1))
+    return torch.cat(rows)
+
+
+def test_flash_attn_s_lengths(monkeypatch):
+    """By a stand-in for its function; on a GPU this has not been run."""
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_varlen_func=varlen))
+    model, episodes = make("Qwen2"), trainer_job.make_conversations()
+    want = learn(model, episodes, False)
+    model.config._attn_implementation_internal = "flash_attention_2"
+    inputs = shared_prompts.lay_out(episodes, torch.device("cpu"))
+    refusal = pytest.raises(shared_prompts.CannotShare, match=r"in torch\.float32, and flash-attn in 16 bits")
+    with shared_prompts.sharing(model), refusal:
+        model(**inputs)
+    monkeypatch.setattr(shared_prompts, "HALF", (torch.float32,))
+    monkeypatch.setattr(shared_prompts, "why_not", lambda *_: None)  # which asks flash-attn itself
+    assert_same(learn(model, episodes, True), want)
+    assert_same(learn(model, episodes, True, budget=60), want)
+    assert model.config._attn_implementation == "flash_attention_2"
 
 
 def test_no_mask_of_the_whole_row():
     """Masks are of one answer's length times what it sees, and all groups' prompts together have none."""
     episodes = make_episodes([(60, (8,) * 8), (60, (8,) * 8)])
-    layout = shared_prompts.lay_out(shared_prompts.pieces(episodes), torch.device("cpu"))
-    assert [b.mask if b.mask is None else b.mask.shape for b in layout.blocks] == [None, (1, 1, 9, 59 + 9)]
+    layout = shared_prompts.lay_out(episodes, torch.device("cpu"))["shared_prompts"]
+    assert {b.mask if b.mask is None else b.mask.shape for b in layout.blocks} == {None, (1, 1, 7, 60 + 7)}
 
 
 @pytest.mark.parametrize("fails_after", [0, 2])
 def test_out_of_memory_starts_over(fails_after):
-    model, episodes, calls = make("Qwen2"), make_episodes([(12, (3, 7, 14)), (9, (5, 5, 5, 5))]), []
+    model, episodes, calls = make("Qwen2"), make_episodes([(12, (3, 7, 14)), (9, (5, 5, 5, 5, 5))]), []
     want = learn(model, episodes, False)
 
     def limited(module, args, kwargs):

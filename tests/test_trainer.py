@@ -16,6 +16,7 @@ from fastgrpo.trainer import GRPOConfig, GRPOTrainer, cli, examples
 from fastgrpo.trainer import model as models
 from fastgrpo.trainer.data import draw, encode, load_rows, score
 from fastgrpo.trainer.job import load_config, parse
+from fastgrpo.trainer.learner import Learner
 
 import trainer_job
 
@@ -550,7 +551,8 @@ def test_a_four_bit_llama_learns(tmp_path):
 def test_qlora(on_disk, tmp_path, bits):
     """bitsandbytes' CPU kernels run the same layers; on a GPU this has not been run."""
     bitsandbytes = pytest.importorskip("bitsandbytes")
-    trainer = from_disk(on_disk, tmp_path, use_peft=True, lora_target_modules="all-linear", **{bits: True})
+    options = {"use_peft": True, "lora_target_modules": "all-linear", "lora_dropout": 0.0, bits: True}
+    trainer = from_disk(on_disk, tmp_path, **options)
     kind = bitsandbytes.nn.Linear4bit if bits == "load_in_4bit" else bitsandbytes.nn.Linear8bitLt
     layers = [m for m in trainer.model.modules() if isinstance(m, kind)]
     assert layers
@@ -559,6 +561,17 @@ def test_qlora(on_disk, tmp_path, bits):
     assert [row["grad_norm"] > 0 for row in rows] == [True, True]
     moved = {n for n, p in trainer.model.named_parameters() if not p.equal(before[n])}
     assert moved == {n for n in before if "lora" in n}
+    assert trainer.learner.share
+    if bits == "load_in_4bit":  # 8 bits round a row by its neighbours' outliers
+        whole = Learner(trainer.model, trainer.accelerator, GRPOLossConfig(), budget=1)
+        turns = trainer_job.make_conversations(vocabulary=14)
+        grads = [gradients_of(learner, turns) for learner in (trainer.learner, whole)]
+        assert all((a - b).norm() <= 1e-5 * b.norm().clamp(min=1e-6) for a, b in zip(*grads))
+
+
+def gradients_of(learner, episodes):
+    learner.gradients(episodes)
+    return [p.grad.clone() for p in learner.model.parameters() if p.requires_grad]
 
 
 def test_training_an_adapter_further(on_disk, tmp_path):

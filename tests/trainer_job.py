@@ -8,6 +8,7 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from fastgrpo.trainer import GRPOConfig, GRPOTrainer, examples
+from fastgrpo.trainer.learner import Episode
 
 SETTINGS = {
     "max_steps": 7, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "steps_per_generation": 6,
@@ -31,6 +32,34 @@ def make_model(tied=False, dropout=0.1, width=32):
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     return Qwen2ForCausalLM(config), tokenizer
+
+
+def make_conversations(seed=0, vocabulary=90):
+    """Turns that part later and later, whose tool results do not count: of one prompt, of a longer one that begins with
+    the same turns, of a prompt with the same system message; one answer twice."""
+    g = torch.Generator().manual_seed(seed)
+
+    def tokens(n):
+        return torch.randint(3, vocabulary, (n,), generator=g).tolist()
+
+    system, question, first, result, second = tokens(16), tokens(3), tokens(7), tokens(8), tokens(12)
+    tails = [first + result + second + tokens(4), first + result + second + tokens(9), first + result + tokens(3)]
+    tails += [tokens(5), tails[0]]
+    rows = [(system + question, tail) for tail in tails]
+    rows += [
+        (system + question + first + result, second + tokens(2)),
+        (system + tokens(2), tokens(6)),
+        (tokens(4), [9]),
+    ]
+    episodes = []
+    for prompt, ids in rows:
+        mask = torch.ones(len(ids), dtype=torch.bool)
+        if ids[:15] == first + result:
+            mask[7:15] = False
+        old = -2 + torch.randn(len(ids), generator=g) * 0.3
+        advantage = torch.randn((), generator=g).item()
+        episodes.append(Episode(prompt, ids, advantage=advantage, old=old, sampler=old, ref=old + 0.1, mask=mask))
+    return episodes
 
 
 def problems(count):

@@ -33,9 +33,9 @@ class GRPOConfig(Sampling, GRPOLossConfig, ModelOptions, VLLMOptions, RunOptions
         steps_per_generation: a rollout is this times ``per_device_train_batch_size`` answers on a rank; None: those of
             one optimiser step.
         num_iterations: epochs over a rollout.
-        share_prompts: the answers of a group go through the model behind one copy of their prompt, packed; "auto":
-            where its layers allow it (SDPA, full attention or windows longer than a sequence), else it says why not;
-            then ``packing`` decides.
+        share_prompts: answers go through the model behind one copy of what they begin with, packed: a group's prompt,
+            a conversation's first turns, a system message; "auto": where its layers allow it (SDPA, full attention or
+            windows longer than a sequence), else it says why not; then ``packing`` decides.
         skip_zero_advantages: leave out of the learner what cannot have a gradient.
         advantage_estimator: "grpo", "rloo", "reinforce_plus_plus_baseline", "maxrl" or "pass_at_k", see
             :func:`fastgrpo.group_advantages`; all but "grpo" scale on their own.

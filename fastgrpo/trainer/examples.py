@@ -1,4 +1,4 @@
-"""Worlds to train in: sort, countdown, arithmetic, gsm8k. Each gives rows of a prompt and what its rewards need.
+"""Worlds to train in: sort, addition, countdown, arithmetic, gsm8k. Each gives rows: a prompt, what its rewards need.
 
 A dataset is named ``KIND:NAME[:PART]``. KIND ``world``: chat prompts with instructions, for a real model; ``tiny``:
 terse prompts for the tiny model of the same name, which is made offline in seconds. PART is ``train`` (the default) or
@@ -26,6 +26,12 @@ def sort_problem(draw, tiny):
     answer = "".join(sorted(digits))
     text = f"Sort the digits {digits} in ascending order. " + THINK.format(what="the sorted digits")
     return {"prompt": f"{digits}=" if tiny else text, "answer": answer, "completion": answer}
+
+
+def addition_problem(draw, tiny):
+    a, b = draw.randint(0, 30), draw.randint(0, 30)
+    prompt = f"{a}+{b}=" if tiny else f"What is {a} + {b}? Answer with the number only."
+    return {"prompt": prompt, "answer": str(a + b), "completion": str(a + b)}
 
 
 def calculate(a, sign, b):
@@ -138,6 +144,7 @@ class World:
 
 WORLDS = {
     "sort": World(sort_problem),
+    "addition": World(addition_problem),
     "countdown": World(countdown_problem),
     "arithmetic": World(arithmetic_problem, words=True),
     "gsm8k": World(gsm8k_problem, words=True),

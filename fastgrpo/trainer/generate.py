@@ -12,6 +12,7 @@ from fastgrpo.checks import Checked, Count, CountOr0, Fraction, Positive, Share
 from fastgrpo.integrations.transformers import causal_lm
 from fastgrpo.integrations.vllm import VLLMSampler
 from fastgrpo.trainer.completions import Completion, completion, end_tokens
+from fastgrpo.trainer.prefill import prefill
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,11 +125,17 @@ class TransformersSampler:
             use_cache=True,
             **{name: getattr(sampling, name) for name in names},
         )
-        more = f"{self.done}, {len(prompts)} at token {{}} of {sampling.max_completion_length}".format
-        recorder = Recorder(sampling.temperature, lambda count: self.tell(more(count)))
+        recorder = Recorder(
+            sampling.temperature,
+            lambda count: self.tell(
+                f"{self.done}, {len(prompts)} at token {count} of {sampling.max_completion_length}"
+            ),
+        )
         # the recorder sees the model's own logits: before the penalty and the truncation
         processors = [recorder, RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty)]
-        out = model.generate(ids, attention_mask=mask, generation_config=config, logits_processor=processors)
+        out = model.generate(
+            ids, attention_mask=mask, generation_config=config, logits_processor=processors, **prefill(model, ids, mask)
+        )
         recorder.take(out)
         recorded = (torch.cat(columns, 1).tolist() for columns in (recorder.logprobs, recorder.entropies))
         return [completion(ids, logp, ends, h) for ids, logp, h in zip(out[:, width:].tolist(), *recorded)]

@@ -28,6 +28,13 @@ AUTO_BUDGET = 8192  # tokens of a micro-batch that "auto" starts from
 LOSS_SCALE, SCALE_GROWTH = 2.0**16, 2000  # of fp16, and after how many steps without an overflow it doubles: torch's
 EXTREMES = ("ratio_min", "ratio_max")
 STATE = ("budget", "limit", "loss_scale", "fitted")
+KNOWN = {  # grpo_loss's name of what an episode knows of its tokens
+    "old_logprobs": "old",
+    "ref_logprobs": "ref",
+    "ref_hidden": "ref_hidden",
+    "sampling_logprobs": "sampler",
+    "importance_weights": "importance",
+}
 # out of memory as cuBLAS, Triton and the driver say it, which allocate beside torch
 NO_MEMORY = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory", "[CUDA]: out of memory")
 
@@ -41,6 +48,7 @@ class Episode:
     advantage: float = 0.0
     spread: bool = True  # the rewards of its group differ
     counts: bool = True  # False: masked, a truncated answer
+    mask: torch.Tensor | None = None  # bool, the tokens that count; None: all. A conversation's other turns do not
     finished: bool = True
     rewards: list[float] = field(default_factory=list)  # one a reward function, NaN: cannot score
     entropy: float = 0.0  # of the distributions it was sampled from, summed over its tokens (nats)
@@ -57,7 +65,16 @@ class Episode:
 
     @property
     def tokens(self) -> int:
+        if self.mask is not None and self.counts:
+            return int(self.mask.sum())
         return len(self.completion_ids) if self.counts else 0
+
+    @property
+    def targets(self) -> torch.Tensor:
+        """(completion length,) int64"""
+        ids = torch.tensor(self.completion_ids)
+        counts = torch.full(ids.shape, self.counts) if self.mask is None else self.mask.bool() & self.counts
+        return ids.where(counts, IGNORE)
 
 
 def needs_learning(episode: Episode, config: GRPOLossConfig) -> bool:
@@ -93,49 +110,38 @@ def collate(
 
     Padded (B, T): padding is on the right, where a causal model needs no mask. Packed (1, N): ``position_ids`` start
     again at every episode, from which transformers makes block-diagonal attention (or flash-attn's lengths). Packed and
-    ``share``: the row of :mod:`fastgrpo.trainer.shared_prompts`.
+    ``share``: the row of :mod:`fastgrpo.trainer.shared_prompts`, and (1, N) of the answers' tokens alone.
     """
-    row = shared_prompts.pieces(episodes) if share else []
-    starts = [piece.prompt if piece.shared else 0 for piece in row] or [0] * len(episodes)
 
     def join(rows, fill=0):
-        rows = [torch.as_tensor(row)[start:] for row, start in zip(rows, starts)]
+        rows = [torch.as_tensor(row) for row in rows]
         joined = torch.cat(rows)[None] if packed else pad_sequence(rows, batch_first=True, padding_value=fill)
         return joined.to(device, non_blocking=True)
 
-    def align(name):
-        values = [getattr(e, name) for e in episodes]
+    def align(values, fill=0):
         if any(v is None for v in values):
             return None
-        return join([torch.cat((zeros(v, len(e.prompt_ids) - 1), v, zeros(v, 1))) for e, v in zip(episodes, values)])
+        edges = [(0, 0) if share else (len(e.prompt_ids) - 1, 1) for e in episodes]
+        return join([torch.cat((rows(v, a, fill), v, rows(v, b, fill))) for v, (a, b) in zip(values, edges)], fill)
 
-    inputs: dict[str, Any] = {"input_ids": join([e.prompt_ids + e.completion_ids for e in episodes])}
-    targets = [
-        [IGNORE] * (len(e.prompt_ids) - 1)
-        + (e.completion_ids if e.counts else [IGNORE] * len(e.completion_ids))
-        + [IGNORE]
-        for e in episodes
-    ]
     known = {
-        "targets": join(targets, IGNORE),
-        "old_logprobs": align("old"),
-        "ref_logprobs": align("ref"),
-        "ref_hidden": align("ref_hidden"),
-        "sampling_logprobs": align("sampler"),
-        "importance_weights": align("importance"),
+        "targets": align([e.targets for e in episodes], IGNORE),
+        **{name: align([getattr(e, field) for e in episodes]) for name, field in KNOWN.items()},
         "advantages": torch.tensor([[e.advantage] for e in episodes], device=device),
     }
     if packed:
-        inputs["position_ids"] = join([torch.arange(e.length) for e in episodes])
-        lengths = torch.tensor([0] + [e.length - start for e, start in zip(episodes, starts)], device=device)
+        lengths = torch.tensor([0] + [len(e.completion_ids) if share else e.length for e in episodes], device=device)
         known["cu_seqlens"] = lengths.cumsum(0).to(torch.int32)
     if share:
-        inputs["shared_prompts"] = shared_prompts.lay_out(row, device)
+        return shared_prompts.lay_out(episodes, device), known
+    inputs: dict[str, Any] = {"input_ids": join([e.prompt_ids + e.completion_ids for e in episodes])}
+    if packed:
+        inputs["position_ids"] = join([torch.arange(e.length) for e in episodes])
     return inputs, known
 
 
-def zeros(like, rows):
-    return like.new_zeros(rows, *like.shape[1:])
+def rows(like, count, fill):
+    return like.new_full((count, *like.shape[1:]), fill)
 
 
 class Learner:
@@ -147,7 +153,7 @@ class Learner:
         budget: tokens of a micro-batch, or "auto": grows on a GPU while its memory allows.
         packed: see :func:`collate`. skip: leave out what cannot have a gradient.
         offload: keep activations in host memory until the backward.
-        share_prompts: a group's answers behind one copy of their prompt, packed; "auto": where the model can.
+        share_prompts: answers behind one copy of what they begin with, packed; "auto": where the model can.
         longest: tokens of a prompt and its answer.
         half: compute in fp16; always where weights are. Its numbers end at 6e-8 and 65504, so the loss is scaled up and
             the gradients, of fp32 weights, down again; see :meth:`overflowed`.
@@ -266,9 +272,9 @@ class Learner:
         def work(plan):
             values = {}
             for batch in plan:
-                inputs, known = self.collate([replace(e, counts=True) for e in batch])
+                inputs, known = self.collate([replace(e, counts=True, mask=None) for e in batch])
                 with self.accelerator.autocast(), self.precision():
-                    out = scorer(**inputs, fastgrpo=partial(measure, known=known))
+                    out = self.call(scorer, inputs, partial(measure, known=known))
                 flat = out[known["targets"] != IGNORE].cpu()
                 pieces = flat.split([len(e.completion_ids) for e in batch])
                 values.update((id(e), piece.clone()) for e, piece in zip(batch, pieces))
@@ -354,7 +360,7 @@ class Learner:
                 inputs, known = self.collate(batch)
                 loss = partial(grpo_loss, **known, config=config, backend=self.options["backend"])
                 with self.precision():
-                    result = self.inner(**inputs, fastgrpo=loss)
+                    result = self.call(self.inner, inputs, loss)
                 accumulate(total, result.metrics)
             return total
 
@@ -388,11 +394,17 @@ class Learner:
     def collate(self, batch):
         return collate(batch, self.packed, self.accelerator.device, self.share)
 
+    def call(self, model, inputs, function):
+        """A pass of the model, whose head calls ``function``."""
+        if self.share:
+            function = shared_prompts.at_targets(function, inputs["shared_prompts"])
+        return model(**inputs, fastgrpo=function)
+
     def backward(self, model, batch, part, whole, num_items, threshold):
         inputs, known = self.collate(batch)
         loss, scale = self.objective(known, part, whole, num_items, threshold)
         with self.precision(), offload_activations(self.accelerator.device) if self.offload else nullcontext():
-            result = model(**inputs, fastgrpo=loss)
+            result = self.call(model, inputs, loss)
         # ranks' gradients are averaged: times their number
         self.accelerator.backward(result.loss * (scale * self.accelerator.num_processes * self.loss_scale))
         return {"loss": result.loss.detach() * scale, **result.metrics}
@@ -421,7 +433,8 @@ class Learner:
         counted = [e for e in episodes if e.tokens]
         if self.config.top_entropy_quantile == 1.0:
             return None, {id(e): e.tokens for e in counted}
-        entropies = self.score(counted, entropy=True)
+        found = zip(counted, self.score(counted, entropy=True))
+        entropies = [h if e.mask is None else h[e.mask.bool()] for e, h in found]
         everyone = gather_object(torch.cat([torch.zeros(0), *entropies]).tolist())
         threshold = np.quantile(everyone, 1 - self.config.top_entropy_quantile) if everyone else 0.0
         threshold = float(threshold) * (1 - 1e-5)  # the token at the quantile keeps its place in another micro-batch
