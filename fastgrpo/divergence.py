@@ -65,7 +65,7 @@ def linear_divergence(
         temperature: a number > 0, or a float tensor of mask's shape. Divides both models' logits.
         return_entropy: also return the student's entropy, without a gradient.
         backend, backward, tolerance, workspace_mb, row_tolerance: see :func:`fastgrpo.linear_logprobs`. "auto" is
-            exact where the head is trained. On the Triton backend the backward is exact whatever is asked for.
+            exact where the head is trained, and on the Triton backend.
 
     Returns:
         ``Divergence(divergence, entropy)``, float32 (float64 for float64 input), of mask's shape, >= 0 up to rounding
@@ -202,7 +202,7 @@ def head_divergence(hidden, weight, mask, teacher, beta, options):
     tensors = pair_tensors(hidden, weight, targets, teacher, beta, options, params, lora)
     trained = any(x is not None and x.requires_grad for x in (weight, options.bias, lora.B))
     # dW's rows need so many rows whole that nothing is saved, measured; asked for, it is done
-    worthwhile = params.backend == "torch" and (options.backward == "certified" or not trained)
+    worthwhile = options.backward == "certified" or (params.backend == "torch" and not trained)
     divergence, entropy = LinearDivergence.apply(*tensors, params, strategies.choose_pair(params, worthwhile))
     return Divergence(divergence.view(targets.shape), None if entropy is None else entropy.view(targets.shape))
 

@@ -4,8 +4,6 @@ A Kullback-Leibler divergence takes one pass over the vocabulary, a mixture's (J
 log-sum-exps must be known. ``fastgrpo/pair_math.py`` has the rows' formulas.
 """
 
-from typing import NamedTuple
-
 import torch
 
 from fastgrpo.backends import dense
@@ -14,10 +12,10 @@ from fastgrpo.backends.logits import LogitTiles, Reader, RowSource, row_inverse_
 from fastgrpo.backends.pair import PairStats, mixture_stats
 from fastgrpo.backends.problem import FLOOR, NOTHING, RowStats
 from fastgrpo.inputs import accumulator_dtype
-from fastgrpo.pair_math import NEAR, finish_sums, mixture_logs, move_peaks
+from fastgrpo.pair_math import NEAR, finish_sums, mixture_logs, move_moments, move_peaks, move_terms, scale_terms
 from fastgrpo.row_math import rescale
 
-LEAST_PER_TOLERANCE = 2.0**-4  # terms of the rows' mean norm times tolerance * this are flagged
+LEAST_PER_TOLERANCE = 0.1  # terms of the rows' mean norm times tolerance * this are flagged
 ROUNDING = 8  # units of rounding in sums of squares
 
 
@@ -181,15 +179,14 @@ class KLFold:
             dense.exp_(z)
         total += u.sum(1)
         other_total += v.sum(1)
-        excess += differences(u, v, d, self.scratch).sum(1)
+        apart = differences(u, v, d, self.scratch)
+        excess += apart.sum(1)
         leant = d.mul_(u)
         tilt += leant.sum(1)
-        if self.witness is not None and self.student_first:  # p_s (d - E[d])
-            decay = torch.exp(-rise[0])
-            moved = Move(decay, decay, rise[0] - rise[1])
-            self.witness.look(tile, leant, u, moved, tilt / total, total)
-        elif self.witness is not None:  # p_s - p_t
-            self.witness.look(tile, v, u, Move(*torch.exp(-rise.flip(0)), 0.0), other_total / total, other_total)
+        if self.witness is not None:
+            x, motion = leant if self.student_first else apart, move_terms(*rise, self.student_first)
+            frame = scale_terms(total, other_total, tilt, excess, self.student_first)
+            self.witness.look(tile, x, u, motion, *frame)
 
     def raise_peaks(self, part, u, v):
         """-> (2, n) by how much."""
@@ -250,28 +247,14 @@ class MixtureFold:
         self.stats.divergence[part] += theirs.add_(mine).sum(1)
         if self.witness is not None:
             still = torch.ones_like(self.stats.center[part])
-            self.witness.look(tile, mine, p, Move(still, still, 0.0), self.stats.center[part], still)
+            self.witness.look(tile, mine, p, (still, still, 0.0), self.stats.center[part], still)
 
     def finish(self):
         return self.stats if self.witness is None else self.stats._replace(norm=self.witness.row_norms())
 
 
-class Move(NamedTuple):
-    """What new peaks make of a row's terms: x becomes lead * (x - turn * y), y trail * y."""
-
-    lead: torch.Tensor
-    trail: torch.Tensor
-    turn: torch.Tensor | float
-
-    def moments(self, xx, xy, yy):
-        lead, trail, turn = self
-        return torch.stack((
-            lead**2 * (xx - 2 * turn * xy + turn**2 * yy), lead * trail * (xy - turn * yy), trail**2 * yy,
-        ))  # fmt: skip
-
-
 class Witness:
-    """Sees every term of every row's gradient, ``(x - center * y) / unit``: flags what matters, sums what does not.
+    """Sees every term of every row's gradient, see :mod:`fastgrpo.pair_math`: flags what matters, sums what does not.
 
     An entry is kept where one of its block's rows has a term that matters beside the rows' mean norm so far.
 
@@ -281,20 +264,19 @@ class Witness:
 
     def __init__(self, problem, n, device):
         dtype = accumulator_dtype(problem.hidden)
-        self.least, self.scratch = problem.params.tolerance * LEAST_PER_TOLERANCE, Scratch()
+        self.problem, self.scratch = problem, Scratch()
         self.flags = torch.zeros(-(-n // BLOCK), problem.weight.shape[0], dtype=torch.bool, device=device)
         self.center, self.unit = torch.zeros(n, dtype=dtype, device=device), torch.ones(n, dtype=dtype, device=device)
         self.seen, self.left = torch.zeros(2, 3, n, dtype=dtype, device=device)  # sums of x^2, x y, y^2
 
-    def look(self, tile, x, y, move, center, unit):
-        """x, y: (n, C), overwritten. move: since these rows' last tile. center, unit: with this tile's entries."""
+    def look(self, tile, x, y, motion, center, unit):
+        """x, y: (n, C), overwritten. motion: since these rows' last tile. center, unit: with this tile's entries."""
         part, n, columns = tile.part, *x.shape
         self.center[part], self.unit[part] = center, unit
         for moments in (self.seen, self.left):
-            moments[:, part] = move.moments(*moments[:, part])
+            moments[:, part] = torch.stack(move_moments(*moments[:, part], *motion))
         self.seen[:, part] += products(x, y)
-        norms = self.norms(self.seen).nan_to_num(nan=0.0, posinf=0.0)  # a bad row must not decide for the others
-        least = self.least * norms.square().mean().sqrt() * unit
+        least = least_kept(self.problem, term_norms(self.seen, self.center, self.unit), self.unit.numel()) * unit
         kept = torch.zeros(-(-n // BLOCK) * BLOCK, columns, dtype=torch.bool, device=x.device)
         size = torch.addcmul(x, center[:, None], y, value=-1, out=self.scratch.like(x, "size")).abs_()
         torch.ge(size, least[:, None], out=kept[:n])
@@ -307,24 +289,37 @@ class Witness:
                 rows.mul_(mine)
         self.left[:, part] += products(x, y)
 
-    def norms(self, moments):
-        """(n,) of the rows' terms that the moments are of."""
-        xx, xy, yy = moments
-        return (xx - 2 * self.center * xy + self.center**2 * yy).clamp_(min=0.0).sqrt_() / self.unit
-
     def certificate(self, rows):
-        """``dropped``: the norm of what each row leaves out, with what rounding may have hidden."""
-        slack = ROUNDING * torch.finfo(self.unit.dtype).eps
-        xx, _, yy = self.left
-        hidden = (slack * (xx + self.center**2 * yy)).sqrt() / self.unit
-        return Certificate(rows, self.flags, self.norms(self.left) + hidden, BLOCK)
+        return Certificate(rows, self.flags, left_out(self.left, self.center, self.unit), BLOCK)
 
     def row_norms(self):
-        """(n,) of all terms, less what rounding may have added."""
-        slack = ROUNDING * torch.finfo(self.unit.dtype).eps
-        xx, xy, yy = self.seen
-        square = xx * (1 - slack) - 2 * self.center * xy + self.center**2 * yy * (1 - slack)
-        return square.clamp_(min=0.0).sqrt_() / self.unit
+        return certain_norms(self.seen, self.center, self.unit)
+
+
+def term_norms(moments, center, unit):
+    """(n,) of the terms that the moments, (3, n), are of."""
+    xx, xy, yy = moments
+    return (xx - 2 * center * xy + center**2 * yy).clamp_(min=0.0).sqrt_() / unit
+
+
+def least_kept(problem, norms, count):
+    """0-dim: terms so large are kept. norms: of ``count`` rows so far, 0 of those that do not count."""
+    norms = norms.nan_to_num(nan=0.0, posinf=0.0)  # a bad row must not decide for the others
+    return problem.params.tolerance * LEAST_PER_TOLERANCE * (norms.square().sum() / count).sqrt()
+
+
+def left_out(moments, center, unit):
+    """(n,) the norm of what each row leaves out, with what rounding may have hidden."""
+    xx, _, yy = moments
+    hidden = (ROUNDING * torch.finfo(unit.dtype).eps * (xx + center**2 * yy)).sqrt() / unit
+    return term_norms(moments, center, unit) + hidden
+
+
+def certain_norms(moments, center, unit):
+    """(n,) of all terms, less what rounding may have added."""
+    slack = 1 - ROUNDING * torch.finfo(unit.dtype).eps
+    xx, xy, yy = moments
+    return term_norms((xx * slack, xy, yy * slack), center, unit)
 
 
 def products(x, y):
