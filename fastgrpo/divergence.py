@@ -66,9 +66,9 @@ def linear_divergence(
         temperature: a number > 0, or a float tensor of mask's shape. Divides both models' logits.
         return_entropy: also return the student's entropy, without a gradient.
         backend, backward, tolerance, workspace_mb, row_tolerance: see :func:`fastgrpo.linear_logprobs`. "auto" is
-            exact where the head is trained. On the Triton backend the backward is exact whatever is asked for. Where
-            hidden alone wants a gradient (a frozen head, no LoRA on it) the torch backend makes it in the forward, in
-            three GEMMs of one model's logits or less, mixtures too, and holds it until the backward, 4 N D bytes.
+            exact where the head is trained, and on the Triton backend. Where hidden alone wants a gradient (a frozen
+            head, no LoRA on it) the torch backend makes it in the forward, in three GEMMs of one model's logits or
+            less, mixtures too, and holds it until the backward, 4 N D bytes.
 
     Returns:
         ``Divergence(divergence, entropy)``, float32 (float64 for float64 input), of mask's shape, >= 0 up to rounding
@@ -213,9 +213,9 @@ def head_divergence(hidden, weight, mask, teacher, beta, options):
 
 
 def tolerance_of(params, backward, trained):
-    """The tolerance, None where leaving entries out does not pay or the backend cannot."""
+    """The tolerance, None where leaving entries out does not pay."""
     # dW's rows need so many rows whole that nothing is saved, measured; asked for, it is done
-    worthwhile = params.backend == "torch" and (backward == "certified" or not trained)
+    worthwhile = backward == "certified" or (params.backend == "torch" and not trained)
     return params.tolerance if worthwhile else None
 
 
