@@ -42,6 +42,7 @@ from fastgrpo.kernels.common import (
     selected_rows,
     without_dust,
 )
+from fastgrpo.kernels.grids import slots
 from fastgrpo.kernels.panels import Cut, Panels
 from fastgrpo.kernels.products import (
     add_product,
@@ -194,7 +195,7 @@ class Work:
         # an order of their own are copied chunk by chunk, and that not once more for each chunk of rows.
         self.rows_outside = plan.entries is None and all(f.d_entries is None for f in factors)
         copies = plan.entries is not None and described
-        cut = self.cut(dtype.itemsize + (4 / tile.cols if spread else 0), copies)
+        cut = self.cut(dtype.itemsize + (4 / tile.cols if spread else 0), copies, described)
         self.panels = Panels(cut, vocab, dtype, self.device, plan.stops_head, plan.stops_hidden, plan.entries)
         if copies:
             self.panels.copy_entries(problem.weight)
@@ -211,14 +212,17 @@ class Work:
     def new(self, rows, cols, dtype=torch.float32):
         return torch.empty(rows, cols, dtype=dtype, device=self.device)
 
-    def cut(self, cell, copies):
+    def cut(self, cell, copies, described):
         factors, problem = self.factors, self.problem
         per_row = sum(f.depth * f.rows.element_size() for k, f in enumerate(factors) if self.copies_a_chunk(k))
         if self.rows_outside:
             per_row += sum(4 * f.depth for f in factors if f.d_rows is not None)
         summed = sum(4 * f.depth for f in factors if f.d_entries is not None)
         copied = problem.weight.shape[1] * problem.weight.element_size() if copies else 0
-        return Cut(self.n, problem.sizes[1], problem.params.workspace, cell, per_row, copied, summed)
+        tile = tiles.for_tensor("dweight", problem.params.compute_dtype, self.device, described)
+        each = [tiles.WIDTH // tile.rows * cdiv(f.depth, tile.cols) for f in factors if f.d_entries is not None]
+        waves = (max(each), slots(tile, self.device)) if each else ()
+        return Cut(self.n, problem.sizes[1], problem.params.workspace, cell, per_row, copied, summed, *waves)
 
     def is_read(self, k):
         """Whether a GEMM reads factor k's rows: the logits' the head's, dW's its own."""

@@ -38,6 +38,7 @@ from fastgrpo.kernels.common import (
     up_values,
 )
 from fastgrpo.kernels.flags import PackedCertificate
+from fastgrpo.kernels.grids import vocabulary_runs
 from fastgrpo.kernels.products import gather_rows, spans
 from fastgrpo.kernels.row_math import rescale
 from fastgrpo.kernels.tiles import cdiv
@@ -228,22 +229,6 @@ def block_words(V, block, first_v, BLOCK_V: tl.constexpr):
     return tl.cast(block, tl.int64) * words + first_v // BLOCK_V * (BLOCK_V // 32)
 
 
-def vocabulary_runs(blocks, entries, block_v, device):
-    """-> how many runs to cut the vocabulary into, and the entries of one.
-
-    Enough programs for eight waves, but 16 partial results a row at most, unless that leaves processors without work.
-    """
-    processors = processor_count(device)
-    tiles_v = cdiv(entries, block_v)
-    wanted, needed = (cdiv(waves * processors, max(blocks, 1)) for waves in (8, 2))
-    runs = min(max(min(wanted, 16), needed), tiles_v)
-    return cdiv(tiles_v, cdiv(tiles_v, runs)), cdiv(tiles_v, runs) * block_v
-
-
-def processor_count(device):
-    return 4 if device.type != "cuda" else torch.cuda.get_device_properties(device).multi_processor_count
-
-
 def forward(problem: HeadProblem):
     """(5, N) statistics of every counted row; never waits for the device."""
     stats = problem.new_stats(torch.float32)
@@ -330,7 +315,7 @@ class Sweep:
         held = min(max(problem.params.workspace // (depth * hidden.element_size()) // rows, 1) * rows, n)
         self.x = torch.empty(held, depth, dtype=hidden.dtype, device=hidden.device)
         blocks = cdiv(held, rows)
-        self.runs, self.run = vocabulary_runs(blocks, vocab, self.tile.cols, hidden.device)
+        self.runs, self.run = vocabulary_runs(blocks, vocab, self.tile, hidden.device)
         self.grid = (cdiv(blocks, self.tile.group) * self.tile.group * self.runs,)
         self.head, self.logits, self.low_rank = logit_arguments(problem)
 

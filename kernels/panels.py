@@ -5,7 +5,7 @@ import torch
 from fastgrpo.backends import staircase
 from fastgrpo.kernels import tiles
 from fastgrpo.kernels.arguments import describable, describe
-from fastgrpo.kernels.products import cut_kernel, gather_entries
+from fastgrpo.kernels.products import cut_kernel, gather_entries, whole_waves
 from fastgrpo.kernels.tiles import cdiv
 
 assert staircase.TILE == tiles.WIDTH  # stops are read by panel
@@ -18,11 +18,13 @@ class Cut:
 
     Attributes:
         rows: of a panel at most. room: rows of panels that the buffer holds. most: panels of a chunk at most.
-        chunks: of entries, where every panel needs all rows; fewer otherwise.
+        chunks: of entries, where every panel needs all rows; fewer otherwise. each, at_once: of whole_waves.
     """
 
-    def __init__(self, n, vocab, workspace, cell, per_row, per_entry, per_entry_in_rows):
-        """Bytes of a cell of a panel, of a row beside it, of an entry beside it, and with rows cut of an entry more."""
+    def __init__(self, n, vocab, workspace, cell, per_row, per_entry, per_entry_in_rows, each=1, at_once=1):
+        """Bytes of a cell of a panel, of a row beside it, of an entry beside it, and with rows cut of an entry more;
+        programs that a panel gives the product over rows, and how many run at once.
+        """
         width, self.panels = tiles.WIDTH, cdiv(vocab, tiles.WIDTH)
         self.rows = cdiv(n, width) * width
         while True:
@@ -38,7 +40,9 @@ class Cut:
             self.rows = cdiv(self.rows // 2, width) * width
         self.room = min(max(self.room, self.rows), self.rows * self.panels)
         self.most = min(self.most, self.room // width)
-        self.chunks = cdiv(self.panels, max(min(self.room // self.rows, self.most), 1))
+        self.each, self.at_once = each, at_once
+        fit = max(min(self.room // self.rows, self.most), 1)
+        self.chunks = cdiv(self.panels, whole_waves.fn(fit, each, at_once))
 
 
 class Panels:
@@ -65,6 +69,8 @@ class Panels:
                 room=cut.room,
                 most=cut.most,
                 rows=cut.rows,
+                each=cut.each,
+                at_once=cut.at_once,
                 PANEL=tiles.WIDTH,
                 num_warps=1,
             )
