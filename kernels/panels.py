@@ -42,7 +42,7 @@ class Cut:
         self.most = min(self.most, self.room // width)
         self.each, self.at_once = each, at_once
         fit = max(min(self.room // self.rows, self.most), 1)
-        self.chunks = cdiv(self.panels, whole_waves.fn(fit, each, at_once))
+        self.chunks = 1 if fit >= self.panels else cdiv(self.panels, whole_waves.fn(fit, each, at_once))
 
 
 class Panels:

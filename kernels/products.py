@@ -45,7 +45,7 @@ def cut_kernel(
         stop = tl.load(stops_ptr + at, mask=at < panels, other=1)
         height = tl.cdiv(tl.maximum(tl.minimum(stop, rows), 1), PANEL) * PANEL
         fit = tl.maximum(tl.minimum(room // height, most), 1)
-        at = tl.minimum(at + whole_waves(fit, each, at_once), panels)
+        at += panels - at if fit >= panels - at else whole_waves(fit, each, at_once)
         tl.store(cuts_ptr + chunk + 1, at)
 
 
