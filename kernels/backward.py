@@ -39,6 +39,7 @@ from fastgrpo.kernels.common import (
     load_taken,
     panel_pointers,
     raw_logits,
+    rounded_product,
     selected_rows,
     without_dust,
 )
@@ -121,10 +122,11 @@ def dlogits_kernel(
     logp, peak, offset, other_mass, entropy = load_stats(stats_ptr, N, rows, mask_n)
     at_label = gradient_at_label(grad_logp, grad_entropy, logp, other_mass, entropy)
 
-    log_p = cap(value, logits) * inv_temperature[:, None] - peak[:, None] - offset[:, None]
-    dz = -grad_logp[:, None] * tl.math.exp2(log_p * LOG2E)
+    below = rounded_product(cap(value, logits), inv_temperature[:, None]) - peak[:, None]
+    p = tl.math.exp2(tl.fma(below, LOG2E, -(offset * LOG2E)[:, None]))
+    dz = -grad_logp[:, None] * p
     if grad_entropy_ptr is not None:
-        dz -= grad_entropy[:, None] * tl.math.exp2(log_p * LOG2E) * (log_p + entropy[:, None])
+        dz -= grad_entropy[:, None] * p * (below + (entropy - offset)[:, None])
     slope = cap_slope(value, logits)
     dz *= slope
     local = label - first_v

@@ -1,13 +1,59 @@
-"""What a certified forward flagged, read back for the plan of its backward."""
+"""The flags of a certified forward, packed into words, and read back for the plan of its backward."""
 
 import torch
 import triton
 import triton.language as tl
 
 from fastgrpo.backends.certified import Certificate
+from fastgrpo.kernels import tiles
+from fastgrpo.kernels.common import sum_parts
 from fastgrpo.kernels.tiles import cdiv
 
+WIDEST = tl.constexpr(tiles.FLAGGED[1])  # entries of a tile: a block's flags are padded to it
 WORDS = 64  # of a program
+
+
+@triton.jit
+def either(a, b):
+    return a | b
+
+
+@triton.jit
+def pack_flags(hit, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, PARTS: tl.constexpr = 1):
+    """(BLOCK_V // 32,) int32: of each column of the tile whether some row hits it.
+
+    Column c is bit c // W of word c % W, W the number of words: the bits of a word are in one thread's registers.
+    """
+    W: tl.constexpr = BLOCK_V // 32
+    if PARTS > 1:  # a thread has two rows of each piece
+        hit = tl.reduce(tl.reshape(hit, (BLOCK_N // 16, 2, 8, BLOCK_V)), 1, either)
+    rows: tl.constexpr = BLOCK_N // 2 if PARTS > 1 else BLOCK_N
+    bits = tl.where(tl.reshape(hit, (rows, 32, W)), (1 << tl.arange(0, 32))[None, :, None], 0)
+    return tl.reduce(tl.reshape(bits, (rows * 32, W)), 0, either)  # rows and bits at once: threads before lanes
+
+
+@triton.jit
+def label_flags(local, BLOCK_V: tl.constexpr):
+    """As :func:`pack_flags`, of the labels, counted from the tile's first column."""
+    W: tl.constexpr = BLOCK_V // 32
+    inside = (local >= 0) & (local < BLOCK_V)
+    own = inside[:, None] & ((local % W)[:, None] == tl.arange(0, W)[None, :])
+    return tl.reduce(tl.where(own, (1 << (local // W))[:, None], 0), 0, either)
+
+
+@triton.jit
+def sum_unflagged(e, words):
+    """As :func:`sum_parts`, over the columns that are not flagged in (W,) words."""
+    flagged = (words[None, None, :] & (1 << tl.arange(0, 32))[None, :, None]) != 0
+    left = tl.reshape(e, (e.shape[0], 32, words.shape[0])) * tl.where(flagged, 0.0, 1.0)
+    return sum_parts(tl.reshape(left, e.shape))
+
+
+@triton.jit
+def block_words(V, block, first_v, BLOCK_V: tl.constexpr):
+    """Where a tile's words of flags begin, int64."""
+    words = tl.cdiv(V, WIDEST) * (WIDEST // 32)
+    return tl.cast(block, tl.int64) * words + first_v // BLOCK_V * (BLOCK_V // 32)
 
 
 @triton.jit(do_not_specialize=["blocks"])
@@ -21,7 +67,7 @@ def last_keeping_kernel(
     TILE: tl.constexpr,  # entries that share their words
     BLOCK_W: tl.constexpr,
 ):
-    """1 + the last block that is alive and keeps each entry; columns as in forward.pack_flags."""
+    """1 + the last block that is alive and keeps each entry; columns as in :func:`pack_flags`."""
     W: tl.constexpr = TILE // 32
     offs = tl.program_id(0) * BLOCK_W + tl.arange(0, BLOCK_W)
     inside = offs < words

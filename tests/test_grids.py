@@ -1,13 +1,18 @@
-"""How work is cut into programs: nothing is left out, and waves are full."""
+"""How work is cut into programs and parts: nothing is left out, waves are full, and no number depends on it."""
 
 import pytest
 import torch
+
+from bench import profiles
+from fastgrpo import linear_logprobs, reference
 
 pytest.importorskip("triton")
 
 from fastgrpo.kernels import grids, tiles
 from fastgrpo.kernels.products import cut_kernel, whole_waves
 from fastgrpo.kernels.tiles import Tile, cdiv
+
+import problems
 
 ALONE, TWO = Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 4, 3)  # an SM holds one program of the first
 
@@ -57,9 +62,9 @@ def test_whole_waves_never_fall_back():
             assert all(ours >= plain for ours, plain in zip(filled, filled[len(found) :]))
 
 
-@pytest.mark.parametrize(("each", "at_once"), [(1, 1), (6, 13), (4, 9)])
+@pytest.mark.parametrize(("each", "at_once"), [(1, 1), (4, 9), (6, 40)])
 def test_the_device_cuts_as_the_host_counts(device, each, at_once):
-    panels, rows, room = 40, 512, 9 * 512
+    panels, rows, room = 39, 512, 9 * 512
     stops = torch.randint(0, rows + 1, (panels,), device=device).sort(descending=True).values.int()
     for heights in (stops, torch.full_like(stops, rows)):
         fit = whole_waves.fn(room // rows, each, at_once)
@@ -73,4 +78,32 @@ def test_the_device_cuts_as_the_host_counts(device, each, at_once):
         assert cuts[0] == 0
         assert cuts[-1] == panels
         assert (sizes >= 0).all()
-    assert (sizes[:-1] == fit).all()
+    first, last = sizes.split([int((sizes == fit).cumprod(0).sum()), int((sizes != fit).sum())])
+    assert fit == (6 if each == 6 else 9)
+    assert last.count_nonzero() <= 1  # what is left, where it fits at once
+    assert len(first) * fit + last.sum() == panels
+
+
+@pytest.mark.parametrize("parts", [1, 4, 16])
+@pytest.mark.parametrize("backward", ["exact", "certified"])
+def test_parts_change_nothing(device, monkeypatch, parts, backward):
+    """Logits of 200, each part of the columns with its own peak: as exact as torch's in fp32, in what is exact."""
+    monkeypatch.setattr(tiles, "column_parts", lambda *_: parts)
+    p = profiles.problem(70, 300, 32, "rl", device=device)
+    p["hidden"] = p["hidden"] * (200 / (p["hidden"][0] @ p["weight"].T).abs().max())
+    hint = reference.linear_logprobs(p["hidden"], p["weight"], p["targets"]).logprobs
+    keywords = {"temperature": 0.7, "return_entropy": backward == "exact"}
+
+    def run(function, dtype, **more):
+        leaf = problems.with_grad({k: p[k].to(dtype) for k in ("hidden", "weight")}, ("hidden", "weight"))
+        out = function(leaf["hidden"], leaf["weight"], p["targets"], **keywords, **more)
+        out.logprobs.backward(p["upstream"].to(dtype))
+        return (out.logprobs, out.entropy, leaf["hidden"].grad) if backward == "exact" else (out.logprobs,)
+
+    more = {"old_logprobs": hint} if backward == "certified" else {}
+    ours = run(linear_logprobs, torch.float32, backend="triton", backward=backward, **more)
+    plain = run(reference.linear_logprobs, torch.float32)
+    truth = run(reference.linear_logprobs, torch.float64)
+    for got, same_dtype, want in zip(ours, plain, truth):
+        error, allowed = ((x - want).norm() / want.norm() for x in (got, same_dtype))
+        assert error <= 2 * allowed + 1e-6, (error, allowed)
