@@ -95,19 +95,19 @@ class native:
     """Products as on CUDA, where a 16-bit one returns its sum in fp32."""
 
     def __enter__(self):
-        from fastgrpo.kernels import backward, forward
+        from fastgrpo.kernels import backward, grids
 
-        self.processors = forward.processor_count
-        forward.processor_count = lambda device: PROCESSORS
+        self.processors = grids.processor_count
+        grids.processor_count = lambda device: PROCESSORS
         self.saved = [(module, name, getattr(module, name)) for module in (lora, backward) for name in
                       ("has_native", "mm16")]  # fmt: skip
         for module, _, _ in self.saved:
             module.has_native, module.mm16 = has_native, torch.mm
 
     def __exit__(self, *error):
-        from fastgrpo.kernels import forward
+        from fastgrpo.kernels import grids
 
-        forward.processor_count = self.processors
+        grids.processor_count = self.processors
         for module, name, value in self.saved:
             setattr(module, name, value)
 

@@ -13,10 +13,16 @@ from fastgrpo.torch_tl import tl
 log1p = torch.log1p  # of [0, 1]; the kernels have their own
 
 
+def move_sums(total, spread, rise, decay):
+    """-> total and spread beside a peak that is ``rise`` higher; decay: e^-rise."""
+    return total * decay, (spread + rise * total) * decay
+
+
 def rescale(peak, total, spread, new_peak):
     """-> total and spread beside another peak, and the factor that any sum of exp(z - peak) takes."""
     decay = tl.exp(peak - new_peak)
-    return total * decay, (spread + (new_peak - peak) * total) * decay, decay
+    total, spread = move_sums(total, spread, new_peak - peak, decay)
+    return total, spread, decay
 
 
 def softplus(x):

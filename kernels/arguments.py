@@ -46,7 +46,7 @@ class LowRank(NamedTuple):
 
 
 class Logits(NamedTuple):
-    """From the raw product to the logit: scale, cap (None: none), divide by the temperature."""
+    """From the raw product to the logit: scale (None: 1), cap (None: none), divide by the temperature."""
 
     inv_temperature: float
     softcap: float
@@ -92,7 +92,8 @@ def logit_arguments(problem):
     params = problem.params
     inverse = 1.0 if params.temperature is None else 1.0 / params.temperature
     head = Head(problem.weight, *problem.weight.shape, *problem.weight.stride())
-    return head, Logits(inverse, params.softcap, params.logit_scale), low_rank_arguments(problem.lora_operands)
+    scale = None if params.logit_scale == 1.0 else params.logit_scale
+    return head, Logits(inverse, params.softcap, scale), low_rank_arguments(problem.lora_operands)
 
 
 def has_extras(problem):

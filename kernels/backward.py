@@ -14,7 +14,7 @@ import triton.language as tl
 from fastgrpo.backends import staircase
 from fastgrpo.backends.problem import new_gradients, row_scale, sum_entries
 from fastgrpo.inputs import IGNORE, compact_rows
-from fastgrpo.kernels import forward, tiles
+from fastgrpo.kernels import grids, tiles
 from fastgrpo.kernels.arguments import (
     TO_TRITON,
     Selection,
@@ -39,9 +39,11 @@ from fastgrpo.kernels.common import (
     load_taken,
     panel_pointers,
     raw_logits,
+    rounded_product,
     selected_rows,
     without_dust,
 )
+from fastgrpo.kernels.grids import slots
 from fastgrpo.kernels.panels import Cut, Panels
 from fastgrpo.kernels.plan import positions_of
 from fastgrpo.kernels.products import (
@@ -124,10 +126,11 @@ def dlogits_kernel(
     logp, peak, offset, other_mass, entropy = load_stats(stats_ptr, N, rows, mask_n)
     at_label = gradient_at_label(grad_logp, grad_entropy, logp, other_mass, entropy)
 
-    log_p = cap(value, logits) * inv_temperature[:, None] - peak[:, None] - offset[:, None]
-    dz = -grad_logp[:, None] * tl.math.exp2(log_p * LOG2E)
+    below = rounded_product(cap(value, logits), inv_temperature[:, None]) - peak[:, None]
+    p = tl.math.exp2(tl.fma(below, LOG2E, -(offset * LOG2E)[:, None]))
+    dz = -grad_logp[:, None] * p
     if grad_entropy_ptr is not None:
-        dz -= grad_entropy[:, None] * tl.math.exp2(log_p * LOG2E) * (log_p + entropy[:, None])
+        dz -= grad_entropy[:, None] * p * (below + (entropy - offset)[:, None])
     slope = cap_slope(value, logits)
     dz *= slope
     local = label - first_v
@@ -203,10 +206,10 @@ class Work:
         copies = plan.entries is not None and described
         cell = dtype.itemsize + (4 / tile.cols if spread else 0)
         self.splits = [self.splits_of(k, copies, plan.entries is None) for k in range(len(factors))]
-        cut = self.cut(cell, copies)
+        cut = self.cut(cell, copies, described)
         if cut.rows < self.n:
             self.splits = [Split()] * len(factors)
-            cut = self.cut(cell, copies)
+            cut = self.cut(cell, copies, described)
         self.panels = Panels(cut, vocab, dtype, self.device, plan.stops_head, plan.stops_hidden, plan.entries)
         if copies:
             self.panels.copy_entries(problem.weight)
@@ -227,7 +230,7 @@ class Work:
         """:class:`Split` of factor k's sum, whose slabs may be a small part of the workspace."""
         depth, tile = self.factors[k].depth, tiles.for_tensor(
             "dhidden", self.problem.params.compute_dtype, self.device, described=copies and k == 0)  # fmt: skip
-        ways = ways_for(tile, depth, forward.processor_count(self.device))
+        ways = ways_for(tile, depth, grids.processor_count(self.device))
         rows = slab_rows(ways, tile)
         if exact or self.factors[k].d_rows is None or 4 * rows * depth > SLABS_SHARE * self.problem.params.workspace:
             return Split()
@@ -238,7 +241,7 @@ class Work:
             return None
         return self.new(held + self.splits[k].rows, self.factors[k].depth)
 
-    def cut(self, cell, copies):
+    def cut(self, cell, copies, described):
         factors, problem = self.factors, self.problem
         per_row = sum(f.depth * f.rows.element_size() for k, f in enumerate(factors) if self.copies_a_chunk(k))
         if self.rows_outside:
@@ -246,7 +249,10 @@ class Work:
         summed = sum(4 * f.depth for f in factors if f.d_entries is not None)
         copied = problem.weight.shape[1] if copies else 0  # each entry takes its width of a panel's rows
         slabs = sum(4 * split.rows * f.depth for split, f in zip(self.splits, factors))
-        return Cut(self.n, problem.sizes[1], problem.params.workspace - slabs, cell, per_row, copied, summed)
+        tile = tiles.for_tensor("dweight", problem.params.compute_dtype, self.device, described)
+        each = [tiles.WIDTH // tile.rows * cdiv(f.depth, tile.cols) for f in factors if f.d_entries is not None]
+        waves = (max(each), slots(tile, self.device)) if each else ()
+        return Cut(self.n, problem.sizes[1], problem.params.workspace - slabs, cell, per_row, copied, summed, *waves)
 
     def is_read(self, k):
         """Whether a GEMM reads factor k's rows: the logits' the head's, dW's its own."""

@@ -55,6 +55,12 @@ def inverse_temperatures(temperature_ptr, rows, mask, logits, BLOCK_N: tl.conste
 
 
 @triton.jit
+def rounded_product(a, b):
+    """a * b in fp32. As an fma: a plain product may be fused with what is subtracted from it, which must cancel."""
+    return tl.fma(a, b, 0.0)
+
+
+@triton.jit
 def load_stats(stats_ptr, N, rows, mask):
     """Of some rows the values of :class:`RowStats`, 0 where masked; what is not used is not loaded."""
     at, step = stats_ptr + rows, tl.cast(N, tl.int64)
@@ -174,6 +180,18 @@ def has_label(local, BLOCK_V: tl.constexpr):
 
 
 @triton.jit
+def in_parts(x, PARTS: tl.constexpr):
+    """(n, V) as (n, V // (2 * PARTS), PARTS, 2): a thread of the tensor cores' layout has all columns of a part."""
+    return tl.reshape(x, (x.shape[0], x.shape[1] // (2 * PARTS), PARTS, 2))
+
+
+@triton.jit
+def sum_parts(x):
+    """(n, PARTS) sums of what :func:`in_parts` shaped."""
+    return tl.sum(tl.sum(x, axis=1), axis=2)
+
+
+@triton.jit
 def count_taken(taken, rows, mask, first):
     """(BLOCK_N,) int32: how many of each row's taken positions come before ``first``; by halving."""
     at = taken.positions_ptr + rows * taken.K
@@ -236,7 +254,8 @@ def panel_pointers(panels_ptr, height, row, local_v, PANEL: tl.constexpr, BLOCK_
 @triton.jit
 def cap(z, logits):
     """Scale and softcap."""
-    z = z * logits.logit_scale
+    if logits.logit_scale is not None:
+        z = z * logits.logit_scale
     if logits.softcap is not None:
         z = logits.softcap * tanh(z / logits.softcap)
     return z
@@ -255,14 +274,20 @@ def tanh(x):
 @triton.jit
 def cap_slope(raw, logits):
     """d cap(raw) / d raw."""
-    return logits.logit_scale * softcap_slope(raw, logits)
+    slope = softcap_slope(raw, logits)
+    if logits.logit_scale is not None:
+        slope = slope * logits.logit_scale
+    return slope
 
 
 @triton.jit
 def softcap_slope(raw, logits):
     """sech^2, in (0, 1], in a form that keeps its relative accuracy far out."""
     if logits.softcap is not None:
-        e = tl.exp(-tl.abs(raw * (2.0 * logits.logit_scale / logits.softcap)))
+        z = raw
+        if logits.logit_scale is not None:
+            z = raw * logits.logit_scale
+        e = tl.exp(-tl.abs(z * (2.0 / logits.softcap)))
         slope = 4.0 * e / ((1.0 + e) * (1.0 + e))
     else:
         slope = 1.0

@@ -26,7 +26,8 @@ from fastgrpo.kernels.common import (
     store_rows,
 )
 from fastgrpo.kernels.flags import block_words, certificate, new_flags, see_terms
-from fastgrpo.kernels.forward import Sweep, vocabulary_runs
+from fastgrpo.kernels.forward import Sweep
+from fastgrpo.kernels.grids import vocabulary_runs
 from fastgrpo.kernels.forward import forward as forward_alone
 from fastgrpo.kernels.pair import difference, load_pair, log_of, mixed, teacher_arguments, teacher_raw
 from fastgrpo.kernels.pair_math import (
@@ -474,7 +475,7 @@ def cut_legs(sweep):
         size = max(min(first, cdiv(count, LEGS)), cdiv(count, FIRST_LEG))
         last = count if count - first < 3 * size // 2 else first + size
         entries = min(last * cols, vocab) - first * cols
-        runs = vocabulary_runs(cdiv(sweep.x.shape[0], sweep.tile.rows), entries, cols, sweep.x.device)
+        runs = vocabulary_runs(cdiv(sweep.x.shape[0], sweep.tile.rows), entries, sweep.tile, sweep.x.device)
         legs.append(Leg(first * cols, first * cols + entries, *runs))
         first = last
     return legs

@@ -9,6 +9,7 @@ import triton.language as tl
 from fastgrpo.backends.certified import Certificate
 from fastgrpo.kernels import tiles
 from fastgrpo.kernels.arguments import pick_tile
+from fastgrpo.kernels.common import sum_parts
 from fastgrpo.kernels.tiles import cdiv
 
 WIDEST = tl.constexpr(tiles.FLAGGED[1])  # entries of a tile: a block's flags are padded to it
@@ -21,28 +22,34 @@ def either(a, b):
 
 
 @triton.jit
-def pack_flags(hit, local, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr):
-    """(BLOCK_V // 32,) int32: of each entry of the tile whether some row hits it or has it as its label.
+def pack_flags(hit, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, PARTS: tl.constexpr = 1):
+    """(BLOCK_V // 32,) int32: of each column of the tile whether some row hits it.
 
     Column c is bit c // W of word c % W, W the number of words: the bits of a word are in one thread's registers.
-    local: (BLOCK_N,) the labels, counted from the tile's first entry; None: there are none.
     """
     W: tl.constexpr = BLOCK_V // 32
-    bits = tl.reshape(hit.to(tl.int32), (BLOCK_N, 32, W)) << tl.arange(0, 32)[None, :, None]
-    bits = tl.sum(bits, axis=1)
-    if local is not None:
-        here = (local >= 0) & (local < BLOCK_V)
-        own = here[:, None] & ((local % W)[:, None] == tl.arange(0, W)[None, :])
-        bits |= tl.where(own, (1 << (local // W))[:, None], 0)
-    return tl.reduce(bits, 0, either)
+    if PARTS > 1:  # a thread has two rows of each piece
+        hit = tl.reduce(tl.reshape(hit, (BLOCK_N // 16, 2, 8, BLOCK_V)), 1, either)
+    rows: tl.constexpr = BLOCK_N // 2 if PARTS > 1 else BLOCK_N
+    bits = tl.where(tl.reshape(hit, (rows, 32, W)), (1 << tl.arange(0, 32))[None, :, None], 0)
+    return tl.reduce(tl.reshape(bits, (rows * 32, W)), 0, either)  # rows and bits at once: threads before lanes
 
 
 @triton.jit
-def sum_unflagged(e, words, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr):
-    """(BLOCK_N,) sum over the entries that are not flagged."""
+def label_flags(local, BLOCK_V: tl.constexpr):
+    """As :func:`pack_flags`, of the labels, counted from the tile's first column."""
     W: tl.constexpr = BLOCK_V // 32
-    kept = (words[None, None, :] & (1 << tl.arange(0, 32))[None, :, None]) != 0
-    return tl.sum(tl.sum(tl.where(kept, 0.0, tl.reshape(e, (BLOCK_N, 32, W))), axis=1), axis=1)
+    inside = (local >= 0) & (local < BLOCK_V)
+    own = inside[:, None] & ((local % W)[:, None] == tl.arange(0, W)[None, :])
+    return tl.reduce(tl.where(own, (1 << (local // W))[:, None], 0), 0, either)
+
+
+@triton.jit
+def sum_unflagged(e, words):
+    """As :func:`sum_parts`, over the columns that are not flagged in (W,) words."""
+    flagged = (words[None, None, :] & (1 << tl.arange(0, 32))[None, :, None]) != 0
+    left = tl.reshape(e, (e.shape[0], 32, words.shape[0])) * tl.where(flagged, 0.0, 1.0)
+    return sum_parts(tl.reshape(left, e.shape))
 
 
 @triton.jit
@@ -52,7 +59,7 @@ def see_terms(x, y, center, least, words_ptr, BLOCK_N: tl.constexpr, BLOCK_V: tl
     -> (BLOCK_N,) each: the sums of x^2, x y and y^2 over the tile, then over what is not flagged.
     """
     hit = tl.abs(x - center[:, None] * y) >= least[:, None]
-    words = pack_flags(hit, None, BLOCK_N, BLOCK_V)
+    words = pack_flags(hit, BLOCK_N, BLOCK_V)
     tl.store(words_ptr + tl.arange(0, BLOCK_V // 32), words)
     kept = tl.reshape((words[None, :] & (1 << tl.arange(0, 32))[:, None]) != 0, (BLOCK_V,))[None, :]
     left_x, left_y = tl.where(kept, 0.0, x), tl.where(kept, 0.0, y)

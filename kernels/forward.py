@@ -27,19 +27,24 @@ from fastgrpo.kernels.common import (
     cap,
     count_taken,
     group_blocks,
+    has_label,
     hide_taken,
+    in_parts,
     inverse_temperatures,
     load_taken,
     low_values,
     raw_logits,
+    rounded_product,
     selected_rows,
     store_rows,
+    sum_parts,
     up_values,
 )
-from fastgrpo.kernels.flags import block_words, certificate, new_flags, pack_flags, sum_unflagged
+from fastgrpo.kernels.flags import block_words, certificate, label_flags, new_flags, pack_flags, sum_unflagged
+from fastgrpo.kernels.grids import vocabulary_runs
 from fastgrpo.kernels.plan import order_rows
 from fastgrpo.kernels.products import gather_rows, spans
-from fastgrpo.kernels.row_math import rescale
+from fastgrpo.kernels.row_math import move_sums
 from fastgrpo.kernels.tiles import cdiv
 
 
@@ -93,6 +98,34 @@ def label_kernel(
     tl.store(label_ptr + rows, z, mask=inside)
 
 
+@triton.jit
+def add_tile(value, peak, total, spread, unit, ENTROPY: tl.constexpr, PARTS: tl.constexpr):
+    """-> the tile's exponentials in parts; peak, total and spread with the tile; what older sums are multiplied by.
+
+    All sums are beside 2^base, base = round(peak * unit * LOG2E), see :func:`join_parts`: one fma an exponent.
+    """
+    values = in_parts(value, PARTS)
+    rate = (unit * LOG2E)[:, None]
+    new_peak = tl.maximum(peak, tl.max(tl.max(values, axis=1), axis=2), propagate_nan=tl.PropagateNan.ALL)
+    base = rounded_product(new_peak, rate)
+    e = tl.math.exp2(tl.fma(values, rate[:, :, None, None], -base[:, None, :, None]))
+    decay = tl.math.exp2(rounded_product(peak, rate) - base)
+    total, moved = move_sums(total, spread, (new_peak - peak) * unit[:, None], decay)
+    if ENTROPY:
+        spread = moved - sum_parts(e * (values - new_peak[:, None, :, None])) * unit[:, None]
+    return e, new_peak, total + sum_parts(e), spread, decay
+
+
+@triton.jit
+def join_parts(peak, unit):
+    """-> (n,) peak of a row, and (n, PARTS) factors that bring its parts' sums beside it, base's rounding undone."""
+    rate = (unit * LOG2E)[:, None]
+    top = tl.max(peak, axis=1)
+    lost = tl.fma(peak, rate, -rounded_product(peak, rate))
+    lost = tl.maximum(tl.minimum(lost, 1.0), -1.0)  # of FLOOR anything
+    return top, tl.math.exp2((peak - top[:, None]) * rate - lost)
+
+
 @triton.jit(do_not_specialize=["N", "first_row", "last_row", "run", "runs"])
 def forward_kernel(
     x_ptr,  # (held, D) the chunk's rows of hidden, dense
@@ -118,6 +151,7 @@ def forward_kernel(
     ENTROPY: tl.constexpr,
     WHOLE_D: tl.constexpr,
     COMPUTE: tl.constexpr,
+    PARTS: tl.constexpr,  # of a tile's columns, see tiles.column_parts
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -135,10 +169,10 @@ def forward_kernel(
     # z = value * unit: what a tile's rows share is multiplied after their differences are taken
     unit = inverse_temperatures(temperature_ptr, rows, mask_n, logits, BLOCK_N)
 
-    peak = tl.full((BLOCK_N,), FLOOR, tl.float32)  # of the values
-    total = tl.zeros((BLOCK_N,), tl.float32)
-    spread = tl.zeros((BLOCK_N,), tl.float32)
-    dropped = tl.zeros((BLOCK_N,), tl.float32)
+    peak = tl.full((BLOCK_N, PARTS), FLOOR, tl.float32)  # of the values, in each part of the columns
+    total = tl.zeros((BLOCK_N, PARTS), tl.float32)  # this and the others as add_tile has them
+    spread = tl.zeros((BLOCK_N, PARTS), tl.float32)
+    dropped = tl.zeros((BLOCK_N, PARTS), tl.float32)
     threshold = tl.zeros((BLOCK_N,), tl.float32)
     W: tl.constexpr = BLOCK_V // 32
     if taken is not None:
@@ -158,27 +192,24 @@ def forward_kernel(
         value = cap(value, logits)
         if taken is not None:
             value, count, upcoming = hide_taken(value, NOTHING, taken, rows, mask_n, count, upcoming, first_v, BLOCK_V)
-        local = label - first_v
+        local, offs_v = label - first_v, tl.arange(0, BLOCK_V)
         if flags_ptr is not None:
-            words = pack_flags(value >= threshold[:, None], local, BLOCK_N, BLOCK_V)
+            words = pack_flags(value >= threshold[:, None], BLOCK_N, BLOCK_V, PARTS)
+        if has_label(local, BLOCK_V) | (first_v + BLOCK_V > head.V):
+            is_label = offs_v[None, :] == local[:, None]
+            if flags_ptr is not None:
+                words |= label_flags(local, BLOCK_V)
+            value = tl.where(is_label | (first_v + offs_v >= head.V)[None, :], NOTHING, value)
+        if flags_ptr is not None:
             at_words = block_words(head.V, start // BLOCK_N, first_v, BLOCK_V)
             tl.store(flags_ptr + at_words + tl.arange(0, W), words)
-        offs_v = tl.arange(0, BLOCK_V)
-        value = tl.where((offs_v[None, :] == local[:, None]) | (first_v + offs_v >= head.V)[None, :], NOTHING, value)
-        new_peak = tl.maximum(peak, tl.max(value, axis=1), propagate_nan=tl.PropagateNan.ALL)
-        below = value - new_peak[:, None]
-        e = tl.math.exp2(below * (unit * LOG2E)[:, None])
-        old_total, old_spread, decay = rescale((peak - new_peak) * unit, total, spread, 0.0)
-        if ENTROPY:
-            spread = old_spread - tl.sum(e * below, axis=1) * unit
-        here = tl.sum(e, axis=1)
-        total = old_total + here
-        peak = new_peak
+        e, peak, total, spread, decay = add_tile(value, peak, total, spread, unit, ENTROPY, PARTS)
         if flags_ptr is not None:
-            dropped *= decay
-            dropped += sum_unflagged(e, words, BLOCK_N, BLOCK_V)
+            dropped = dropped * decay + sum_unflagged(e, words)
             if hint_ptr is None:  # the running value serves
-                threshold = tl.maximum(threshold, peak + (tl.log(total) + log_cutoff) / unit)
+                top, factor = join_parts(peak, unit)
+                known = top + (tl.log(tl.sum(total * factor, axis=1)) + log_cutoff) / unit
+                threshold = tl.maximum(threshold, known)
 
     out = partials_ptr + this_run.to(tl.int64) * N + offs_n
     step = tl.cast(runs, tl.int64) * N
@@ -186,25 +217,13 @@ def forward_kernel(
     rows, label = selected_rows(selection, offs_n, mask_n, head.V)
     label_z = tl.load(label_ptr + rows, mask=mask_n, other=0.0)
     mine = (label >= this_run * run) & (label < (this_run + 1) * run)
-    store_rows(out, (peak * unit, total, spread, tl.where(mine, label_z, 0.0)), step, mask_n)
+    top, factor = join_parts(peak, unit)
+    if ENTROPY:
+        spread = (spread + (top[:, None] - peak) * unit[:, None] * total) * factor
+    total, spread = tl.sum(total * factor, axis=1), tl.sum(spread, axis=1)
+    store_rows(out, (top * unit, total, spread, tl.where(mine, label_z, 0.0)), step, mask_n)
     if flags_ptr is not None:
-        tl.store(out + DROPPED * step, dropped, mask=mask_n)
-
-
-def vocabulary_runs(blocks, entries, block_v, device):
-    """-> how many runs to cut the vocabulary into, and the entries of one.
-
-    Enough programs for eight waves, but 16 partial results a row at most, unless that leaves processors without work.
-    """
-    processors = processor_count(device)
-    tiles_v = cdiv(entries, block_v)
-    wanted, needed = (cdiv(waves * processors, max(blocks, 1)) for waves in (8, 2))
-    runs = min(max(min(wanted, 16), needed), tiles_v)
-    return cdiv(tiles_v, cdiv(tiles_v, runs)), cdiv(tiles_v, runs) * block_v
-
-
-def processor_count(device):
-    return 4 if device.type != "cuda" else torch.cuda.get_device_properties(device).multi_processor_count
+        tl.store(out + DROPPED * step, tl.sum(dropped * factor, axis=1), mask=mask_n)
 
 
 def forward(problem: HeadProblem):
@@ -271,11 +290,12 @@ class Sweep:
         n, vocab, depth = problem.sizes
         hidden = problem.hidden
         self.tile, self.described = pick_tile(kernel, problem)
+        self.parts = tiles.column_parts(self.tile, problem.params.compute_dtype.itemsize, hidden.device)
         rows = self.tile.rows
         held = min(max(problem.params.workspace // (depth * hidden.element_size()) // rows, 1) * rows, n)
         self.x = torch.empty(held, depth, dtype=hidden.dtype, device=hidden.device)
         blocks = cdiv(held, rows)
-        self.runs, self.run = vocabulary_runs(blocks, vocab, self.tile.cols, hidden.device)
+        self.runs, self.run = vocabulary_runs(blocks, vocab, self.tile, hidden.device)
         self.grid = (cdiv(blocks, self.tile.group) * self.tile.group * self.runs,)
         self.head, self.logits, self.low_rank = logit_arguments(problem)
 
@@ -358,5 +378,6 @@ def run_forward(problem, rows, count, hint=None, flags=None, dropped=None, label
             partials_ptr=partials,
             log_cutoff=0.0 if flags is None else math.log(cutoff(problem.params.tolerance)),
             ENTROPY=problem.params.entropy,
+            PARTS=sweep.parts,
         )
     combine(problem, partials, selection, dropped, merged, stats, hint)

@@ -19,6 +19,7 @@ from fastgrpo.kernels.arguments import TO_TRITON, Selection, describe, has_extra
 from fastgrpo.kernels.combine import combine, fold_runs
 from fastgrpo.kernels.common import (
     FLOOR,
+    LOG2E,
     NOTHING,
     cap,
     chunk_panels,
@@ -30,6 +31,7 @@ from fastgrpo.kernels.common import (
     load_stats,
     panel_pointers,
     raw_logits,
+    rounded_product,
     selected_rows,
     softcap_slope,
     store_rows,
@@ -93,7 +95,7 @@ def masses_kernel(
         WHOLE_D, COMPUTE, BLOCK_N, BLOCK_V, BLOCK_D,
     )  # fmt: skip
 
-    z = cap(raw, logits) * inv_temperature[:, None]
+    z = rounded_product(cap(raw, logits), inv_temperature[:, None])
     offs_v = tile_v + tl.arange(0, BLOCK_V)
     label_z = tl.zeros((BLOCK_N,), tl.float32)
     if has_label(label - tile_v, BLOCK_V) | (tile_v + BLOCK_V > head.V):
@@ -106,7 +108,7 @@ def masses_kernel(
     # the sums are kept below their true peak, as the forward's are, so that they lose no digit
     peak = tl.maximum(peak, row_reference, propagate_nan=tl.PropagateNan.ALL)
     to_peak = tl.exp(reference - peak)
-    e = tl.exp(z - reference[:, None])
+    e = tl.math.exp2((z - reference[:, None]) * LOG2E)
     total = tl.sum(e, axis=1) * to_peak
     spread = tl.zeros((BLOCK_N,), tl.float32)
     if ENTROPY:
@@ -221,7 +223,9 @@ def directions_kernel(
     rows = tl.load(selection.rows_ptr + offs_n, mask=offs_n < N, other=0)
     label = known_label(selection.targets_ptr, rows, counted, head.V)
     label = tl.where(label >= 0, label, 0).to(tl.int64)  # of a bad target: other_mass is NaN
-    chain = logits.logit_scale * inverse_temperatures(temperature_ptr, rows, counted, logits, BLOCK_N)
+    chain = inverse_temperatures(temperature_ptr, rows, counted, logits, BLOCK_N)
+    if logits.logit_scale is not None:
+        chain *= logits.logit_scale
     _, _, _, other_mass, _ = load_stats(stats_ptr, N, rows, counted)
     at = running_ptr + offs_n
     peak, total, _, _ = load_partials(at, n, counted)

@@ -5,7 +5,7 @@ import torch
 from fastgrpo.backends import staircase
 from fastgrpo.kernels import tiles
 from fastgrpo.kernels.arguments import describable, describe
-from fastgrpo.kernels.products import cut_kernel, gather_entries
+from fastgrpo.kernels.products import cut_kernel, gather_entries, whole_waves
 from fastgrpo.kernels.tiles import cdiv
 
 assert staircase.TILE == tiles.WIDTH  # stops are read by panel
@@ -19,12 +19,12 @@ class Cut:
     Attributes:
         rows: of a panel at most. room: rows of panels that the buffer holds, or of them and of the copies of their
             entries. most: panels of a chunk at most. copied: rows of it that such a copy takes, 0 where there is none.
-        chunks: of entries, where every panel needs all rows; fewer otherwise.
+        chunks: of entries, where every panel needs all rows; fewer otherwise. each, at_once: of whole_waves.
     """
 
-    def __init__(self, n, vocab, workspace, cell, per_row, copied, per_entry_in_rows):
+    def __init__(self, n, vocab, workspace, cell, per_row, copied, per_entry_in_rows, each=1, at_once=1):
         """Bytes of a cell of a panel, of a row beside it; rows of panels that a copy of a panel's entries takes; bytes
-        of an entry more, with rows cut."""
+        of an entry more, with rows cut; programs that a panel gives the product over rows, how many run at once."""
         width, self.panels, self.copied = tiles.WIDTH, cdiv(vocab, tiles.WIDTH), copied
         self.rows = cdiv(n, width) * width
         while True:
@@ -38,7 +38,9 @@ class Cut:
             self.rows = cdiv(self.rows // 2, width) * width
         self.room = min(max(self.room, self.rows + copied), (self.rows + copied) * self.panels)
         self.most = min(self.most, self.room // (width + copied))
-        self.chunks = cdiv(self.panels, max(min(self.room // (self.rows + copied), self.most), 1))
+        self.each, self.at_once = each, at_once
+        fit = max(min(self.room // (self.rows + copied), self.most), 1)
+        self.chunks = 1 if fit >= self.panels else cdiv(self.panels, whole_waves.fn(fit, each, at_once))
 
 
 class Panels:
@@ -68,6 +70,8 @@ class Panels:
                 most=cut.most,
                 rows=cut.rows,
                 copied=cut.copied,
+                each=cut.each,
+                at_once=cut.at_once,
                 PANEL=tiles.WIDTH,
                 num_warps=1,
             )

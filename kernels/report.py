@@ -159,19 +159,19 @@ class Forgetful(list):
 
 @contextlib.contextmanager
 def recording(architecture, launches=None):
-    from fastgrpo.kernels import forward, tiles
+    from fastgrpo.kernels import grids, tiles
 
-    names, processors = ("architecture", "interpreting", "measured"), forward.processor_count
+    names, processors = ("architecture", "interpreting", "measured"), grids.processor_count
     launches = [] if launches is None else launches
     plain = {name: getattr(tiles, name) for name in names}
     for name, instead in zip(names, (lambda device: architecture, lambda: False, lambda device: {})):
         setattr(tiles, name, instead)
-    forward.processor_count = lambda device: PROCESSORS
+    grids.processor_count = lambda device: PROCESSORS
     try:
         with replaced(lambda kernel: Recorder(kernel, launches)):
             yield launches
     finally:
-        forward.processor_count = processors
+        grids.processor_count = processors
         for name, function in plain.items():
             setattr(tiles, name, function)
 

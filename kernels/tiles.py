@@ -65,7 +65,7 @@ TILES = {
             **LOGITS,
             **TWO_AN_SM,
             "sm_80": Tile(128, 128, 32, 8, 4),
-            "sm_100": Tile(128, 64, 64, 8, 3),
+            "sm_100": Tile(128, 64, 64, 4, 3),  # two an SM; 128 columns spill
         },
         4: {**FP32, **dict.fromkeys(("sm_86", "sm_89"), Tile(64, 64, 32, 4, 1))},
     },
@@ -100,6 +100,7 @@ LABELS = Tile(8, 256, 0, 4, 1)  # of the labels' logits
 AUDIT = {2: Tile(64, 128, 32, 8, 2), 4: Tile(32, 64, 16, 4, 2)}  # two sums: audited entries, columns; rows at once
 AUDIT_INTERPRETER = Tile(128, 128, 64, 4, 1)
 LEVEL_ROWS = 32
+LANES = 4  # of a warp, that have the columns of a row of the tensor cores' result
 WIDTH = 128  # entries of a panel of dlogits; a multiple of every backward tile's sides
 ROW_BLOCK = 1024  # of the elementwise kernels over tokens
 COMBINE_BLOCK, COMBINE_RUNS = 128, 8
@@ -153,6 +154,27 @@ def for_tensor(kernel, dtype, device, described=False):
 
 def for_audit(dtype):
     return AUDIT_INTERPRETER if interpreting() else AUDIT[dtype.itemsize]
+
+
+def column_parts(tile, bytes_per_value, device):
+    """Into how many parts a forward's sums over a tile's columns fall within its loop: those that one thread holds."""
+    if interpreting():
+        return 4
+    return parts_of(tile, bytes_per_value, architecture(device))
+
+
+def parts_of(tile, bytes_per_value, architecture):
+    if bytes_per_value == 4 or architecture not in ("sm_80", "sm_86", "sm_89", "sm_90", "sm_120"):
+        return 1
+    if architecture == "sm_90":
+        return LANES
+    down = across = 1  # as Triton lays warps over tensor cores' pieces of 16 x 8
+    while down * across < tile.warps:
+        if tile.rows // (16 * down) >= tile.cols // (8 * across):
+            down *= 2
+        else:
+            across *= 2
+    return min(LANES * across, tile.cols // 2)
 
 
 def has_descriptors(device):

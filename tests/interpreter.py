@@ -1,4 +1,8 @@
-"""Triton's interpreter mended for tests: bf16, which it holds as uint16 and multiplies as bit patterns, and speed."""
+"""What Triton's interpreter does differently from a device, put right, and its speed. For tests only.
+
+It holds bf16 as uint16 and multiplies the bit patterns; its fma rounds twice; and a reduction by a function of the
+kernel's own goes an element at a time, milliseconds a tile.
+"""
 
 import dataclasses
 from types import SimpleNamespace
@@ -6,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import triton.language as tl
 from triton.runtime import interpreter
-from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
+from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, ReduceOps, TensorHandle
 
 
 def widen(bits):
@@ -51,6 +55,26 @@ def skip_overflow_checks():
     builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
 
 
+def create_fma(self, x, y, z):
+    """fp32 in fp64, where the product is exact; other dtypes as they are."""
+    exact = np.float64 if x.dtype.scalar == tl.float32 else x.data.dtype
+    with np.errstate(over="ignore", invalid="ignore"):
+        value = x.data.astype(exact) * y.data.astype(exact) + z.data.astype(exact)
+        return TensorHandle(value.astype(x.data.dtype), z.dtype.scalar)
+
+
+def generic_reduce(self, input):
+    """A slice at a time."""
+    data = [np.moveaxis(x.handle.data, self.axis, 0) for x in input]
+    done = tuple(self.to_tensor(d[0], x.dtype) for d, x in zip(data, input))
+    for k in range(1, len(data[0])):
+        done = self.combine_fn.fn(*done, *(self.to_tensor(d[k], x.dtype) for d, x in zip(data, input)))
+        done = done if isinstance(done, tuple) else (done,)
+    if self.keep_dims:
+        return [self.to_tensor(np.expand_dims(x.handle.data, self.axis), x.dtype) for x in done]
+    return list(done)
+
+
 def patch():
     patch_language_once()
     skip_overflow_checks()
@@ -79,6 +103,9 @@ def patch():
     def create_fp_to_fp(self, source, target, rounding):
         return convert(self, source, target, lambda x: plain_fp_to_fp(self, x, target, rounding))
 
+    plain_reduce = ReduceOps.generic_reduce
+    ReduceOps.generic_reduce = lambda self, x: (plain_reduce if self.axis is None else generic_reduce)(self, x)
+    InterpreterBuilder.create_fma = create_fma
     InterpreterBuilder.create_dot = create_dot
     InterpreterBuilder.cast_impl = cast_impl
     InterpreterBuilder.create_fp_to_fp = create_fp_to_fp

@@ -153,11 +153,11 @@ def test_host_waits(backward, frozen, monkeypatch):
     """The Triton backend never waits."""
     report = pytest.importorskip("fastgrpo.kernels.report")
     from fastgrpo import backends
-    from fastgrpo.kernels import forward
+    from fastgrpo.kernels import grids
 
     monkeypatch.setattr(backends, "choose", lambda backend, hidden: "triton")
     monkeypatch.setattr("fastgrpo.backends.triton_backend.on_device", lambda x: torch.autograd.set_grad_enabled(False))
-    monkeypatch.setattr(forward, "processor_count", lambda device: 132)
+    monkeypatch.setattr(grids, "processor_count", lambda device: 132)
     p = draw_peaked(1024, 4096, 256, torch.bfloat16)
     with StandInCuda() as cuda, report.recording("sm_90") as launches:
         hidden, weight, targets, upstream = (cuda.put(p[k]) for k in ("hidden", "weight", "targets", "upstream"))

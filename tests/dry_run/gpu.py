@@ -71,14 +71,14 @@ class Gpu:
     def patch(self, architecture, processors):
         """CPU tensors take the branches of CUDA ones, and a launch that does nothing leaves plausible results."""
         from fastgrpo import backends, inputs, lora
-        from fastgrpo.kernels import forward, tiles
+        from fastgrpo.kernels import forward, grids, tiles
 
         backends.choose = lambda backend, hidden: "triton"
         inputs.checks_values = lambda device: False
         lora.has_native = lambda hidden: True
         lora.mm16 = lambda a, b: a.float() @ b.float()
         tiles.architecture = lambda device: architecture
-        forward.processor_count = lambda device: processors
+        grids.processor_count = lambda device: processors
         run_forward, run_certified = forward.run_forward, forward.run_certified
 
         def filled(*args, stats=None, merged=None, **kwargs):
