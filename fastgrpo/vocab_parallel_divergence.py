@@ -62,7 +62,7 @@ def certified_forward(problem, backend, group):
         sums, rows, witness = backend.certified_partials(problem, stats)
         stats = add_sums(stats, sums, group)
         still = torch.ones_like(witness.center)
-        witness.settle((still, still, 0.0), PairStats(*stats).center[rows], still)
+        witness.settle((still, still, torch.zeros_like(still)), PairStats(*stats).center[rows], still)
     else:
         student_first = problem.beta == 1.0
         partials, rows, witness = backend.certified_partials(problem)

@@ -321,7 +321,7 @@ class MixtureFold:
             self.mass[part] += p.sum(1)
             center = self.stats.center[part] / self.mass[part].clamp(min=dense.negligible(p.dtype))
             still = torch.ones_like(center)
-            self.witness.look(tile, mine, p, (still, still, 0.0), center, still)
+            self.witness.look(tile, mine, p, (still, still, torch.zeros_like(still)), center, still)
 
     def finish(self):
         return self.stats if self.witness is None else self.stats._replace(norm=self.witness.row_norms())
