@@ -39,6 +39,7 @@ from fastgrpo.kernels.pair_math import (
     move_terms,
     scale_terms,
 )
+from fastgrpo.kernels.plan import order_rows
 from fastgrpo.kernels.row_math import rescale
 from fastgrpo.kernels.tiles import cdiv
 from fastgrpo.pair_math import scale_terms as scale_of
@@ -317,12 +318,9 @@ def forward(problem):
 
 def certified_forward(problem):
     """As :func:`fastgrpo.backends.divergence.certified_forward`; no waiting either."""
-    counted = problem.targets != IGNORE
-    (rows, count), stats = compact_rows(counted), new_stats(problem)
-    if problem.is_mixture:  # flat rows first, as a hint would sort them: they keep the most entries
-        stats = know_both(problem)
-        flat = torch.nan_to_num(-PairStats(*stats).offset, nan=0.0)
-        rows = torch.where(counted, flat, torch.inf).argsort(stable=True)
+    stats = know_both(problem) if problem.is_mixture else new_stats(problem)
+    # of a mixture flat rows first, as a hint would sort them: they keep the most entries
+    rows, _, count = order_rows(-PairStats(*stats).offset if problem.is_mixture else None, problem.targets)
     witness = Witness(problem, Selection(rows, count, problem.targets), stats)
     run_forward(problem, witness.selection, stats if problem.is_mixture else None, witness)
     return stats, witness.certificate()

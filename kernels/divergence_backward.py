@@ -7,7 +7,9 @@ import triton.language as tl
 
 from fastgrpo.backends import staircase
 from fastgrpo.inputs import IGNORE, compact_rows
+from fastgrpo.kernels import certified
 from fastgrpo.kernels.backward import Launcher, climb
+from fastgrpo.kernels.certified import SampleLauncher
 from fastgrpo.kernels.common import (
     LOG2E,
     cap,
@@ -118,14 +120,6 @@ def backward(problem, stats, grad, needs):
         active, *compact_rows(active), problem.weight.shape[0]), PairLauncher)  # fmt: skip
 
 
-def certified_backward(problem, stats, certificate, grad, needs):
-    """As :func:`fastgrpo.kernels.backward.certified_backward`, of divergences."""
-    grad = grad.contiguous()
-    active = (problem.targets != IGNORE) & (grad != 0)
-    return climb(problem, stats, [grad], active, needs, lambda: staircase.make(
-        problem, stats, certificate, grad, needs), PairLauncher)  # fmt: skip
-
-
 class PairLauncher(Launcher):
     """Launches the backward of divergences."""
 
@@ -148,3 +142,17 @@ class PairLauncher(Launcher):
             KIND=2 if problem.is_mixture else int(problem.beta),
             **others,
         )
+
+
+class PairSampleLauncher(SampleLauncher, PairLauncher):
+    """Makes the dlogits of an audit's samples."""
+
+    @functools.cached_property
+    def teacher(self):
+        teacher, others = teacher_arguments(self.problem)
+        return teacher._replace(head=teacher.head._replace(V=self.head.V)), others
+
+
+def certified_backward(problem, stats, certificate, grad, needs):
+    """As :func:`fastgrpo.kernels.certified.certified_backward`, of divergences."""
+    return certified.certified_backward(problem, stats, certificate, grad, needs, PairLauncher, PairSampleLauncher)

@@ -121,14 +121,16 @@ def test_gradients(device, beta, options, visited):
 @pytest.fixture
 def visited(monkeypatch):
     """-> the shares of the cells that each certified backward visits, see :func:`staircase.cells`."""
-    seen, plain = [], staircase.make
+    from fastgrpo.kernels import certified
+
+    seen, plain = [], certified.make_plan
 
     def make(problem, *arguments):
         plan = plain(problem, *arguments)
         seen.append(staircase.cells(plan, problem.weight.shape[0]).tolist())
         return plan
 
-    monkeypatch.setattr(staircase, "make", make)
+    monkeypatch.setattr(certified, "make_plan", make)
     return seen
 
 

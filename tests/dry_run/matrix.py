@@ -188,13 +188,13 @@ def cases(everything):
             name = f"{kind} divergence, beta {beta}, certified"
             yield case(name, flagged + CERTIFIED, divergence, dtype, beta, backward="certified")
             if beta == 0.0 and dtype == bf16:
-                yield case(f"{name}, frozen head", flagged + CERTIFIED - 1, divergence, dtype, beta,
+                yield case(f"{name}, frozen head", flagged + CERTIFIED - 1 - AUDIT, divergence, dtype, beta,
                            backward="certified", frozen=True)  # fmt: skip
                 yield case(f"{name}, another batch", flagged + CERTIFIED, divergence, dtype, beta, compiles=0,
                            backward="certified", n=301)  # fmt: skip
             if everything:
-                yield case(f"{name}, everything", flagged + CERTIFIED + BIAS, divergence, dtype, beta, options=True,
-                           backward="certified")  # fmt: skip
+                yield case(f"{name}, everything", flagged + CERTIFIED + BIAS + AUDITED, divergence, dtype, beta,
+                           options=True, backward="certified")  # fmt: skip
             yield case(f"{kind} divergence, beta {beta}", forward + EXACT, divergence, dtype, beta)
             if everything or beta == 1.0:
                 yield case(f"{kind} divergence, beta {beta}, everything", forward + EXACT + BIAS, divergence, dtype,
