@@ -66,9 +66,9 @@ def linear_divergence(
         temperature: a number > 0, or a float tensor of mask's shape. Divides both models' logits.
         return_entropy: also return the student's entropy, without a gradient.
         backend, backward, tolerance, workspace_mb, row_tolerance: see :func:`fastgrpo.linear_logprobs`. "auto" is
-            exact where the head is trained. On the Triton backend the backward is exact whatever is asked for. Where
-            hidden alone wants a gradient (a frozen head, no LoRA on it) the torch backend makes it in the forward, in
-            three GEMMs of one model's logits or less, mixtures too, and holds it until the backward, 4 N D bytes.
+            exact where the head is trained, and on the Triton backend. Where hidden alone wants a gradient (a frozen
+            head, no LoRA on it) the torch backend makes it in the forward, in three GEMMs of one model's logits or
+            less, mixtures too, and holds it until the backward, 4 N D bytes.
 
     Returns:
         ``Divergence(divergence, entropy)``, float32 (float64 for float64 input), of mask's shape, >= 0 up to rounding
@@ -204,7 +204,8 @@ def head_divergence(hidden, weight, mask, teacher, beta, options):
     )
     tensors = pair_tensors(hidden, weight, targets, teacher, beta, options, params, lora)
     trained = any(x is not None and x.requires_grad for x in (weight, options.bias, lora.B))
-    strategy = strategies.choose_pair(params, tolerance_of(params, options.backward, trained) is not None)
+    asked = options.backward == "certified"
+    strategy = strategies.choose_pair(params, asked or tolerance_of(params, options.backward, trained) is not None)
     eager_torch = params.backend == "torch" and not torch.compiler.is_compiling()
     if eager_torch and frozen.applies(hidden, (weight, options.bias, lora.A, lora.B), params):
         strategy = strategies.DivergingFrozen

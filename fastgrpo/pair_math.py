@@ -4,6 +4,10 @@ As :mod:`fastgrpo.row_math`. The models are called first and second: of a Kullba
 mean is over, and the other. ``u`` is a logit minus its row's peak, ``d`` the first's u minus the second's. Sums over
 the entries: ``total`` e^u_first, ``other`` e^u_second, ``tilt`` d e^u_first, ``excess`` e^u_second - e^u_first. The
 excess is summed apart, from terms that are small where the models agree: the totals would cancel to rounding noise.
+
+An entry's gradient, d divergence / d its logit, is ``(x - center * y) / unit``. Of KL(student || teacher) x = d e^u and
+y = e^u of the student; of KL(teacher || student) x = e^u_second - e^u_first and y = e^u_first; of a mixture x =
+(1 - beta) p_s log(p_s / m) and y = p_s. So x is small where the models agree, and sums of x^2 do not cancel.
 """
 
 import torch
@@ -63,3 +67,29 @@ def mixture_logs(delta, beta):
     mild = fall > -NEAR
     log = -tl.where(mild, log1p(tl.where(mild, fall, 0.0)), tl.log(1.0 + fall))
     return log + tl.where(positive, 0.0, delta), log - tl.where(positive, delta, 0.0)
+
+
+def scale_terms(total, other, tilt, excess, student_first):
+    """-> center and unit of a KL's gradient, of the sums so far."""
+    if student_first:
+        center, unit = tilt / total, total
+    else:
+        center, unit = excess / total, other
+    return center, unit
+
+
+def move_terms(rise, other_rise, student_first):
+    """-> lead, trail, lean: beside peaks that are higher by so much x becomes lead * x - lean * y, and y trail * y."""
+    trail, turn = tl.exp(-rise), other_rise - rise
+    if student_first:
+        lead, lean = trail, -trail * turn
+    else:
+        lead, near = tl.exp(-other_rise), tl.abs(turn) < NEAR
+        lean = tl.where(near, lead * expm1(tl.where(near, turn, 0.0)), trail - lead)
+    return lead, trail, lean
+
+
+def move_moments(xx, xy, yy, lead, trail, lean):
+    """The sums of x^2, x y and y^2 after :func:`move_terms`'s."""
+    square = lead * (lead * xx - 2.0 * lean * xy) + lean * lean * yy
+    return square, trail * (lead * xy - lean * yy), trail * trail * yy

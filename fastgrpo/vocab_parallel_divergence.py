@@ -13,13 +13,14 @@ from torch.autograd.function import once_differentiable
 
 from fastgrpo import backends, divergence, inputs, strategies, vocab_parallel
 from fastgrpo.backends import divergence as divergence_fold
-from fastgrpo.backends.divergence import Move, beside_peaks, kl_stats, move_terms, scale_terms
+from fastgrpo.backends.divergence import beside_peaks, kl_stats
 from fastgrpo.backends.pair import PairStats
 from fastgrpo.backends.problem import Gradients
 from fastgrpo.config import settings_go_in_config
 from fastgrpo.divergence import Divergence, PairTensors, TeacherHead
 from fastgrpo.head import HeadOptions
 from fastgrpo.inputs import IGNORE, Backend, Backward
+from fastgrpo.pair_math import move_terms, scale_terms
 
 
 def merge(partials, student_first, group):
@@ -61,13 +62,13 @@ def certified_forward(problem, backend, group):
         sums, rows, witness = backend.certified_partials(problem, stats)
         stats = add_sums(stats, sums, group)
         still = torch.ones_like(witness.center)
-        witness.settle(Move(still, still, torch.zeros_like(still)), PairStats(*stats).center[rows], still)
+        witness.settle((still, still, 0.0), PairStats(*stats).center[rows], still)
     else:
         student_first = problem.beta == 1.0
         partials, rows, witness = backend.certified_partials(problem)
         top, sums, stats = merge(partials, student_first, group)
         rise = (top - partials[:2])[:, rows]
-        witness.settle(move_terms(rise, student_first), *scale_terms(sums[:, rows], student_first))
+        witness.settle(move_terms(*rise, student_first), *scale_terms(*sums[:, rows], student_first))
     squares = torch.zeros_like(stats[0])
     squares[rows] = witness.row_norms().square()
     dist.all_reduce(squares, group=group)

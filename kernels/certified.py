@@ -9,32 +9,36 @@ from fastgrpo.kernels.backward import Launcher, climb
 from fastgrpo.kernels.plan import place_entries, place_rows, positions_of, weigh
 
 
-def certified_backward(problem, stats, certificate, grad_logp, needs):
-    """As :func:`fastgrpo.kernels.backward.backward`, of the entries that matter: within the tolerances."""
-    grad_logp = grad_logp.contiguous()
-    return climb(problem, stats, [grad_logp], None, needs, lambda: make_plan(
-        problem, stats, certificate, grad_logp, needs))  # fmt: skip
+def certified_backward(problem, stats, certificate, grad, needs, launcher=Launcher, samples=None):
+    """As :func:`fastgrpo.kernels.backward.backward`, of the entries that matter: within the tolerances.
+
+    Args:
+        grad: (N,) of what the rows' loss is. launcher, samples: of what makes its dlogits, and those of an audit.
+    """
+    grad = grad.contiguous()
+    return climb(problem, stats, [grad], None, needs, lambda: make_plan(
+        problem, stats, certificate, grad, needs, samples), launcher)  # fmt: skip
 
 
-def make_plan(problem, stats, certificate, grad_logp, needs):
+def make_plan(problem, stats, certificate, grad, needs, samples=None):
     """As :func:`fastgrpo.backends.staircase.make`, by kernels."""
     trained = any(needs.of_head) or bool(needs.bias)
-    weights, places, kept = weigh(problem, stats, certificate, grad_logp), None, None
+    weights, places, kept = weigh(problem, stats, certificate, grad), None, None
     if trained and problem.params.row_tolerance < 1:
-        weights, places, kept = audit(problem, stats, certificate, weights, grad_logp, needs)
+        weights, places, kept = audit(problem, stats, certificate, weights, grad, needs, samples)
     placed = place_rows(certificate, weights.kinds, places, kept)
     entries, positions, stops_hidden, stops_head = place_entries(certificate, placed, problem.weight.shape[0], trained)
     return Staircase(placed.rows, placed.count, entries, stops_hidden, stops_head, positions, weights.scale)
 
 
-def audit(problem, stats, certificate, weights, grad_logp, needs):
+def audit(problem, stats, certificate, weights, grad, needs, samples):
     """-> weights, and of an :class:`Audit` the places and how many of them are kept; or None, the kinds being final."""
     memory = plan_memory(problem, needs)
     if min(memory.ranking, memory.audited) > 0:
-        made = Audit(problem, stats, certificate, weights, grad_logp, needs, memory, SampleLauncher)
+        made = Audit(problem, stats, certificate, weights, grad, needs, memory, samples or SampleLauncher)
         return weights, *made.places(problem.params.row_tolerance)
     # a workspace too small for all rows of a panel: torch's goes in narrower pieces
-    kinds = staircase.sort_out(problem, stats, certificate, grad_logp, needs, trained=True)
+    kinds = staircase.sort_out(problem, stats, certificate, grad, needs, trained=True)
     return weights._replace(kinds=kinds), None, None
 
 

@@ -1,125 +1,100 @@
-"""Divergences of two heads: one kernel folds both models' logits, one makes the student's dlogits of them.
+"""The forward of divergences: one kernel folds both models' logits, and flags the entries that matter to a gradient.
 
-The student's rows are gathered as in the forward of one head; the teacher's, which no GEMM of a gradient reads, are
-read where they stand.
+What matters is known only beside a row's sums. A certified forward therefore goes over the vocabulary in legs, each
+with what the legs before have summed; the first ones are short. Its certificate holds whatever is flagged.
 """
 
-import functools
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from fastgrpo.backends import staircase
-from fastgrpo.backends.divergence import beside_peaks
+from fastgrpo.backends.divergence import beside_peaks, certain_norms, least_kept, left_out, term_norms
 from fastgrpo.backends.pair import PairStats, mixture_stats
 from fastgrpo.backends.problem import RowStats
 from fastgrpo.inputs import IGNORE, compact_rows
 from fastgrpo.kernels import tiles
-from fastgrpo.kernels.arguments import (
-    TO_TRITON,
-    Selection,
-    logit_arguments,
-    row_strides,
-)
-from fastgrpo.kernels.backward import Launcher, climb
+from fastgrpo.kernels.arguments import Selection, has_extras
 from fastgrpo.kernels.common import (
     FLOOR,
     LOG2E,
-    NOTHING,
-    cap,
-    cap_slope,
-    chunk_panels,
-    entry_ids,
     group_blocks,
     inverse_temperatures,
-    panel_pointers,
     raw_logits,
-    row_offsets,
     selected_rows,
     store_rows,
-    without_dust,
 )
-from fastgrpo.kernels.forward import Sweep
+from fastgrpo.kernels.flags import block_words, certificate, new_flags, see_terms
+from fastgrpo.kernels.forward import Sweep, vocabulary_runs
 from fastgrpo.kernels.forward import forward as forward_alone
-from fastgrpo.kernels.pair_math import NEAR, expm1_near, finish_sums, join_sums, mixture_logs, move_peaks
+from fastgrpo.kernels.pair import difference, load_pair, log_of, mixed, teacher_arguments, teacher_raw
+from fastgrpo.kernels.pair_math import (
+    finish_sums,
+    join_sums,
+    mixture_logs,
+    move_moments,
+    move_peaks,
+    move_terms,
+    scale_terms,
+)
+from fastgrpo.kernels.plan import order_rows
+from fastgrpo.kernels.row_math import rescale
 from fastgrpo.kernels.tiles import cdiv
+from fastgrpo.pair_math import scale_terms as scale_of
 
-SUMS = 7  # of a run: two peaks, total, other, tilt, excess, the student's spread
-MIXED = 2  # of a mixture's: divergence, center
-
-
-class Teacher(NamedTuple):
-    """The teacher's side: hidden (B, T, D_t) as it stands, its head and its logits' form."""
-
-    hidden_ptr: object
-    strides: object  # RowStrides
-    head: object  # Head
-    logits: object  # Logits
+SUMS = tl.constexpr(7)  # of a run: two peaks, total, other, tilt, excess, the student's spread
+MIXED = tl.constexpr(2)  # of a mixture's: divergence, center
+MOMENTS = 6  # behind them, where certified: of all terms, of those not flagged
+LEGS = 8  # a leg is as long as all before it, but no longer than such a part of the vocabulary
+FIRST_LEG = 64  # nor the first longer than such a part
 
 
 @triton.jit
-def log_of(raw, logits, inverse, first_v, V, BLOCK_V: tl.constexpr):
-    """Transformed logits, NOTHING beyond V."""
-    z = cap(raw, logits) * inverse[:, None]
-    return tl.where((first_v + tl.arange(0, BLOCK_V) >= V)[None, :], NOTHING, z)
+def load_sums(at, step, mask):
+    """The sums of some rows of a table, of no entry where masked."""
+    peak = tl.load(at, mask=mask, other=FLOOR)
+    other_peak = tl.load(at + step, mask=mask, other=FLOOR)
+    total = tl.load(at + 2 * step, mask=mask, other=0.0)
+    other = tl.load(at + 3 * step, mask=mask, other=0.0)
+    tilt = tl.load(at + 4 * step, mask=mask, other=0.0)
+    excess = tl.load(at + 5 * step, mask=mask, other=0.0)
+    spread = tl.load(at + 6 * step, mask=mask, other=0.0)
+    return peak, other_peak, total, other, tilt, excess, spread
 
 
 @triton.jit
-def teacher_raw(
-    teacher,  # Teacher
-    bias_ptr,  # (V,) or None
-    ids_ptr,  # (V,) entry at each position; None: in their order
-    rows,  # (BLOCK_N,) int64
-    first_v,
-    T,
-    COMPUTE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """hidden @ weight.T + bias of the teacher, (BLOCK_N, BLOCK_V) in fp32; anything beyond V."""
-    head = teacher.head
-    offs_d = tl.arange(0, BLOCK_D)
-    entries = entry_ids(ids_ptr, first_v, tl.arange(0, BLOCK_V), head.V)
-    x_ptrs = teacher.hidden_ptr + row_offsets(rows, T, teacher.strides)[:, None]
-    x_ptrs = x_ptrs + offs_d[None, :] * tl.cast(teacher.strides.d, tl.int64)
-    w_ptrs = head.weight_ptr + entries[None, :] * head.stride_v + offs_d[:, None] * head.stride_d
-    acc = tl.zeros((BLOCK_N, BLOCK_V), dtype=tl.float32)
-    for start in range(0, head.D, BLOCK_D):
-        inside = start + offs_d < head.D
-        x = tl.load(x_ptrs, mask=inside[None, :], other=0.0)
-        w = tl.load(w_ptrs, mask=inside[:, None], other=0.0)
-        acc = tl.dot(x.to(COMPUTE), w.to(COMPUTE), acc, input_precision="ieee")
-        x_ptrs += BLOCK_D * teacher.strides.d
-        w_ptrs += BLOCK_D * head.stride_d
-    if bias_ptr is not None:
-        bias = tl.load(bias_ptr + entries).to(tl.float32)
-        acc += tl.where(bias < NOTHING, NOTHING, bias)[None, :]
-    return acc
+def load_moments(at, step, mask):
+    """Behind a table's sums: the moments of all terms and of those left out."""
+    xx = tl.load(at, mask=mask, other=0.0)
+    xy = tl.load(at + step, mask=mask, other=0.0)
+    yy = tl.load(at + 2 * step, mask=mask, other=0.0)
+    left_xx = tl.load(at + 3 * step, mask=mask, other=0.0)
+    left_xy = tl.load(at + 4 * step, mask=mask, other=0.0)
+    left_yy = tl.load(at + 5 * step, mask=mask, other=0.0)
+    return xx, xy, yy, left_xx, left_xy, left_yy
 
 
 @triton.jit
-def load_pair(stats_ptr, N, rows, mask):
-    """Of some rows what a tile of :class:`PairStats` needs, 0 where masked."""
-    at, step = stats_ptr + rows, tl.cast(N, tl.int64)
-    peak = tl.load(at + step, mask=mask, other=0.0)
-    offset = tl.load(at + 2 * step, mask=mask, other=0.0)
-    other_peak = tl.load(at + 5 * step, mask=mask, other=0.0)
-    gap = tl.load(at + 6 * step, mask=mask, other=0.0)
-    center = tl.load(at + 7 * step, mask=mask, other=0.0)
-    return peak, offset, other_peak, gap, center
+def move_both(xx, xy, yy, left_xx, left_xy, left_yy, rise, other_rise, STUDENT_FIRST: tl.constexpr):
+    """A KL's moments beside higher peaks."""
+    lead, trail, lean = move_terms(rise, other_rise, STUDENT_FIRST)
+    xx, xy, yy = move_moments(xx, xy, yy, lead, trail, lean)
+    left_xx, left_xy, left_yy = move_moments(left_xx, left_xy, left_yy, lead, trail, lean)
+    return xx, xy, yy, left_xx, left_xy, left_yy
 
 
 @triton.jit
-def difference(first, second, d):
-    """e^second - e^first of exponents that differ by -d: first, second are the exponentials."""
-    near = tl.abs(d) < NEAR
-    return tl.where(near, first * expm1_near(tl.where(near, -d, 0.0)), second - first)
+def frame_so_far(known_at, step, mask, peak, other_peak, total, other, tilt, excess, STUDENT_FIRST: tl.constexpr):
+    """Center and unit of a KL's terms, of what was known before and of this program's sums, beside its peaks."""
+    known_peak, known_other_peak, known, known_other, known_tilt, known_excess, _ = load_sums(known_at, step, mask)
+    known, known_other, known_tilt, known_excess = move_peaks(
+        known, known_other, known_tilt, known_excess, peak - known_peak, other_peak - known_other_peak
+    )
+    return scale_terms(known + total, known_other + other, known_tilt + tilt, known_excess + excess, STUDENT_FIRST)
 
 
-@triton.jit(do_not_specialize=["N", "T", "first_row", "last_row", "run", "runs"])
+@triton.jit(do_not_specialize=["N", "T", "first_row", "last_row", "first_entry", "last_entry", "run", "runs"])
 def forward_pair_kernel(
     x_ptr,  # (held, D) the chunk's rows of the student's hidden, dense
     x_desc,  # of it, and
@@ -132,11 +107,16 @@ def forward_pair_kernel(
     selection,  # Selection
     temperature_ptr,  # (N,) or None
     stats_ptr,  # (8, N) of a mixture, whose log-sum-exps are known; None: a KL
-    partials_ptr,  # (7 or 2, runs, N) out
+    flags_ptr,  # (blocks, words of V) int32 out: entries some row of the block keeps; None: not certified
+    known_ptr,  # (kinds, N) sums of the entries before the first, by position, where certified
+    least_ptr,  # (1,) terms so large are kept, where certified
+    partials_ptr,  # (kinds, runs, N) out: 7 or 2 sums, and 6 moments where certified
     N,
     T,
     first_row,  # of the chunk, a multiple of BLOCK_N
     last_row,
+    first_entry,  # of the leg, a multiple of BLOCK_V
+    last_entry,
     run,  # entries a program does, a multiple of BLOCK_V
     runs,
     logits,  # Logits of the student
@@ -167,7 +147,10 @@ def forward_pair_kernel(
     tilt = tl.zeros((BLOCK_N,), tl.float32)
     excess = tl.zeros((BLOCK_N,), tl.float32)
     spread = tl.zeros((BLOCK_N,), tl.float32)
-    for first_v in range(this_run * run, tl.minimum(head.V, (this_run + 1) * run), BLOCK_V):
+    xx, xy, yy = total, total, total  # of all terms
+    left_xx, left_xy, left_yy = total, total, total  # of those not flagged
+    first = first_entry + this_run * run
+    for first_v in range(first, tl.minimum(last_entry, first + run), BLOCK_V):
         raw = raw_logits(
             x_ptr, x_desc, w_desc, head, bias_ptr, low_rank, None, rows, block * BLOCK_N, stop - 1 - first_row, first_v,
             first_v, WHOLE_D, COMPUTE, BLOCK_N, BLOCK_V, BLOCK_D,
@@ -179,89 +162,139 @@ def forward_pair_kernel(
             known_peak, offset, known_other, gap, _center = load_pair(stats_ptr, N, rows, mask_n)
             u, v = student - known_peak[:, None], taught - known_other[:, None]
             log_s, log_t = mixture_logs(u - v - gap[:, None], beta)
-            mine = (1.0 - beta) * tl.math.exp2((u - offset[:, None]) * LOG2E) * log_s
+            y = tl.math.exp2((u - offset[:, None]) * LOG2E)
+            x = (1.0 - beta) * y * log_s
             theirs = beta * tl.math.exp2((v + (gap - offset)[:, None]) * LOG2E) * log_t
-            total += tl.sum(mine + theirs, axis=1)
-            other += tl.sum(mine, axis=1)
+            total += tl.sum(x + theirs, axis=1)
+            other += tl.sum(x, axis=1)
         else:
-            first, second = taught, student
+            first_z, second_z = taught, student
             if STUDENT_FIRST:
-                first, second = student, taught
-            high = tl.maximum(peak, tl.max(first, axis=1), propagate_nan=tl.PropagateNan.ALL)
-            other_high = tl.maximum(other_peak, tl.max(second, axis=1), propagate_nan=tl.PropagateNan.ALL)
+                first_z, second_z = student, taught
+            high = tl.maximum(peak, tl.max(first_z, axis=1), propagate_nan=tl.PropagateNan.ALL)
+            other_high = tl.maximum(other_peak, tl.max(second_z, axis=1), propagate_nan=tl.PropagateNan.ALL)
+            rise, other_rise = high - peak, other_high - other_peak
             if ENTROPY:
-                rise, own = other_high - other_peak, other
+                own_peak, own, own_high = other_peak, other, other_high
                 if STUDENT_FIRST:
-                    rise, own = high - peak, total
-                spread = tl.exp(-rise) * (spread + rise * own)
-            total, other, tilt, excess = move_peaks(total, other, tilt, excess, high - peak, other_high - other_peak)
+                    own_peak, own, own_high = peak, total, high
+                _own, spread, _decay = rescale(own_peak, own, spread, own_high)
+            if flags_ptr is not None:
+                xx, xy, yy, left_xx, left_xy, left_yy = move_both(
+                    xx, xy, yy, left_xx, left_xy, left_yy, rise, other_rise, STUDENT_FIRST
+                )
+            total, other, tilt, excess = move_peaks(total, other, tilt, excess, rise, other_rise)
             peak, other_peak = high, other_high
-            u, v = first - peak[:, None], second - other_peak[:, None]
-            e, f = tl.math.exp2(u * LOG2E), tl.math.exp2(v * LOG2E)
-            total += tl.sum(e, axis=1)
+            u, v = first_z - peak[:, None], second_z - other_peak[:, None]
+            y, f = tl.math.exp2(u * LOG2E), tl.math.exp2(v * LOG2E)
+            leant = y * (u - v)
+            total += tl.sum(y, axis=1)
             other += tl.sum(f, axis=1)
-            tilt += tl.sum(e * (u - v), axis=1)
-            excess += tl.sum(difference(e, f, u - v), axis=1)
+            tilt += tl.sum(leant, axis=1)
+            apart = difference(y, f, u - v)
+            excess += tl.sum(apart, axis=1)
             if ENTROPY:
-                own = f * v
+                mine = f * v
                 if STUDENT_FIRST:
-                    own = e * u
-                spread -= tl.sum(own, axis=1)
+                    mine = y * u
+                spread -= tl.sum(mine, axis=1)
+            x = apart
+            if STUDENT_FIRST:
+                x = leant
+        if flags_ptr is not None:
+            step, least = tl.cast(N, tl.int64), tl.load(least_ptr)
+            if stats_ptr is not None:
+                center, unit = other + tl.load(known_ptr + offs_n + step, mask=mask_n, other=0.0), 1.0
+            else:
+                center, unit = frame_so_far(
+                    known_ptr + offs_n, step, mask_n, peak, other_peak, total, other, tilt, excess, STUDENT_FIRST
+                )
+            at_words = flags_ptr + block_words(head.V, start // BLOCK_N, first_v, BLOCK_V)
+            least = tl.where(mask_n, least * unit, float("inf"))  # rows that are not there flag nothing
+            more_xx, more_xy, more_yy, more_left_xx, more_left_xy, more_left_yy = see_terms(
+                x, y, center, least, at_words, BLOCK_N, BLOCK_V
+            )
+            xx, xy, yy = xx + more_xx, xy + more_xy, yy + more_yy
+            left_xx, left_xy, left_yy = left_xx + more_left_xx, left_xy + more_left_xy, left_yy + more_left_yy
     out = partials_ptr + this_run.to(tl.int64) * N + offs_n
     step = tl.cast(runs, tl.int64) * N
     if stats_ptr is not None:
         store_rows(out, (total, other), step, mask_n)
+        out += MIXED * step
     else:
         store_rows(out, (peak, other_peak, total, other, tilt, excess, spread), step, mask_n)
+        out += SUMS * step
+    if flags_ptr is not None:
+        store_rows(out, (xx, xy, yy, left_xx, left_xy, left_yy), step, mask_n)
 
 
-@triton.jit(do_not_specialize=["N", "runs"])
+@triton.jit(do_not_specialize=["N", "first_row", "last_row", "runs"])
 def combine_pair_kernel(
-    partials_ptr,  # (7, runs, N)
+    partials_ptr,  # (7, runs, N), or 13 kinds where certified
+    known_ptr,  # (13, N) by position, what was before and what is then, where certified
     selection,  # Selection
     stats_ptr,  # (8, N) out: PairStats
+    first_row,
+    last_row,
     N,
     V,
     runs,
     STUDENT_FIRST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    count = tl.load(selection.count_ptr)
-    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    if tl.program_id(0) * BLOCK >= count:
+    stop = tl.minimum(tl.load(selection.count_ptr), last_row)
+    start = first_row + tl.program_id(0) * BLOCK
+    if start >= stop:
         return
-    mask = offs < count
+    offs = start + tl.arange(0, BLOCK)
+    mask = offs < stop
     rows, _ = selected_rows(selection, offs, mask, V)
     peak = tl.full((BLOCK,), FLOOR, tl.float32)
     other_peak = tl.full((BLOCK,), FLOOR, tl.float32)
-    total = tl.zeros((BLOCK,), tl.float32)
-    other = tl.zeros((BLOCK,), tl.float32)
-    tilt = tl.zeros((BLOCK,), tl.float32)
-    excess = tl.zeros((BLOCK,), tl.float32)
-    spread = tl.zeros((BLOCK,), tl.float32)
+    none = tl.zeros((BLOCK,), tl.float32)
+    total, other, tilt, excess, spread = none, none, none, none, none
+    xx, xy, yy, left_xx, left_xy, left_yy = none, none, none, none, none, none
+    if known_ptr is not None:
+        at, step = known_ptr + offs, tl.cast(N, tl.int64)
+        peak, other_peak, total, other, tilt, excess, spread = load_sums(at, step, mask)
+        xx, xy, yy, left_xx, left_xy, left_yy = load_moments(at + SUMS * step, step, mask)
     step = tl.cast(runs, tl.int64) * N
     for run in range(runs):
         at = partials_ptr + tl.cast(run, tl.int64) * N + offs
-        more_peak = tl.load(at, mask=mask, other=FLOOR)
-        more_other_peak = tl.load(at + step, mask=mask, other=FLOOR)
-        more_total = tl.load(at + 2 * step, mask=mask, other=0.0)
-        more_other = tl.load(at + 3 * step, mask=mask, other=0.0)
-        more_tilt = tl.load(at + 4 * step, mask=mask, other=0.0)
-        more_excess = tl.load(at + 5 * step, mask=mask, other=0.0)
-        more_spread = tl.load(at + 6 * step, mask=mask, other=0.0)
+        more_peak, more_other_peak, more_total, more_other, more_tilt, more_excess, more_spread = load_sums(
+            at, step, mask
+        )
+        old_peak, old_other_peak = peak, other_peak
         if STUDENT_FIRST:
-            own, high, more_own, more_high = total, peak, more_total, more_peak
+            own_peak, own, more_own_peak, more_own = peak, total, more_peak, more_total
         else:
-            own, high, more_own, more_high = other, other_peak, more_other, more_other_peak
-        top = tl.maximum(high, more_high)
-        spread = tl.exp(high - top) * (spread + (top - high) * own)
-        spread += tl.exp(more_high - top) * (more_spread + (top - more_high) * more_own)
+            own_peak, own, more_own_peak, more_own = other_peak, other, more_other_peak, more_other
+        top = tl.maximum(own_peak, more_own_peak)
+        _own, spread, _decay = rescale(own_peak, own, spread, top)
+        _own, more_spread, _decay = rescale(more_own_peak, more_own, more_spread, top)
+        spread += more_spread
         peak, other_peak, total, other, tilt, excess = join_sums(
             peak, other_peak, total, other, tilt, excess,
             more_peak, more_other_peak, more_total, more_other, more_tilt, more_excess,
         )  # fmt: skip
+        if known_ptr is not None:
+            xx, xy, yy, left_xx, left_xy, left_yy = move_both(
+                xx, xy, yy, left_xx, left_xy, left_yy, peak - old_peak, other_peak - old_other_peak, STUDENT_FIRST
+            )
+            here_xx, here_xy, here_yy, here_left_xx, here_left_xy, here_left_yy = load_moments(
+                at + SUMS * step, step, mask
+            )
+            here_xx, here_xy, here_yy, here_left_xx, here_left_xy, here_left_yy = move_both(
+                here_xx, here_xy, here_yy, here_left_xx, here_left_xy, here_left_yy,
+                peak - more_peak, other_peak - more_other_peak, STUDENT_FIRST,
+            )  # fmt: skip
+            xx, xy, yy = xx + here_xx, xy + here_xy, yy + here_yy
+            left_xx, left_xy, left_yy = left_xx + here_left_xx, left_xy + here_left_xy, left_yy + here_left_yy
+    if known_ptr is not None:
+        at, step = known_ptr + offs, tl.cast(N, tl.int64)
+        store_rows(at, (peak, other_peak, total, other, tilt, excess, spread), step, mask)
+        store_rows(at + SUMS * step, (xx, xy, yy, left_xx, left_xy, left_yy), step, mask)
     divergence, log_first, turn = finish_sums(total, other, tilt, excess)
-    none = tl.zeros((BLOCK,), tl.float32)
     if STUDENT_FIRST:
         out = (divergence, peak, log_first, none, log_first + spread / total, other_peak, -turn, divergence)
     else:
@@ -272,36 +305,100 @@ def combine_pair_kernel(
 
 def forward(problem):
     """(8, N) :class:`PairStats` of every counted row; never waits for the device."""
-    n, device = problem.targets.numel(), problem.hidden.device
-    stats = torch.zeros(len(PairStats._fields), n, dtype=torch.float32, device=device)
-    if n == 0:
-        return stats
     selection = Selection(*compact_rows(problem.targets != IGNORE), problem.targets)
     if problem.is_mixture:
-        stats = torch.stack(mixture_stats(*(RowStats(*forward_alone(p)) for p in (problem.own, problem.teacher))))
-    partials = run_forward(problem, selection, stats if problem.is_mixture else None)
-    if problem.is_mixture:
-        known = PairStats(*stats)
-        for row, total in zip((known.divergence, known.center), in_rows(partials.sum(1), selection, 0.0)):
-            row.copy_(total)
+        stats = know_both(problem)
+        set_sums(stats, selection, run_forward(problem, selection, stats).sum(1))
         return stats
-    combine_pair_kernel[(cdiv(n, tiles.COMBINE_BLOCK),)](
-        partials_ptr=partials,
-        selection=selection,
-        stats_ptr=stats,
-        N=n,
-        V=problem.weight.shape[0],
-        runs=partials.shape[1],
-        STUDENT_FIRST=problem.beta == 1.0,
-        BLOCK=tiles.COMBINE_BLOCK,
-    )
+    stats = new_stats(problem)
+    combine(problem, run_forward(problem, selection, None), selection, stats, (0, problem.targets.numel()))
     return stats
+
+
+def certified_forward(problem):
+    """As :func:`fastgrpo.backends.divergence.certified_forward`; no waiting either."""
+    stats = know_both(problem) if problem.is_mixture else new_stats(problem)
+    # of a mixture flat rows first, as a hint would sort them: they keep the most entries
+    rows, _, count = order_rows(-PairStats(*stats).offset if problem.is_mixture else None, problem.targets)
+    witness = Witness(problem, Selection(rows, count, problem.targets), stats)
+    run_forward(problem, witness.selection, stats if problem.is_mixture else None, witness)
+    return stats, witness.certificate()
+
+
+def new_stats(problem):
+    n, device = problem.targets.numel(), problem.hidden.device
+    return torch.zeros(len(PairStats._fields), n, dtype=torch.float32, device=device)
+
+
+def know_both(problem):
+    """(8, N) of a mixture, of what each model's forward tells."""
+    return torch.stack(mixture_stats(*(RowStats(*forward_alone(p)) for p in (problem.own, problem.teacher))))
+
+
+def set_sums(stats, selection, sums):
+    """sums: (2, N) of a mixture, by position."""
+    known = PairStats(*stats)
+    for row, total in zip((known.divergence, known.center), in_rows(sums, selection, 0.0)):
+        row.copy_(total)
 
 
 def in_rows(values, selection, none):
     """(K, N) by position into the order of the rows; none: what rows that do not count get."""
     inside = torch.arange(values.shape[1], device=values.device) < selection.count_ptr
     return torch.empty_like(values).index_copy_(1, selection.rows_ptr, torch.where(inside, values, none))
+
+
+class Witness:
+    """What a certified forward knows of its rows while it goes over the vocabulary.
+
+    Attributes:
+        flags: (blocks, words) int32. known: (kinds, N) sums and moments so far, by position. least: (1,), see
+        :func:`fastgrpo.backends.divergence.least_kept`; 0, all is kept, before anything is known.
+    """
+
+    def __init__(self, problem, selection, stats):
+        self.problem, self.selection, self.stats = problem, selection, stats
+        self.flags = new_flags(problem, kernel_name(problem, certified=True))
+        self.sums = (MIXED if problem.is_mixture else SUMS).value
+        self.known = stats.new_zeros(self.sums + MOMENTS, stats.shape[1])
+        if not problem.is_mixture:
+            self.known[:2] = FLOOR.value
+        self.least = stats.new_zeros(1)
+
+    def frame(self):
+        """Center and unit of each row's terms, of what is known."""
+        if self.problem.is_mixture:
+            return self.known[1], torch.ones_like(self.known[1])
+        return scale_of(*self.known[2:6], self.problem.beta == 1.0)
+
+    def inside(self):
+        """(N,) bool: positions of rows that count."""
+        return torch.arange(self.known.shape[1], device=self.known.device) < self.selection.count_ptr
+
+    def fold(self, partials, span):
+        """partials: (kinds, runs, N) of one leg, of the rows of ``span``."""
+        if self.problem.is_mixture:
+            here = slice(*span)
+            self.known[:, here] += torch.where(self.inside()[here], partials[:, :, here].sum(1), 0.0)
+        else:
+            combine(self.problem, partials, self.selection, self.stats, span, self.known)
+
+    def raise_least(self, span):
+        """Of the rows of ``span``."""
+        here = slice(*span)
+        norms = term_norms(self.known[self.sums : self.sums + 3, here], *(x[here] for x in self.frame()))
+        count = self.inside()[here].sum().clamp(min=1)
+        self.least = least_kept(self.problem, norms, count)[None]
+
+    def certificate(self):
+        frame, (seen, left) = self.frame(), self.known[self.sums :].view(2, 3, -1)
+        if self.problem.is_mixture:
+            set_sums(self.stats, self.selection, self.known[: self.sums])
+        norms = in_rows(certain_norms(seen, *frame)[None], self.selection, 0.0)
+        PairStats(*self.stats).norm.copy_(norms[0])
+        dropped = torch.where(self.inside(), left_out(left, *frame), 0.0)
+        name = kernel_name(self.problem, certified=True)
+        return certificate(self.problem, name, self.selection.rows_ptr, self.flags, dropped)
 
 
 def divergence_partials(problem):
@@ -322,158 +419,89 @@ def mixture_sums(problem, stats):
     return in_rows(run_forward(problem, selection, stats).sum(1), selection, 0.0)
 
 
-def run_forward(problem, selection, stats):
-    """-> partials (7, runs, N), with ``stats``, of a mixture, (2, runs, N)."""
-    n, kinds = problem.targets.numel(), SUMS if stats is None else MIXED
+def run_forward(problem, selection, stats, witness=None):
+    """-> partials (7, runs, N), with ``stats``, of a mixture, (2, runs, N). With a :class:`Witness` in legs, which fold
+    theirs into it; those of the last one are returned."""
+    n, kinds = problem.targets.numel(), (SUMS if stats is None else MIXED).value + (MOMENTS if witness else 0)
     if n == 0:
         return torch.empty(kinds, 1, 0, dtype=torch.float32, device=problem.hidden.device)
-    sweep = Sweep(problem, mixed("forward_pair", problem), selection)
-    partials = sweep.new_partials(kinds)
+    sweep = Sweep(problem, kernel_name(problem, witness is not None), selection)
+    legs = cut_legs(sweep) if witness else [Leg(0, problem.weight.shape[0], sweep.runs, sweep.run)]
+    room = torch.empty(kinds * max(leg.runs for leg in legs) * n, dtype=torch.float32, device=problem.hidden.device)
+    blocks = sweep.grid[0] // sweep.runs
     teacher, others = teacher_arguments(problem)
-    for first_row, last_row in sweep.chunks():
-        forward_pair_kernel[sweep.grid](
-            **sweep.arguments(first_row, last_row),
-            teacher=teacher,
-            stats_ptr=stats,
-            partials_ptr=partials,
-            beta=problem.beta,
-            STUDENT_FIRST=problem.beta == 1.0,
-            ENTROPY=problem.params.entropy and stats is None,
-            **others,
-        )
+    for span in sweep.chunks():
+        for leg in legs:
+            partials = room[: kinds * leg.runs * n].view(kinds, leg.runs, n)
+            if leg.first and witness:
+                witness.raise_least(span)
+            forward_pair_kernel[(blocks * leg.runs,)](
+                **sweep.arguments(*span) | {"runs": leg.runs, "run": leg.run},
+                teacher=teacher,
+                stats_ptr=stats,
+                flags_ptr=witness.flags if witness else None,
+                known_ptr=witness.known if witness else None,
+                least_ptr=witness.least if witness else None,
+                partials_ptr=partials,
+                first_entry=leg.first,
+                last_entry=leg.last,
+                beta=problem.beta,
+                STUDENT_FIRST=problem.beta == 1.0,
+                ENTROPY=problem.params.entropy and stats is None,
+                **others,
+            )
+            if witness:
+                witness.fold(partials, span)
     return partials
 
 
-def mixed(name, problem):
-    """Whose tile a kernel takes: a mixture's logarithms leave room for fewer cells."""
-    return f"{name}_mixture" if problem.is_mixture else name
+class Leg(NamedTuple):
+    """Entries that are folded before the next leg begins, in runs of so many."""
+
+    first: int
+    last: int
+    runs: int
+    run: int
 
 
-def teacher_arguments(problem):
-    """-> :class:`Teacher`, what the kernels take beside it."""
-    teacher = problem.teacher
-    head, logits, _ = logit_arguments(teacher)
-    both = Teacher(teacher.hidden, row_strides(teacher.hidden), head, logits)
-    return both, {
-        "teacher_bias_ptr": teacher.bias,
-        "T": teacher.hidden.shape[1],
-        "TEACHER_COMPUTE": TO_TRITON[str(teacher.params.compute_dtype)],
-    }
+def cut_legs(sweep):
+    """[Leg] of a certified forward."""
+    vocab, cols = sweep.problem.weight.shape[0], sweep.tile.cols
+    count, first, legs = cdiv(vocab, cols), 0, []
+    while first < count:
+        size = max(min(first, cdiv(count, LEGS)), cdiv(count, FIRST_LEG))
+        last = count if count - first < 3 * size // 2 else first + size
+        entries = min(last * cols, vocab) - first * cols
+        runs = vocabulary_runs(cdiv(sweep.x.shape[0], sweep.tile.rows), entries, cols, sweep.x.device)
+        legs.append(Leg(first * cols, first * cols + entries, *runs))
+        first = last
+    return legs
 
 
-@triton.jit(do_not_specialize=["first_row", "last_row", "first_held", "chunk", "N", "copied_rows", "T"])
-def dlogits_pair_kernel(
-    x_ptr,  # (held, D) rows of the student's hidden, gathered
-    x_desc,  # of it, and
-    w_desc,  # of the weight, or with ids of the chunk's entries; None: by pointers
-    head,  # Head of the student
-    bias_ptr,  # (V,) or None
-    low_rank,  # LowRank or None
-    teacher,  # Teacher
-    teacher_bias_ptr,  # (V,) or None
-    ids_ptr,  # (V,) the entry at each position; None: in their order
-    selection,  # Selection of the rows with a gradient
-    temperature_ptr,  # (N,) or None
-    stats_ptr,  # (8, N) PairStats
-    grad_ptr,  # (N,)
-    scale_ptr,  # (1,) power of two
-    cuts_ptr,  # (chunks + 1,)
-    stops_ptr,  # (panels,) rows that need them
-    dlogits_ptr,  # out, the chunk's panels
-    sums_ptr,  # (tiles, rows of a panel) fp32 out, sums of the rows of each tile; None: not wanted
-    first_row,
-    last_row,
-    first_held,
-    chunk,
-    N,
-    copied_rows,  # that w_desc reads, with ids: the chunk's are the last ones
-    T,
-    logits,  # Logits of the student
-    beta,
-    KIND: tl.constexpr,  # 0: KL(teacher || student), 1: KL(student || teacher), 2: of the mixture
-    WHOLE_D: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    TEACHER_COMPUTE: tl.constexpr,
-    PANEL: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    GROUP: tl.constexpr,
-):
-    first, last, height = chunk_panels(cuts_ptr, stops_ptr, chunk, first_row, last_row, PANEL)
-    across = (last - first) * (PANEL // BLOCK_V)
-    block, tile = group_blocks(tl.program_id(0), tl.maximum(across, 1), GROUP)
-    if block * BLOCK_N >= height:
+def combine(problem, partials, selection, stats, span, known=None):
+    """A KL's partials of the rows of ``span`` into ``stats`` (8, N), by way of what is known (13, N), if anything."""
+    first_row, last_row = span
+    if first_row == last_row:
         return
-    local_v = tile * BLOCK_V
-    panel = local_v // PANEL
-    stop = tl.minimum(tl.load(stops_ptr + first + panel), last_row)
-    if first_row + block * BLOCK_N // PANEL * PANEL >= stop:  # the GEMMs read PANELs of rows
-        return
-    start = first_row + block * BLOCK_N
-    first_v = first * PANEL + local_v
-    offs_n = start + tl.arange(0, BLOCK_N)
-    mask_n = offs_n < stop
-    rows, _ = selected_rows(selection, offs_n, mask_n, head.V)
-    taught = teacher_raw(
-        teacher, teacher_bias_ptr, ids_ptr, rows, first_v, T, TEACHER_COMPUTE, BLOCK_N, BLOCK_V, BLOCK_D
+    combine_pair_kernel[(cdiv(last_row - first_row, tiles.COMBINE_BLOCK),)](
+        partials_ptr=partials,
+        known_ptr=known,
+        selection=selection,
+        stats_ptr=stats,
+        first_row=first_row,
+        last_row=last_row,
+        N=problem.targets.numel(),
+        V=problem.weight.shape[0],
+        runs=partials.shape[1],
+        STUDENT_FIRST=problem.beta == 1.0,
+        BLOCK=tiles.COMBINE_BLOCK,
     )
-    first_w = first_v if ids_ptr is None else copied_rows - (last - first) * PANEL + local_v
-    raw = raw_logits(
-        x_ptr, x_desc, w_desc, head, bias_ptr, low_rank, ids_ptr, rows, start - first_held, stop - 1 - first_held,
-        first_v, first_w, WHOLE_D, COMPUTE, BLOCK_N, BLOCK_V, BLOCK_D,
-    )  # fmt: skip
-    inverse = inverse_temperatures(temperature_ptr, rows, mask_n, logits, BLOCK_N)
-    grad = tl.load(grad_ptr + rows, mask=mask_n, other=0.0) * inverse * tl.load(scale_ptr)
-    peak, offset, other_peak, gap, center = load_pair(stats_ptr, N, rows, mask_n)
-    u = cap(raw, logits) * inverse[:, None] - peak[:, None]
-    v = cap(taught, teacher.logits) * inverse[:, None] - other_peak[:, None]
-    delta = u - v - gap[:, None]
-    p = tl.math.exp2((u - offset[:, None]) * LOG2E)
-    if KIND == 0:
-        dz = -difference(p, tl.math.exp2((v + (gap - offset)[:, None]) * LOG2E), delta)
-    else:
-        if KIND == 2:
-            log_s, _log_t = mixture_logs(delta, beta)
-            delta = (1.0 - beta) * log_s
-        dz = p * (delta - center[:, None])
-    dz *= grad[:, None] * cap_slope(raw, logits)
-    offs_v = tl.arange(0, BLOCK_V)
-    dz = tl.where((first_v + offs_v < head.V)[None, :] & mask_n[:, None], dz, 0.0)  # the GEMMs read whole tiles
-    dz = without_dust(dz)
-    if sums_ptr is not None:
-        tl.store(sums_ptr + tile * height + block * BLOCK_N + tl.arange(0, BLOCK_N), tl.sum(dz, axis=1))
-    out = panel_pointers(dlogits_ptr, height, block * BLOCK_N, local_v, PANEL, BLOCK_N, BLOCK_V)
-    tl.store(out, dz.to(dlogits_ptr.dtype.element_ty))
 
 
-def backward(problem, stats, grad, needs):
-    """As :func:`fastgrpo.kernels.backward.backward`, of divergences. grad: (N,) float32."""
-    grad = grad.contiguous()
-    active = (problem.targets != IGNORE) & (grad != 0)
-    return climb(problem, stats, [grad], active, needs, lambda: staircase.exact(
-        active, *compact_rows(active), problem.weight.shape[0]), PairLauncher)  # fmt: skip
-
-
-class PairLauncher(Launcher):
-    """Launches the backward of divergences."""
-
-    @staticmethod
-    def kernel(problem, grads):
-        return mixed("dlogits_pair", problem)
-
-    @functools.cached_property
-    def teacher(self):
-        return teacher_arguments(self.problem)
-
-    def dlogits(self, first_row, last_row, chunk):
-        problem = self.problem
-        teacher, others = self.teacher
-        dlogits_pair_kernel[(self.grid(self.tile),)](
-            **self.tile_arguments(first_row, last_row, chunk),
-            teacher=teacher,
-            grad_ptr=self.grads[0],
-            beta=problem.beta,
-            KIND=2 if problem.is_mixture else int(problem.beta),
-            **others,
-        )
+def kernel_name(problem, certified):
+    """Whose tile the forward takes."""
+    name = mixed("forward_pair", problem)
+    if not certified:
+        return name
+    full = not problem.is_mixture and (problem.params.entropy or has_extras(problem))
+    return f"{name}_certified_full" if full else f"{name}_certified"

@@ -36,13 +36,11 @@ from fastgrpo.kernels.common import (
     store_rows,
     up_values,
 )
-from fastgrpo.kernels.flags import PackedCertificate
+from fastgrpo.kernels.flags import block_words, certificate, new_flags, pack_flags, sum_unflagged
 from fastgrpo.kernels.plan import order_rows
 from fastgrpo.kernels.products import gather_rows, spans
 from fastgrpo.kernels.row_math import rescale
 from fastgrpo.kernels.tiles import cdiv
-
-WIDEST = tl.constexpr(tiles.FLAGGED[1])  # entries of a tile: a block's flags are padded to it
 
 
 @triton.jit(do_not_specialize=["first_row", "last_row"])
@@ -93,34 +91,6 @@ def label_kernel(
         acc += tl.load(bias_ptr + entries).to(tl.float32)
     z = cap(acc, logits) * inverse_temperatures(temperature_ptr, rows, mask_n, logits, BLOCK_N)
     tl.store(label_ptr + rows, z, mask=inside)
-
-
-@triton.jit
-def either(a, b):
-    return a | b
-
-
-@triton.jit
-def pack_flags(hit, local, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr):
-    """(BLOCK_V // 32,) int32: of each entry of the tile whether some row hits it or has it as its label.
-
-    Column c is bit c // W of word c % W, W the number of words: the bits of a word are in one thread's registers.
-    """
-    W: tl.constexpr = BLOCK_V // 32
-    bits = tl.reshape(hit.to(tl.int32), (BLOCK_N, 32, W)) << tl.arange(0, 32)[None, :, None]
-    bits = tl.sum(bits, axis=1)
-    here = (local >= 0) & (local < BLOCK_V)
-    own = here[:, None] & ((local % W)[:, None] == tl.arange(0, W)[None, :])
-    bits |= tl.where(own, (1 << (local // W))[:, None], 0)
-    return tl.reduce(bits, 0, either)
-
-
-@triton.jit
-def sum_unflagged(e, words, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr):
-    """(BLOCK_N,) sum over the entries that are not flagged."""
-    W: tl.constexpr = BLOCK_V // 32
-    kept = (words[None, None, :] & (1 << tl.arange(0, 32))[None, :, None]) != 0
-    return tl.sum(tl.sum(tl.where(kept, 0.0, tl.reshape(e, (BLOCK_N, 32, W))), axis=1), axis=1)
 
 
 @triton.jit(do_not_specialize=["N", "first_row", "last_row", "run", "runs"])
@@ -221,13 +191,6 @@ def forward_kernel(
         tl.store(out + DROPPED * step, dropped, mask=mask_n)
 
 
-@triton.jit
-def block_words(V, block, first_v, BLOCK_V: tl.constexpr):
-    """Where a tile's words of flags begin, int64."""
-    words = tl.cdiv(V, WIDEST) * (WIDEST // 32)
-    return tl.cast(block, tl.int64) * words + first_v // BLOCK_V * (BLOCK_V // 32)
-
-
 def vocabulary_runs(blocks, entries, block_v, device):
     """-> how many runs to cut the vocabulary into, and the entries of one.
 
@@ -283,23 +246,10 @@ def run_certified(problem, hint, **arguments):
     device = problem.hidden.device
     # a permutation of all rows, the ignored ones last: the backward looks at every position
     rows, _, count = order_rows(hint, problem.targets)
-    block, words = flag_shape(problem)
-    flags = torch.zeros(cdiv(n, block), words, dtype=torch.int32, device=device)
-    dropped = torch.zeros(n, dtype=torch.float32, device=device)
-    run_forward(problem, rows, count, hint, flags, dropped, **arguments)
-    return PackedCertificate(rows, flags, dropped, block, flag_tile(problem))
-
-
-def flag_tile(problem):
-    """Entries that share their words of flags."""
-    return pick_tile(forward_name(problem, certified=True), problem)[0].cols
-
-
-def flag_shape(problem):
-    """-> rows that share their flags, int32 words of a block's: of every tile's width, so that a graph knows it."""
     name = forward_name(problem, certified=True)
-    tile = tiles.for_tensor(name, problem.params.compute_dtype, problem.hidden.device)
-    return tile.rows, cdiv(problem.weight.shape[0], WIDEST.value) * (WIDEST.value // 32)
+    flags, dropped = new_flags(problem, name), torch.zeros(n, dtype=torch.float32, device=device)
+    run_forward(problem, rows, count, hint, flags, dropped, **arguments)
+    return certificate(problem, name, rows, flags, dropped)
 
 
 def forward_name(problem, certified):

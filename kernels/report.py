@@ -118,6 +118,7 @@ def all_kernels():
         backward,
         combine,
         divergence,
+        divergence_backward,
         flags,
         forward,
         frozen,
@@ -128,8 +129,8 @@ def all_kernels():
         support,
     )
 
-    modules = (forward, flags, combine, frozen, backward, panels, products, objective, support, divergence, plan,
-               audit)  # fmt: skip
+    modules = (forward, flags, combine, frozen, backward, panels, products, objective, support, divergence,
+               divergence_backward, plan, audit)  # fmt: skip
     return [(m, name, kernel) for m in modules for name, kernel in vars(m).items() if name.endswith("_kernel")]
 
 
@@ -181,7 +182,7 @@ def recorded_launches(architecture, depths=DEPTHS):
 
     from fastgrpo import support
     from fastgrpo.config import GRPOLossConfig
-    from fastgrpo.kernels import backward, divergence, forward, frozen, objective
+    from fastgrpo.kernels import backward, divergence, divergence_backward, forward, frozen, objective
     from fastgrpo.kernels import certified as certified_kernels
     from fastgrpo.kernels import support as support_kernels
 
@@ -212,7 +213,10 @@ def recorded_launches(architecture, depths=DEPTHS):
             for name, pair in pairs(label, problem) if problem.sizes[2] == depths[0] else ():
                 del launches[:]
                 stats = divergence.forward(pair)
-                divergence.backward(pair, stats, grad, needs)
+                divergence_backward.backward(pair, stats, grad, needs)
+                certified = dataclasses.replace(pair, params=dataclasses.replace(pair.params, tolerance=0.03))
+                stats, certificate = divergence.certified_forward(certified)
+                divergence_backward.certified_backward(certified, stats, certificate, grad, needs)
                 yield from ((f"{name}, D {problem.sizes[2]}", *launch) for launch in launches)
         row = torch.empty(N, device="meta")
         for settings in (

@@ -16,8 +16,8 @@ def distribution_cases():
         {},
         {"frozen": True},
         {"bias": True, "softcap": 30.0, "lora": True, "temperatures": True},
-        {"backward": "auto"},
-        {"backward": "auto", "frozen": True},
+        {"backward": "certified"},
+        {"backward": "certified", "frozen": True},
     ]
     for dtype, beta, option in itertools.product((torch.bfloat16, torch.float32), BETAS, options):
         yield compare_divergence, dtype, {"beta": beta, **option}

@@ -4,8 +4,6 @@ A Kullback-Leibler divergence takes one pass over the vocabulary, a mixture's (J
 log-sum-exps must be known. ``fastgrpo/pair_math.py`` has the rows' formulas.
 """
 
-from typing import NamedTuple
-
 import torch
 
 from fastgrpo.backends import dense
@@ -14,7 +12,7 @@ from fastgrpo.backends.logits import LogitTiles, Reader, RowSource, row_inverse_
 from fastgrpo.backends.pair import PairStats
 from fastgrpo.backends.problem import FLOOR
 from fastgrpo.inputs import accumulator_dtype
-from fastgrpo.pair_math import NEAR, finish_sums, move_peaks
+from fastgrpo.pair_math import NEAR, finish_sums, move_moments, move_peaks, move_terms, scale_terms
 from fastgrpo.row_math import rescale
 
 LEAST_PER_TOLERANCE = 0.1  # terms of the rows' mean norm times tolerance * this are flagged
@@ -238,8 +236,8 @@ class KLFold:
             apart = torch.sub(v, u, out=self.scratch.like(u, "difference"))
         sums[3] += sum_differences(u, v, d, near, other_mass - mass, apart, self.scratch)
         if self.witness is not None:
-            move = move_terms(rise, self.student_first)
-            self.witness.look(tile, leant if apart is None else apart, u, move, *scale_terms(sums, self.student_first))
+            motion, scale = move_terms(*rise, self.student_first), scale_terms(*sums, self.student_first)
+            self.witness.look(tile, leant if apart is None else apart, u, motion, *scale)
 
     def raise_peaks(self, part, u, v):
         """-> (2, n) by how much."""
@@ -256,21 +254,6 @@ class KLFold:
         """The rows of :class:`PairStats`."""
         stats = kl_stats(self.peaks, self.sums, self.spread, self.student_first)
         return stats if self.witness is None else stats._replace(norm=self.witness.row_norms())
-
-
-def move_terms(rise, student_first):
-    """:class:`Move` of peaks (2, n) that rise. The terms are x = d e^u or, the teacher first, e^v - e^u; y = e^u."""
-    decay, turn = torch.exp(-rise), rise[1] - rise[0]
-    if student_first:
-        return Move(decay[0], decay[0], -decay[0] * turn)
-    near = decay[1] * torch.expm1(turn.clamp(-NEAR, NEAR))
-    return Move(decay[1], decay[0], torch.where(turn.abs() < NEAR, near, decay[0] - decay[1]))
-
-
-def scale_terms(sums, student_first):
-    """-> center and unit of the terms: p_s (d - E[d]), or p_s - p_t as e^v - e^u less its sum's part that e^u has."""
-    total, other_total, tilt, excess = sums
-    return (tilt / total, total) if student_first else (excess / total, other_total)
 
 
 def beside_peaks(partials, top, student_first):
@@ -338,28 +321,14 @@ class MixtureFold:
             self.mass[part] += p.sum(1)
             center = self.stats.center[part] / self.mass[part].clamp(min=dense.negligible(p.dtype))
             still = torch.ones_like(center)
-            self.witness.look(tile, mine, p, Move(still, still, torch.zeros_like(still)), center, still)
+            self.witness.look(tile, mine, p, (still, still, 0.0), center, still)
 
     def finish(self):
         return self.stats if self.witness is None else self.stats._replace(norm=self.witness.row_norms())
 
 
-class Move(NamedTuple):
-    """What new peaks make of a row's terms: x becomes lead * x - lean * y, y trail * y. (n,) each."""
-
-    lead: torch.Tensor
-    trail: torch.Tensor
-    lean: torch.Tensor
-
-    def moments(self, xx, xy, yy):
-        lead, trail, lean = self
-        return torch.stack((
-            lead**2 * xx - 2 * lead * lean * xy + lean**2 * yy, trail * (lead * xy - lean * yy), trail**2 * yy,
-        ))  # fmt: skip
-
-
 class Witness:
-    """Sees every term of every row's gradient, ``(x - center * y) / unit``: flags what matters, sums what does not.
+    """Sees every term of every row's gradient, see :mod:`fastgrpo.pair_math`: flags what matters, sums what does not.
 
     An entry is kept where one of its block's rows has a term that matters beside the rows' mean norm so far.
 
@@ -369,20 +338,19 @@ class Witness:
 
     def __init__(self, problem, n, device):
         dtype = accumulator_dtype(problem.hidden)
-        self.least, self.scratch = problem.params.tolerance * LEAST_PER_TOLERANCE, Scratch()
+        self.problem, self.scratch = problem, Scratch()
         self.flags = torch.zeros(-(-n // BLOCK), problem.weight.shape[0], dtype=torch.bool, device=device)
         self.center, self.unit = torch.zeros(n, dtype=dtype, device=device), torch.ones(n, dtype=dtype, device=device)
         self.seen, self.left = torch.zeros(2, 3, n, dtype=dtype, device=device)  # sums of x^2, x y, y^2
 
-    def look(self, tile, x, y, move, center, unit):
-        """x, y: (n, C), overwritten. move: since these rows' last tile. center, unit: with this tile's entries."""
+    def look(self, tile, x, y, motion, center, unit):
+        """x, y: (n, C), overwritten. motion: since these rows' last tile. center, unit: with this tile's entries."""
         part = tile.part
         self.center[part], self.unit[part] = center, unit
         for moments in (self.seen, self.left):
-            moments[:, part] = move.moments(*moments[:, part])
+            moments[:, part] = torch.stack(move_moments(*moments[:, part], *motion))
         self.seen[:, part] += products(x, y, self.scratch)
-        norms = self.norms(self.seen).nan_to_num(nan=0.0, posinf=0.0)  # a bad row must not decide for the others
-        least = self.least * norms.square().mean().sqrt() * unit
+        least = least_kept(self.problem, term_norms(self.seen, self.center, self.unit), self.unit.numel()) * unit
         size = torch.addcmul(x, center[:, None], y, value=-1, out=self.scratch.like(x, "size")).abs_()
         size = torch.maximum(size, torch.abs(x, out=self.scratch.like(x, "mixed")), out=size)  # the center may move
         size.mul_(1 / least[:, None])
@@ -395,29 +363,42 @@ class Witness:
                 rows.mul_(mine)
         self.left[:, part] += products(x, y, self.scratch)
 
-    def settle(self, move, center, unit):
+    def settle(self, motion, center, unit):
         """What more entries, looked at elsewhere, make of these."""
-        self.seen, self.left = move.moments(*self.seen), move.moments(*self.left)
+        self.seen, self.left = (torch.stack(move_moments(*x, *motion)) for x in (self.seen, self.left))
         self.center, self.unit = center, unit
 
-    def norms(self, moments):
-        """(n,) of the rows' terms that the moments are of."""
-        xx, xy, yy = moments
-        return (xx - 2 * self.center * xy + self.center**2 * yy).clamp_(min=0.0).sqrt_() / self.unit
-
     def certificate(self, rows):
-        """``dropped``: the norm of what each row leaves out, with what rounding may have hidden."""
-        slack = ROUNDING * torch.finfo(self.unit.dtype).eps
-        xx, _, yy = self.left
-        hidden = (slack * (xx + self.center**2 * yy)).sqrt() / self.unit
-        return Certificate(rows, self.flags, self.norms(self.left) + hidden, BLOCK)
+        return Certificate(rows, self.flags, left_out(self.left, self.center, self.unit), BLOCK)
 
     def row_norms(self):
-        """(n,) of all terms, less what rounding may have added."""
-        slack = ROUNDING * torch.finfo(self.unit.dtype).eps
-        xx, xy, yy = self.seen
-        square = xx * (1 - slack) - 2 * self.center * xy + self.center**2 * yy * (1 - slack)
-        return square.clamp_(min=0.0).sqrt_() / self.unit
+        return certain_norms(self.seen, self.center, self.unit)
+
+
+def term_norms(moments, center, unit):
+    """(n,) of the terms that the moments, (3, n), are of."""
+    xx, xy, yy = moments
+    return (xx - 2 * center * xy + center**2 * yy).clamp_(min=0.0).sqrt_() / unit
+
+
+def least_kept(problem, norms, count):
+    """0-dim: terms so large are kept. norms: of ``count`` rows so far, 0 of those that do not count."""
+    norms = norms.nan_to_num(nan=0.0, posinf=0.0)  # a bad row must not decide for the others
+    return problem.params.tolerance * LEAST_PER_TOLERANCE * (norms.square().sum() / count).sqrt()
+
+
+def left_out(moments, center, unit):
+    """(n,) the norm of what each row leaves out, with what rounding may have hidden."""
+    xx, _, yy = moments
+    hidden = (ROUNDING * torch.finfo(unit.dtype).eps * (xx + center**2 * yy)).sqrt() / unit
+    return term_norms(moments, center, unit) + hidden
+
+
+def certain_norms(moments, center, unit):
+    """(n,) of all terms, less what rounding may have added."""
+    slack = 1 - ROUNDING * torch.finfo(unit.dtype).eps
+    xx, xy, yy = moments
+    return term_norms((xx * slack, xy, yy * slack), center, unit)
 
 
 def products(x, y, scratch):

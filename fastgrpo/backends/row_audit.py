@@ -232,7 +232,7 @@ class DeviceAudit(Audit):
         super().__init__(problem, stats, needs)
         self.certificate, self.rows, vocab = certificate, certificate.order, problem.weight.shape[0]
         self.stats, grad = stats[:, self.rows], grad_logp[self.rows]
-        known = RowStats(*self.stats)
+        known = RowStats(*self.stats[: len(RowStats._fields)])  # a divergence's statistics begin with them
         # A row that is not finite is whole anyhow, and must not hide what the others lose.
         self.unusable = ~(active & ((grad * (known.peak + known.offset)).abs() < torch.inf))[:, None]
         self.cost = (grad * certificate.dropped).abs()
@@ -327,7 +327,8 @@ class DeviceAudit(Audit):
 
     def entries_at_once(self):
         """Samples whose dlogits, copies of them and flags fit the workspace: nothing else is in it yet."""
-        cell = self.stats.element_size() * (4 if self.problem.params.softcap is None else 6) + 2
+        copies = self.problem.tiles_alive + (3 if self.problem.params.softcap is None else 5)
+        cell = self.stats.element_size() * copies + 2
         most = self.problem.params.workspace // (self.rows.numel() * cell)
         return max(most // 64 * 64, 16)  # GEMMs of ragged width are slow
 

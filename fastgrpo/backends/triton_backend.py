@@ -11,11 +11,12 @@ from fastgrpo.inputs import IGNORE
 from fastgrpo.kernels import backward as _backward
 from fastgrpo.kernels import certified as _certified
 from fastgrpo.kernels import divergence as _divergence
+from fastgrpo.kernels import divergence_backward as _divergence_backward
+from fastgrpo.kernels import flags as _flags
 from fastgrpo.kernels import forward as _forward
 from fastgrpo.kernels import frozen as _frozen
 from fastgrpo.kernels import objective as _objective
 from fastgrpo.kernels import support as _support
-from fastgrpo.kernels.flags import PackedCertificate
 
 GUESSES_PEAKS = False  # of a certified forward
 
@@ -71,6 +72,11 @@ def divergence_forward(problem):
         return _divergence.forward(problem)
 
 
+def certified_divergence_forward(problem):
+    with on_device(problem.hidden):
+        return _divergence.certified_forward(problem)
+
+
 def divergence_partials(problem):
     with on_device(problem.hidden):
         return _divergence.divergence_partials(problem)
@@ -84,21 +90,27 @@ def mixture_sums(problem, stats):
 def backward(problem, stats, grad_logp, grad_entropy, needs):
     with on_device(problem.hidden):
         if isinstance(problem, PairProblem):
-            return _divergence.backward(problem, stats, grad_logp, needs)
+            return _divergence_backward.backward(problem, stats, grad_logp, needs)
         return _backward.backward(problem, stats, grad_logp, grad_entropy, needs)
+
+
+def flagging_kernel(problem):
+    """The name of the problem's certified forward."""
+    return (_divergence.kernel_name if isinstance(problem, PairProblem) else _forward.forward_name)(problem, True)
 
 
 def certificate_like(problem):
     """(shape, dtype) of each tensor of a certificate."""
-    n, (block, words) = problem.targets.numel(), _forward.flag_shape(problem)
+    n, (block, words) = problem.targets.numel(), _flags.flag_shape(problem, flagging_kernel(problem))
     return ((n,), torch.int64), ((-(-n // block), words), torch.int32), ((n,), torch.float32)
 
 
-def certified_backward(problem, stats, kept, grad_logp, needs):
+def certified_backward(problem, stats, kept, grad, needs):
     """kept: the tensors of the forward's certificate."""
+    kernels = _divergence_backward if isinstance(problem, PairProblem) else _certified
     with on_device(problem.hidden):
-        certificate = PackedCertificate(*kept, _forward.flag_shape(problem)[0], _forward.flag_tile(problem))
-        return _certified.certified_backward(problem, stats, certificate, grad_logp, needs)
+        certificate = _flags.certificate(problem, flagging_kernel(problem), *kept)
+        return kernels.certified_backward(problem, stats, certificate, grad, needs)
 
 
 def counted_rows(targets):

@@ -25,6 +25,9 @@ LORA = 4  # its pair's: gather, dX, dW, scatter
 BIAS, OBJECTIVE = 1, 1
 PAIR = 3  # of two models: rows gathered, the vocabulary, the combination of its runs
 MIXTURE = 2 * FORWARD + 2  # each model alone; rows gathered, the vocabulary
+LEGS = 11  # of a certified divergence, at most
+PAIR_CERTIFIED = 1 + 2 * LEGS  # rows gathered; each leg and its combination
+MIXTURE_CERTIFIED = 2 * FORWARD + 1 + LEGS
 
 
 class Case(NamedTuple):
@@ -125,15 +128,16 @@ def loss(config, gated=False, dtype=torch.bfloat16, n=64, batch=4):
     ).loss.backward()  # fmt: skip
 
 
-def divergence(dtype, beta, options=False, teacher_depth=D // 2):
+def divergence(dtype, beta, options=False, frozen=False, backward="exact", teacher_depth=D // 2, **shape):
     """One forward and backward of linear_divergence."""
-    hidden, weight, targets = tensors(dtype)
-    others, teacher, _ = tensors(dtype, d=teacher_depth)
-    keywords = {}
+    hidden, weight, targets = tensors(dtype, **shape)
+    others, teacher, _ = tensors(dtype, d=teacher_depth, **shape)
+    weight.requires_grad_(not frozen)
+    keywords = {"backward": backward}
     if options:
         bias = torch.zeros(V, dtype=dtype).requires_grad_()
-        keywords = {"bias": bias, "teacher_bias": bias, "softcap": 30.0, "return_entropy": True,
-                    "temperature": torch.ones(targets.shape)}  # fmt: skip
+        keywords |= {"bias": bias, "teacher_bias": bias, "softcap": 30.0, "return_entropy": True,
+                     "temperature": torch.ones(targets.shape)}  # fmt: skip
     out = linear_divergence(hidden, weight, others, teacher, targets != -100, beta=beta, **keywords)
     out.divergence.sum().backward()
 
@@ -180,7 +184,17 @@ def cases(everything):
         yield case(f"{kind} dX in forward, everything", sum(FROZEN), dx_in_forward, dtype, bias=True, options=True,
                    entropy=True)  # fmt: skip
         for beta in (0.0, 1.0, 0.3) if everything or dtype == bf16 else (1.0,):
-            forward = MIXTURE if beta == 0.3 else PAIR
+            forward, flagged = (MIXTURE, MIXTURE_CERTIFIED) if beta == 0.3 else (PAIR, PAIR_CERTIFIED)
+            name = f"{kind} divergence, beta {beta}, certified"
+            yield case(name, flagged + CERTIFIED, divergence, dtype, beta, backward="certified")
+            if beta == 0.0 and dtype == bf16:
+                yield case(f"{name}, frozen head", flagged + CERTIFIED - 1 - AUDIT, divergence, dtype, beta,
+                           backward="certified", frozen=True)  # fmt: skip
+                yield case(f"{name}, another batch", flagged + CERTIFIED, divergence, dtype, beta, compiles=0,
+                           backward="certified", n=301)  # fmt: skip
+            if everything:
+                yield case(f"{name}, everything", flagged + CERTIFIED + BIAS + AUDITED, divergence, dtype, beta,
+                           options=True, backward="certified")  # fmt: skip
             yield case(f"{kind} divergence, beta {beta}", forward + EXACT, divergence, dtype, beta)
             if everything or beta == 1.0:
                 yield case(f"{kind} divergence, beta {beta}, everything", forward + EXACT + BIAS, divergence, dtype,

@@ -203,7 +203,8 @@ def test_sampling_support():
 
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("frozen", [False, True])
-def test_divergence(beta, frozen):
+@pytest.mark.parametrize("backward", ["exact", "certified"])
+def test_divergence(beta, frozen, backward):
     """From a wider teacher: values and gradients of some rows, within the bound, without waiting, in a graph."""
     n, wide = 8192, D + 512
     hidden, weight, _ = problem(n=n)
@@ -212,7 +213,7 @@ def test_divergence(beta, frozen):
     leaves = (h,) if frozen else (h, w)
 
     def step():
-        out = linear_divergence(h, w, *teacher, beta=beta, backend="triton").divergence
+        out = linear_divergence(h, w, *teacher, beta=beta, backend="triton", backward=backward).divergence
         return out.detach(), torch.autograd.grad(out.sum(), leaves)
 
     step()

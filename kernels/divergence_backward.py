@@ -1,0 +1,158 @@
+"""The backward of divergences: the student's dlogits of both models' logits; all else is the backward of one head."""
+
+import functools
+
+import triton
+import triton.language as tl
+
+from fastgrpo.backends import staircase
+from fastgrpo.inputs import IGNORE, compact_rows
+from fastgrpo.kernels import certified
+from fastgrpo.kernels.backward import Launcher, climb
+from fastgrpo.kernels.certified import SampleLauncher
+from fastgrpo.kernels.common import (
+    LOG2E,
+    cap,
+    cap_slope,
+    chunk_panels,
+    group_blocks,
+    inverse_temperatures,
+    panel_pointers,
+    raw_logits,
+    selected_rows,
+    without_dust,
+)
+from fastgrpo.kernels.pair import difference, load_pair, mixed, teacher_arguments, teacher_raw
+from fastgrpo.kernels.pair_math import mixture_logs
+
+
+@triton.jit(do_not_specialize=["first_row", "last_row", "first_held", "chunk", "N", "copied_rows", "T"])
+def dlogits_pair_kernel(
+    x_ptr,  # (held, D) rows of the student's hidden, gathered
+    x_desc,  # of it, and
+    w_desc,  # of the weight, or with ids of the chunk's entries; None: by pointers
+    head,  # Head of the student
+    bias_ptr,  # (V,) or None
+    low_rank,  # LowRank or None
+    teacher,  # Teacher
+    teacher_bias_ptr,  # (V,) or None
+    ids_ptr,  # (V,) the entry at each position; None: in their order
+    selection,  # Selection of the rows with a gradient
+    temperature_ptr,  # (N,) or None
+    stats_ptr,  # (8, N) PairStats
+    grad_ptr,  # (N,)
+    scale_ptr,  # (1,) power of two
+    cuts_ptr,  # (chunks + 1,)
+    stops_ptr,  # (panels,) rows that need them
+    dlogits_ptr,  # out, the chunk's panels
+    sums_ptr,  # (tiles, rows of a panel) fp32 out, sums of the rows of each tile; None: not wanted
+    first_row,
+    last_row,
+    first_held,
+    chunk,
+    N,
+    copied_rows,  # that w_desc reads, with ids: the chunk's are the last ones
+    T,
+    logits,  # Logits of the student
+    beta,
+    KIND: tl.constexpr,  # 0: KL(teacher || student), 1: KL(student || teacher), 2: of the mixture
+    WHOLE_D: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    TEACHER_COMPUTE: tl.constexpr,
+    PANEL: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    first, last, height = chunk_panels(cuts_ptr, stops_ptr, chunk, first_row, last_row, PANEL)
+    across = (last - first) * (PANEL // BLOCK_V)
+    block, tile = group_blocks(tl.program_id(0), tl.maximum(across, 1), GROUP)
+    if block * BLOCK_N >= height:
+        return
+    local_v = tile * BLOCK_V
+    panel = local_v // PANEL
+    stop = tl.minimum(tl.load(stops_ptr + first + panel), last_row)
+    if first_row + block * BLOCK_N // PANEL * PANEL >= stop:  # the GEMMs read PANELs of rows
+        return
+    start = first_row + block * BLOCK_N
+    first_v = first * PANEL + local_v
+    offs_n = start + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < stop
+    rows, _ = selected_rows(selection, offs_n, mask_n, head.V)
+    taught = teacher_raw(
+        teacher, teacher_bias_ptr, ids_ptr, rows, first_v, T, TEACHER_COMPUTE, BLOCK_N, BLOCK_V, BLOCK_D
+    )
+    first_w = first_v if ids_ptr is None else copied_rows - (last - first) * PANEL + local_v
+    raw = raw_logits(
+        x_ptr, x_desc, w_desc, head, bias_ptr, low_rank, ids_ptr, rows, start - first_held, stop - 1 - first_held,
+        first_v, first_w, WHOLE_D, COMPUTE, BLOCK_N, BLOCK_V, BLOCK_D,
+    )  # fmt: skip
+    inverse = inverse_temperatures(temperature_ptr, rows, mask_n, logits, BLOCK_N)
+    grad = tl.load(grad_ptr + rows, mask=mask_n, other=0.0) * inverse * tl.load(scale_ptr)
+    peak, offset, other_peak, gap, center = load_pair(stats_ptr, N, rows, mask_n)
+    u = cap(raw, logits) * inverse[:, None] - peak[:, None]
+    v = cap(taught, teacher.logits) * inverse[:, None] - other_peak[:, None]
+    delta = u - v - gap[:, None]
+    p = tl.math.exp2((u - offset[:, None]) * LOG2E)
+    if KIND == 0:
+        dz = -difference(p, tl.math.exp2((v + (gap - offset)[:, None]) * LOG2E), delta)
+    else:
+        if KIND == 2:
+            log_s, _log_t = mixture_logs(delta, beta)
+            delta = (1.0 - beta) * log_s
+        dz = p * (delta - center[:, None])
+    dz *= grad[:, None] * cap_slope(raw, logits)
+    offs_v = tl.arange(0, BLOCK_V)
+    dz = tl.where((first_v + offs_v < head.V)[None, :] & mask_n[:, None], dz, 0.0)  # the GEMMs read whole tiles
+    dz = without_dust(dz)
+    if sums_ptr is not None:
+        tl.store(sums_ptr + tile * height + block * BLOCK_N + tl.arange(0, BLOCK_N), tl.sum(dz, axis=1))
+    out = panel_pointers(dlogits_ptr, height, block * BLOCK_N, local_v, PANEL, BLOCK_N, BLOCK_V)
+    tl.store(out, dz.to(dlogits_ptr.dtype.element_ty))
+
+
+def backward(problem, stats, grad, needs):
+    """As :func:`fastgrpo.kernels.backward.backward`, of divergences. grad: (N,) float32."""
+    grad = grad.contiguous()
+    active = (problem.targets != IGNORE) & (grad != 0)
+    return climb(problem, stats, [grad], active, needs, lambda: staircase.exact(
+        active, *compact_rows(active), problem.weight.shape[0]), PairLauncher)  # fmt: skip
+
+
+class PairLauncher(Launcher):
+    """Launches the backward of divergences."""
+
+    @staticmethod
+    def kernel(problem, grads):
+        return mixed("dlogits_pair", problem)
+
+    @functools.cached_property
+    def teacher(self):
+        return teacher_arguments(self.problem)
+
+    def dlogits(self, first_row, last_row, chunk):
+        problem = self.problem
+        teacher, others = self.teacher
+        dlogits_pair_kernel[(self.grid(self.tile),)](
+            **self.tile_arguments(first_row, last_row, chunk),
+            teacher=teacher,
+            grad_ptr=self.grads[0],
+            beta=problem.beta,
+            KIND=2 if problem.is_mixture else int(problem.beta),
+            **others,
+        )
+
+
+class PairSampleLauncher(SampleLauncher, PairLauncher):
+    """Makes the dlogits of an audit's samples."""
+
+    @functools.cached_property
+    def teacher(self):
+        teacher, others = teacher_arguments(self.problem)
+        return teacher._replace(head=teacher.head._replace(V=self.head.V)), others
+
+
+def certified_backward(problem, stats, certificate, grad, needs):
+    """As :func:`fastgrpo.kernels.certified.certified_backward`, of divergences."""
+    return certified.certified_backward(problem, stats, certificate, grad, needs, PairLauncher, PairSampleLauncher)
