@@ -27,8 +27,8 @@ from fastgrpo.kernels.common import (
 )
 from fastgrpo.kernels.flags import block_words, certificate, new_flags, see_terms
 from fastgrpo.kernels.forward import Sweep
-from fastgrpo.kernels.grids import vocabulary_runs
 from fastgrpo.kernels.forward import forward as forward_alone
+from fastgrpo.kernels.grids import vocabulary_runs
 from fastgrpo.kernels.pair import difference, load_pair, log_of, mixed, teacher_arguments, teacher_raw
 from fastgrpo.kernels.pair_math import (
     finish_sums,
