@@ -16,8 +16,9 @@ Assumptions, each for a measurement to refute (ncu, at a clock that is held):
 - Each instruction outside the hot loop runs once a tile, rare paths too; what a program does once for many tiles is
   left out. Dependencies, barriers, bank conflicts, replays, a tile's stores and its first reads of sums cost nothing.
 - A tile exposes one latency, the first copies'; a program of one tile three: count, row numbers, copies.
-- Both operands of a step come from L2, at ``l2`` bytes a cycle and SM; nothing is shared between SMs or left in L1, and
-  DRAM keeps up. That figure is the least certain, so each ceiling is also given without it ("fed").
+- Both operands of a step come from L2, at ``l2`` bytes a cycle and SM as the SM receives them; nothing is left in L1,
+  and DRAM keeps up. That figure is the least certain, so each ceiling is also given without it ("fed"). Hopper's was
+  fitted to 91 pairs of tiles on an H200: docs/measured-facts.md, also for what the model gets wrong there.
 - dhidden sums over a chunk's entries, dweight over its rows, of the exact backward; the others over D.
 - The grid fills the device to the end. Padding of D to whole steps counts as loss.
 
@@ -42,7 +43,8 @@ REGISTERS, RESERVED = 65536, 1024  # of an SM; bytes of shared memory that the d
 
 
 class Device(NamedTuple):
-    """Of one SM, a cycle. l2 and latency are estimates from published microbenchmarks of such chips."""
+    """Of one SM, a cycle. l2 and latency are estimates from published microbenchmarks of such chips, but for the H200's
+    l2."""
 
     name: str
     flops: int  # bf16 products summed in fp32, dense; GeForce has half of its professional sisters'
@@ -57,7 +59,7 @@ DEVICES = {
     "sm_80": Device("A100", 2048, 47, 200, 166912, 64, fp32=2),
     "sm_86": Device("RTX 3090", 512, 24, 250, 101376, 48),
     "sm_89": Device("RTX 4090", 512, 16, 280, 101376, 48),
-    "sm_90": Device("H200", 4096, 39, 270, 232448, 64),
+    "sm_90": Device("H200", 4096, 56, 270, 232448, 64),
     "sm_100": Device("B200", 8192, 64, 360, 232448, 64),
     "sm_120": Device("RTX 5090", 512, 16, 360, 101376, 48),
 }

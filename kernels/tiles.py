@@ -70,7 +70,7 @@ TILES = {
         4: {**FP32, **dict.fromkeys(("sm_86", "sm_89"), Tile(64, 64, 32, 4, 1))},
     },
     "forward_certified_full": {
-        2: NARROW,
+        2: {**NARROW, "sm_90": Tile(128, 64, 32, 8, 3), TMA: NARROW["sm_90"]},
         4: {**FP32_NARROW, "sm_90": Tile(32, 32, 16, 4, 2)},
     },
     "dlogits": {

@@ -149,9 +149,9 @@ CODE = ceilings.Code(Counter({"HGMMA": 4, "UMOV": 96}), Counter({"UMOV": 1000}),
     [
         ({}, 1, 1024, True, 8192 / (8192 + 2000 + 270)),
         ({}, 1, 1000, True, 8000 / (8192 + 2000 + 270)),  # a step is not full
-        ({}, 1, 1024, False, 8192 / (16 * 32768 / 39 + 2000 + 270)),
+        ({}, 1, 1024, False, 8192 / (16 * 32768 / 56 + 2000 + 270)),
         ({}, 2, 1024, True, 1.0),
-        ({}, 2, 1024, False, 512 / (32768 / 39)),
+        ({}, 2, 1024, False, 512 / (32768 / 56)),
         ({"epilogue": Counter({"FSEL": 1000})}, 1, 1024, True, 8192 / (8192 + 4000 + 270)),
         ({"epilogue": Counter({"FSEL": 3000})}, 2, 1024, True, 8192 / 12000),  # its pipe is busy all the time
         ({"loop": Counter({"UMOV": 300})}, 1, 1024, True, 8192 / (16 * 600 + 2000 + 270)),
