@@ -67,8 +67,10 @@ def certified_forward(problem, backend, group):
         student_first = problem.beta == 1.0
         partials, rows, witness = backend.certified_partials(problem)
         top, sums, stats = merge(partials, student_first, group)
-        rise = (top - partials[:2])[:, rows]
-        witness.settle(move_terms(*rise, student_first), *scale_terms(*sums[:, rows], student_first))
+        rise, other_rise = (top - partials[:2])[:, rows]
+        total, other, tilt, excess = sums[:, rows]
+        scale = scale_terms(total, other, tilt, excess, student_first)
+        witness.settle(move_terms(rise, other_rise, student_first), *scale)
     squares = torch.zeros_like(stats[0])
     squares[rows] = witness.row_norms().square()
     dist.all_reduce(squares, group=group)

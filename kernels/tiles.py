@@ -64,10 +64,10 @@ TILES = {
         2: {
             **LOGITS,
             **TWO_AN_SM,
-            "sm_80": Tile(128, 128, 32, 8, 4),
+            **dict.fromkeys(("sm_80", "sm_90"), Tile(128, 128, 32, 8, 4)),
             "sm_100": Tile(128, 64, 64, 4, 3),  # two an SM; 128 columns spill
         },
-        4: {**FP32, **dict.fromkeys(("sm_86", "sm_89"), Tile(64, 64, 32, 4, 1))},
+        4: {**FP32, **dict.fromkeys(("sm_86", "sm_89", "sm_90"), Tile(64, 64, 32, 4, 1))},
     },
     "forward_certified_full": {
         2: {**NARROW, "sm_90": Tile(128, 64, 32, 8, 3), TMA: NARROW["sm_90"]},
