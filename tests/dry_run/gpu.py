@@ -71,7 +71,7 @@ class Gpu:
     def patch(self, architecture, processors):
         """CPU tensors take the branches of CUDA ones, and a launch that does nothing leaves plausible results."""
         from fastgrpo import backends, inputs, lora
-        from fastgrpo.kernels import forward, grids, tiles
+        from fastgrpo.kernels import divergence, forward, grids, plan, tiles
 
         backends.choose = lambda backend, hidden: "triton"
         inputs.checks_values = lambda device: False
@@ -87,14 +87,18 @@ class Gpu:
 
         def certified(*args, **kwargs):
             certificate = run_certified(*args, **kwargs)
-            certificate.order.copy_(torch.arange(certificate.order.numel()))
             g = torch.Generator().manual_seed(0)
             certificate.flags.copy_(torch.rand(certificate.flags.shape, generator=g) < 0.05)  # one bit of some words
             certificate.dropped.copy_(1e-4 * torch.rand(certificate.dropped.shape, generator=g))
             certificate.dropped[::97] = torch.inf
             return certificate
 
+        def ordered(*args, **kwargs):
+            order, *rest = plan.order_rows(*args, **kwargs)
+            return order.copy_(torch.arange(order.numel())), *rest
+
         forward.run_forward, forward.run_certified = filled, certified
+        forward.order_rows = divergence.order_rows = ordered
 
     @property
     def launches(self):
