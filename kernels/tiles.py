@@ -87,7 +87,7 @@ TILES = {
     "forward_pair_certified": {2: {**SMALL, "sm_90": Tile(64, 128, 64, 8, 3)}, 4: FP32_NARROW},
     "forward_pair_certified_full": {2: {**SMALL, "gfx942": Tile(64, 32, 32, 4, 2)}, 4: FP32_NARROW},
     "forward_pair_mixture_certified": {2: SMALL, 4: FP32_NARROW},
-    "dlogits_pair": {2: NARROW, 4: FP32_NARROW},
+    "dlogits_pair": {2: {**NARROW, "sm_100": Tile(64, 64, 64, 8, 3)}, 4: FP32_NARROW},  # sm_100 spills at 128 rows
     "dlogits_pair_mixture": {2: SMALL, 4: FP32_NARROW},
     "masses": {2: {**LOGITS, **TWO_AN_SM}, 4: FP32},
     "masses_full": {2: NARROW, 4: FP32_NARROW},
