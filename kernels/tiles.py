@@ -36,6 +36,7 @@ class Tile(NamedTuple):
 # sm_86, sm_89 and sm_120 have 99 KB of shared memory; fp32 runs in IEEE fp32, whose register tile is smaller.
 FP32 = {"default": Tile(64, 64, 32, 4, 2)}
 FP32_NARROW = {"default": Tile(64, 32, 16, 4, 1)}  # with LoRA 64 x 64 spills 16-56 bytes on sm_80, 90, 100 and 120
+SPILLING = dict.fromkeys(("sm_80", "sm_100", "sm_120"), FP32_NARROW["default"])  # 64 x 64 forwards, on Triton 3.6.0
 SQUARE = {
     "default": Tile(128, 128, 32, 8, 3),
     "sm_90": Tile(128, 128, 64, 8, 3),
@@ -54,7 +55,7 @@ SMALL = {"default": Tile(64, 64, 32, 8, 3), "gfx942": Tile(64, 64, 32, 8, 2)}
 LOGITS = {**SQUARE, "sm_80": Tile(128, 128, 64, 8, 3)}
 TWO_AN_SM = {TMA: Tile(128, 128, 64, 4, 3)}  # one computes while the other stores
 TILES = {
-    "forward": {2: {**LOGITS, **WIDE}, 4: FP32},
+    "forward": {2: {**LOGITS, **WIDE}, 4: {**FP32, **SPILLING}},
     # bias, softcap, LoRA, per-token temperature or entropy: more values live at once (sm_100 spills at 128 columns)
     "forward_full": {
         2: {**SQUARE, TMA: SQUARE["sm_90"], **dict.fromkeys(("sm_90", "sm_100"), Tile(128, 64, 64, 8, 3))},
@@ -67,7 +68,7 @@ TILES = {
             **dict.fromkeys(("sm_80", "sm_90"), Tile(128, 128, 32, 8, 4)),
             "sm_100": Tile(128, 64, 64, 4, 3),  # two an SM; 128 columns spill
         },
-        4: {**FP32, **dict.fromkeys(("sm_86", "sm_89", "sm_90"), Tile(64, 64, 32, 4, 1))},
+        4: {**FP32, **dict.fromkeys(("sm_86", "sm_89", "sm_90"), Tile(64, 64, 32, 4, 1)), **SPILLING},
     },
     "forward_certified_full": {
         2: {**NARROW, "sm_90": Tile(128, 64, 32, 8, 3), TMA: NARROW["sm_90"]},
