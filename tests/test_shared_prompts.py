@@ -196,7 +196,8 @@ def check_row(episodes):
         first = len(e.prompt_ids) - 1
         assert ids[path].tolist() == (e.prompt_ids + e.completion_ids)[first:-1]
         assert positions[path].tolist() == [*range(first, e.length - 1)]
-    seen = torch.cat([count_keys(block) for block in layout.blocks])[layout.place]
+    blocks, place = layout.calls
+    seen = torch.cat([count_keys(block) for block in blocks])[place]
     assert torch.equal(seen, positions + 1)
 
 
@@ -259,7 +260,7 @@ def test_no_mask_of_the_whole_row():
     """Masks are of one answer's length times what it sees, and all groups' prompts together have none."""
     episodes = make_episodes([(60, (8,) * 8), (60, (8,) * 8)])
     layout = shared_prompts.lay_out(episodes, torch.device("cpu"))["shared_prompts"]
-    assert {b.mask if b.mask is None else b.mask.shape for b in layout.blocks} == {None, (1, 1, 7, 60 + 7)}
+    assert {b.mask if b.mask is None else b.mask.shape for b in layout.calls[0]} == {None, (1, 1, 7, 60 + 7)}
 
 
 @pytest.mark.parametrize("fails_after", [0, 2])

@@ -4,7 +4,7 @@ import itertools
 
 import torch
 
-from bench.contact.device import attempt, largest, relative
+from bench.contact.device import attempt, draw, largest, relative
 
 
 def correct_cases():
@@ -73,10 +73,7 @@ def compare(
     hidden, weight, targets = contact.head(n, depth, dtype, vocab)
     targets[5::7] = -100
     g = torch.Generator(contact.device).manual_seed(1)
-
-    def random(*shape, dtype=dtype):
-        return torch.randn(shape, generator=g, device=contact.device).to(dtype)
-
+    random = draw(dtype, g)
     leaves = {"hidden": hidden, "weight": weight, "bias": random(vocab) if bias else None}
     if lora:
         leaves |= {"A": random(8, depth, dtype=torch.float32), "B": 0.1 * random(vocab, 8, dtype=torch.float32)}

@@ -76,6 +76,11 @@ class Contact:
         return hidden, weight, targets
 
 
+def draw(dtype, generator):
+    """-> random(*shape, dtype): normal numbers."""
+    return lambda *shape, dtype=dtype: torch.randn(shape, generator=generator, device=generator.device).to(dtype)
+
+
 def bare(contact, depth):
     hidden, weight, _ = contact.head(contact.sizes.tokens, depth)
     ms, best = contact.milliseconds(lambda: [rows @ weight.T for rows in hidden.split(2048)])

@@ -4,8 +4,8 @@ import itertools
 
 import torch
 
-from bench.contact.device import attempt, bare, largest, relative
-from bench.contact.whole import cuda_checks
+from bench.contact.device import attempt, bare, draw, largest, relative
+from bench.contact.whole import measure
 
 BETAS = {0.0: "forward KL", 1.0: "reverse KL", 0.5: "JSD"}
 
@@ -34,12 +34,6 @@ def distributions(contact, shard=0, shards=1):
         yield {**row, **attempt(compare, contact, dtype, shape, **options)}
 
 
-def draw(contact, dtype, seed=3):
-    """-> random(*shape, dtype): normal numbers of a stream of their own."""
-    g = torch.Generator(contact.device).manual_seed(seed)
-    return lambda *shape, dtype=dtype: torch.randn(shape, generator=g, device=contact.device).to(dtype)
-
-
 def compare_divergence(
     contact, dtype, shape, beta, frozen=False, bias=False, lora=False, temperatures=False, softcap=None, **keywords
 ):
@@ -48,7 +42,7 @@ def compare_divergence(
 
     n, vocab, depth = shape
     hidden, weight, targets = contact.head(n, depth, dtype, vocab)
-    random = draw(contact, dtype)
+    random = draw(dtype, torch.Generator(contact.device).manual_seed(3))
     teacher = random(n, depth + 32), random(vocab, depth + 32) / depth**0.5
     teacher[0][::2] += 9 * teacher[1][targets[::2]]
     leaves = {"hidden": hidden, "weight": weight, "bias": random(vocab) if bias else None}
@@ -91,7 +85,7 @@ def compare_topk(contact, dtype, shape, k, softcap):
 
     n, vocab, depth = shape
     hidden, weight, targets = contact.head(n, depth, dtype, vocab)
-    random = draw(contact, dtype)
+    random = draw(dtype, torch.Generator(contact.device).manual_seed(3))
     ids = (targets[:, None] + torch.arange(k, device=contact.device) * 17) % vocab
     up, up_rest = random(n, k, dtype=torch.float32), random(n, dtype=torch.float32)
 
@@ -136,10 +130,5 @@ def divergence(contact):
         def both(forward=forward, leaves=leaves):
             return torch.autograd.grad(forward().sum(), leaves)
 
-        first, row = both(), {"what": BETAS[beta], "D": depth, "N": n, "frozen": frozen, "bare_ms": product}
-        row |= {"forward_ms": contact.milliseconds(forward)[0], "both_ms": contact.milliseconds(both)[0]}
-        row["passes"] = round(row["both_ms"] / product, 3)
-        row["deterministic"] = all(torch.equal(a, b) for a, b in zip(first, both()))
-        if contact.cuda:
-            row |= cuda_checks(both, h, w, frozen, first)
-        yield row
+        row = {"what": BETAS[beta], "D": depth, "N": n, "frozen": frozen, "bare_ms": product}
+        yield row | measure(contact, forward, both, h, w, frozen, product)

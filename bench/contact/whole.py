@@ -61,13 +61,17 @@ def exact(contact):
         def both(forward=forward, leaves=leaves):
             return torch.autograd.grad(forward().sum(), leaves)
 
-        first, row = both(), {"D": depth, "N": n, "frozen": frozen, "bare_ms": product}
-        row |= {"forward_ms": contact.milliseconds(forward)[0], "both_ms": contact.milliseconds(both)[0]}
-        row["passes"] = round(row["both_ms"] / product, 3)
-        row["deterministic"] = all(torch.equal(a, b) for a, b in zip(first, both()))
-        if contact.cuda:
-            row |= cuda_checks(both, h, w, frozen, first)
-        yield row
+        row = {"D": depth, "N": n, "frozen": frozen, "bare_ms": product}
+        yield row | measure(contact, forward, both, h, w, frozen, product)
+
+
+def measure(contact, forward, both, h, w, frozen, product):
+    """Times beside the bare product's milliseconds, whether results repeat, and what only a GPU can show."""
+    first = both()
+    row = {"forward_ms": contact.milliseconds(forward)[0], "both_ms": contact.milliseconds(both)[0]}
+    row["passes"] = round(row["both_ms"] / product, 3)
+    row["deterministic"] = all(torch.equal(a, b) for a, b in zip(first, both()))
+    return row | (cuda_checks(both, h, w, frozen, first) if contact.cuda else {})
 
 
 def cuda_checks(both, h, w, frozen, first):

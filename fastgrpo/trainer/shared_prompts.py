@@ -11,6 +11,7 @@ those in common too: each copy has its own advantage, mask and old log-probs.
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import contextmanager
+from functools import cached_property
 from itertools import accumulate, count, pairwise
 from typing import Any, Literal, NamedTuple
 
@@ -58,14 +59,27 @@ class Lengths(NamedTuple):
     max_seqlen_k: int
 
 
-class Layout(NamedTuple):
-    """How the tokens of a row attend to each other."""
+class Layout:
+    """How the tokens of a row attend to each other: as SDPA's calls or as flash-attn's one, whichever is asked for.
 
-    blocks: list[Block]
-    lengths: Lengths
-    place: torch.Tensor  # (T,) int64, where in the blocks' outputs that of each token is
-    predicts: torch.Tensor  # (N,) int64, the tokens whose states predict the first answer's tokens, the second's ...
-    longest: int  # tokens of a prompt with its answer
+    Attributes:
+        tokens: of the row. longest: tokens of a prompt with its answer.
+        predicts: (N,) int64, the tokens whose states predict the first answer's tokens, the second's ...
+    """
+
+    def __init__(self, segments, tokens, predicts, longest, device):
+        self.segments, self.tokens, self.longest, self.device = segments, tokens, longest, device
+        self.predicts = predicts.to(device)
+
+    @cached_property
+    def calls(self) -> tuple[list[Block], torch.Tensor]:
+        """The blocks, and (T,) int64 where in their outputs that of each token is."""
+        blocks, place = attention_calls(self.segments, self.tokens)
+        return [move(block, self.device) for block in blocks], place.to(self.device)
+
+    @cached_property
+    def lengths(self) -> Lengths:
+        return move(lengths_of(self.segments), self.device)
 
 
 class Answer(NamedTuple):
@@ -172,18 +186,11 @@ def lay_out(episodes, device):
         else:
             todo += [(*branch, depth, before) for branch in pairwise(bounds)]
     predicts = [path[len(e.prompt_ids) - 1 :][: len(e.completion_ids)] for path, e in zip(paths, episodes)]
-    blocks, place = attention_calls(segments, len(tokens))
     longest = max(len(e.prompt_ids) + len(e.completion_ids) for e in episodes)
     return {
         "input_ids": torch.tensor([tokens], device=device),
         "position_ids": torch.tensor([positions], device=device),
-        "shared_prompts": Layout(
-            [move(block, device) for block in blocks],
-            move(lengths_of(segments), device),
-            place.to(device),
-            torch.cat(predicts).to(device),
-            longest,
-        ),
+        "shared_prompts": Layout(segments, len(tokens), torch.cat(predicts), longest, device),
     }
 
 
@@ -250,12 +257,13 @@ def attend(
 ):
     """-> (1, T, H, d): the function that transformers calls in each layer."""
     check_call(module, query, key, attention_mask, shared_prompts, is_causal, sliding_window, options)
+    blocks, place = shared_prompts.calls
     outputs = []
-    for block in shared_prompts.blocks:
+    for block in blocks:
         q, k, v = (gather(x, i) for x, i in ((query, block.queries), (key, block.keys), (value, block.keys)))
         out, _ = sdpa_attention_forward(module, q, k, v, block.mask, is_causal=block.mask is None, **options)
         outputs.append(out.flatten(0, 1))
-    return torch.cat(outputs).index_select(0, shared_prompts.place)[None], None
+    return torch.cat(outputs).index_select(0, place)[None], None
 
 
 def attend_varlen(
@@ -292,7 +300,7 @@ def check_call(module, query, key, attention_mask, layout, is_causal, sliding_wi
     kind = type(module).__name__
     if layout is None:
         raise CannotShare(f"{kind} is not given the keywords of its model's call")
-    if attention_mask is not None or query.shape[:1] + key.shape[2:3] != (1, len(layout.place)):
+    if attention_mask is not None or query.shape[:1] + key.shape[2:3] != (1, layout.tokens):
         raise CannotShare(f"{kind} has a mask or keys of its own")
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         raise CannotShare(f"{kind} is not causal")

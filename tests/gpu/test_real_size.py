@@ -3,6 +3,8 @@
 ``python -m pytest tests/gpu`` runs them; they are skipped where there is no GPU.
 """
 
+import contextlib
+
 import pytest
 import torch
 
@@ -17,6 +19,16 @@ MIB = 2**20
 @pytest.fixture(autouse=True)
 def poisoned_memory():
     """Real memory: a NaN fill of every buffer would be most of the time."""
+
+
+@contextlib.contextmanager
+def no_waiting():
+    """The host must not wait for the device."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def problem(n=N, vocab=V, depth=D, dtype=torch.bfloat16, seed=0):
@@ -115,11 +127,8 @@ def test_the_host_never_waits_and_a_graph_captures(backward):
         return loss.detach(), torch.autograd.grad(loss, (arguments["hidden"], arguments["weight"]))
 
     eager = step()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = step()
@@ -158,11 +167,8 @@ def test_lora(dtype, adapter):
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         logp, (d_h, d_a, d_b) = step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     peak = torch.cuda.max_memory_allocated() - before - 2 * h.numel() - b.numel() * b.element_size()
     assert peak <= 128 * MIB + 64 * 4096 + 16 * 6 * V + 16 * 4 * V + 48 * MIB, peak / MIB
     rows = torch.arange(0, 4096, 512, device="cuda")
@@ -189,11 +195,8 @@ def test_sampling_support():
         return out, torch.autograd.grad(out.logprobs.sum() + out.entropy.sum(), (h, w))
 
     _, first = step()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         out, grads = step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert all(torch.equal(x, y) for x, y in zip(first, grads))
     rows = torch.arange(0, N, 97, device="cuda")
     z = (weight[ids[rows]].double() * hidden[rows, None].double()).sum(2).log_softmax(1)
@@ -220,11 +223,8 @@ def test_divergence(beta, frozen, backward):
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         value, grads = step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     peak = torch.cuda.max_memory_allocated() - before - sum(2 * x.numel() for x in leaves)
     bound = 128 * MIB + 4 * n * D + 128 * n + n * V / 512 + 40 * V + 16 * MIB
     print(f"beyond inputs and gradients: {peak / MIB:.0f} MiB, bound {bound / MIB:.0f} MiB")
@@ -255,11 +255,8 @@ def test_top_k_targets():
         return out, torch.autograd.grad(out.logprobs.sum() + out.rest.sum(), (h, w))
 
     _, first = step()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         out, grads = step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert all(torch.equal(x, y) for x, y in zip(first, grads))
     rows = torch.arange(0, 4096, 128, device="cuda")
     some = hidden.detach()[rows].double().requires_grad_()
