@@ -29,19 +29,17 @@ from fastgrpo.kernels.common import (
     LOG2E,
     cap,
     cap_slope,
-    chunk_panels,
     count_taken,
-    group_blocks,
+    dlogits_tile,
     has_label,
     hide_taken,
     inverse_temperatures,
     load_stats,
     load_taken,
-    panel_pointers,
     raw_logits,
     rounded_product,
     selected_rows,
-    without_dust,
+    store_dlogits,
 )
 from fastgrpo.kernels.grids import slots
 from fastgrpo.kernels.panels import Cut, Panels
@@ -97,22 +95,14 @@ def dlogits_kernel(
     BLOCK_D: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    first, last, height = chunk_panels(cuts_ptr, stops_ptr, chunk, first_row, last_row, PANEL)
-    across = (last - first) * (PANEL // BLOCK_V)
-    block, tile = group_blocks(tl.program_id(0), tl.maximum(across, 1), GROUP)
-    if block * BLOCK_N >= height:
+    block, tile, height, start, stop, first_v, first_w = dlogits_tile(
+        cuts_ptr, stops_ptr, ids_ptr, chunk, first_row, last_row, copied_rows, PANEL, BLOCK_N, BLOCK_V, GROUP
+    )
+    if stop == 0:
         return
-    local_v = tile * BLOCK_V
-    panel = local_v // PANEL
-    stop = tl.minimum(tl.load(stops_ptr + first + panel), last_row)
-    if first_row + block * BLOCK_N // PANEL * PANEL >= stop:  # the GEMMs read PANELs of rows
-        return
-    start = first_row + block * BLOCK_N
-    first_v = first * PANEL + local_v
     offs_n = start + tl.arange(0, BLOCK_N)
     mask_n = offs_n < stop
     rows, label = selected_rows(selection, offs_n, mask_n, head.V)
-    first_w = first_v if ids_ptr is None else copied_rows - (last - first) * PANEL + local_v
     value = raw_logits(
         x_ptr, x_desc, w_desc, head, bias_ptr, low_rank, ids_ptr, rows, start - first_held, stop - 1 - first_held,
         first_v, first_w, WHOLE_D, COMPUTE, BLOCK_N, BLOCK_V, BLOCK_D,
@@ -142,11 +132,7 @@ def dlogits_kernel(
         count = count_taken(taken, rows, mask_n, first_v)
         upcoming = load_taken(taken, rows, mask_n, count)
         dz, count, upcoming = hide_taken(dz, 0.0, taken, rows, mask_n, count, upcoming, first_v, BLOCK_V)
-    dz = without_dust(dz)
-    if sums_ptr is not None:
-        tl.store(sums_ptr + tile * height + block * BLOCK_N + tl.arange(0, BLOCK_N), tl.sum(dz, axis=1))
-    out = panel_pointers(dlogits_ptr, height, block * BLOCK_N, local_v, PANEL, BLOCK_N, BLOCK_V)
-    tl.store(out, dz.to(dlogits_ptr.dtype.element_ty))
+    store_dlogits(dz, dlogits_ptr, sums_ptr, block, tile, height, PANEL, BLOCK_N, BLOCK_V)
 
 
 SLABS_SHARE = 0.2  # of the workspace at most

@@ -310,3 +310,39 @@ def without_dust(x):
     fp16's denormals (2^-24 to 2^-14) stay: they carry information, and tensor cores take them at full speed.
     """
     return tl.where(tl.abs(x) < NEGLIGIBLE, 0.0, x)
+
+
+@triton.jit
+def dlogits_tile(
+    cuts_ptr, stops_ptr, ids_ptr, chunk, first_row, last_row, copied_rows,
+    PANEL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """This program's tile of a chunk's dlogits.
+
+    -> its block of rows, its tile of columns, rows that each panel holds; its first row, the row after its panel's last
+    (0 where there is nothing to do); its first entry, and where a descriptor reads it.
+    """
+    first, last, height = chunk_panels(cuts_ptr, stops_ptr, chunk, first_row, last_row, PANEL)
+    across = (last - first) * (PANEL // BLOCK_V)
+    block, tile = group_blocks(tl.program_id(0), tl.maximum(across, 1), GROUP)
+    local_v = tile * BLOCK_V
+    start = first_row + block * BLOCK_N
+    stop = tl.load(stops_ptr + first + local_v // PANEL, mask=block * BLOCK_N < height, other=0)
+    stop = tl.minimum(stop, last_row)
+    stop = tl.where(first_row + block * BLOCK_N // PANEL * PANEL < stop, stop, 0)  # the GEMMs read PANELs of rows
+    first_v = first * PANEL + local_v
+    first_w = first_v if ids_ptr is None else copied_rows - (last - first) * PANEL + local_v
+    return block, tile, height, start, stop, first_v, first_w
+
+
+@triton.jit
+def store_dlogits(
+    dz, dlogits_ptr, sums_ptr, block, tile, height,
+    PANEL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """A tile of a chunk's dlogits and the sums of its rows, where these are wanted."""
+    dz = without_dust(dz)
+    if sums_ptr is not None:
+        tl.store(sums_ptr + tile * height + block * BLOCK_N + tl.arange(0, BLOCK_N), tl.sum(dz, axis=1))
+    out = panel_pointers(dlogits_ptr, height, block * BLOCK_N, tile * BLOCK_V, PANEL, BLOCK_N, BLOCK_V)
+    tl.store(out, dz.to(dlogits_ptr.dtype.element_ty))

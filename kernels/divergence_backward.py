@@ -14,13 +14,11 @@ from fastgrpo.kernels.common import (
     LOG2E,
     cap,
     cap_slope,
-    chunk_panels,
-    group_blocks,
+    dlogits_tile,
     inverse_temperatures,
-    panel_pointers,
     raw_logits,
     selected_rows,
-    without_dust,
+    store_dlogits,
 )
 from fastgrpo.kernels.pair import difference, load_pair, mixed, teacher_arguments, teacher_raw
 from fastgrpo.kernels.pair_math import mixture_logs
@@ -65,25 +63,17 @@ def dlogits_pair_kernel(
     BLOCK_D: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    first, last, height = chunk_panels(cuts_ptr, stops_ptr, chunk, first_row, last_row, PANEL)
-    across = (last - first) * (PANEL // BLOCK_V)
-    block, tile = group_blocks(tl.program_id(0), tl.maximum(across, 1), GROUP)
-    if block * BLOCK_N >= height:
+    block, tile, height, start, stop, first_v, first_w = dlogits_tile(
+        cuts_ptr, stops_ptr, ids_ptr, chunk, first_row, last_row, copied_rows, PANEL, BLOCK_N, BLOCK_V, GROUP
+    )
+    if stop == 0:
         return
-    local_v = tile * BLOCK_V
-    panel = local_v // PANEL
-    stop = tl.minimum(tl.load(stops_ptr + first + panel), last_row)
-    if first_row + block * BLOCK_N // PANEL * PANEL >= stop:  # the GEMMs read PANELs of rows
-        return
-    start = first_row + block * BLOCK_N
-    first_v = first * PANEL + local_v
     offs_n = start + tl.arange(0, BLOCK_N)
     mask_n = offs_n < stop
     rows, _ = selected_rows(selection, offs_n, mask_n, head.V)
     taught = teacher_raw(
         teacher, teacher_bias_ptr, ids_ptr, rows, first_v, T, TEACHER_COMPUTE, BLOCK_N, BLOCK_V, BLOCK_D
     )
-    first_w = first_v if ids_ptr is None else copied_rows - (last - first) * PANEL + local_v
     raw = raw_logits(
         x_ptr, x_desc, w_desc, head, bias_ptr, low_rank, ids_ptr, rows, start - first_held, stop - 1 - first_held,
         first_v, first_w, WHOLE_D, COMPUTE, BLOCK_N, BLOCK_V, BLOCK_D,
@@ -105,11 +95,7 @@ def dlogits_pair_kernel(
     dz *= grad[:, None] * cap_slope(raw, logits)
     offs_v = tl.arange(0, BLOCK_V)
     dz = tl.where((first_v + offs_v < head.V)[None, :] & mask_n[:, None], dz, 0.0)  # the GEMMs read whole tiles
-    dz = without_dust(dz)
-    if sums_ptr is not None:
-        tl.store(sums_ptr + tile * height + block * BLOCK_N + tl.arange(0, BLOCK_N), tl.sum(dz, axis=1))
-    out = panel_pointers(dlogits_ptr, height, block * BLOCK_N, local_v, PANEL, BLOCK_N, BLOCK_V)
-    tl.store(out, dz.to(dlogits_ptr.dtype.element_ty))
+    store_dlogits(dz, dlogits_ptr, sums_ptr, block, tile, height, PANEL, BLOCK_N, BLOCK_V)
 
 
 def backward(problem, stats, grad, needs):
