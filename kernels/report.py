@@ -191,7 +191,8 @@ def recorded_launches(architecture, depths=DEPTHS):
             del launches[:]
             forward.forward(problem)
             forward.partial_forward(problem)
-            params = dataclasses.replace(problem.params, tolerance=0.03, row_tolerance=0.1)
+            rows_audited = "row chunks" not in label  # a workspace so small leaves the audit to torch, slowly
+            params = dataclasses.replace(problem.params, tolerance=0.03, row_tolerance=0.1 if rows_audited else 1.0)
             certified = dataclasses.replace(problem, params=params)
             forward.certified_forward(certified, None)
             row = torch.empty(problem.targets.shape, device="meta")

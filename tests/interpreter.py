@@ -64,15 +64,16 @@ def create_fma(self, x, y, z):
 
 
 def generic_reduce(self, input):
-    """A slice at a time."""
-    data = [np.moveaxis(x.handle.data, self.axis, 0) for x in input]
-    done = tuple(self.to_tensor(d[0], x.dtype) for d, x in zip(data, input))
-    for k in range(1, len(data[0])):
-        done = self.combine_fn.fn(*done, *(self.to_tensor(d[k], x.dtype) for d, x in zip(data, input)))
+    """The two halves of the axis, which is a power of two long, at once, until one slice is left."""
+    done = tuple(self.to_tensor(np.moveaxis(x.handle.data, self.axis, 0), x.dtype) for x in input)
+    while (half := done[0].handle.data.shape[0] // 2) > 0:
+        parts = (x.handle.data[part] for part in (slice(half), slice(half, None)) for x in done)
+        done = self.combine_fn.fn(*map(self.to_tensor, parts, [x.dtype for x in done] * 2))
         done = done if isinstance(done, tuple) else (done,)
+    slices = [x.handle.data[0] for x in done]
     if self.keep_dims:
-        return [self.to_tensor(np.expand_dims(x.handle.data, self.axis), x.dtype) for x in done]
-    return list(done)
+        slices = [np.expand_dims(x, self.axis) for x in slices]
+    return list(map(self.to_tensor, slices, [x.dtype for x in done]))
 
 
 def patch():
