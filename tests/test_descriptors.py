@@ -1,17 +1,14 @@
 """Tiles that come by tensor descriptors (TMA), and what the device reads back of its flags: in the interpreter."""
 
-import dataclasses
-
 import pytest
 import torch
 
 from bench import profiles
 from fastgrpo import linear_logprobs, reference
-from fastgrpo.backends.certified import Certificate
 
 pytest.importorskip("triton")
 
-from fastgrpo.kernels import arguments, flags, report, tiles
+from fastgrpo.kernels import arguments, report, tiles
 
 from watchers import Watched
 
@@ -86,29 +83,6 @@ def test_what_descriptors_cannot_read(described, device):
     assert arguments.describable(x.device, torch.bfloat16, x)
     for other in (x.t(), x[:, 1:], x[:, ::2], x.float()):
         assert not arguments.describable(x.device, torch.bfloat16, x, other)
-
-
-@pytest.mark.quick
-@pytest.mark.parametrize("tile", [64, 128, 256])
-def test_the_last_block_that_keeps_an_entry(device, tile):
-    g = torch.Generator().manual_seed(tile)
-    blocks, vocab = 5, 700
-    width = -(-vocab // 256) * 8
-    words = torch.randint(-(2**31), 2**31, (blocks, width), generator=g) & torch.randint(
-        -(2**31), 2**31, (blocks, width), generator=g
-    )
-    words[:, 3] = 0
-    rows = torch.arange(blocks * 4, device=device)
-    plain = Certificate(rows, words.int().to(device), torch.zeros(blocks * 4, device=device), 4, tile)
-    by_kernel = flags.PackedCertificate(*(getattr(plain, f.name) for f in dataclasses.fields(plain)))
-    alive = torch.tensor([[1, 0, 1, 1, 0], [0, 1, 0, 0, 0]], dtype=torch.bool, device=device)
-    want, got = (c.last_keeping(alive)[:, :vocab] for c in (plain, by_kernel))
-    assert torch.equal(got, want)
-    kept = plain.keeps(torch.arange(vocab, device=device)) & alive[0, :, None]
-    numbers = torch.arange(1, blocks + 1, device=device)[:, None]
-    assert torch.equal(want[0], (kept * numbers).amax(0).int())
-    assert want.amax() == 4
-    assert (want == 0).any()
 
 
 @pytest.mark.quick

@@ -11,11 +11,11 @@ pytest.importorskip("triton")
 from test_staircase import BIAS_ALONE, FROZEN, ROW_TOLERANCE, TRAINED, VOCAB, certify, drawn, pack, problem_of
 
 from fastgrpo.backends import row_audit, staircase
+from fastgrpo.backends.certified import Certificate
 from fastgrpo.backends.certified_backward import within_tolerance
 from fastgrpo.backends.problem import Gradients, row_scale
 from fastgrpo.inputs import IGNORE
 from fastgrpo.kernels import audit, certified, forward, plan, products, tiles
-from fastgrpo.kernels.flags import PackedCertificate
 from fastgrpo.kernels.panels import Panels
 
 N, BLOCK_TILE = 260, 64
@@ -33,7 +33,7 @@ def case_of(device, **options):
         options["up"] = 0.05 * torch.randn(VOCAB, 4, generator=g)
     problem = problem_of(p, **options)
     stats, made = certify(problem, None)
-    packed = PackedCertificate(made.order, pack(made.flags, BLOCK_TILE), made.dropped, made.block, BLOCK_TILE)
+    packed = Certificate(made.order, pack(made.flags, BLOCK_TILE), made.dropped, made.block, BLOCK_TILE)
 
     def put(x):
         return replace(x, **{k: v.to(device) for k, v in vars(x).items() if isinstance(v, torch.Tensor)})
