@@ -1,15 +1,14 @@
 """linear_divergence: how far two models' distributions are apart, from hidden states and heads, without logits."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from fastgrpo import head_op, inputs, strategies
 from fastgrpo.backends import frozen
-from fastgrpo.backends.pair import PairProblem, PairStats
-from fastgrpo.backends.problem import HeadParams, HeadProblem
+from fastgrpo.backends.pair import PairParams, PairProblem, PairStats
+from fastgrpo.backends.problem import HeadProblem
 from fastgrpo.config import settings_go_in_config
 from fastgrpo.head import HeadOptions, compute_dtype
 from fastgrpo.inputs import IGNORE, Backend, Backward
@@ -134,23 +133,15 @@ class TeacherHead:
             inputs.check_scalar(f"{prefix}_softcap", self.softcap)
         inputs.check_scalar(f"{prefix}_logit_scale", self.logit_scale, positive=False)
 
-    def params(self, of_student):
-        """:class:`HeadParams` beside the student's."""
-        return replace(
-            of_student,
-            softcap=None if self.softcap is None else float(self.softcap),
-            logit_scale=float(self.logit_scale),
-            compute_dtype=compute_dtype(self.hidden, self.weight),
-            tolerance=None,
+    def beside(self, params, beta):
+        """:class:`PairParams` of the student's."""
+        return PairParams(
+            **{f.name: getattr(params, f.name) for f in fields(params)},
+            teacher_softcap=None if self.softcap is None else float(self.softcap),
+            teacher_logit_scale=float(self.logit_scale),
+            teacher_compute_dtype=compute_dtype(self.hidden, self.weight),
+            beta=float(beta),
         )
-
-
-@dataclass(frozen=True)
-class Pairing:
-    """What a divergence is of, beside tensors and the student's parameters."""
-
-    teacher: HeadParams
-    beta: float
 
 
 class PairTensors(NamedTuple):
@@ -166,7 +157,9 @@ class PairTensors(NamedTuple):
     teacher_hidden: torch.Tensor  # (B, T, D_t)
     teacher_weight: torch.Tensor  # (V, D_t)
     teacher_bias: torch.Tensor | None  # (V,)
-    pairing: Pairing
+
+    PARAMS = PairParams
+    STATS = PairStats
 
     def problem(self, params, low=None):
         teacher = HeadProblem(
@@ -175,7 +168,7 @@ class PairTensors(NamedTuple):
             self.teacher_bias,
             self.targets,
             self.temperatures,
-            self.pairing.teacher,
+            params.teacher,
         )
         return PairProblem(
             self.hidden,
@@ -187,7 +180,7 @@ class PairTensors(NamedTuple):
             low,
             self.lora_b,
             teacher=teacher,
-            beta=self.pairing.beta,
+            beta=params.beta,
         )
 
 
@@ -202,13 +195,13 @@ def head_divergence(hidden, weight, mask, teacher, beta, options):
         scaling=lora.scaling,
         lora_dtype=None if lora.A is None else compute_dtype(hidden, weight, lora.A, lora.B),
     )
-    tensors = pair_tensors(hidden, weight, targets, teacher, beta, options, params, lora)
+    params = teacher.beside(params, beta)
+    tensors = pair_tensors(hidden, weight, targets, teacher, options, lora)
     trained = any(x is not None and x.requires_grad for x in (weight, options.bias, lora.B))
     strategy = strategies.choose_pair(params, tolerance_of(params, options.backward, trained) is not None)
-    eager_torch = params.backend == "torch" and not torch.compiler.is_compiling()
-    if eager_torch and frozen.applies(hidden, (weight, options.bias, lora.A, lora.B), params):
+    if params.backend == "torch" and frozen.applies(hidden, (weight, options.bias, lora.A, lora.B), params):
         strategy = strategies.DivergingFrozen
-    divergence, entropy = LinearDivergence.apply(*tensors, params, strategy)
+    divergence, entropy = diverge(tensors, NOTHING_GIVEN, params, strategy)
     return Divergence(divergence.view(targets.shape), None if entropy is None else entropy.view(targets.shape))
 
 
@@ -234,7 +227,7 @@ def check(hidden, weight, mask, teacher, beta, options):
     return targets
 
 
-def pair_tensors(hidden, weight, targets, teacher, beta, options, params, lora=NO_LORA):
+def pair_tensors(hidden, weight, targets, teacher, options, lora=NO_LORA):
     """:class:`PairTensors` of checked arguments."""
     return PairTensors(
         hidden if hidden.ndim == 3 else hidden[None],
@@ -247,37 +240,8 @@ def pair_tensors(hidden, weight, targets, teacher, beta, options, params, lora=N
         (teacher.hidden if hidden.ndim == 3 else teacher.hidden[None]).detach(),
         teacher.weight.detach(),
         None if teacher.bias is None else teacher.bias.detach().contiguous(),
-        Pairing(teacher.params(params), float(beta)),
     )
 
 
 NOTHING_GIVEN = strategies.Given(None, None, ())
-
-
-class LinearDivergence(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, *arguments):
-        *tensors, params, strategy = arguments
-        tensors = PairTensors(*tensors)
-        ctx.set_materialize_grads(False)
-        ctx.params, ctx.strategy, ctx.pairing = params, strategy, tensors.pairing
-        stats, kept = head_op.run_forward(tensors, NOTHING_GIVEN, params, strategy)
-        ctx.save_for_backward(stats, *tensors[:-1], *kept)
-        rows = PairStats(*stats)
-        entropy = rows.entropy.clone() if params.entropy else None
-        if entropy is not None:
-            ctx.mark_non_differentiable(entropy)
-        return rows.divergence.clone(), entropy
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad, _):
-        grads = (None,) * head_op.DIFFERENTIABLE
-        if grad is not None:
-            stats, *rest = ctx.saved_tensors
-            first = len(PairTensors._fields) - 1
-            tensors = PairTensors(*rest[:first], pairing=ctx.pairing)
-            needs = ctx.needs_input_grad[: head_op.DIFFERENTIABLE]
-            kept = rest[first:]
-            grads = head_op.run_backward(tensors, (), ctx.params, ctx.strategy, stats, kept, grad, None, needs)
-        return *grads, *[None] * (len(PairTensors._fields) + 2 - head_op.DIFFERENTIABLE)
+diverge = head_op.GraphOps("linear_divergence", PairTensors)

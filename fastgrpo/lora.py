@@ -27,7 +27,7 @@ def unpack_lora(lora):
     """-> A, B, scaling; None: no adapter."""
     if lora is None:
         return LoRA(None, None, 1.0)
-    if not isinstance(lora, tuple | list) or len(lora) != 3:
+    if not isinstance(lora, (tuple, list)) or len(lora) != 3:
         raise ValueError(f"lora must be a tuple (A, B, scaling), got {inputs.kind(lora)}")
     return LoRA(*lora)
 

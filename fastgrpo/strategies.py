@@ -5,7 +5,7 @@ A strategy has ``forward(problem, backend, given)``, which returns the (5, N) st
 which returns the shapes and dtypes of these, at the most rows that they can have; and ``backward(problem, backend,
 entries, stats, kept, grad_logp, grad_entropy, needs)``, which returns :class:`fastgrpo.backends.problem.Gradients`.
 ``grad_entropy`` may be None. What the call returns is a log-prob a row, unless a strategy has ``logprobs(stats,
-kept)`` and its ``shape(rows, entries)``.
+kept)`` and its ``shape(rows, entries)``. ``entropy_grad``: whether the entropy that it returns has a gradient.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,6 @@ import torch
 
 from fastgrpo import support, topk
 from fastgrpo.backends import frozen
-from fastgrpo.backends.problem import RowStats
 from fastgrpo.inputs import accumulator_dtype
 
 
@@ -30,9 +29,11 @@ class Given(NamedTuple):
 class OneTarget:
     """Of every row."""
 
+    entropy_grad = True
+
     @staticmethod
     def logprobs(stats, kept):
-        return RowStats(*stats).logp
+        return stats[0]  # the log-prob, or the divergence
 
     @staticmethod
     def shape(rows, entries):
@@ -113,6 +114,8 @@ class Supported(OneTarget):
 class Diverging(Exact):
     """A divergence of two heads, every entry of every row with a gradient made again."""
 
+    entropy_grad = False
+
     @staticmethod
     def forward(problem, backend, given):
         return backend.divergence_forward(problem), ()
@@ -120,6 +123,8 @@ class Diverging(Exact):
 
 class DivergingCertified(Certified):
     """A divergence, of whose gradient the entries that matter are made."""
+
+    entropy_grad = False
 
     @staticmethod
     def forward(problem, backend, given):
@@ -130,13 +135,22 @@ class DivergingCertified(Certified):
 class DivergingFrozen(Frozen):
     """A divergence whose gradient of hidden is made in the forward."""
 
+    entropy_grad = False
+
     @staticmethod
     def forward(problem, backend, given):
         return backend.frozen_divergence_forward(problem)
 
+    @staticmethod
+    def kept_like(problem, backend, entries):
+        order, values, _ = backend.slopes_like(problem)
+        return order, values, ((problem.targets.numel(),), values[1])  # rows that are given up are told by it
+
 
 class TopK:
     """Several targets a row, see :mod:`fastgrpo.topk`; their ids are the one tensor of the entries."""
+
+    entropy_grad = True
 
     @staticmethod
     def forward(problem, backend, given):
@@ -161,9 +175,12 @@ class TopK:
         return topk.backward(problem, entries[0], backend, of_rest, stats, kept, grad_logp, grad_entropy, needs)
 
 
+ALL = (Exact, Certified, Frozen, Supported, TopK, Diverging, DivergingCertified, DivergingFrozen)
+
+
 def find(name):
     """The strategy of that name."""
-    return {s.__name__: s for s in (Exact, Certified, Frozen, Supported, TopK)}[name]
+    return {s.__name__: s for s in ALL}[name]
 
 
 def choose(hidden, head, params, entropy_grad):

@@ -27,7 +27,7 @@ class Support(NamedTuple):
 
 def check_support(support, targets, vocab):
     """-> :class:`Support`; raises before anything runs where values can be seen without a sync."""
-    if not isinstance(support, tuple | list) or len(support) != 2:
+    if not isinstance(support, (tuple, list)) or len(support) != 2:
         raise ValueError(f"support must be a tuple (token_ids, offsets), got {inputs.kind(support)}")
     given, offsets = support
     inputs.check_tensor("support token_ids", given, targets.device, floating=False)

@@ -95,7 +95,8 @@ def add_divergence(terms, config, batch, divergence):
     """:class:`Terms` with beta times the whole distributions' KL of each token (N,), differentiable, in the loss."""
     weights = token_weights(config, batch.mask, batch.segments, batch.num_items)
     total = torch.where(weights != 0, weights * divergence, 0.0).sum()
-    return terms._replace(loss=terms.loss + config.beta * total, kl=divergence.detach())
+    loss, d_logprobs, d_entropy, _, *others = terms  # no _replace: torch 2.8 cannot trace it
+    return Terms(loss + config.beta * total, d_logprobs, d_entropy, divergence.detach(), *others)
 
 
 def metrics(config, batch, entropy, terms):
@@ -233,4 +234,5 @@ def objective_in_graph(config, batch, logprobs, entropy, backend):
             *ops.values(config),
         )
     )
-    return terms if config.entropy_coef != 0.0 else terms._replace(d_entropy=None)
+    loss, d_logprobs, d_entropy, *others = terms
+    return Terms(loss, d_logprobs, d_entropy if config.entropy_coef != 0.0 else None, *others)

@@ -84,12 +84,12 @@ class VocabParallelDivergence(torch.autograd.Function):
         *tensors, params, share = arguments
         tensors = PairTensors(*tensors)
         ctx.set_materialize_grads(False)
-        ctx.params, ctx.share, ctx.pairing = params, share, tensors.pairing
+        ctx.params, ctx.share = params, share
         problem, backend = tensors.problem(params), backends.load(params.backend)
         with torch.autocast(tensors.hidden.device.type, enabled=False):
             stats, certificate = forward(problem, backend, share.group)
             stats = torch.where(tensors.targets == IGNORE, 0.0, stats)
-        ctx.save_for_backward(stats, *tensors[:-1], *certificate)
+        ctx.save_for_backward(stats, *tensors, *certificate)
         entropy = PairStats(*stats).entropy.clone() if params.entropy else None
         if entropy is not None:
             ctx.mark_non_differentiable(entropy)
@@ -102,8 +102,8 @@ class VocabParallelDivergence(torch.autograd.Function):
         if grad is None:
             return tuple(nothing)
         stats, *rest = ctx.saved_tensors
-        count = len(PairTensors._fields) - 1
-        problem = PairTensors(*rest[:count], pairing=ctx.pairing).problem(ctx.params)
+        count = len(PairTensors._fields)
+        problem = PairTensors(*rest[:count]).problem(ctx.params)
         with torch.autocast(stats.device.type, enabled=False):
             needs, backend = Gradients(*ctx.needs_input_grad[:3]), backends.load(ctx.params.backend)
             strategy = strategies.choose_pair(ctx.params, True)
@@ -183,8 +183,8 @@ def vocab_parallel_divergence(
     tolerance = divergence.tolerance_of(params, backward, trained) if params.backend == "torch" else None
     if tolerance is not None:
         tolerance /= dist.get_world_size(group) ** 0.5
-    params = replace(params, tolerance=tolerance)
-    tensors = divergence.pair_tensors(hidden, weight, targets, teacher, beta, options, params)
+    params = teacher.beside(replace(params, tolerance=tolerance), beta)
+    tensors = divergence.pair_tensors(hidden, weight, targets, teacher, options)
     share = vocab_parallel.Share(group, bool(reduce_hidden_grad))
     value, entropy = VocabParallelDivergence.apply(*tensors, params, share)
     return Divergence(value.view(targets.shape), None if entropy is None else entropy.view(targets.shape))

@@ -200,6 +200,7 @@ def test_loss_suite_end_to_end(tmp_path, monkeypatch, capsys):
 
 def test_divergence_suite(options, tmp_path):
     """Rows of what computes one, of no other; memory as a fresh process takes it; a picture and README's table."""
+    pytest.importorskip("trl")
     options.entries = ["Liger fused JSD", *QUICK, "TRL op"]
     options.cases = [
         {"N": 256, "V": 4096, "D": 128, "head": "frozen", "objective": "JSD", "memory": False},

@@ -69,9 +69,12 @@ def test_every_class():
     """Log-probs and entropy against the logits' own, on a tiny random model of each class."""
     outcomes = {c.__name__: causal_lms.outcome(c, kind) for c, kind in causal_lms.classes().items()}
     odd = {name: why for name, why in outcomes.items() if why[0] != "equal"}
-    assert {n for n, (what, _) in odd.items() if what == "refused"} == REFUSED
-    assert {n: why for n, why in odd.items() if n not in REFUSED | NOT_BUILT} == {}
-    assert len(outcomes) == 181 or transformers.__version__ != PINNED
+    refused, not_built = ({n for n, (what, _) in odd.items() if what == why} for why in ("refused", "not built"))
+    assert {n: why for n, why in odd.items() if n not in refused | not_built} == {}
+    if transformers.__version__ == PINNED:
+        assert (len(outcomes), refused, not_built) == (181, REFUSED, NOT_BUILT)
+    else:
+        assert refused >= REFUSED & outcomes.keys()
 
 
 class Changed(Qwen2ForCausalLM):

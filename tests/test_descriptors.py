@@ -42,7 +42,7 @@ CASES = {
 def test_gradients(described, device, case, backward):
     """V is no multiple of a panel, D none of a step: what lies beyond is garbage, or zeros that must not count."""
     options = dict(CASES[case])
-    n, vocab, depth = options.pop("n", 150), 1000, 72
+    n, vocab, depth = options.pop("n", 150), 1000, 80
     frozen, with_bias = options.pop("frozen", False), options.pop("bias", False)
     p = profiles.problem(n, vocab, depth, "rl", dtype=torch.bfloat16)
     p["targets"][5::7] = -100

@@ -374,7 +374,7 @@ def test_frozen_head_certificate_bounds_dlogits(device, beta):
     hidden, teacher = z.clone().requires_grad_(), TeacherHead(others, eye)
     targets = check(hidden, eye, None, teacher, beta, options)
     params = options.params(hidden, eye, (hidden,), shard=True)  # nothing put back as if spread evenly
-    problem = pair_tensors(hidden.detach(), eye, targets, teacher, beta, options, params).problem(params)
+    problem = pair_tensors(hidden.detach(), eye, targets, teacher, options).problem(teacher.beside(params, beta))
     stats, slopes = torch_backend.frozen_divergence_forward(problem)
     tensors = {"hidden": z, "weight": eye, "teacher_hidden": others, "teacher_weight": eye, "mask": None}
     truth = freeze(tensors, reference.linear_divergence, upstream=torch.ones(n).double(), beta=beta)[2]

@@ -8,7 +8,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from fastgrpo import GRPOLossConfig, grpo_loss, head_op, linear_logprobs, terms
+from fastgrpo import GRPOLossConfig, divergence, grpo_loss, head_op, linear_divergence, linear_logprobs, terms
 from fastgrpo.integrations.transformers import fuse_lm_head
 
 VOCAB, DEPTH = 311, 32
@@ -72,8 +72,28 @@ def scores(frozen, hidden, weight, bias, targets, lora=None, support=None, **opt
     return loss + 0.3 * sum(x.sum() for x in found[1:]), *found
 
 
+DIVERGENCES = {
+    "reverse KL": {"backward": "exact", "lora": True, "return_entropy": True, "teacher_softcap": 20.0},
+    "forward KL, certified": {"beta": 0.0, "backward": "certified", "tolerance": 0.1},
+    "JSD, frozen": {"beta": 0.3, "frozen": True, "softcap": 20.0, "temperature": 0.7},
+    "reverse KL, frozen, certified": {"frozen": True, "backward": "certified", "tolerance": 0.1},
+}
+
+
+def diverge(frozen, hidden, weight, bias, targets, lora=None, **options):
+    """As :func:`scores`, of a divergence from a narrower teacher."""
+    if frozen:
+        weight, bias = weight.detach(), bias.detach()
+    teacher = 0.5 * hidden[:, : DEPTH // 2], 0.5 * weight[:, DEPTH // 2 :]
+    out = linear_divergence(hidden, weight, *teacher, targets != -100, bias=bias, lora=lora, **options)
+    loss = (out.divergence * torch.cos(torch.arange(len(targets)))).sum()
+    return loss, *(x for x in out if x is not None)
+
+
 def make_call(name, tokens, backend="torch", vocab=VOCAB):
     """-> a function of no argument, and the tensors that want a gradient."""
+    if name in DIVERGENCES:
+        return make_divergence(name, tokens, backend, vocab)
     options = dict(STRATEGIES[name], backend=backend)
     frozen, lora, support, topk = (options.pop(key, False) for key in ("frozen", "lora", "support", "topk"))
     hidden, weight, bias, targets = head(tokens, vocab)
@@ -88,15 +108,26 @@ def make_call(name, tokens, backend="torch", vocab=VOCAB):
     return functools.partial(scores, frozen, hidden, weight, bias, targets, **options), leaves
 
 
+def make_divergence(name, tokens, backend, vocab):
+    options = dict(DIVERGENCES[name], backend=backend)
+    frozen, lora = (options.pop(key, False) for key in ("frozen", "lora"))
+    hidden, weight, bias, targets = head(tokens, vocab)
+    leaves = [x.requires_grad_() for x in ((hidden,) if frozen else (hidden, weight, bias))]
+    if lora:
+        options["lora"] = adapter(vocab)
+        leaves += options["lora"][:2]
+    return functools.partial(diverge, frozen, hidden, weight, bias, targets, **options), leaves
+
+
 def results(call, leaves):
     loss, *others = call()
     return [loss.detach(), *(x.detach() for x in others), *torch.autograd.grad(loss, leaves)]
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("name", [*STRATEGIES, *DIVERGENCES])
 def test_a_strategy_in_one_graph(name):
     """Values and gradients are eager's to the bit, whatever the length."""
-    compiled, counter = in_one_graph(scores)
+    compiled, counter = in_one_graph(diverge if name in DIVERGENCES else scores)
     compilations = None
     for tokens in (140, 161, 300):  # more than a block of flags: a size of 1 would be a constant
         call, leaves = make_call(name, tokens)
@@ -125,6 +156,7 @@ def test_a_target_outside_the_vocabulary_is_refused_in_a_graph():
 
 # In a graph the loss types differ inside the op alone, which is eager's: these cover what is traced around it.
 OBJECTIVES = {
+    "full KL": ({"beta": 0.05, "kl_estimator": "full"}, {"reference": True}),
     "dapo, KL": ({"beta": 0.05, "importance_sampling_level": "sequence"}, {"num_items": 31.0}),
     "bnpo, entropy": ({"loss_type": "bnpo", "entropy_coef": 0.02, "top_entropy_quantile": 0.5}, {}),
     "sapo, skip": ({"loss_type": "sapo", "log_entropy": False}, {"return_logprobs": False}),
@@ -132,7 +164,7 @@ OBJECTIVES = {
 }
 
 
-def make_batch(sequences, length, packed=False, **options):
+def make_batch(sequences, length, packed=False, reference=False, **options):
     g = torch.Generator().manual_seed(2)
     hidden, weight, _, targets = head(sequences * length)
     old, ref, sampling = -8 * torch.rand(3, sequences * length, generator=g)
@@ -148,6 +180,9 @@ def make_batch(sequences, length, packed=False, **options):
         }
     shape = sequences, length
     tensors = {name: x.view(shape) for name, x in tensors.items()}
+    if reference:
+        del tensors["ref_logprobs"]
+        options |= {"ref_hidden": hidden.detach().flip(0).view(*shape, -1), "ref_weight": 0.5 * weight.detach()}
     weights = torch.rand(sequences, generator=g)
     return (hidden.view(*shape, -1), weight, targets.view(shape), advantages), {
         **tensors,
@@ -208,7 +243,8 @@ def calls(monkeypatch):
 
         return call
 
-    for module, name in ((head_op, "forward_op"), (head_op, "backward_op"), (terms, "objective_op")):
+    graph_ops = [(x, name) for x in (head_op.log_probs, divergence.diverge) for name in ("forward", "backward")]
+    for module, name in (*graph_ops, (terms, "objective_op")):
         monkeypatch.setattr(module, name, spied(getattr(module, name)))
     with mock.patch("torch.compiler.is_compiling", return_value=True):
         yield found
@@ -219,11 +255,12 @@ def leaf(x):
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("name", [*STRATEGIES, *DIVERGENCES])
 def test_opcheck(name, backend, calls):
     call, leaves = make_call(name, 9, backend, vocab=40)
     results(call, leaves)
-    assert [op._qualname for op, _ in calls] == ["fastgrpo::linear_logprobs", "fastgrpo::linear_logprobs_backward"]
+    own = "fastgrpo::linear_divergence" if name in DIVERGENCES else "fastgrpo::linear_logprobs"
+    assert [op._qualname for op, _ in calls] == [own, f"{own}_backward"]
     with mock.patch("torch.compiler.is_compiling", return_value=False):
         for op, arguments in calls[:2]:
             torch.library.opcheck(op, arguments)
@@ -281,6 +318,12 @@ def make_model(name):
     return fuse_lm_head(model)
 
 
+traceable = pytest.mark.skipif(
+    torch.__version__.startswith("2.8"), reason="torch 2.8 cannot trace what transformers' models return"
+)
+
+
+@traceable
 @pytest.mark.parametrize("name", ["Gemma2", "LoRA"])
 def test_a_fused_model_in_one_graph(name):
     model = make_model(name)
@@ -303,6 +346,7 @@ def test_a_fused_model_in_one_graph(name):
     assert model(ids).logits.shape == (*ids.shape, 128)  # the head is itself again
 
 
+@traceable
 def test_labels_in_one_graph():
     model, ids = make_model("Llama"), torch.randint(0, 128, (2, 9))
     compiled, _ = in_one_graph(lambda ids: model(ids, labels=ids, fastgrpo=True).logprobs)

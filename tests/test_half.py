@@ -155,5 +155,5 @@ def out_of_band(dtype):
 
 def test_sampler_and_learner_are_closer_than_in_bf16():
     half, brain = out_of_band(torch.float16), out_of_band(torch.bfloat16)
-    assert brain > 0.1
+    assert brain > 0.05
     assert half < brain / 4

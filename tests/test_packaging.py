@@ -75,7 +75,7 @@ def fresh(wheel, tmp_path_factory):
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
     python = folder / "bin" / "python"
     install = [sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-deps", "--no-index", wheel]
-    subprocess.run(install, check=True, capture_output=True)
+    subprocess.run(install, check=True, capture_output=True, cwd=folder, env={"PATH": "/usr/bin:/bin"})
     # a path beside, whose own .pth files (such as that of an editable fastgrpo) are not read
     next(folder.glob("lib/python*/site-packages")).joinpath("beside.pth").write_text(sysconfig.get_path("purelib"))
     return python

@@ -58,6 +58,7 @@ def test_every_kernel_and_tile_is_recorded():
                 assert (tile.rows, tile.cols, tile.depth) in seen[own]
 
 
+@pytest.mark.skipif(OWN < report.OTHER_TRITON, reason="fp32 kernels spill a few bytes where Triton is older")
 def test_one_architecture_compiles():
     done = subprocess.run(
         [sys.executable, "-m", "fastgrpo.kernels.report", "--architectures", "sm_89", "--triton", OWN],

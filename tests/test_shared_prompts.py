@@ -119,7 +119,7 @@ def test_lora_checkpointing_and_offload(settings):
 
 
 REFUSALS = [
-    ("Gemma2", {}, "attn_implementation is 'eager', not 'sdpa' or"),
+    ("Gemma2", {"attn_implementation": "eager"}, "attn_implementation is 'eager', not 'sdpa' or"),
     ("Falcon", {}, "does not use transformers' attention interface"),
     ("FalconH1", {}, "it has layers of hybrid"),
     ("Jamba", {}, "it has layers of linear_attention"),

@@ -1,12 +1,12 @@
 """Two heads read at once: a student's problem with its teacher, and what is known of each row of both."""
 
 import functools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
 import torch
 
-from fastgrpo.backends.problem import HeadProblem
+from fastgrpo.backends.problem import HeadParams, HeadProblem
 
 
 class PairStats(NamedTuple):
@@ -34,6 +34,27 @@ def mixture_stats(own, other):
         gap=own.offset - other.offset,
         center=torch.zeros_like(own.peak),
     )
+
+
+@dataclass(frozen=True)
+class PairParams(HeadParams):
+    """The student's, and what differs of the teacher's."""
+
+    teacher_softcap: float | None = None
+    teacher_logit_scale: float = 1.0
+    teacher_compute_dtype: torch.dtype = torch.float32
+    beta: float = 1.0
+
+    @property
+    def teacher(self):
+        own = {f.name: getattr(self, f.name) for f in fields(HeadParams)}
+        differ = {
+            "softcap": self.teacher_softcap,
+            "logit_scale": self.teacher_logit_scale,
+            "compute_dtype": self.teacher_compute_dtype,
+            "tolerance": None,
+        }
+        return HeadParams(**(own | differ))
 
 
 @dataclass(frozen=True)
