@@ -57,7 +57,7 @@ STRATEGIES = {
     "lora": {"lora": True},
     "support": {"support": True},
     "top-k": {"topk": True, "return_entropy": True, "lora": True},
-    "top-k, certified": {"topk": True, "backward": "certified", "tolerance": 0.1},
+    "top-k, certified": {"topk": True, "backward": "certified", "tolerance": 0.1, "row_tolerance": 1.0},
 }
 
 
@@ -74,7 +74,7 @@ def scores(frozen, hidden, weight, bias, targets, lora=None, support=None, **opt
 
 DIVERGENCES = {
     "reverse KL": {"backward": "exact", "lora": True, "return_entropy": True, "teacher_softcap": 20.0},
-    "forward KL, certified": {"beta": 0.0, "backward": "certified", "tolerance": 0.1},
+    "forward KL, certified": {"beta": 0.0, "backward": "certified", "tolerance": 0.1, "row_tolerance": 1.0},
     "JSD, frozen": {"beta": 0.3, "frozen": True, "softcap": 20.0, "temperature": 0.7},
     "reverse KL, frozen, certified": {"frozen": True, "backward": "certified", "tolerance": 0.1},
 }

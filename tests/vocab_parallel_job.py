@@ -19,6 +19,7 @@ CERTIFIED = {
     "backward": "certified", "tolerance": 0.05, "row_tolerance": 1.0, "size": (4, 128), "vocabulary": 1500,
     "peak": 12.0, "entropy": False,
 }  # fmt: skip
+BY_TRITON = {"backend": "triton", "size": (2, 128)}
 ROWS = {**CERTIFIED, "row_tolerance": 0.3, "spread": True, "hint": 0.1}
 CASES = {
     "plain": {"dtype": torch.float64},
@@ -37,11 +38,11 @@ CASES = {
     "certified, hinted": {"dtype": torch.float32, **CERTIFIED, "hint": 0.1},
     "certified, misled": {"dtype": torch.float32, **CERTIFIED, "hint": 60.0},
     "certified, bf16": {"dtype": torch.bfloat16, **CERTIFIED, "hint": 0.1},
-    "certified, triton": {"dtype": torch.float32, **CERTIFIED, "bias": True, "backend": "triton"},
-    "certified, triton, hinted": {"dtype": torch.float32, **CERTIFIED, "hint": 0.1, "backend": "triton"},
+    "certified, triton": {"dtype": torch.float32, **CERTIFIED, "bias": True, **BY_TRITON},
+    "certified, triton, hinted": {"dtype": torch.float32, **CERTIFIED, "hint": 0.1, **BY_TRITON},
     "certified, rows": {"dtype": torch.float32, **ROWS},
     "certified, rows, bias": {"dtype": torch.float32, **ROWS, "bias": True, "names": ("hidden", "weight")},
-    "certified, rows, triton": {"dtype": torch.float32, **ROWS, "backend": "triton"},
+    "certified, rows, triton": {"dtype": torch.float32, **ROWS, **BY_TRITON},
     "certified, entropy gradient": {"dtype": torch.float32, **CERTIFIED, "entropy": True},
     "triton": {"dtype": torch.float32, "backend": "triton", "bias": True, "softcap": 3.0, "by": "token"},
     "triton, bf16": {"dtype": torch.bfloat16, "backend": "triton"},
