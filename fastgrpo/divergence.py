@@ -244,4 +244,4 @@ def pair_tensors(hidden, weight, targets, teacher, options, lora=NO_LORA):
 
 
 NOTHING_GIVEN = strategies.Given(None, None, ())
-diverge = head_op.GraphOps("linear_divergence", PairTensors)
+diverge = head_op.HeadOp("linear_divergence", PairTensors)

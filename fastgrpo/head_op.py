@@ -102,11 +102,11 @@ def unpack_saved(ctx):
     return stats, ctx.kind(*rest[:first]), rest[first:last], rest[last:]
 
 
-class GraphOps:
-    """``fastgrpo::name`` and ``fastgrpo::name_backward``: the same for a kind of tensors in a graph.
+class HeadOp:
+    """Called with a kind of tensors: :class:`OnHead` in eager torch, in a graph the custom op of this name.
 
     Attributes:
-        forward, backward: the ops.
+        forward, backward: ``fastgrpo::name`` and ``fastgrpo::name_backward``.
     """
 
     def __init__(self, name, kind):
@@ -220,4 +220,4 @@ def kept_like(tensors, support, params, strategy):
     return low, *strategy.kept_like(tensors.problem(params), backends.load(params.backend), support)
 
 
-log_probs = GraphOps("linear_logprobs", HeadTensors)
+log_probs = HeadOp("linear_logprobs", HeadTensors)

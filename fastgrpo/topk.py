@@ -93,20 +93,44 @@ def finish_logits(problem, pairs, raw):
     return z.view(raw.shape), None if slope is None else slope.view(raw.shape)
 
 
-def forward(problem, ids, backend, hint):
+class Whole:
+    """A vocabulary whose entries are all here; :class:`fastgrpo.vocab_parallel.Shard` is one that ranks hold."""
+
+    def __init__(self, problem):
+        self.vocab = problem.weight.shape[0]
+
+    def own(self, ids):
+        """Which entries here the ids are; any that are none where they are elsewhere."""
+        return ids
+
+    def add_up(self, x):
+        """The sum over all ranks."""
+        return x
+
+    def merge(self, partials):
+        """(4, N) :class:`RowPartials` of the whole vocabulary, of those of the entries here."""
+        return partials
+
+
+def forward(problem, ids, backend, hint, shard=None):
     """-> (5, N) statistics of each row's most probable target, and what :func:`backward` wants beside them.
 
     That is (N, K) raw logits, (2, N) peak and offset of the rest's log-sum-exp, (N, K + 1) log-probs and log of the
     rest's mass, and a certificate's tensors. Rows with an id outside the vocabulary, or with one twice, are NaN.
+
+    Args:
+        shard: like :class:`Whole`; None: that.
     """
-    vocab = problem.weight.shape[0]
-    valid, pairs, taken = is_valid(ids, vocab), make_pairs(ids, vocab), take_out(ids, vocab)
+    shard, here = Whole(problem) if shard is None else shard, problem.weight.shape[0]
+    own, valid = shard.own(ids), is_valid(ids, shard.vocab)
+    pairs = make_pairs(own, here)
     raw = backend.kept_logits(problem, pairs).view(ids.shape)
-    z = torch.where(valid, finish_logits(problem, pairs, raw)[0], -torch.inf)
-    problem = problem.without(taken)
-    partials, certificate = forward_rest(problem, backend, z.amax(1), hint)
+    z = shard.add_up(torch.where(is_valid(own, here), finish_logits(problem, pairs, raw)[0], 0.0))
+    z = torch.where(valid, z, -torch.inf)
+    problem = problem.without(take_out(own, here))
+    partials, certificate = forward_rest(problem, backend, z.amax(1), hint, shard)
     stats, rest, logp = join(RowPartials(*partials), z)
-    wrong = (~valid & (ids != IGNORE)).any(1) | repeats(taken)
+    wrong = (~valid & (ids != IGNORE)).any(1) | repeats(take_out(ids, shard.vocab))
     stats, rest = stats.masked_fill(wrong, torch.nan), rest.masked_fill(wrong, torch.nan)
     counted = problem.targets != IGNORE
     stats, logp = torch.where(counted, stats, 0.0), logp.masked_fill(wrong[:, None], torch.nan)
@@ -118,22 +142,24 @@ def forward(problem, ids, backend, hint):
     return stats, (raw, rest, logp, *replace(certificate, dropped=dropped).tensors)
 
 
-def forward_rest(problem, backend, label, hint):
+def forward_rest(problem, backend, label, hint, shard):
     """(4, N) :class:`RowPartials` of what is not taken; and a certificate, of its mass, or None where exact.
 
     Args:
         label: (N,) the largest of the logits that are.
     """
     if problem.params.tolerance is None:
-        return backend.partial_forward(problem), None
-    partials, certificate = backend.certified_partial_forward(problem, label, hint)
-    total = RowPartials(*partials).total[certificate.order]
-    dropped = torch.where(total == 0, 0.0, certificate.dropped / total)
+        return shard.merge(backend.partial_forward(problem)), None
+    own, certificate = backend.certified_partial_forward(problem, label, hint)
+    partials = shard.merge(own)
+    total, fall = RowPartials(*partials).total, (own[0] - partials[0]).exp()
+    share = torch.where(total == 0, 0.0, fall / total)
+    dropped = certificate.dropped * share[certificate.order]
     if backend.GUESSES_PEAKS:
-        bad = certified.find_untrusted(RowPartials(*partials).total) & (problem.targets != IGNORE)
+        bad = certified.find_untrusted(total) & (problem.targets != IGNORE)
         if bad.any():
             again = replace(problem, targets=torch.where(bad, problem.targets, IGNORE))
-            partials = torch.where(bad, backend.partial_forward(again), partials)
+            partials = torch.where(bad, shard.merge(backend.partial_forward(again)), partials)
             dropped = dropped.masked_fill(bad[certificate.order], torch.inf)
     return partials, replace(certificate, dropped=dropped)
 
@@ -160,21 +186,23 @@ def join(rest, z):
     return stats, torch.stack((rest.peak, offset)), torch.cat((logp, -softplus(gap)[:, None]), 1)
 
 
-def backward(problem, ids, backend, strategy, stats, kept, grads, grad_entropy, needs):
+def backward(problem, ids, backend, strategy, stats, kept, grads, grad_entropy, needs, shard=None):
     """Gradients as :func:`fastgrpo.backends.dense_backward.backward`'s.
 
     Args:
         strategy: that of the rest. grads: (N, K + 1) of the log-probs and of the log of the rest's mass.
+        shard: as :func:`forward`'s.
     """
     raw, rest, logp, *certificate = kept
+    own = ids if shard is None else shard.own(ids)
     vocab, counted = problem.weight.shape[0], problem.targets != IGNORE
     present = torch.cat((ids != IGNORE, counted[:, None]), 1)
     grads = torch.where(present, grads, 0.0)
     taken = torch.where(present[:, :-1], taken_gradient(RowStats(*stats), logp, grads, grad_entropy, present), 0.0)
     known, *upstream = rest_gradient(RowStats(*stats), rest, logp[:, -1], grads, grad_entropy, taken)
-    out = strategy.backward(problem.without(take_out(ids, vocab)), backend, (), known, certificate, *upstream, needs)
-    pairs = make_pairs(ids, vocab, with_order=any(needs.of_head) or bool(needs.bias))
-    dz = taken * chain(problem, pairs, raw)
+    out = strategy.backward(problem.without(take_out(own, vocab)), backend, (), known, certificate, *upstream, needs)
+    pairs = make_pairs(own, vocab, with_order=any(needs.of_head) or bool(needs.bias))
+    dz = torch.where(is_valid(own, vocab), taken * chain(problem, pairs, raw), 0.0)
     return pair_gradients(problem, pairs, backend, dz.flatten(), needs, out)
 
 

@@ -12,14 +12,14 @@ import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
-from fastgrpo import backends, inputs, strategies
+from fastgrpo import backends, inputs, strategies, topk
 from fastgrpo.backends import certified
 from fastgrpo.backends.dense import combine
 from fastgrpo.backends.problem import Gradients, HeadProblem, RowStats
 from fastgrpo.config import settings_go_in_config
 from fastgrpo.head import HeadOptions
 from fastgrpo.inputs import ELSEWHERE, IGNORE, Backend, Backward
-from fastgrpo.logprobs import LogProbs
+from fastgrpo.logprobs import LogProbs, TopKLogProbs
 from fastgrpo.row_math import rescale
 
 
@@ -31,42 +31,95 @@ class Share:
     reduce_hidden_grad: bool
 
 
+class OneTarget:
+    """What a rank computes where a row has a target: ``given`` is its entry here, (N,), whether any rank has it, and
+    the hint, (N,) or None."""
+
+    @staticmethod
+    def forward(problem, backend, given, group):
+        """-> (N,) log-probs, (5, N) statistics of the whole vocabulary, what the backward wants beside them."""
+        entries, known, hint = given
+        if problem.params.tolerance is None:
+            stats, kept = combine_known(merge(backend.partial_forward(problem), entries, group), entries, known), ()
+        else:
+            stats, certificate = certified_forward(problem, known, hint, group)
+            kept = certificate.tensors
+        return RowStats(*stats).logp, stats, kept
+
+    @staticmethod
+    def backward(problem, backend, given, stats, kept, grad_logp, grad_entropy, needs, group):
+        grad_logp = torch.zeros_like(RowStats(*stats).logp) if grad_logp is None else grad_logp
+        strategy = strategies.choose_trained(problem.params)
+        return strategy.backward(problem, backend, (), stats, kept, grad_logp, grad_entropy, needs)
+
+
+class Shard:
+    """The entries of this rank, for :mod:`fastgrpo.topk`.
+
+    Args:
+        entries: (N, K) which of the entries here they are. vocab: of all ranks.
+    """
+
+    def __init__(self, entries, vocab, group):
+        self.entries, self.vocab, self.group = entries, vocab, group
+
+    def own(self, ids):
+        return self.entries
+
+    def add_up(self, x):
+        dist.all_reduce(x, group=self.group)
+        return x
+
+    def merge(self, partials):
+        return merge(partials, torch.full_like(self.entries[:, 0], ELSEWHERE), self.group)
+
+
+class SeveralTargets:
+    """Where a row has K: ``given`` is their ids, (N, K), which of the entries here they are, (N, K), the whole
+    vocabulary's size, 0-dim, and the hint."""
+
+    @staticmethod
+    def forward(problem, backend, given, group):
+        ids, entries, vocab, hint = given
+        stats, kept = topk.forward(problem, ids, backend, hint, Shard(entries, vocab, group))
+        return kept[topk.LOGPROBS], stats, kept
+
+    @staticmethod
+    def backward(problem, backend, given, stats, kept, grads, grad_entropy, needs, group):
+        ids, entries, vocab, _ = given
+        grads = torch.zeros_like(kept[topk.LOGPROBS]) if grads is None else grads
+        strategy, shard = strategies.choose_trained(problem.params), Shard(entries, vocab, group)
+        return topk.backward(problem, ids, backend, strategy, stats, kept, grads, grad_entropy, needs, shard)
+
+
 class VocabParallelLogProbs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, entries, known, temperature, hint, params, share):
+    def forward(ctx, hidden, weight, bias, targets, temperature, params, share, kind, *given):
         ctx.set_materialize_grads(False)
-        problem = HeadProblem(hidden, weight, bias, entries, temperature, params)
-        ctx.params, ctx.share, certificate = params, share, ()
+        problem = HeadProblem(hidden, weight, bias, targets, temperature, params)
+        ctx.params, ctx.share, ctx.kind, ctx.given = params, share, kind, len(given)
         with torch.autocast(hidden.device.type, enabled=False):
-            if params.tolerance is None:
-                partials = backends.load(params.backend).partial_forward(problem)
-                stats = combine_known(merge(partials, entries, share.group), entries, known)
-            else:
-                stats, certificate = certified_forward(problem, known, hint, share.group)
-                certificate = certificate.tensors
-        ctx.save_for_backward(hidden, weight, bias, entries, temperature, stats, *certificate)
-        rows = RowStats(*stats)
-        return rows.logp.clone(), rows.entropy.clone() if params.entropy else None
+            logp, stats, kept = kind.forward(problem, backends.load(params.backend), given, share.group)
+        ctx.save_for_backward(hidden, weight, bias, targets, temperature, stats, *given, *kept)
+        return logp.clone(), RowStats(*stats).entropy.clone() if params.entropy else None
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_logp, grad_entropy):
         *tensors, stats = ctx.saved_tensors[:6]
+        none = [None] * (5 + ctx.given)
         if grad_logp is None and grad_entropy is None:
-            return (None,) * 9
-        grad_logp = torch.zeros_like(RowStats(*stats).logp) if grad_logp is None else grad_logp
-        needs = Gradients(*ctx.needs_input_grad[:3])
+            return None, None, None, *none
+        given, kept = ctx.saved_tensors[6 : 6 + ctx.given], ctx.saved_tensors[6 + ctx.given :]
+        needs, share = Gradients(*ctx.needs_input_grad[:3]), ctx.share
         with torch.autocast(stats.device.type, enabled=False):
-            problem = HeadProblem(*tensors, params=ctx.params)
-            backend, certificate = backends.load(ctx.params.backend), ctx.saved_tensors[6:]
-            grads = strategies.choose_trained(ctx.params).backward(
-                problem, backend, (), stats, certificate, grad_logp, grad_entropy, needs
-            )
+            problem, backend = HeadProblem(*tensors, params=ctx.params), backends.load(ctx.params.backend)
+            grads = ctx.kind.backward(problem, backend, given, stats, kept, grad_logp, grad_entropy, needs, share.group)
         d_hidden = grads.hidden
-        if d_hidden is not None and ctx.share.reduce_hidden_grad:
-            dist.all_reduce(d_hidden, group=ctx.share.group)
+        if d_hidden is not None and share.reduce_hidden_grad:
+            dist.all_reduce(d_hidden, group=share.group)
             d_hidden = d_hidden.to(problem.hidden.dtype)
-        return d_hidden, grads.weight, grads.bias, None, None, None, None, None, None
+        return d_hidden, grads.weight, grads.bias, *none
 
 
 def merge(partials, entries, group):
@@ -129,7 +182,7 @@ def repair(problem, known, stats, certificate, bad, group):
 def vocab_parallel_logprobs(
     hidden: torch.Tensor,  # (N, D) or (B, T, D), the same on every rank
     weight: torch.Tensor,  # (V_r, D), this rank's rows of the head
-    targets: torch.Tensor,  # (N,) or (B, T), the same on every rank
+    targets: torch.Tensor,  # (N,) or (B, T), or (N, K) or (B, T, K), the same on every rank
     bias: torch.Tensor | None = None,  # (V_r,)
     *,
     group: dist.ProcessGroup | None,
@@ -145,7 +198,7 @@ def vocab_parallel_logprobs(
     tolerance: float | None = None,
     workspace_mb: float = 128,
     row_tolerance: float | None = None,
-) -> LogProbs:
+) -> LogProbs | TopKLogProbs:
     """:func:`fastgrpo.linear_logprobs` over a vocabulary whose entries the ranks of a group hold, in rank order.
 
     Every rank calls it with the same hidden, targets and options and gets the same result. Beside the statistics' two
@@ -159,7 +212,8 @@ def vocab_parallel_logprobs(
     Args:
         hidden: (N, D) or (B, T, D), whole: gather a sequence-parallel one before.
         weight: (V_r, D), the rank's rows; shards need not be equal.
-        targets: ids of the whole vocabulary; -100 marks a position that is ignored.
+        targets: ids of the whole vocabulary; -100 marks a position that is ignored. With an axis more, top-k targets
+            as in ``linear_logprobs``: their logits, (N, K), are one SUM all-reduce more, the labels' go with them.
         bias: (V_r,) or None.
         group: the torch.distributed process group that the vocabulary is cut over.
         shard_sizes: V_r of every rank, in rank order; None asks the others, one all-reduce of as many numbers.
@@ -171,8 +225,8 @@ def vocab_parallel_logprobs(
             which are the same on every rank. Each rank sees to the rows of its own dW.
 
     Returns:
-        ``LogProbs(logprobs, entropy)`` of the whole vocabulary, the same on every rank; differentiable, once, in
-        hidden, weight and bias.
+        ``LogProbs(logprobs, entropy)`` of the whole vocabulary, or of top-k targets ``TopKLogProbs(logprobs, entropy,
+        rest)``, the same on every rank; differentiable, once, in hidden, weight and bias.
 
     Raises:
         ValueError, TypeError: a bad argument, named, before anything but the sizes is sent. A rank that raises alone,
@@ -192,6 +246,10 @@ def vocab_parallel_logprobs(
         old_logprobs=old_logprobs,
         return_entropy=return_entropy,
     )
+    ids = None
+    if topk.is_meant(hidden, targets):
+        ids, options = topk.check(hidden, weight, targets, options)
+        targets = ids.amax(-1)  # a position's: -100 where there is none
     targets = options.check(hidden, weight, targets)
     sizes = (targets.numel(), math.inf, weight.shape[1])  # shards differ, the decision may not
     hidden_grad = inputs.accumulator_dtype(hidden) if reduce_hidden_grad else None
@@ -199,16 +257,27 @@ def vocab_parallel_logprobs(
     if params.tolerance is not None:
         params = replace(params, tolerance=params.tolerance / dist.get_world_size(group) ** 0.5)
     first, vocab = place(weight, group, shard_sizes)
-    inputs.check_targets(targets, vocab)
+    hint = None if params.tolerance is None else options.flat_hint(hidden)
     flat = targets.reshape(-1)
+    entries = own_entries(flat, first, weight.shape[0])
+    if ids is None:
+        inputs.check_targets(targets, vocab)
+        kind, given = OneTarget, (entries, (flat >= 0) & (flat < vocab), hint)
+    else:
+        topk.check_ids(ids, vocab)
+        ids = ids.flatten(0, -2).contiguous()
+        size = torch.as_tensor(vocab, device=ids.device)
+        kind, given = SeveralTargets, (ids, own_entries(ids, first, weight.shape[0]), size, hint)
+        entries = torch.where(flat == IGNORE, IGNORE, ELSEWHERE)
     logprobs, entropy = VocabParallelLogProbs.apply(
-        hidden if hidden.ndim == 3 else hidden[None], weight, None if bias is None else bias.contiguous(),
-        own_entries(flat, first, weight.shape[0]), (flat >= 0) & (flat < vocab),
-        options.flat_temperature(hidden, targets),
-        None if params.tolerance is None else options.flat_hint(hidden), params,
-        Share(group, bool(reduce_hidden_grad)),
+        hidden if hidden.ndim == 3 else hidden[None], weight, None if bias is None else bias.contiguous(), entries,
+        options.flat_temperature(hidden, targets), params, Share(group, bool(reduce_hidden_grad)), kind, *given,
     )  # fmt: skip
-    return LogProbs(logprobs.view(targets.shape), None if entropy is None else entropy.view(targets.shape))
+    entropy = None if entropy is None else entropy.view(targets.shape)
+    if ids is None:
+        return LogProbs(logprobs.view(targets.shape), entropy)
+    rest = logprobs[:, -1].reshape(targets.shape)
+    return TopKLogProbs(logprobs[:, :-1].reshape(*targets.shape, ids.shape[1]), entropy, rest)
 
 
 def check_group(group):

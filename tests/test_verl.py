@@ -57,18 +57,34 @@ def of_one(name):
 def test_processes_equal_one(ranks, name):
     case = job.CASES[name]
     skip_without_interpreter(case)
-    got, one = whole(ranks, name), of_one(name)
-    for key, want in one.items():
-        if want is None:
-            assert got[key] is None, key
-        else:
-            assert relative_error(got[key], want) <= limit(case, key), key
+    got, one = whole(ranks, ("outcome", name)), of_one(name)
+    assert_close(got, one, case)
     if name in LEFT_OUT:  # or the certificate was of no use
         assert relative_error(got["hidden"], one["hidden"]) > 1e-4
     if case.get("row_tolerance", 1.0) < 1:
         errors = (got["weight"] - one["weight"]).norm(dim=1) / one["weight"].norm(dim=1)
         assert errors.quantile(0.95) <= case["row_tolerance"]
         assert errors.median() <= case["row_tolerance"] / 5
+
+
+def assert_close(got, one, case, **options):
+    for key, want in one.items():
+        if want is None:
+            assert got[key] is None, key
+        else:
+            assert relative_error(got[key], want) <= limit(case, key, **options), key
+
+
+@pytest.mark.parametrize("name", job.SEVERAL)
+def test_several_targets_of_processes_equal_one(ranks, name):
+    """Top-k: the log-probs, the rest's mass and the gradients, some of the targets on each rank."""
+    case = job.SEVERAL[name]
+    skip_without_interpreter(case)
+    one = job.several({**case, "backward": "exact", **({"backend": "torch"} if "size" in case else {})})
+    got = whole(ranks, ("several", name))
+    assert_close(got, one, case, part=1)
+    if "tolerance" in case:  # or the certificate was of no use
+        assert relative_error(got["hidden"], one["hidden"]) > 1e-4
 
 
 def skip_without_interpreter(case):
@@ -82,9 +98,9 @@ LEFT_OUT = (
 )  # fmt: skip
 
 
-def limit(case, key):
+def limit(case, key, part=3):
     if key in ("hidden", *CUT) and "tolerance" in case and not case["entropy"]:
-        return case["tolerance"] / 3  # the gradients' errors are a few times smaller than that of dlogits
+        return case["tolerance"] / part  # the gradients' errors are a few times smaller than that of dlogits
     if case["dtype"] == torch.float64:
         return 1e-12
     if case.get("peak") and key != "logprobs":  # the logits' own rounding differs with the GEMM's shape

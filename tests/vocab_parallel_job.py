@@ -6,8 +6,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from fastgrpo import linear_logprobs
 from fastgrpo.backends import grouping
 from fastgrpo.integrations.verl import call_as_verl, linear_cross_entropy
+from fastgrpo.vocab_parallel import vocab_parallel_logprobs
 
 import interpreter
 import problems
@@ -47,6 +49,17 @@ CASES = {
     "triton": {"dtype": torch.float32, "backend": "triton", "bias": True, "softcap": 3.0, "by": "token"},
     "triton, bf16": {"dtype": torch.bfloat16, "backend": "triton"},
 }
+
+
+SEVERAL = {
+    "plain": {"dtype": torch.float64},
+    "all options": {"dtype": torch.float64, "bias": True, "softcap": 3.0, "logit_scale": 1.3, "by": "token"},
+    "head alone": {"dtype": torch.float64, "names": ("weight",)},
+    "certified": {"dtype": torch.float32, **CERTIFIED, "tolerance": 0.1, "bias": True},
+    "certified, hinted": {"dtype": torch.float32, **CERTIFIED, "hint": 0.1},
+    "triton": {"dtype": torch.float32, "backend": "triton", "bias": True, "softcap": 3.0},
+    "certified, triton": {"dtype": torch.float32, **CERTIFIED, **BY_TRITON, "hint": 0.1},
+}  # of top-k targets
 
 
 def shards(ranks, vocabulary=VOCABULARY, **_):
@@ -101,6 +114,28 @@ def outcome(case, shard=slice(None), group=None, sizes=None):
     return {"logprobs": logprobs.detach(), "entropy": entropy.detach(), **grads}
 
 
+def several(case, shard=slice(None), group=None, sizes=None):
+    """As :func:`outcome`, of three targets a position, some of them on each rank."""
+    hidden, weight, labels, bias, temperature = whole = inputs(**case)
+    ids = (labels[..., None] + torch.tensor([0, 5, 60])) % weight.shape[0]
+    ids = ids.where(labels[..., None] != -100, -100)
+    ids[0, 1, 1] = -100
+    leaves = {"hidden": hidden, "weight": weight[shard], "bias": None if bias is None else bias[shard]}
+    leaves = problems.with_grad(leaves, case.get("names", ("hidden", "weight", "bias")))
+    options = {"temperature": temperature, "return_entropy": case.get("entropy", True), "backward": "exact"}
+    options |= {k: case[k] for k in PASSED if k in case}
+    if "hint" in case:
+        options["old_logprobs"] = hint(case, *whole)[..., None].expand(ids.shape).contiguous()
+    call, share = linear_logprobs, {}
+    if group is not None:
+        call, share = vocab_parallel_logprobs, {"group": group, "shard_sizes": sizes}
+    out = call(leaves["hidden"], leaves["weight"], ids, leaves["bias"], **options, **share)
+    values = {k: v for k, v in out._asdict().items() if v is not None}
+    g = torch.Generator().manual_seed(1)
+    sum((x * torch.randn(x.shape, generator=g, dtype=x.dtype)).sum() for x in values.values()).backward()
+    return {k: v.detach() for k, v in values.items()} | {k: v.grad for k, v in leaves.items() if v is not None}
+
+
 class Gathered(torch.autograd.Function):
     """A hidden that every rank has; the gradient is summed over the ranks, as Megatron's gathering does."""
 
@@ -130,9 +165,11 @@ def main(output):
     dist.init_process_group("gloo", init_method="env://")
     rank, ranks = dist.get_rank(), dist.get_world_size()
     results = {}
-    for name, case in CASES.items():
-        sizes = shards(ranks, **case)
-        results[name] = outcome(case, slice(sum(sizes[:rank]), sum(sizes[: rank + 1])), dist.group.WORLD, sizes)
+    for cases, run in ((CASES, outcome), (SEVERAL, several)):
+        for name, case in cases.items():
+            sizes = shards(ranks, **case)
+            own = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+            results[run.__name__, name] = run(case, own, dist.group.WORLD, sizes)
     results["megatron"] = as_megatron_calls(rank, ranks)
     torch.save(results, Path(output) / f"rank{rank}.pt")
     dist.destroy_process_group()
