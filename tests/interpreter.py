@@ -4,6 +4,7 @@ It holds bf16 as uint16 and multiplies the bit patterns; its fma rounds twice; a
 kernel's own goes an element at a time, milliseconds a tile.
 """
 
+import builtins
 import dataclasses
 from types import SimpleNamespace
 
@@ -55,6 +56,34 @@ def skip_overflow_checks():
     builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
 
 
+def remember_types():
+    """Tensors' constants, their types and NumPy's, which are made anew for each operation: a third of what is left."""
+    plain, plain_type, plain_dtype = tl.tensor.__init__, tl.block_type.__init__, interpreter._get_np_dtype
+    shapes, types, dtypes = {}, {}, {}
+
+    def init(self, handle, type):
+        shape = builtins.tuple(type.shape) if type.is_block() else ()
+        if shape not in shapes:
+            plain(self, handle, type)
+            shapes[shape] = self.numel, self.shape
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.numel, self.shape = shapes[shape]
+
+    def init_type(self, element_ty, shape):
+        key = (element_ty.name, *(getattr(x, "value", x) for x in shape))
+        if key not in types:
+            plain_type(self, element_ty, shape)
+            types[key] = dict(vars(self))
+        vars(self).update(types[key], element_ty=element_ty)
+
+    def np_dtype(type):
+        if type.name not in dtypes:
+            dtypes[type.name] = plain_dtype(type)
+        return dtypes[type.name]
+
+    tl.tensor.__init__, tl.block_type.__init__, interpreter._get_np_dtype = init, init_type, np_dtype
+
+
 def create_fma(self, x, y, z):
     """fp32 in fp64, where the product is exact; other dtypes as they are."""
     exact = np.float64 if x.dtype.scalar == tl.float32 else x.data.dtype
@@ -79,6 +108,7 @@ def generic_reduce(self, input):
 def patch():
     patch_language_once()
     skip_overflow_checks()
+    remember_types()
     plain_dot, plain_cast, plain_fp_to_fp = (
         InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl, InterpreterBuilder.create_fp_to_fp
     )  # fmt: skip
