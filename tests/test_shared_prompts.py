@@ -118,6 +118,26 @@ def test_lora_checkpointing_and_offload(settings):
     assert model.config._attn_implementation == "sdpa"
 
 
+@pytest.mark.works("transformers", "shared prompts over a base in 4 bits (QLoRA): gradients of whole rows")
+def test_a_base_in_4_bits(tmp_path):
+    for package in ("bitsandbytes", "peft"):
+        pytest.importorskip(package)
+    from fastgrpo.trainer import GRPOConfig
+    from fastgrpo.trainer.model import load_model
+
+    config = GRPOConfig(
+        use_cpu=True, use_peft=True, load_in_4bit=True, bf16=False, gradient_checkpointing=False, lora_dropout=0.0
+    )
+    causal_lms.make(transformers.LlamaConfig, transformers.LlamaForCausalLM).save_pretrained(tmp_path)
+    base = load_model(str(tmp_path), config, torch.device("cpu"))
+    assert any(p.dtype == torch.uint8 for p in base.parameters())
+    model, episodes = make_trainable(fuse_lm_head(base), config).train(), make_episodes()
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.1)
+    assert_same(learn(model, episodes, True), learn(model, episodes, False))
+
+
 REFUSALS = [
     ("Gemma2", {"attn_implementation": "eager"}, "attn_implementation is 'eager', not 'sdpa' or"),
     ("Falcon", {}, "does not use transformers' attention interface"),
