@@ -95,11 +95,11 @@ class native:
     """Products as on CUDA, where a 16-bit one returns its sum in fp32."""
 
     def __enter__(self):
-        from fastgrpo.kernels import backward, grids
+        from fastgrpo.kernels import grids, work
 
         self.processors = grids.processor_count
         grids.processor_count = lambda device: PROCESSORS
-        self.saved = [(module, name, getattr(module, name)) for module in (lora, backward) for name in
+        self.saved = [(module, name, getattr(module, name)) for module in (lora, work) for name in
                       ("has_native", "mm16")]  # fmt: skip
         for module, _, _ in self.saved:
             module.has_native, module.mm16 = has_native, torch.mm
@@ -133,10 +133,10 @@ def make_staircase(n, vocab, depth, profile="rl", head="trained", seed=0):
 
 def cut_chunks(stairs, n, vocab, depth, head, workspace_mb):
     """-> [(first panel, the one after the last)] of the chunks that hold something, and how many are launched."""
-    from fastgrpo.kernels.backward import SLABS_SHARE
     from fastgrpo.kernels.panels import Cut
     from fastgrpo.kernels.products import slab_rows, ways_for
     from fastgrpo.kernels.tiles import WIDTH, lookup
+    from fastgrpo.kernels.work import SLABS_SHARE
 
     summed = 4 * depth if head == "trained" else 0
     tile = lookup("dhidden", 2, "sm_90", described=True)

@@ -6,7 +6,8 @@ from fastgrpo.kernels import tiles
 from fastgrpo.kernels.arguments import TO_TRITON, Selection, logit_arguments, taken_arguments
 from fastgrpo.kernels.audit import Audit, plan_memory
 from fastgrpo.kernels.backward import Launcher, climb
-from fastgrpo.kernels.plan import place_entries, place_rows, positions_of, weigh
+from fastgrpo.kernels.plan import place_entries, place_rows, positions_of
+from fastgrpo.kernels.row_order import weigh
 
 
 def certified_backward(problem, stats, certificate, grad, needs, launcher=Launcher, samples=None):

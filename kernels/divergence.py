@@ -39,8 +39,8 @@ from fastgrpo.kernels.pair_math import (
     move_terms,
     scale_terms,
 )
-from fastgrpo.kernels.plan import order_rows
 from fastgrpo.kernels.row_math import rescale
+from fastgrpo.kernels.row_order import order_rows
 from fastgrpo.kernels.tiles import cdiv
 from fastgrpo.pair_math import scale_terms as scale_of
 

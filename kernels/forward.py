@@ -40,11 +40,12 @@ from fastgrpo.kernels.common import (
     sum_parts,
     up_values,
 )
+from fastgrpo.kernels.copies import gather_rows
 from fastgrpo.kernels.flags import block_words, certificate, label_flags, new_flags, pack_flags, sum_unflagged
 from fastgrpo.kernels.grids import vocabulary_runs
-from fastgrpo.kernels.plan import order_rows
-from fastgrpo.kernels.products import gather_rows, spans
+from fastgrpo.kernels.products import spans
 from fastgrpo.kernels.row_math import move_sums
+from fastgrpo.kernels.row_order import order_rows
 from fastgrpo.kernels.tiles import cdiv
 
 

@@ -37,8 +37,9 @@ from fastgrpo.kernels.common import (
     store_rows,
     without_dust,
 )
+from fastgrpo.kernels.copies import copy_tile, gather_rows
 from fastgrpo.kernels.panels import Cut, Panels
-from fastgrpo.kernels.products import add_product, copy_tile, gather_rows, spans
+from fastgrpo.kernels.products import add_product, spans
 from fastgrpo.kernels.row_math import direction_factors
 from fastgrpo.kernels.tiles import cdiv
 

@@ -1,16 +1,53 @@
 """Where dlogits, or a frozen head's masses, stand between the kernel that makes them and the GEMMs that read them."""
 
 import torch
+import triton
+import triton.language as tl
 
 from fastgrpo.backends import staircase
 from fastgrpo.kernels import tiles
 from fastgrpo.kernels.arguments import describable, describe
-from fastgrpo.kernels.products import cut_kernel, gather_entries, whole_waves
+from fastgrpo.kernels.copies import gather_entries
 from fastgrpo.kernels.tiles import cdiv
 
 assert staircase.TILE == tiles.WIDTH  # stops are read by panel
 SHARE = 0.3  # of the workspace for what a chunk's entries take beside their panels
 FEWEST = 8  # panels of a chunk, where the rows can be cut instead
+
+
+@triton.jit
+def whole_waves(units, each, at_once):
+    """How many of ``units``, of ``each`` programs, to launch together: as many waves as are full, where that makes more
+    than a tenth of difference to how full they are."""
+    waves = units * each // at_once
+    whole = waves * at_once // each
+    return whole if 10 * units * waves < 9 * whole * (waves + 1) else units
+
+
+@triton.jit(do_not_specialize=["chunks", "panels", "room", "most", "rows", "copied", "each", "at_once"])
+def cut_kernel(
+    stops_ptr,  # (panels,) leading rows that each panel's entries need, not rising
+    cuts_ptr,  # (chunks + 1,) out: the first panel of each chunk
+    chunks,
+    panels,
+    room,  # rows of panels that the buffer holds
+    most,  # panels of a chunk at most
+    rows,  # of a panel at most
+    copied,  # rows that the copy of a panel's entries takes
+    each,  # programs that a panel gives the product over rows
+    at_once,
+    PANEL: tl.constexpr,
+):
+    """As many panels a chunk as fit, by the rows that its first one needs, in whole waves of programs; chunks that are
+    left over are empty."""
+    at = 0
+    tl.store(cuts_ptr, at)
+    for chunk in range(chunks):
+        stop = tl.load(stops_ptr + at, mask=at < panels, other=1)
+        height = tl.cdiv(tl.maximum(tl.minimum(stop, rows), 1), PANEL) * PANEL
+        fit = tl.maximum(tl.minimum(room // (height + copied), most), 1)
+        at += panels - at if fit >= panels - at else whole_waves(fit, each, at_once)
+        tl.store(cuts_ptr + chunk + 1, at)
 
 
 class Cut:

@@ -12,81 +12,10 @@ import triton
 import triton.language as tl
 
 from fastgrpo.kernels import tiles
-from fastgrpo.kernels.arguments import TO_TRITON, row_strides
-from fastgrpo.kernels.common import chunk_panels, entry_ids, row_offsets
+from fastgrpo.kernels.arguments import TO_TRITON
+from fastgrpo.kernels.common import chunk_panels, entry_ids
+from fastgrpo.kernels.copies import copy_tile
 from fastgrpo.kernels.tiles import cdiv
-
-
-@triton.jit
-def whole_waves(units, each, at_once):
-    """How many of ``units``, of ``each`` programs, to launch together: as many waves as are full, where that makes more
-    than a tenth of difference to how full they are."""
-    waves = units * each // at_once
-    whole = waves * at_once // each
-    return whole if 10 * units * waves < 9 * whole * (waves + 1) else units
-
-
-@triton.jit(do_not_specialize=["chunks", "panels", "room", "most", "rows", "copied", "each", "at_once"])
-def cut_kernel(
-    stops_ptr,  # (panels,) leading rows that each panel's entries need, not rising
-    cuts_ptr,  # (chunks + 1,) out: the first panel of each chunk
-    chunks,
-    panels,
-    room,  # rows of panels that the buffer holds
-    most,  # panels of a chunk at most
-    rows,  # of a panel at most
-    copied,  # rows that the copy of a panel's entries takes
-    each,  # programs that a panel gives the product over rows
-    at_once,
-    PANEL: tl.constexpr,
-):
-    """As many panels a chunk as fit, by the rows that its first one needs, in whole waves of programs; chunks that are
-    left over are empty."""
-    at = 0
-    tl.store(cuts_ptr, at)
-    for chunk in range(chunks):
-        stop = tl.load(stops_ptr + at, mask=at < panels, other=1)
-        height = tl.cdiv(tl.maximum(tl.minimum(stop, rows), 1), PANEL) * PANEL
-        fit = tl.maximum(tl.minimum(room // (height + copied), most), 1)
-        at += panels - at if fit >= panels - at else whole_waves(fit, each, at_once)
-        tl.store(cuts_ptr + chunk + 1, at)
-
-
-@triton.jit(do_not_specialize=["first_row", "last_row", "first_held", "T", "chunk"])
-def gather_kernel(
-    source_ptr,  # (B, T, D)
-    rows_ptr,  # (N,) rows in the order they are worked on
-    count_ptr,  # (1,) how many of them count; None: all
-    cuts_ptr,  # (chunks + 1,) panels: the rows of chunk ``chunk``, not those from first_row on; or None
-    out_ptr,  # (held, D) out
-    first_row,
-    last_row,
-    first_held,  # the row that out's first one holds; with cuts the rows of out, whose last ones are written
-    chunk,
-    D,
-    T,
-    strides,  # RowStrides of the source
-    PANEL: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """out = source[rows], 0 for those that do not count."""
-    stop = last_row
-    if cuts_ptr is not None:
-        first_row = tl.load(cuts_ptr + chunk) * PANEL
-        stop = tl.load(cuts_ptr + chunk + 1) * PANEL  # a panel's last rows may lie beyond last_row: they are 0
-        first_held = stop - first_held
-    tiles_d = tl.cdiv(D, BLOCK_D)
-    offs_n = first_row + tl.program_id(0) // tiles_d * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_d = tl.program_id(0) % tiles_d * BLOCK_D + tl.arange(0, BLOCK_D)
-    inside = (offs_n < stop)[:, None] & (offs_d < D)[None, :]
-    mask_n = offs_n < tl.minimum(stop, last_row)
-    if count_ptr is not None:
-        mask_n &= offs_n < tl.load(count_ptr)
-    rows = tl.load(rows_ptr + offs_n, mask=mask_n, other=0)
-    pointers = source_ptr + row_offsets(rows, T, strides)[:, None]
-    x = tl.load(pointers + offs_d[None, :] * tl.cast(strides.d, tl.int64), mask=inside & mask_n[:, None], other=0.0)
-    tl.store(out_ptr + (offs_n - first_held).to(tl.int64)[:, None] * D + offs_d[None, :], x, mask=inside)
 
 
 @triton.jit
@@ -431,38 +360,6 @@ def dbias_kernel(
     tl.store(out, total, mask=mask_v)
 
 
-def gather_rows(source, rows, count, out, first_row, last_row, first_held):
-    """Rows ``rows[first_row:last_row]`` of a (B, T, D) source into out, whose first is ``first_held``."""
-    gather(source, rows, count, out, None, 0, first_row, last_row, first_held, last_row - first_row)
-
-
-def gather_entries(entries, ids, out, cuts, chunk, most):
-    """A chunk's entries (V, D), ``most`` at most, to the end of out, in the order of ids."""
-    gather(entries[None], ids, None, out, cuts, chunk, 0, ids.numel(), out.shape[0], most)
-
-
-def gather(source, rows, count, out, cuts, chunk, first_row, last_row, first_held, most):
-    depth, tile = source.shape[2], copy_tile(source.shape[2])
-    gather_kernel[(cdiv(most, tile.rows) * cdiv(depth, tile.cols),)](
-        source_ptr=source,
-        rows_ptr=rows,
-        count_ptr=count,
-        cuts_ptr=cuts,
-        out_ptr=out,
-        first_row=first_row,
-        last_row=last_row,
-        first_held=first_held,
-        chunk=chunk,
-        D=depth,
-        T=source.shape[1],
-        strides=row_strides(source),
-        PANEL=tiles.WIDTH,
-        BLOCK_N=tile.rows,
-        BLOCK_D=tile.cols,
-        num_warps=tile.warps,
-    )
-
-
 def add_product(panels, entries, total, count, first_row, last_row, chunk, first_held=0, rows=None, decay=None,
                 mean=None, copied=True, ways=1):  # fmt: skip
     """total = decay * total + dlogits @ entries of a chunk, see :func:`dhidden_kernel`.
@@ -532,11 +429,6 @@ def scatter(total, split, rows, count, scale, out, first_row, last_row, first_he
         BLOCK_D=tile.cols,
         num_warps=tile.warps,
     )
-
-
-def copy_tile(depth):
-    """Of the kernels that only move rows: narrow ones for a narrow factor."""
-    return tiles.COPY._replace(cols=min(tiles.COPY.cols, triton.next_power_of_2(depth)))
 
 
 def spans(total, size):

@@ -117,6 +117,7 @@ def all_kernels():
         audit,
         backward,
         combine,
+        copies,
         divergence,
         divergence_backward,
         flags,
@@ -126,11 +127,12 @@ def all_kernels():
         panels,
         plan,
         products,
+        row_order,
         support,
     )
 
-    modules = (forward, flags, combine, frozen, backward, panels, products, objective, support, divergence,
-               divergence_backward, plan, audit)  # fmt: skip
+    modules = (forward, flags, combine, frozen, backward, panels, copies, products, objective, support, divergence,
+               divergence_backward, row_order, plan, audit)  # fmt: skip
     return [(m, name, kernel) for m in modules for name, kernel in vars(m).items() if name.endswith("_kernel")]
 
 

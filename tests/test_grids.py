@@ -9,7 +9,7 @@ from fastgrpo import linear_logprobs, reference
 pytest.importorskip("triton")
 
 from fastgrpo.kernels import grids, tiles
-from fastgrpo.kernels.products import cut_kernel, whole_waves
+from fastgrpo.kernels.panels import cut_kernel, whole_waves
 from fastgrpo.kernels.tiles import Tile, cdiv
 
 import problems

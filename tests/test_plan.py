@@ -15,7 +15,7 @@ from fastgrpo.backends.certified import Certificate
 from fastgrpo.backends.certified_backward import within_tolerance
 from fastgrpo.backends.problem import Gradients, row_scale
 from fastgrpo.inputs import IGNORE
-from fastgrpo.kernels import audit, certified, forward, plan, products, tiles
+from fastgrpo.kernels import audit, certified, forward, products, row_order, tiles
 from fastgrpo.kernels.panels import Panels
 
 N, BLOCK_TILE = 260, 64
@@ -84,7 +84,7 @@ def test_the_rows_within_the_tolerance(device):
     grad[3], grad[5] = torch.nan, torch.inf
     order = certificate.order
     active = (grad != 0)[order] & (problem.targets[order] != IGNORE)
-    weights = plan.weigh(problem, stats, certificate, grad)
+    weights = row_order.weigh(problem, stats, certificate, grad)
     want = within_tolerance(problem, problem.norms(stats)[order], grad[order], certificate.dropped, active)
     assert torch.equal(weights.kinds == staircase.SPARSE, want)
     assert torch.equal(weights.kinds == staircase.INACTIVE, ~active)
@@ -102,15 +102,15 @@ def test_the_order_of_rows(n, device):
     targets = torch.arange(n, device=device)
     targets[1::4] = IGNORE
     counted = targets != IGNORE
-    order, places, count = plan.order_rows(keys, targets, places=True)
+    order, places, count = row_order.order_rows(keys, targets, places=True)
     assert torch.equal(order, torch.where(counted, keys, torch.inf).argsort(stable=True))
     assert torch.equal(places.long(), order.argsort())
     assert count == counted.sum()
     keys[n // 2], keys[0] = torch.nan, torch.inf
-    order, _, count = plan.order_rows(keys, targets)
+    order, _, count = row_order.order_rows(keys, targets)
     assert torch.equal(order.sort().values, torch.arange(n, device=device))
     assert counted[order[: int(count)]].all()
-    order, _, count = plan.order_rows(None, targets)
+    order, _, count = row_order.order_rows(None, targets)
     assert torch.equal(order, (~counted).long().argsort(stable=True))
 
 

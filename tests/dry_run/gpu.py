@@ -71,7 +71,7 @@ class Gpu:
     def patch(self, architecture, processors):
         """CPU tensors take the branches of CUDA ones, and a launch that does nothing leaves plausible results."""
         from fastgrpo import backends, inputs, lora
-        from fastgrpo.kernels import divergence, forward, grids, plan, tiles
+        from fastgrpo.kernels import divergence, forward, grids, row_order, tiles
 
         backends.choose = lambda backend, hidden: "triton"
         inputs.checks_values = lambda device: False
@@ -94,7 +94,7 @@ class Gpu:
             return certificate
 
         def ordered(*args, **kwargs):
-            order, *rest = plan.order_rows(*args, **kwargs)
+            order, *rest = row_order.order_rows(*args, **kwargs)
             return order.copy_(torch.arange(order.numel())), *rest
 
         forward.run_forward, forward.run_certified = filled, certified
