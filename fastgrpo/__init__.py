@@ -1,5 +1,7 @@
 """fastgrpo: GRPO's loss from hidden states and LM head to loss and gradients, without the logits."""
 
+import importlib
+
 from fastgrpo import reference
 from fastgrpo.advantages import group_advantages
 from fastgrpo.config import GRPOLossConfig
@@ -21,3 +23,10 @@ __all__ = [
     "linear_logprobs",
     "reference",
 ]
+OPTIONAL = ("integrations", "trainer")  # imported on use, with what they need
+
+
+def __getattr__(name):
+    if name in OPTIONAL:
+        return importlib.import_module(f"fastgrpo.{name}")
+    raise AttributeError(f"module 'fastgrpo' has no attribute {name!r}")

@@ -79,3 +79,14 @@ def test_a_cycle_is_found(tmp_path, line, inside):
         (tmp_path / f"{name}.py").write_text(text)
     assert find_cycle(graph_of({"p": tmp_path})) == ["p.a", "p.b", "p.c", "p.a"]
     assert find_cycle(graph_of({"p": tmp_path}, ["p.b"])) is None
+
+
+@pytest.mark.quick
+def test_what_is_optional_is_imported_on_use():
+    """``import fastgrpo`` is enough for README's one changed line."""
+    import fastgrpo
+
+    assert callable(fastgrpo.integrations.liger.apply)
+    for module in (fastgrpo, fastgrpo.integrations):
+        with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+            _ = module.nothing

@@ -433,7 +433,7 @@ OTHERS = {
 @pytest.mark.works(
     "TRL", "patched(): SFT, DPO, KTO, RLOO, GRPO and Distillation trainers equal stock TRL, metrics included"
 )
-@pytest.mark.parametrize(("name", "family"), zip(OTHERS, itertools.cycle(("Qwen2", "Gemma2"))))
+@pytest.mark.parametrize(("name", "family"), list(zip(OTHERS, itertools.cycle(("Qwen2", "Gemma2")))))
 def test_patched_trainers_equal_stock(tmp_path, monkeypatch, models, name, family):
     make, settings = OTHERS[name]
     stock = make(tmp_path / "stock", models(family), **settings)

@@ -81,7 +81,10 @@ def start(config):
     if isinstance(resume, str) and not Path(resume).is_dir():
         raise ValueError(f"resume_from_checkpoint must be True or a checkpoint folder, got {resume!r}")
     if there and not resume:
-        raise ValueError(f"output_dir {output_dir} holds checkpoints of an earlier run: resume, or choose another")
+        raise ValueError(
+            f"output_dir {output_dir} holds checkpoints of an earlier run: resume it "
+            "(resume_from_checkpoint=True, or --resume), or choose another"
+        )
     if there and isinstance(resume, str) and Path(resume).resolve() != there[-1].resolve():  # their rows would mix
         raise ValueError(
             f"output_dir {output_dir} holds {there[-1].name}, newer than {resume}: remove it or take another"
