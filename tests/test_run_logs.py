@@ -14,6 +14,7 @@ pytest.importorskip("accelerate")
 from fastgrpo.trainer import health
 from fastgrpo.trainer import loop as loops
 from fastgrpo.trainer.health import PATIENCE, Health, Pulse
+from fastgrpo.trainer.log_file import begin
 from fastgrpo.trainer.logs import RunLog
 
 import trainer_job
@@ -209,3 +210,16 @@ def test_a_prompt_is_shown_once(tmp_path):
     text = log.console.file.getvalue()
     assert text.count("why?") == 2
     assert [text.count(word) for word in ("who?", "so", "else", "me", "no")] == [1] * 5
+
+
+@pytest.mark.quick
+def test_an_earlier_runs_log_is_kept(tmp_path):
+    path, kept = tmp_path / "log.jsonl", [{"step": 1}]
+    for rows, text in (([], "first\n"), ([], "second\n"), ([], ""), (kept, "")):
+        begin(path, rows)
+        path.write_text(path.read_text() + text)
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {
+        "log-1.jsonl": "first\n",
+        "log-2.jsonl": "second\n",
+        "log.jsonl": '{"step": 1}\n',
+    }

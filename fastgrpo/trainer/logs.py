@@ -9,6 +9,8 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+from fastgrpo.trainer.log_file import begin
+
 SHOWN = ("reward", "kl", "entropy", "clip_fraction", "skipped", "tokens_per_second")
 
 
@@ -30,8 +32,7 @@ class RunLog(Progress):
         self.rows = [row for row in map(json.loads, rows) if row["step"] <= first]
         self.started = time.perf_counter() - (self.rows[-1]["seconds"] if self.rows else 0.0)
         if self.main:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+            begin(self.path, self.rows)
 
     def write(self, step, numbers):
         """A row of the log: a training step's numbers, or an evaluation's."""
