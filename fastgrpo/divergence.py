@@ -1,6 +1,6 @@
 """linear_divergence: how far two models' distributions are apart, from hidden states and heads, without logits."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -136,7 +136,7 @@ class TeacherHead:
     def beside(self, params, beta):
         """:class:`PairParams` of the student's."""
         return PairParams(
-            **{f.name: getattr(params, f.name) for f in fields(params)},
+            **vars(params),
             teacher_softcap=None if self.softcap is None else float(self.softcap),
             teacher_logit_scale=float(self.logit_scale),
             teacher_compute_dtype=compute_dtype(self.hidden, self.weight),

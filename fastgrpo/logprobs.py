@@ -150,13 +150,19 @@ def head_logprobs(hidden, weight, targets, options):
 
 def topk_logprobs(hidden, weight, targets, options) -> Any:
     """Of targets (N, K) or (B, T, K)."""
-    ids, options = topk.check(hidden, weight, targets, options)
-    some = options.check(hidden, weight, ids.amax(-1))  # a position's: -100 where there is none
+    ids, some, options = topk.check(hidden, weight, targets, options)
+    some = options.check(hidden, weight, some)
     topk.check_ids(ids, weight.shape[0])
     entries = (ids.flatten(0, -2).contiguous(),)
     logprobs, entropy = run(hidden, weight, some, options, strategies.TopK, entries)
-    entropy = None if entropy is None else entropy.view(some.shape)
-    return TopKLogProbs(logprobs[:, :-1].reshape(ids.shape), entropy, logprobs[:, -1].reshape(some.shape))
+    return several(logprobs, entropy, some.shape)
+
+
+def several(logprobs, entropy, shape):
+    """:class:`TopKLogProbs` of (N, K + 1) log-probs and (N,) entropy or None, for positions of this shape."""
+    entropy = None if entropy is None else entropy.view(shape)
+    of_targets = logprobs[:, :-1].reshape(*shape, logprobs.shape[1] - 1)
+    return TopKLogProbs(of_targets, entropy, logprobs[:, -1].reshape(shape))
 
 
 def run(hidden, weight, targets, options, strategy, entries):

@@ -34,7 +34,8 @@ def is_meant(hidden, targets):
 
 
 def check(hidden, weight, targets, options):
-    """-> targets as int64, :class:`fastgrpo.head.HeadOptions` of a position each; raises before anything runs."""
+    """-> targets as int64, one of each position's (-100 where there is none), :class:`fastgrpo.head.HeadOptions` of a
+    position each; raises before anything runs."""
     inputs.check_tensor("targets", targets, hidden.device, floating=False)
     if targets.shape[:-1] != hidden.shape[:-1] or targets.shape[-1] == 0:
         raise ValueError(
@@ -50,7 +51,7 @@ def check(hidden, weight, targets, options):
     if hint is not None:
         inputs.check_per_token("old_logprobs", hint, targets)
         hint = hint.detach().view(targets.shape).masked_fill(targets == IGNORE, -torch.inf).amax(-1)
-    return targets, replace(options, old_logprobs=hint)
+    return targets, targets.amax(-1), replace(options, old_logprobs=hint)
 
 
 def check_ids(targets, vocab):

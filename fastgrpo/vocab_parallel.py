@@ -19,7 +19,7 @@ from fastgrpo.backends.problem import Gradients, HeadProblem, RowStats
 from fastgrpo.config import settings_go_in_config
 from fastgrpo.head import HeadOptions
 from fastgrpo.inputs import ELSEWHERE, IGNORE, Backend, Backward
-from fastgrpo.logprobs import LogProbs, TopKLogProbs
+from fastgrpo.logprobs import LogProbs, TopKLogProbs, several
 from fastgrpo.row_math import rescale
 
 
@@ -29,6 +29,13 @@ class Share:
 
     group: object  # torch.distributed.ProcessGroup
     reduce_hidden_grad: bool
+
+    def reduce(self, d_hidden, dtype):
+        """hidden's gradient of all ranks, or the rank's own; None stays."""
+        if d_hidden is None or not self.reduce_hidden_grad:
+            return d_hidden
+        dist.all_reduce(d_hidden, group=self.group)
+        return d_hidden.to(dtype)
 
 
 class OneTarget:
@@ -115,11 +122,7 @@ class VocabParallelLogProbs(torch.autograd.Function):
         with torch.autocast(stats.device.type, enabled=False):
             problem, backend = HeadProblem(*tensors, params=ctx.params), backends.load(ctx.params.backend)
             grads = ctx.kind.backward(problem, backend, given, stats, kept, grad_logp, grad_entropy, needs, share.group)
-        d_hidden = grads.hidden
-        if d_hidden is not None and share.reduce_hidden_grad:
-            dist.all_reduce(d_hidden, group=share.group)
-            d_hidden = d_hidden.to(problem.hidden.dtype)
-        return d_hidden, grads.weight, grads.bias, *none
+        return share.reduce(grads.hidden, problem.hidden.dtype), grads.weight, grads.bias, *none
 
 
 def merge(partials, entries, group):
@@ -248,8 +251,7 @@ def vocab_parallel_logprobs(
     )
     ids = None
     if topk.is_meant(hidden, targets):
-        ids, options = topk.check(hidden, weight, targets, options)
-        targets = ids.amax(-1)  # a position's: -100 where there is none
+        ids, targets, options = topk.check(hidden, weight, targets, options)
     targets = options.check(hidden, weight, targets)
     sizes = (targets.numel(), math.inf, weight.shape[1])  # shards differ, the decision may not
     hidden_grad = inputs.accumulator_dtype(hidden) if reduce_hidden_grad else None
@@ -273,11 +275,9 @@ def vocab_parallel_logprobs(
         hidden if hidden.ndim == 3 else hidden[None], weight, None if bias is None else bias.contiguous(), entries,
         options.flat_temperature(hidden, targets), params, Share(group, bool(reduce_hidden_grad)), kind, *given,
     )  # fmt: skip
-    entropy = None if entropy is None else entropy.view(targets.shape)
-    if ids is None:
-        return LogProbs(logprobs.view(targets.shape), entropy)
-    rest = logprobs[:, -1].reshape(targets.shape)
-    return TopKLogProbs(logprobs[:, :-1].reshape(*targets.shape, ids.shape[1]), entropy, rest)
+    if ids is not None:
+        return several(logprobs, entropy, targets.shape)
+    return LogProbs(logprobs.view(targets.shape), None if entropy is None else entropy.view(targets.shape))
 
 
 def check_group(group):

@@ -108,11 +108,7 @@ class VocabParallelDivergence(torch.autograd.Function):
             needs, backend = Gradients(*ctx.needs_input_grad[:3]), backends.load(ctx.params.backend)
             strategy = strategies.choose_pair(ctx.params, True)
             grads = strategy.backward(problem, backend, (), stats, rest[count:], grad, None, needs)
-        d_hidden = grads.hidden
-        if d_hidden is not None and ctx.share.reduce_hidden_grad:
-            dist.all_reduce(d_hidden, group=ctx.share.group)
-            d_hidden = d_hidden.to(problem.hidden.dtype)
-        return d_hidden, grads.weight, grads.bias, *nothing[3:]
+        return ctx.share.reduce(grads.hidden, problem.hidden.dtype), grads.weight, grads.bias, *nothing[3:]
 
 
 @settings_go_in_config

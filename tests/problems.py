@@ -2,6 +2,8 @@
 
 import torch
 
+OLDEST_TORCH = torch.__version__.startswith("2.8.")  # that is supported
+
 
 def head(n, vocab, depth, dtype=torch.float64, device="cpu", seed=0, bias=False, peak=0.0):
     """hidden (n, D), weight (V, D), targets (n,), bias; ``peak``: how many nats each label stands out."""

@@ -11,6 +11,8 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForC
 from fastgrpo import GRPOLossConfig, divergence, grpo_loss, head_op, linear_divergence, linear_logprobs, terms
 from fastgrpo.integrations.transformers import fuse_lm_head
 
+import problems
+
 VOCAB, DEPTH = 311, 32
 
 
@@ -92,9 +94,7 @@ def diverge(frozen, hidden, weight, bias, targets, lora=None, **options):
 
 def make_call(name, tokens, backend="torch", vocab=VOCAB):
     """-> a function of no argument, and the tensors that want a gradient."""
-    if name in DIVERGENCES:
-        return make_divergence(name, tokens, backend, vocab)
-    options = dict(STRATEGIES[name], backend=backend)
+    options = dict((STRATEGIES | DIVERGENCES)[name], backend=backend)
     frozen, lora, support, topk = (options.pop(key, False) for key in ("frozen", "lora", "support", "topk"))
     hidden, weight, bias, targets = head(tokens, vocab)
     if topk:
@@ -105,18 +105,11 @@ def make_call(name, tokens, backend="torch", vocab=VOCAB):
         leaves += options["lora"][:2]
     if support:
         options["support"] = kept_ids(targets, vocab)
-    return functools.partial(scores, frozen, hidden, weight, bias, targets, **options), leaves
+    return functools.partial(called(name), frozen, hidden, weight, bias, targets, **options), leaves
 
 
-def make_divergence(name, tokens, backend, vocab):
-    options = dict(DIVERGENCES[name], backend=backend)
-    frozen, lora = (options.pop(key, False) for key in ("frozen", "lora"))
-    hidden, weight, bias, targets = head(tokens, vocab)
-    leaves = [x.requires_grad_() for x in ((hidden,) if frozen else (hidden, weight, bias))]
-    if lora:
-        options["lora"] = adapter(vocab)
-        leaves += options["lora"][:2]
-    return functools.partial(diverge, frozen, hidden, weight, bias, targets, **options), leaves
+def called(name):
+    return diverge if name in DIVERGENCES else scores
 
 
 def results(call, leaves):
@@ -127,7 +120,7 @@ def results(call, leaves):
 @pytest.mark.parametrize("name", [*STRATEGIES, *DIVERGENCES])
 def test_a_strategy_in_one_graph(name):
     """Values and gradients are eager's to the bit, whatever the length."""
-    compiled, counter = in_one_graph(diverge if name in DIVERGENCES else scores)
+    compiled, counter = in_one_graph(called(name))
     compilations = None
     for tokens in (140, 161, 300):  # more than a block of flags: a size of 1 would be a constant
         call, leaves = make_call(name, tokens)
@@ -318,9 +311,7 @@ def make_model(name):
     return fuse_lm_head(model)
 
 
-traceable = pytest.mark.skipif(
-    torch.__version__.startswith("2.8"), reason="torch 2.8 cannot trace what transformers' models return"
-)
+traceable = pytest.mark.skipif(problems.OLDEST_TORCH, reason="torch 2.8 cannot trace what transformers' models return")
 
 
 @traceable

@@ -16,6 +16,7 @@ from fastgrpo.trainer import SFTConfig, SFTTrainer
 from fastgrpo.trainer.generate import Sampling, TransformersSampler
 from fastgrpo.trainer.learner import LOSS_SCALE, SCALE_GROWTH, Episode, Learner
 
+import problems
 import trainer_job
 
 NUMBER = {"save_strategy": "no", "max_steps": 4, "fp16": True}
@@ -153,7 +154,8 @@ def out_of_band(dtype):
     return ((gaps.exp() - 1).abs() > 0.01).float().mean().item()
 
 
+@pytest.mark.skipif(problems.OLDEST_TORCH, reason="torch 2.8 draws other answers: 8 % are out of band in bf16")
 def test_sampler_and_learner_are_closer_than_in_bf16():
     half, brain = out_of_band(torch.float16), out_of_band(torch.bfloat16)
-    assert brain > 0.05
+    assert brain > 0.1
     assert half < brain / 4

@@ -63,6 +63,13 @@ def learn(model, episodes, share, config=None, **options):
     return gradients, learner.score(episodes)
 
 
+def fill_lora(model):
+    """B is zero at the start."""
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.1)
+
+
 def assert_same(got, want):
     (gradients, scores), (want_gradients, want_scores) = got, want
     torch.testing.assert_close(scores, want_scores, rtol=1e-4, atol=1e-4)
@@ -111,9 +118,7 @@ def test_lora_checkpointing_and_offload(settings):
     offload = settings.pop("offload", False)
     config = GRPOConfig(use_cpu=True, lora_target_modules="all-linear", lora_dropout=0.0, **settings)
     model, episodes = make_trainable(make("Llama"), config).train(), make_episodes()
-    for name, p in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(p, std=0.1)
+    fill_lora(model)
     assert_same(learn(model, episodes, True, offload=offload), learn(model, episodes, False))
     assert model.config._attn_implementation == "sdpa"
 
@@ -132,9 +137,7 @@ def test_a_base_in_4_bits(tmp_path):
     base = load_model(str(tmp_path), config, torch.device("cpu"))
     assert any(p.dtype == torch.uint8 for p in base.parameters())
     model, episodes = make_trainable(fuse_lm_head(base), config).train(), make_episodes()
-    for name, p in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(p, std=0.1)
+    fill_lora(model)
     assert_same(learn(model, episodes, True), learn(model, episodes, False))
 
 

@@ -90,11 +90,15 @@ def hint(case, hidden, weight, labels, bias, temperature):
     return logprobs - case["hint"]
 
 
+def leaves_of(case, shard, hidden, weight, bias):
+    leaves = {"hidden": hidden, "weight": weight[shard], "bias": None if bias is None else bias[shard]}
+    return problems.with_grad(leaves, case.get("names", ("hidden", "weight", "bias")))
+
+
 def outcome(case, shard=slice(None), group=None, sizes=None):
     """Log-probs, entropy and the gradients, of one process or of one rank's columns."""
     hidden, weight, labels, bias, temperature = whole = inputs(**case)
-    leaves = {"hidden": hidden, "weight": weight[shard], "bias": None if bias is None else bias[shard]}
-    leaves = problems.with_grad(leaves, case.get("names", ("hidden", "weight", "bias")))
+    leaves = leaves_of(case, shard, hidden, weight, bias)
     options = {"bias": leaves["bias"], **{k: case[k] for k in PASSED if k in case}}
     if "hint" in case:
         options["old_logprobs"] = hint(case, *whole)
@@ -120,8 +124,7 @@ def several(case, shard=slice(None), group=None, sizes=None):
     ids = (labels[..., None] + torch.tensor([0, 5, 60])) % weight.shape[0]
     ids = ids.where(labels[..., None] != -100, -100)
     ids[0, 1, 1] = -100
-    leaves = {"hidden": hidden, "weight": weight[shard], "bias": None if bias is None else bias[shard]}
-    leaves = problems.with_grad(leaves, case.get("names", ("hidden", "weight", "bias")))
+    leaves = leaves_of(case, shard, hidden, weight, bias)
     options = {"temperature": temperature, "return_entropy": case.get("entropy", True), "backward": "exact"}
     options |= {k: case[k] for k in PASSED if k in case}
     if "hint" in case:

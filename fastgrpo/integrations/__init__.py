@@ -1,9 +1,8 @@
 """Drop-ins for other libraries, each imported on use: ``fastgrpo.integrations.trl`` needs trl, and so on."""
 
 import importlib
-from pathlib import Path
 
-NAMES = sorted(path.stem for path in Path(__file__).parent.glob("*.py") if path.stem not in ("__init__", "verl_patch"))
+NAMES = ("liger", "transformers", "trl", "verl", "vllm")
 
 
 def __getattr__(name):
