@@ -14,7 +14,7 @@ def main():
     print(f"the class is {type(grpo).__module__}.{type(grpo).__name__}")
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(4, 32, 64, generator=generator).requires_grad_()  # (B, T, D)
-    head = torch.randn(1000, 64, generator=generator).requires_grad_()  # (V, D)
+    head = (0.1 * torch.randn(1000, 64, generator=generator)).requires_grad_()  # (V, D)
     tokens = torch.randint(0, 1000, (4, 32), generator=generator)
     mask = torch.ones(4, 32, dtype=torch.long)
     advantages = torch.tensor([1.5, -0.5, -0.5, -0.5])

@@ -20,6 +20,7 @@ def load(path):
 
 def main(path=None, steps=20, prompt="3142=", answer="1234"):
     model, tokenizer = load(path)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6 if path else 2e-4)
     config = GRPOLossConfig(epsilon_high=0.28)
     given = tokenizer([prompt] * GROUP, return_tensors="pt").to(model.device)
@@ -37,7 +38,7 @@ def main(path=None, steps=20, prompt="3142=", answer="1234"):
         model.train()
         old = None
         for _ in range(PASSES):
-            hidden = model.model(ids).last_hidden_state[:, start - 1 : -1]  # a state predicts the token after it
+            hidden = model.base_model(ids).last_hidden_state[:, start - 1 : -1]  # a state predicts the token after it
             head = model.get_output_embeddings().weight
             result = grpo_loss(hidden, head, answers, advantages, config, mask=mask, old_logprobs=old)
             old = result.logprobs if old is None else old  # the ratio of later passes is to these

@@ -18,7 +18,7 @@ def taught(seed=0, steps=65):
         start = len(tokenizer(rows[0]["prompt"]).input_ids)
         texts = [row["prompt"] + row["completion"] + tokenizer.eos_token for row in rows]
         ids = torch.tensor(tokenizer(texts).input_ids)
-        hidden = model.model(ids).last_hidden_state[:, start - 1 : -1]  # a state predicts the token after it
+        hidden = model.base_model(ids).last_hidden_state[:, start - 1 : -1]  # a state predicts the token after it
         loss = -linear_logprobs(hidden, model.lm_head.weight, ids[:, start:]).logprobs.mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

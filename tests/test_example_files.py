@@ -11,6 +11,8 @@ pytest.importorskip("accelerate")
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
+from fastgrpo.trainer.examples import tiny_model
+
 EXAMPLES = sorted((Path(__file__).resolve().parents[1] / "examples").glob("*.py"))
 
 
@@ -28,7 +30,10 @@ def model(tmp_path_factory):
 def save_model(folder, **shape):
     import trainer_job
 
-    model, tokenizer = trainer_job.make_model(dropout=0.0, **shape)
+    return save(folder, *trainer_job.make_model(dropout=0.0, **shape))
+
+
+def save(folder, model, tokenizer):
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}="
     model.config.max_position_embeddings = 512
     model.save_pretrained(folder)
@@ -86,9 +91,10 @@ def test_custom_reward(model, tmp_path, capsys):
     assert (tmp_path / "model" / "config.json").is_file()
 
 
-def test_real_model(model, tmp_path, capsys):
+def test_real_model(tmp_path, capsys):
     pytest.importorskip("peft")
     sizes = {"max_steps": 2, "per_device_train_batch_size": 8, "max_completion_length": 8, "save_strategy": "no"}
+    model = save(tmp_path / "start", *tiny_model("tiny:arithmetic"))
     run("real_model", model, f"output_dir={tmp_path}", "use_cpu=true", *(f"{k}={v}" for k, v in sizes.items()))
     assert "the adapter:" in capsys.readouterr().out
     assert (tmp_path / "model" / "adapter_config.json").is_file()

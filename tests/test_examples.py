@@ -10,8 +10,11 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("accelerate")
 
 from fastgrpo.trainer import cli, examples
+from fastgrpo.trainer.alphabet import check_alphabet
+from fastgrpo.trainer.data import longest_prompt
 from fastgrpo.trainer.job import load_config
 from fastgrpo.trainer.rewards import resolve
+from fastgrpo.trainer.supervised import longest_example
 
 NAMES = list(examples.WORLDS)
 REWARD = dict.fromkeys(("addition", "arithmetic", "gsm8k"), "numeric_answer")
@@ -48,6 +51,21 @@ def test_held_out_problems_are_never_trained_on(name):
     assert not train & test
     assert len(test) > 20
     assert examples.problems(world, 5, 3) == examples.problems(world, 5, 3) != examples.problems(world, 5, 4)
+
+
+@pytest.mark.quick
+def test_characters_that_would_be_dropped_are_refused():
+    digits, words = (examples.tiny_model(f"tiny:{name}")[1] for name in ("sort", "arithmetic"))
+    assert digits("11+6=").input_ids == digits("116=").input_ids  # as the tokenizer itself has it
+    for texts in (["11=", "11+6="], [[{"role": "user", "content": "1+"}]], [None, "+"]):
+        with pytest.raises(ValueError, match=r"what the tokenizer knows, '0123456789=', got '\+'"):
+            check_alphabet(digits, texts)
+    check_alphabet(digits, ["12=\n", [{"role": "user", "content": "3 4"}], None])  # spaces may go
+    check_alphabet(words, ["Zoë has {x} ß"])  # it has bytes for everything
+    with pytest.raises(ValueError, match="got '\\+'"):
+        longest_prompt(digits, [{"prompt": "1+2="}])
+    with pytest.raises(ValueError, match="got 'a'"):
+        longest_example(digits, [{"prompt": "1=", "completion": "a"}])
 
 
 def test_names_of_datasets():

@@ -27,7 +27,7 @@ def test_op_example(capsys):
     assert code.count("\n") <= 12
     exec(compile(code, "README.md", "exec"), scope)
     assert scope["hidden"].grad.abs().sum() > 0
-    assert "active_tokens" in capsys.readouterr().out
+    assert len(capsys.readouterr().out.split()) == 2
     metrics = scope["result"].metrics
     assert 0 < metrics["clip_region_sum"] < 0.5 * metrics["measured_tokens"]
     assert metrics["ratio_max"] > 1.2
@@ -65,10 +65,8 @@ def test_trainer_example(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     import trainer_job
 
-    model, tokenizer = trainer_job.make_model()
-    model.save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    code = example("Train").replace("path/to/model", str(tmp_path / "model")).replace("max_steps=100", "max_steps=3")
+    assert '`"tiny:addition"` is a small one' in README
+    code = example("Train").replace("path/to/model", "tiny:addition").replace("max_steps=100", "max_steps=3")
     assert code.count("\n") <= 12
     exec(compile(code, "README.md", "exec"), {})
     assert len(trainer_job.log_rows(tmp_path / "runs/sums")) == 3

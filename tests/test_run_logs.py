@@ -11,11 +11,12 @@ from rich.console import Console
 
 pytest.importorskip("accelerate")
 
-from fastgrpo.trainer import health
+from fastgrpo.trainer import cli, health
 from fastgrpo.trainer import loop as loops
 from fastgrpo.trainer.health import PATIENCE, Health, Pulse
 from fastgrpo.trainer.log_file import begin
 from fastgrpo.trainer.logs import RunLog
+from fastgrpo.trainer.tables import shortened
 
 import trainer_job
 
@@ -124,6 +125,8 @@ def heard(*rows, quiet=False):
 
 @pytest.mark.quick
 def test_health():
+    (said,) = heard({}, {"skipped": 0.5}, {"skipped": 0.7})[1]
+    assert said.startswith("skipped: the share of tokens")
     assert heard({}, {"truncated": 0.5}, *[{"frac_reward_zero_std": 0.9}] * 20) == ([], [])
     (said,), _ = heard({"truncated": 0.75}, {"truncated": 0.9})
     assert said.startswith("75% of the answers reached max_completion_length = 64 unfinished")
@@ -160,7 +163,7 @@ def test_a_silent_run_says_what_it_does(tmp_path, monkeypatch):
         pulse.tell("4 of 12 answers done, 8 at token 7 of 9")
         time.sleep(0.3)
     lines = log.console.file.getvalue().splitlines()
-    want = "after step 0/5: sampling answers to 3 prompts, 4 of 12 answers done, 8 at token 7 of 9, 0 min 0 s"
+    want = "sampling answers to 3 prompts, 4 of 12 answers done, 8 at token 7 of 9, 0 min 0 s; 0 of 5 steps done"
     assert lines
     assert set(lines) == {want}
     assert len(lines) <= 6
@@ -210,6 +213,30 @@ def test_a_prompt_is_shown_once(tmp_path):
     text = log.console.file.getvalue()
     assert text.count("why?") == 2
     assert [text.count(word) for word in ("who?", "so", "else", "me", "no")] == [1] * 5
+
+
+@pytest.mark.quick
+def test_what_all_prompts_share_is_shown_once():
+    chats = [f"<system>You help people.<user>What is {sum}?<assistant>Let us count: " for sum in ("1 + 2", "3 + 4")]
+    assert shortened([chats[0], chats[1], chats[0]]) == [chats[0], "…3 + 4…", chats[0]]
+    assert shortened(["1+2=", "1+3="]) == ["1+2=", "1+3="]
+    assert shortened([chats[0], chats[0]]) == [chats[0]] * 2
+    assert shortened([]) == []
+
+
+def test_a_line_is_a_line_however_wide(tmp_path):
+    log, pulse = make_log(tmp_path)
+    pulse.console, log.console.width = log.console, 20
+    pulse.line("step 20/200  reward 0.473  entropy 0.772")
+    assert log.console.file.getvalue() == "step 20/200  reward 0.473  entropy 0.772\n"
+
+
+@pytest.mark.quick
+def test_the_command_line_warns_without_the_place_in_the_code():
+    ours = cli.warning_line("too long", UserWarning, health.__file__, 7)
+    assert ours == "fastgrpo: warning: too long\n"
+    theirs = cli.warning_line("old", DeprecationWarning, "/somewhere/else.py", 7, "old()")
+    assert "/somewhere/else.py:7: DeprecationWarning: old" in theirs
 
 
 @pytest.mark.quick

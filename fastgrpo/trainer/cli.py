@@ -1,12 +1,16 @@
 """The ``fastgrpo`` command."""
 
 import argparse
+import warnings
+from contextlib import contextmanager
+from pathlib import Path
 
-from fastgrpo import __version__
+import fastgrpo
 from fastgrpo.checks import MISTAKES, UserError
 from fastgrpo.trainer import quiet_bitsandbytes
 
 USAGE = "any setting may follow as --key value, or --key alone for true; --resume goes on from the newest checkpoint"
+PLAIN = warnings.formatwarning
 COMMANDS = {  # name: (what it does, whose settings it takes)
     "train": ("train a model with GRPO", "train"),
     "sft": ("fine-tune a model on prompts and completions, conversations or texts", "sft"),
@@ -34,7 +38,7 @@ class Command(argparse.ArgumentParser):
 
 def make_parser():
     parser = Command(prog="fastgrpo", description="GRPO without the logits, and what goes before or beside it.")
-    parser.add_argument("--version", action="version", version=__version__)
+    parser.add_argument("--version", action="version", version=fastgrpo.__version__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, (does, settings) in COMMANDS.items():
         config = "" if name == "demo" else " CONFIG"
@@ -50,6 +54,23 @@ def make_parser():
     return parser
 
 
+def warning_line(message, category, filename, lineno, line=None):
+    """Of a warning that is meant for the user its text alone, without the place in the code."""
+    if category is UserWarning and str(filename).startswith(str(Path(fastgrpo.__file__).parent)):
+        return f"fastgrpo: warning: {message}\n"
+    return PLAIN(message, category, filename, lineno, line)
+
+
+@contextmanager
+def brief_warnings():
+    warnings.formatwarning = warning_line
+    try:
+        yield
+    finally:
+        warnings.formatwarning = PLAIN
+
+
+@brief_warnings()
 def main(argv: list[str] | None = None) -> int:
     parser = make_parser()
     options, overrides = parser.parse_known_args(argv)

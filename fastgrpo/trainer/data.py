@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from fastgrpo.trainer import examples
+from fastgrpo.trainer.alphabet import check_alphabet
 from fastgrpo.trainer.rewards import call_reward
 
 
@@ -69,7 +70,9 @@ def encode(tokenizer: Any, prompt: str | list, template: dict | None = None) -> 
 
 
 def longest_prompt(tokenizer, rows, template=None):
-    """Tokens of the longest prompt, among the eight of most characters."""
+    """Tokens of the longest prompt, among the eight of most characters; all are looked at for characters that a
+    tokenizer would drop."""
+    check_alphabet(tokenizer, (row["prompt"] for row in select_prompts(rows)))
     prompts = heapq.nlargest(8, (row["prompt"] for row in select_prompts(rows)), key=lambda prompt: len(str(prompt)))
     return max(len(encode(tokenizer, prompt, template)) for prompt in prompts)
 
@@ -84,8 +87,11 @@ def score(functions, rows, completions, completion_ids, **more):
     """What each reward function gives each answer: B lists of R floats, NaN where it cannot score (None)."""
     if not rows:
         return []
-    columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
-    columns |= {"prompts": [row["prompt"] for row in rows], "completions": completions, **more}
-    columns["completion_ids"] = completion_ids
+    columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"} | {
+        "prompts": [row["prompt"] for row in rows],
+        "completions": completions,
+        **more,
+        "completion_ids": completion_ids,
+    }
     scores = [call_reward(name, function, columns, len(rows)) for name, function in functions.items()]
     return [[values[i] for values in scores] for i in range(len(rows))]

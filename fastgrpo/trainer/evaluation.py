@@ -20,7 +20,9 @@ def apart(trainer: Any) -> Iterator[list[dict]]:
     with torch.random.fork_rng(gpu):  # by default it touches every GPU of the machine
         torch.manual_seed(trainer.config.seed + rank)
         trainer.sampler.sync(trainer.model)
+        trainer.pulse.stage = "evaluation"
         yield [trainer.eval_rows[i] for i in range(rank, len(trainer.eval_rows), world)]
+        trainer.pulse.stage = ""
 
 
 def evaluate(trainer) -> dict[str, float | None]:

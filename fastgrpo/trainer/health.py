@@ -20,6 +20,7 @@ class Pulse:
 
     def __init__(self) -> None:
         self.console: Any = None
+        self.stage = ""  # what is said before everything else
         self.spoke = time.monotonic()
         self.doing("starting")
 
@@ -33,18 +34,18 @@ class Pulse:
 
     def __str__(self) -> str:
         seconds = round(time.monotonic() - self.since)
-        return ", ".join(filter(None, (self.what, self.detail, f"{seconds // 60} min {seconds % 60} s")))
+        return ", ".join(filter(None, (self.stage, self.what, self.detail, f"{seconds // 60} min {seconds % 60} s")))
 
     def line(self, text: str) -> None:
         self.spoke = time.monotonic()
-        self.console.print(text)
+        self.console.print(text, soft_wrap=True)  # a terminal's width is nobody's where there is none
 
     def show(self, log: Any) -> None:
         """log: a :class:`fastgrpo.trainer.logs.RunLog`."""
         if log.console.is_terminal:
             log.update(log.task, description=f"{log.name}, {self}")
         elif time.monotonic() - self.spoke >= SILENCE:
-            self.line(f"after step {log.step}/{log.total}: {self}")
+            self.line(f"{self}; {log.step} of {log.total} steps done")
 
     @contextmanager
     def beating(self, log: Any, every: float = 1.0) -> Iterator[None]:
@@ -93,6 +94,11 @@ class Health:
                 f"for {PATIENCE} steps every group's answers had the same reward ({level}): nothing is learnt. The "
                 "prompts are too hard or too easy, or the rewards cannot tell answers apart; max_resample_times draws "
                 "such groups again"
+            )
+        if row.get("skipped"):
+            self.once(
+                "skipped: the share of tokens whose group earned the same throughout. They have no advantage and no "
+                "gradient, so the learner leaves them out"
             )
         if row["grad_norm"] > 0 and abs(row["loss"]) < 1e-3 and row["ratio_max"] - row["ratio_min"] < 1e-3:
             self.once(

@@ -6,10 +6,9 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn
-from rich.table import Table
-from rich.text import Text
 
 from fastgrpo.trainer.log_file import begin
+from fastgrpo.trainer.tables import answer_table
 
 SHOWN = ("reward", "kl", "entropy", "clip_fraction", "skipped", "tokens_per_second")
 
@@ -56,8 +55,4 @@ class RunLog(Progress):
 
     def answers(self, title, rows, what="reward"):
         """A table of (prompt, answer, number)."""
-        table = Table("prompt", "answer", what, title=title)
-        for (prompt, answer, number), (before, *_) in zip(rows, [("",), *rows]):
-            table.add_section()
-            table.add_row(Text(prompt if prompt != before else ""), Text(answer), f"{number:.3g}")
-        self.console.print(table)
+        self.console.print(answer_table(title, rows, what))

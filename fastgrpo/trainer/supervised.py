@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
+from fastgrpo.trainer.alphabet import check_alphabet
 from fastgrpo.trainer.data import encode, read_rows
 from fastgrpo.trainer.learner import Episode
 
 FORMS = "'prompt' and 'completion', 'messages' or 'text'"
+LEARNT = ("prompt", "completion", "messages", "text")
 CLOSED = {"add_generation_prompt": False, "continue_final_message": False}
 OPEN = {"add_generation_prompt": True, "continue_final_message": False}
 
@@ -138,7 +140,9 @@ def make_example(ids, learnt, max_length):
 
 
 def longest_example(tokenizer, rows, template=None, max_length=None):
-    """Tokens of the longest sequence, among the eight rows of most characters."""
+    """Tokens of the longest sequence, among the eight rows of most characters; all are looked at for characters that a
+    tokenizer would drop."""
+    check_alphabet(tokenizer, (row.get(name) for row in rows for name in LEARNT))
     large = heapq.nlargest(8, range(len(rows)), key=lambda i: len(str(rows[i])))
     examples = [e for i in large for e in encode_examples(tokenizer, rows[i], template, max_length)]
     return max((e.length for e in examples), default=0)
