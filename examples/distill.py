@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fastgrpo import linear_divergence
 from fastgrpo.trainer.examples import load_rows
 
-from supervised_start import taught
+from supervised_start import PLAIN, taught
 
 BATCH = 64  # prompts a step
 
@@ -20,7 +20,9 @@ def load(student, teacher):
     if student is None:  # two small models that sort digits, made here; the student knows less
         (model, tokenizer), (better, _) = taught(seed=1, steps=30), taught(steps=80)
         return model, better, tokenizer
-    models = [AutoModelForCausalLM.from_pretrained(path) for path in (student, teacher)]
+    if teacher is None:
+        sys.exit(__doc__)
+    models = [AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in (student, teacher)]
     return *models, AutoTokenizer.from_pretrained(student)
 
 
@@ -28,17 +30,18 @@ def main(student=None, teacher=None, steps=40, beta=1.0):
     model, better, tokenizer = load(student, teacher)
     better.eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5 if student else 3e-4)
+    end = torch.tensor(model.generation_config.eos_token_id, device=model.device)
     prompts = [row["prompt"] for row in load_rows("tiny:sort")]  # "3142=", all of one length
     for step in range(steps):
         batch = tokenizer(prompts[step * BATCH : (step + 1) * BATCH], return_tensors="pt").to(model.device)
         start = batch.input_ids.shape[1]
         with torch.no_grad():
-            ids = model.eval().generate(**batch, do_sample=True, top_k=0, max_new_tokens=6)
-            right = better.model(ids).last_hidden_state[:, start - 1 : -1]  # (B, T, D_t)
+            ids = model.eval().generate(**batch, **PLAIN, max_new_tokens=6)
+            right = better.get_decoder()(ids).last_hidden_state[:, start - 1 : -1]  # (B, T, D_t)
         answers = ids[:, start:]
-        ends = answers == tokenizer.eos_token_id
+        ends = torch.isin(answers, end)
         mask = (ends.cumsum(1) - ends.long() == 0).long()  # up to the first end token, itself included
-        hidden = model.train().model(ids).last_hidden_state[:, start - 1 : -1]  # (B, T, D): predict the token after
+        hidden = model.train().get_decoder()(ids).last_hidden_state[:, start - 1 : -1]  # (B, T, D)
         heads = model.get_output_embeddings().weight, better.get_output_embeddings().weight
         out = linear_divergence(hidden, heads[0], right, heads[1], mask, beta=beta)  # 1: KL(student || teacher)
         loss = out.divergence.sum() / mask.sum()

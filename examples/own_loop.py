@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastgrpo import GRPOLossConfig, group_advantages, grpo_loss
 
-from supervised_start import taught
+from supervised_start import PLAIN, taught
 
 GROUP, PASSES = 16, 2  # answers to the prompt; optimiser steps on one rollout
 
@@ -15,7 +15,7 @@ GROUP, PASSES = 16, 2  # answers to the prompt; optimiser steps on one rollout
 def load(path):
     if path is None:  # a small model that sorts digits, made here
         return taught()
-    return AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), AutoTokenizer.from_pretrained(path)
 
 
 def main(path=None, steps=20, prompt="3142=", answer="1234"):
@@ -24,12 +24,12 @@ def main(path=None, steps=20, prompt="3142=", answer="1234"):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6 if path else 2e-4)
     config = GRPOLossConfig(epsilon_high=0.28)
     given = tokenizer([prompt] * GROUP, return_tensors="pt").to(model.device)
-    start = given.input_ids.shape[1]
+    start, end = given.input_ids.shape[1], torch.tensor(model.generation_config.eos_token_id, device=model.device)
     for step in range(steps):
         model.eval()
-        ids = model.generate(**given, do_sample=True, top_k=0, max_new_tokens=16)
+        ids = model.generate(**given, **PLAIN, max_new_tokens=16)
         answers = ids[:, start:]
-        ends = answers == tokenizer.eos_token_id
+        ends = torch.isin(answers, end)
         mask = (ends.cumsum(1) - ends.long() == 0).long()  # up to the first end token, itself included
         texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
         # the share of right digits: a reward with parts has groups that differ
@@ -38,7 +38,7 @@ def main(path=None, steps=20, prompt="3142=", answer="1234"):
         model.train()
         old = None
         for _ in range(PASSES):
-            hidden = model.base_model(ids).last_hidden_state[:, start - 1 : -1]  # a state predicts the token after it
+            hidden = model.get_decoder()(ids).last_hidden_state[:, start - 1 : -1]  # predict the token after
             head = model.get_output_embeddings().weight
             result = grpo_loss(hidden, head, answers, advantages, config, mask=mask, old_logprobs=old)
             old = result.logprobs if old is None else old  # the ratio of later passes is to these

@@ -8,6 +8,9 @@ import torch
 from fastgrpo import linear_logprobs
 from fastgrpo.trainer.examples import WORLDS, problems, tiny_model
 
+# sampling from the policy itself, whatever a checkpoint's generation config says
+PLAIN = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
+
 
 def taught(seed=0, steps=65):
     """A small Qwen2 that gets some answers right, and its tokenizer, in seconds."""
@@ -18,7 +21,7 @@ def taught(seed=0, steps=65):
         start = len(tokenizer(rows[0]["prompt"]).input_ids)
         texts = [row["prompt"] + row["completion"] + tokenizer.eos_token for row in rows]
         ids = torch.tensor(tokenizer(texts).input_ids)
-        hidden = model.base_model(ids).last_hidden_state[:, start - 1 : -1]  # a state predicts the token after it
+        hidden = model.get_decoder()(ids).last_hidden_state[:, start - 1 : -1]  # a state predicts the token after it
         loss = -linear_logprobs(hidden, model.lm_head.weight, ids[:, start:]).logprobs.mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -65,7 +65,7 @@ def test_trainer_example(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     import trainer_job
 
-    assert '`"tiny:addition"` is a small one' in README
+    assert '`"tiny:addition"` is a small model' in README
     code = example("Train").replace("path/to/model", "tiny:addition").replace("max_steps=100", "max_steps=3")
     assert code.count("\n") <= 12
     exec(compile(code, "README.md", "exec"), {})
