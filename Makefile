@@ -10,6 +10,7 @@ WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 .PHONY: demo real distill test quick bench kernel-report gpu-dry-run lint docs docs-text wheel clean
 
 $(READY): requirements.txt pyproject.toml setup.py
+	@echo "building $(VENV): some minutes, most of them downloads"
 	$(PYTHON) -m venv $(VENV)
 ifeq ($(PINNED),yes)
 	$(BIN)/python -m pip install --quiet -r requirements.txt

@@ -30,7 +30,8 @@ def colour(entry):
 
 
 def where(rows):
-    return f"{rows[0]['device']}, torch {rows[0]['torch']}, {rows[0]['date'][:10]}"
+    days = sorted({row["date"][:10] for row in rows})
+    return f"{rows[0]['device']}, torch {rows[0]['torch']}, {' to '.join(dict.fromkeys((days[0], days[-1])))}"
 
 
 def save(figure, path, rows):

@@ -53,7 +53,18 @@ def machine(device, command):
         "versions": {k: v for k, v in versions.items() if v},
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": command,
+        "commit": commit(),
     }
+
+
+def commit():
+    """Of the code that is measured, with a + where files differ from it; None outside a clone."""
+    command = ("git", "describe", "--always", "--dirty=+", "--exclude=*", "--abbrev=12")
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
 
 
 def cpu_name():

@@ -1,6 +1,7 @@
 """The tables of figures, made from bench/results/ so that none is typed by hand (bench/pages.py puts them in place)."""
 
 import json
+import re
 
 from bench import draw
 from bench.suites import accuracy, loss
@@ -114,6 +115,11 @@ SECTIONS = {
 }
 
 
+def told(command):
+    """Without where the rows went."""
+    return re.sub(r" --(output|tag) \S+", "", command)
+
+
 def figures(folder):
     """Markdown of everything measured; a heading and a line of where for each kind of device."""
     parts = []
@@ -123,8 +129,8 @@ def figures(folder):
         if not found:
             continue
         some = next(iter(found.values()))
-        commands = ", ".join(dict.fromkeys(f"`{rows[0]['command']}`" for rows in found.values()))
+        commands = ", ".join(dict.fromkeys(f"`{told(rows[0]['command'])}`" for rows in found.values()))
         versions = ", ".join(f"{k} {v}" for k, v in some[0]["versions"].items())
-        parts.append(f"**{name}**: {draw.where(some)}, {versions}; {commands}.")
+        parts.append(f"**{name}**: {draw.where([r for rows in found.values() for r in rows])}, {versions}; {commands}.")
         parts += [text for suite, rows in found.items() if (text := SECTIONS[suite](rows))]
     return "\n\n".join(parts)

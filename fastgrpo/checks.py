@@ -137,7 +137,9 @@ def describe(value: Any, hint: Any) -> str:
     """What an annotation asks for, in words."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
-        return "int" if arguments[0] is int and not fits(value, int) else str(arguments[1][0])
+        if arguments[0] is int and not fits(value, int):
+            return "int"
+        return f"a number {arguments[1][0]}" if isinstance(value, str) else str(arguments[1][0])
     if origin is Literal:
         return f"one of {', '.join(map(repr, arguments))}"
     if origin in (typing.Union, types.UnionType):

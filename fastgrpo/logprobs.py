@@ -53,7 +53,7 @@ def linear_logprobs(
     workspace_mb: float = 128,
     row_tolerance: float | None = None,
 ) -> LogProbs:  # of top-k targets TopKLogProbs: a union would forbid everybody to unpack two
-    """Log-probability of each target under ``softmax(logits)``, with exact gradients and no (N, V) tensor.
+    """Log-probability of each target under ``softmax(logits)``, with gradients (see ``backward``), no (N, V) tensor.
 
     ``logits = cap(logit_scale * (hidden @ weight.T + bias)) / temperature``, ``cap(x) = softcap * tanh(x / softcap)``.
 
@@ -90,7 +90,8 @@ def linear_logprobs(
         tolerance: of the certified backward: bound on the relative error of d loss / d logits (Frobenius norm). None:
             0.005, which adds less than a quarter of what bf16 GEMMs add anyway; 0.0007 for fp32 under "auto". The
             gradients' own errors are about ten times smaller.
-        workspace_mb: bound on the scratch memory, in MiB.
+        workspace_mb: bound on the tiles and tables of a call, in MiB. Beside it stand at most the sum of dX (4 N D
+            bytes) and the certified backward's flags and order (N V / 1024 + 20 V).
         row_tolerance: of the certified backward where the head (or its bias or LoRA's B) is trained: how far one
             vocabulary entry's gradient may be from the exact one, relative to its own size, in (0, 1]. 95 % of the
             entries stay within it and half of them within a fifth; optimisers such as Adam, which divide each weight's

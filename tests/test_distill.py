@@ -408,7 +408,7 @@ def test_presets():
     job, config = load_config("distill-tiny", command="distill")
     assert job["teacher_model"]
     assert config.beta == 1.0
-    assert preset_names("distill") == "distill-tiny"
+    assert preset_names("distill") == ["distill-tiny"]
     assert "distill-tiny" not in preset_names("sft") + preset_names("train")
 
 

@@ -182,6 +182,15 @@ def test_dora_on_the_head_is_refused():
         model(input_ids=tokens(), labels=tokens(), fastgrpo=True)
 
 
+def test_what_is_no_model_and_no_function_is_refused():
+    with pytest.raises(TypeError, match=r"model must be a transformers causal LM, .* got 'path/to/model'"):
+        fuse_lm_head("path/to/model")
+    model = fuse_lm_head(make())
+    for wrong in (1, "loss"):
+        with pytest.raises(TypeError, match=f"fastgrpo must be True .* or a function such as grpo_loss, got {wrong!r}"):
+            model(torch.zeros(1, 3, dtype=torch.long), fastgrpo=wrong)
+
+
 def test_a_model_without_a_head_is_refused():
     with pytest.raises(ValueError, match="must have an LM head"):
         fuse_lm_head(make().model)

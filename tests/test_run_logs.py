@@ -137,9 +137,6 @@ def test_health():
     assert lines == []  # a loss of 0 without a gradient is not normal
     (said,), _ = heard(*[{**flat, "reward": None}] * PATIENCE)
     assert "(no reward at all)" in said
-    _, (said,) = heard({"loss": 1e-8}, {"loss": -1e-7})
-    assert "a loss near 0 is normal" in said
-    assert heard({"loss": 1e-8, "ratio_max": 1.2}) == ([], [])
     assert heard({"loss": 0.0, "truncated": 1.0}, *[flat] * 20, quiet=True) == ([], [])
 
 

@@ -136,3 +136,29 @@ def test_an_adapter_is_not_written_over_its_base(tmp_path):
     config = GRPOConfig(output_dir=str(tmp_path), use_peft=True)
     with pytest.raises(ValueError, match="output_dir must be another: the adapter would be written over its base"):
         GRPOTrainer(str(tmp_path / "model"), "exact_answer", [{"prompt": "1=", "answer": "1"}], config)
+
+
+@pytest.mark.parametrize(
+    ("words", "want"),
+    [
+        (["train", "job.yaml"], "got 'job.yaml', which does not exist"),
+        (["train", "arithmetic_tiny"], "did you mean arithmetic-tiny?"),
+        (["train", "sft-tiny"], "sft-tiny is a preset of another command: fastgrpo sft sft-tiny"),
+        (["sft", "demo"], "demo is a preset of another command: fastgrpo train demo"),
+        (["train", "real"], "must also give model, as --model PATH; presets whose names end in -tiny"),
+    ],
+    ids=str,
+)
+def test_the_command_line_names_the_cure(words, want, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(words)
+    said = capsys.readouterr().err
+    assert want in said
+    assert said.startswith(f"usage: fastgrpo {words[0]} CONFIG")
+
+
+def test_an_empty_file_is_called_empty(tmp_path, capsys):
+    (tmp_path / "job.yaml").write_text("")
+    with pytest.raises(SystemExit):
+        cli.main(["train", str(tmp_path / "job.yaml")])
+    assert "must hold settings 'name: value', got nothing: it is empty" in capsys.readouterr().err

@@ -423,5 +423,5 @@ def test_presets():
     job, config = load_config("sft", {"optim": "adamw_torch"}, "sft")
     assert job == {}
     assert (config.use_peft, config.max_length) == (True, 2048)
-    assert preset_names("sft") == "sft, sft-tiny"
-    assert "sft" not in preset_names("train").split(", ")
+    assert preset_names("sft") == ["sft", "sft-tiny"]
+    assert "sft" not in preset_names("train")

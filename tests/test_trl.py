@@ -322,6 +322,16 @@ def test_bad_options_are_refused_first(ours):
         FastGRPOTrainer(None, **ours)
 
 
+def test_the_other_grpo_config_is_refused_by_name():
+    from fastgrpo.trainer import GRPOConfig
+
+    for given in ({"args": GRPOConfig()}, {"train_dataset": GRPOConfig()}):
+        with pytest.raises(
+            TypeError, match=r"args must be a trl.GRPOConfig, got a fastgrpo\.trainer\.config\.GRPOConfig"
+        ):
+            FastGRPOTrainer(None, **given)
+
+
 @pytest.mark.works("TRL", "FastGRPOTrainer: training on the certified backward equals stock TRL over 6 optimiser steps")
 def test_certified_backward_and_its_hint(tmp_path, monkeypatch, models):
     """Where the policy that sampled is known its log-probs reach the op, on the positions they belong to."""

@@ -54,10 +54,13 @@ def fuse_lm_head(model: Model) -> Model:
         the same model.
 
     Raises:
+        TypeError: what is given is no model.
         ValueError: the model has no LM head, its head is not a linear layer, its forward does more with the head's
             output than scale, softcap or cut it, or a LoRA variant (DoRA) on the head is not a sum of matrices.
     """
     base = causal_lm(model)
+    if not isinstance(base, torch.nn.Module):
+        raise TypeError(f"model must be a transformers causal LM, as from_pretrained returns it, got {base!r:.80}")
     if base.get_output_embeddings() is None:
         raise ValueError(f"model must have an LM head, {type(base).__name__} has none")
     fuse_head(base)
@@ -157,6 +160,8 @@ class FusedCausalLM(FusedForward):
             self, args = self.of(args[0]), args[1:]
         if fastgrpo is None or fastgrpo is False:
             return self.plain(*args, **kwargs)
+        if fastgrpo is not True and not callable(fastgrpo):
+            raise TypeError(f"fastgrpo must be True (with labels) or a function such as grpo_loss, got {fastgrpo!r}")
         run = run_labelled if fastgrpo is True else run_function
         if torch.compiler.is_compiling() and not is_traceable(self.module):
             run = torch.compiler.disable(run, recursive=False)

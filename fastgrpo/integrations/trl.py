@@ -216,6 +216,7 @@ class FastGRPOTrainer(trl.GRPOTrainer):
 
     Raises:
         ImportError: a TRL that was not tested, with the tested versions and what differs.
+        TypeError: a config of :mod:`fastgrpo.trainer`, whose classes have the same names.
         ValueError: a bad option of ours, before anything runs; ``cast_lm_head_to_fp32`` with LoRA on ``lm_head``.
     """
 
@@ -229,6 +230,9 @@ class FastGRPOTrainer(trl.GRPOTrainer):
         **kwargs: Any,
     ):
         check_version(*(name for name in SIGNATURES if name.removesuffix(".forward") not in OPS))
+        for given in (*args, *kwargs.values()):
+            if type(given).__module__.startswith("fastgrpo.trainer"):
+                raise TypeError(f"args must be a trl.GRPOConfig, got a {type(given).__module__}.{type(given).__name__}")
         inputs.check_choice("backend", backend, inputs.BACKENDS)
         inputs.check_choice("backward", backward, inputs.BACKWARDS)
         for name, value in (("tolerance", tolerance), ("workspace_mb", workspace_mb)):

@@ -69,13 +69,19 @@ def groups(cls: type[Checked]) -> Iterator[Group]:
     """The settings of a config, those of the class itself first; each under the first class that describes it."""
     defaults, hints, seen = {field.name: field for field in fields(cls)}, annotations(cls), set()  # pyright: ignore
     for base in cls.__mro__:
-        told = {name: text for name, text in descriptions(base).items() if name in hints and name not in seen}
+        words = descriptions(base).items()
+        told = {name: plain(text) for name, text in words if name in hints and name not in seen}
         if issubclass(base, Checked) and told:
             seen |= told.keys()
             title = (base.__doc__ or "").split("\n\n")[0].replace("\n", " ")
-            title = re.sub(r":\w+:`(?:[\w.]+\.)?(\w+)`|``([^`]*)``", r"\1\2", " ".join(title.split()))
+            title = plain(" ".join(title.split())).replace("``", "")
             settings = [Setting(n, kind(hints[n]), default(defaults[n]), told[n]) for n in told]
             yield Group(f"{base.__name__}: {title}", settings)
+
+
+def plain(text: str) -> str:
+    """Without reStructuredText's roles: a reference is its last name."""
+    return re.sub(r":\w+:`(?:[\w.]+\.)?(\w+)`", r"``\1``", text)
 
 
 def default(field):
@@ -100,7 +106,10 @@ def command_help(commands: Iterable[str]) -> str:
     """What the help of some commands says beside their usage."""
     lines = []
     for name in commands:
-        lines += [f"presets of {name}: {preset_names(name)}", f"what {name} is given: {', '.join(KINDS[name].job)}"]
+        lines += [
+            f"presets of {name}: {', '.join(preset_names(name))}",
+            f"what {name} is given: {', '.join(KINDS[name].job)}",
+        ]
     if {"train", "distill"} & {*commands}:
         lines += [f"reward_funcs: {', '.join(SHIPPED)}, or your own file.py:function"]
     lines += ["settings (what they may be; default), named as in TRL:", ""]

@@ -347,7 +347,7 @@ class DistillTrainer(GRPOTrainer):
         elif self.config.log_completions or self.total - self.step <= self.uses:
             text, count = self.tokenizer.decode, self.config.num_completions_to_print or 8
             rows = [(text(e.prompt_ids), text(e.completion_ids), len(e.completion_ids)) for e in episodes[:count]]
-            self.log.answers(f"answers before step {self.step + 1}", rows, "tokens")
+            self.log.answers(f"answers of the rollout at step {self.step + 1}", rows, "tokens")
 
     def summary(self, episodes, numbers):
         """The numbers of a step over all ranks."""

@@ -100,11 +100,6 @@ class Health:
                 "skipped: the share of tokens whose group earned the same throughout. They have no advantage and no "
                 "gradient, so the learner leaves them out"
             )
-        if row["grad_norm"] > 0 and abs(row["loss"]) < 1e-3 and row["ratio_max"] - row["ratio_min"] < 1e-3:
-            self.once(
-                "a loss near 0 is normal as long as the policy is the one that sampled: the advantages of a group add "
-                "up to 0. Its gradient is not 0; watch the reward"
-            )
 
     def warn(self, text):
         self.once(text, lambda said: warnings.warn(said, stacklevel=5))

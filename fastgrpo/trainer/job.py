@@ -1,5 +1,6 @@
 """A job as a YAML file or preset and the command line's words say it."""
 
+import difflib
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -73,7 +74,8 @@ def check(settings, command):
     config, found = None, {}
     with together() as attempt:
         if missing := kind.needed - job.keys():
-            mistake(f"the config must also give {', '.join(sorted(missing))}")
+            hint = ", as --model PATH; presets whose names end in -tiny make their own" if "model" in missing else ""
+            mistake(f"the config must also give {', '.join(sorted(missing))}{hint}")
         config = attempt(kind.config, **settings)
         if config is not None and isinstance(job.get("sft"), dict):
             job["sft"], config = attempt(sft.hand_on_resume, job["sft"], config) or (None, config)
@@ -116,10 +118,13 @@ def read(source: str | Path, overrides: dict[str, Any] | None = None, command: s
     """The settings of a YAML file or preset, after those that go before its own."""
     path = Path(source) if Path(source).is_file() else PRESETS / f"{source}.yaml"
     if not path.is_file():
-        raise ValueError(f"config must be a YAML file or a preset ({preset_names(command)}), got {str(source)!r}")
+        raise ValueError(no_such_config(str(source), command))
     settings = read_yaml(path)
     if not isinstance(settings, dict):
-        raise ValueError(f"{path} must hold settings 'name: value', got {settings!r}")
+        got = "nothing: it is empty" if settings is None else repr(settings)
+        raise ValueError(f"{path} must hold settings 'name: value', got {got}")
+    if path.parent == PRESETS and (other := meant_for(settings)) != command:
+        raise ValueError(f"{source} is a preset of another command: fastgrpo {other} {source}")
     settings |= overrides or {}
     settings["resume_from_checkpoint"] = settings.pop("resume", settings.get("resume_from_checkpoint"))
     return settings
@@ -145,9 +150,18 @@ def is_flag(name, kind):
     return name not in kind.job and fits(True, annotations(kind.config).get(name, bool))
 
 
-def preset_names(command: str) -> str:
+def no_such_config(source: str, command: str) -> str:
+    """What to say of a name that is no file and no preset."""
+    if source.endswith((".yaml", ".yml")):
+        return f"config must be a YAML file or a preset, got {source!r}, which does not exist"
+    close = difflib.get_close_matches(source, preset_names(command), n=1)
+    meant = f": did you mean {close[0]}?" if close else ""
+    return f"config must be a YAML file or a preset ({', '.join(preset_names(command))}), got {source!r}{meant}"
+
+
+def preset_names(command: str) -> list[str]:
     """The presets that are for a command."""
-    return ", ".join(sorted(path.stem for path in PRESETS.glob("*.yaml") if meant_for(read_yaml(path)) == command))
+    return sorted(path.stem for path in PRESETS.glob("*.yaml") if meant_for(read_yaml(path)) == command)
 
 
 def meant_for(settings):

@@ -257,7 +257,7 @@ class GRPOTrainer:
         text, count = self.tokenizer.decode, self.config.num_completions_to_print or 8
         sample = episodes[:: max(len(episodes) // count, 1)][:count]
         rows = [(text(e.prompt_ids), text(e.completion_ids), self.meter.reward(e)) for e in sample]
-        self.log.answers(f"answers before step {self.step + 1}", rows)
+        self.log.answers(f"answers of the rollout at step {self.step + 1}", rows)
 
     def add_logprobs(self, episodes, left_out):
         """Of the policy that sampled, where later steps need them, of the reference, and their mismatch with vLLM."""
