@@ -59,7 +59,7 @@ def fuse_lm_head(model: Model) -> Model:
             output than scale, softcap or cut it, or a LoRA variant (DoRA) on the head is not a sum of matrices.
     """
     base = causal_lm(model)
-    if not isinstance(base, torch.nn.Module):
+    if not hasattr(base, "get_output_embeddings"):
         raise TypeError(f"model must be a transformers causal LM, as from_pretrained returns it, got {base!r:.80}")
     if base.get_output_embeddings() is None:
         raise ValueError(f"model must have an LM head, {type(base).__name__} has none")

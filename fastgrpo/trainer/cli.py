@@ -24,7 +24,7 @@ class Command(argparse.ArgumentParser):
 
     def __init__(self, *arguments, settings=("train", "sft", "distill"), **options):
         super().__init__(*arguments, **options)
-        self.settings, self.commands = settings, None
+        self.settings = settings
 
     def format_help(self):
         try:
@@ -39,7 +39,7 @@ class Command(argparse.ArgumentParser):
 def make_parser():
     parser = Command(prog="fastgrpo", description="GRPO without the logits, and what goes before or beside it.")
     parser.add_argument("--version", action="version", version=fastgrpo.__version__)
-    commands = parser.commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(dest="command", required=True)
     for name, (does, settings) in COMMANDS.items():
         config = "" if name == "demo" else " CONFIG"
         sub = commands.add_parser(
@@ -49,6 +49,7 @@ def make_parser():
             usage=f"fastgrpo {name}{config} [--key value] ... [--resume]",
             settings=(settings,),
         )
+        sub.set_defaults(parser=sub)
         if config:
             sub.add_argument("config", metavar="CONFIG", help="a YAML file, or a preset's name")
     return parser
@@ -72,9 +73,8 @@ def brief_warnings():
 
 @brief_warnings()
 def main(argv: list[str] | None = None) -> int:
-    parser = make_parser()
-    options, overrides = parser.parse_known_args(argv)
-    parser = parser.commands.choices[options.command]
+    options, overrides = make_parser().parse_known_args(argv)
+    parser = options.parser
     trainers = make_trainers(getattr(options, "config", "demo"), overrides, COMMANDS[options.command][1])
     while trainer := make_next(trainers, parser):
         trainer.accelerator.print(f"{trainer.name}: {trainer.total} steps")
