@@ -1,7 +1,6 @@
 """The forward of divergences: one kernel folds both models' logits, and flags the entries that matter to a gradient.
 
-What matters is known only beside a row's sums. A certified forward therefore goes over the vocabulary in legs, each
-with what the legs before have summed; the first ones are short. Its certificate holds whatever is flagged.
+How a certified forward launches it is in :mod:`fastgrpo.kernels.certified_divergence`.
 """
 
 from typing import NamedTuple
@@ -10,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastgrpo.backends.divergence import beside_peaks, certain_norms, least_kept, left_out, term_norms
+from fastgrpo.backends.divergence import beside_peaks
 from fastgrpo.backends.pair import PairStats, mixture_stats
 from fastgrpo.backends.problem import RowStats
 from fastgrpo.inputs import IGNORE, compact_rows
@@ -25,10 +24,9 @@ from fastgrpo.kernels.common import (
     selected_rows,
     store_rows,
 )
-from fastgrpo.kernels.flags import block_words, certificate, new_flags, see_terms
+from fastgrpo.kernels.flags import block_words, see_terms
 from fastgrpo.kernels.forward import Sweep
 from fastgrpo.kernels.forward import forward as forward_alone
-from fastgrpo.kernels.grids import vocabulary_runs
 from fastgrpo.kernels.pair import difference, load_pair, log_of, mixed, teacher_arguments, teacher_raw
 from fastgrpo.kernels.pair_math import (
     finish_sums,
@@ -40,15 +38,11 @@ from fastgrpo.kernels.pair_math import (
     scale_terms,
 )
 from fastgrpo.kernels.row_math import rescale
-from fastgrpo.kernels.row_order import order_rows
 from fastgrpo.kernels.tiles import cdiv
-from fastgrpo.pair_math import scale_terms as scale_of
 
 SUMS = tl.constexpr(7)  # of a run: two peaks, total, other, tilt, excess, the student's spread
 MIXED = tl.constexpr(2)  # of a mixture's: divergence, center
 MOMENTS = 6  # behind them, where certified: of all terms, of those not flagged
-LEGS = 8  # a leg is as long as all before it, but no longer than such a part of the vocabulary
-FIRST_LEG = 64  # nor the first longer than such a part
 
 
 @triton.jit
@@ -316,16 +310,6 @@ def forward(problem):
     return stats
 
 
-def certified_forward(problem):
-    """As :func:`fastgrpo.backends.divergence.certified_forward`; no waiting either."""
-    stats = know_both(problem) if problem.is_mixture else new_stats(problem)
-    # of a mixture flat rows first, as a hint would sort them: they keep the most entries
-    rows, _, count = order_rows(-PairStats(*stats).offset if problem.is_mixture else None, problem.targets)
-    witness = Witness(problem, Selection(rows, count, problem.targets), stats)
-    run_forward(problem, witness.selection, stats if problem.is_mixture else None, witness)
-    return stats, witness.certificate()
-
-
 def new_stats(problem):
     n, device = problem.targets.numel(), problem.hidden.device
     return torch.zeros(len(PairStats._fields), n, dtype=torch.float32, device=device)
@@ -349,59 +333,6 @@ def in_rows(values, selection, none):
     return torch.empty_like(values).index_copy_(1, selection.rows_ptr, torch.where(inside, values, none))
 
 
-class Witness:
-    """What a certified forward knows of its rows while it goes over the vocabulary.
-
-    Attributes:
-        flags: (blocks, words) int32. known: (kinds, N) sums and moments so far, by position. least: (1,), see
-        :func:`fastgrpo.backends.divergence.least_kept`; 0, all is kept, before anything is known.
-    """
-
-    def __init__(self, problem, selection, stats):
-        self.problem, self.selection, self.stats = problem, selection, stats
-        self.flags = new_flags(problem, kernel_name(problem, certified=True))
-        self.sums = (MIXED if problem.is_mixture else SUMS).value
-        self.known = stats.new_zeros(self.sums + MOMENTS, stats.shape[1])
-        if not problem.is_mixture:
-            self.known[:2] = FLOOR.value
-        self.least = stats.new_zeros(1)
-
-    def frame(self):
-        """Center and unit of each row's terms, of what is known."""
-        if self.problem.is_mixture:
-            return self.known[1], torch.ones_like(self.known[1])
-        return scale_of(*self.known[2:6], self.problem.beta == 1.0)
-
-    def inside(self):
-        """(N,) bool: positions of rows that count."""
-        return torch.arange(self.known.shape[1], device=self.known.device) < self.selection.count_ptr
-
-    def fold(self, partials, span):
-        """partials: (kinds, runs, N) of one leg, of the rows of ``span``."""
-        if self.problem.is_mixture:
-            here = slice(*span)
-            self.known[:, here] += torch.where(self.inside()[here], partials[:, :, here].sum(1), 0.0)
-        else:
-            combine(self.problem, partials, self.selection, self.stats, span, self.known)
-
-    def raise_least(self, span):
-        """Of the rows of ``span``."""
-        here = slice(*span)
-        norms = term_norms(self.known[self.sums : self.sums + 3, here], *(x[here] for x in self.frame()))
-        count = self.inside()[here].sum().clamp(min=1)
-        self.least = least_kept(self.problem, norms, count)[None]
-
-    def certificate(self):
-        frame, (seen, left) = self.frame(), self.known[self.sums :].view(2, 3, -1)
-        if self.problem.is_mixture:
-            set_sums(self.stats, self.selection, self.known[: self.sums])
-        norms = in_rows(certain_norms(seen, *frame)[None], self.selection, 0.0)
-        PairStats(*self.stats).norm.copy_(norms[0])
-        dropped = torch.where(self.inside(), left_out(left, *frame), 0.0)
-        name = kernel_name(self.problem, certified=True)
-        return certificate(self.problem, name, self.selection.rows_ptr, self.flags, dropped)
-
-
 def divergence_partials(problem):
     """As :func:`fastgrpo.backends.divergence.divergence_partials`."""
     selection = Selection(*compact_rows(problem.targets != IGNORE), problem.targets)
@@ -420,44 +351,20 @@ def mixture_sums(problem, stats):
     return in_rows(run_forward(problem, selection, stats).sum(1), selection, 0.0)
 
 
-def run_forward(problem, selection, stats, witness=None):
-    """-> partials (7, runs, N), with ``stats``, of a mixture, (2, runs, N). With a :class:`Witness` in legs, which fold
-    theirs into it; those of the last one are returned."""
-    n, kinds = problem.targets.numel(), (SUMS if stats is None else MIXED).value + (MOMENTS if witness else 0)
-    if n == 0:
+def run_forward(problem, selection, stats):
+    """-> partials (7, runs, N), with ``stats``, of a mixture, (2, runs, N)."""
+    kinds = (SUMS if stats is None else MIXED).value
+    if problem.targets.numel() == 0:
         return torch.empty(kinds, 1, 0, dtype=torch.float32, device=problem.hidden.device)
-    sweep = Sweep(problem, kernel_name(problem, witness is not None), selection)
-    legs = cut_legs(sweep) if witness else [Leg(0, problem.weight.shape[0], sweep.runs, sweep.run)]
-    room = torch.empty(kinds * max(leg.runs for leg in legs) * n, dtype=torch.float32, device=problem.hidden.device)
-    blocks = sweep.grid[0] // sweep.runs
-    teacher, others = teacher_arguments(problem)
+    sweep = PairSweep(problem, kernel_name(problem, certified=False), selection)
+    partials = sweep.new_partials(kinds)
     for span in sweep.chunks():
-        for leg in legs:
-            partials = room[: kinds * leg.runs * n].view(kinds, leg.runs, n)
-            if leg.first and witness:
-                witness.raise_least(span)
-            forward_pair_kernel[(blocks * leg.runs,)](
-                **sweep.arguments(*span) | {"runs": leg.runs, "run": leg.run},
-                teacher=teacher,
-                stats_ptr=stats,
-                flags_ptr=witness.flags if witness else None,
-                known_ptr=witness.known if witness else None,
-                least_ptr=witness.least if witness else None,
-                partials_ptr=partials,
-                first_entry=leg.first,
-                last_entry=leg.last,
-                beta=problem.beta,
-                STUDENT_FIRST=problem.beta == 1.0,
-                ENTROPY=problem.params.entropy and stats is None,
-                **others,
-            )
-            if witness:
-                witness.fold(partials, span)
+        sweep.fold(span, Leg(0, problem.weight.shape[0], sweep.runs, sweep.run), partials, stats)
     return partials
 
 
 class Leg(NamedTuple):
-    """Entries that are folded before the next leg begins, in runs of so many."""
+    """Entries that one launch folds, in runs of so many."""
 
     first: int
     last: int
@@ -465,18 +372,32 @@ class Leg(NamedTuple):
     run: int
 
 
-def cut_legs(sweep):
-    """[Leg] of a certified forward."""
-    vocab, cols = sweep.problem.weight.shape[0], sweep.tile.cols
-    count, first, legs = cdiv(vocab, cols), 0, []
-    while first < count:
-        size = max(min(first, cdiv(count, LEGS)), cdiv(count, FIRST_LEG))
-        last = count if count - first < 3 * size // 2 else first + size
-        entries = min(last * cols, vocab) - first * cols
-        runs = vocabulary_runs(cdiv(sweep.x.shape[0], sweep.tile.rows), entries, sweep.tile, sweep.x.device)
-        legs.append(Leg(first * cols, first * cols + entries, *runs))
-        first = last
-    return legs
+class PairSweep(Sweep):
+    """A forward's way over rows and vocabulary with the teacher beside it."""
+
+    def __init__(self, problem, kernel, selection):
+        super().__init__(problem, kernel, selection)
+        self.blocks = self.grid[0] // self.runs
+        self.teacher, self.others = teacher_arguments(problem)
+
+    def fold(self, span, leg, partials, stats, flags=None, known=None, least=None):
+        """One launch, of the rows of ``span``; what is not given is as the kernel has it."""
+        problem = self.problem
+        forward_pair_kernel[(self.blocks * leg.runs,)](
+            **self.arguments(*span) | {"runs": leg.runs, "run": leg.run},
+            teacher=self.teacher,
+            stats_ptr=stats,
+            flags_ptr=flags,
+            known_ptr=known,
+            least_ptr=least,
+            partials_ptr=partials,
+            first_entry=leg.first,
+            last_entry=leg.last,
+            beta=problem.beta,
+            STUDENT_FIRST=problem.beta == 1.0,
+            ENTROPY=problem.params.entropy and stats is None,
+            **self.others,
+        )
 
 
 def combine(problem, partials, selection, stats, span, known=None):

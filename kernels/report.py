@@ -184,7 +184,15 @@ def recorded_launches(architecture, depths=DEPTHS):
 
     from fastgrpo import support
     from fastgrpo.config import GRPOLossConfig
-    from fastgrpo.kernels import backward, divergence, divergence_backward, forward, frozen, objective
+    from fastgrpo.kernels import (
+        backward,
+        certified_divergence,
+        divergence,
+        divergence_backward,
+        forward,
+        frozen,
+        objective,
+    )
     from fastgrpo.kernels import certified as certified_kernels
     from fastgrpo.kernels import support as support_kernels
 
@@ -218,7 +226,7 @@ def recorded_launches(architecture, depths=DEPTHS):
                 stats = divergence.forward(pair)
                 divergence_backward.backward(pair, stats, grad, needs)
                 certified = dataclasses.replace(pair, params=dataclasses.replace(pair.params, tolerance=0.03))
-                stats, certificate = divergence.certified_forward(certified)
+                stats, certificate = certified_divergence.certified_forward(certified)
                 divergence_backward.certified_backward(certified, stats, certificate, grad, needs)
                 yield from ((f"{name}, D {problem.sizes[2]}", *launch) for launch in launches)
         row = torch.empty(N, device="meta")

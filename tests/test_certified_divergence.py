@@ -6,11 +6,14 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from ranks import Ranks
 from stand_in_cuda import StandInCuda
 from test_divergence import BETAS, in_double, near_pair, run
 
 from fastgrpo import backends, linear_divergence, reference
+from fastgrpo import vocab_parallel_divergence as sharded
 from fastgrpo.backends import row_audit, staircase
+from fastgrpo.backends.certified import BLOCK, Certificate
 from fastgrpo.backends.pair import PairProblem, PairStats
 from fastgrpo.backends.problem import Gradients, HeadParams, HeadProblem
 from fastgrpo.inputs import IGNORE
@@ -72,24 +75,67 @@ def test_certificate(backend, device, beta, options):
     stats, certificate = module.certified_divergence_forward(problem)
     plain = module.divergence_forward(problem)
     torch.testing.assert_close(PairStats(*stats)._replace(norm=None), PairStats(*plain)._replace(norm=None))
+    slope = slopes(problem)
+    kept = check_certificate(problem, certificate, slope)
+    assert 0 < kept < 0.7
+    norm, whole = PairStats(*stats).norm.double(), slope.norm(dim=1)
+    assert (norm <= whole * (1 + 1e-4)).all()  # the logits' own rounding
+    assert (norm >= 0.99 * whole).all()
+
+
+def check_certificate(problem, certificate, slope):
+    """That it is of the rows that count and says of each what it leaves out of its slope; -> the share that is kept."""
+    device, vocab = problem.targets.device, problem.weight.shape[0]
     counted, order = problem.targets != IGNORE, certificate.order
     n = int(counted.sum())
     assert counted[order[:n]].all()
-    if backend == "triton":
+    if problem.params.backend == "triton":
         assert torch.equal(order.sort().values, torch.arange(len(counted), device=device))
         assert (certificate.dropped[n:] == 0).all()
-    vocab = problem.weight.shape[0]
     kept = torch.stack([certificate.unpack(flags)[:vocab] for flags in certificate.flags])
     kept = kept[torch.arange(n, device=device) // certificate.block]
-    slope = slopes(problem)[order[:n]]
+    slope = slope[order[:n]]
     left, whole = (slope * ~kept).norm(dim=1), slope.norm(dim=1)
-    dropped, norm = certificate.dropped[:n].double(), PairStats(*stats).norm[order[:n]].double()
-    assert 0 < kept.double().mean() < 0.7
-    assert (left <= dropped).all()
+    dropped = certificate.dropped[:n].double()
+    assert (left <= dropped + 1e-12 * whole).all()
     assert (dropped <= 1.01 * left + 1e-3 * whole).all()
-    assert (norm <= whole * (1 + 1e-4)).all()  # the logits' own rounding
-    assert (norm >= 0.99 * whole).all()
-    assert (PairStats(*stats).norm[~counted] == 0).all()
+    return kept.double().mean()
+
+
+def cut_entries(problem, cut):
+    """Those of a shard."""
+
+    def of(head):
+        return replace(head, weight=head.weight[cut], bias=None if head.bias is None else head.bias[cut])
+
+    return replace(of(problem), teacher=of(problem.teacher))
+
+
+def of_tensors(problem, kept):
+    if problem.params.backend == "torch":
+        return Certificate(*kept, BLOCK)
+    from fastgrpo.kernels import flags
+
+    return flags.certificate(problem, backends.load("triton").flagging_kernel(problem), *kept)
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_certificate_of_shards(backend, device, beta, monkeypatch):
+    """Of each rank's entries, in terms of the whole vocabulary's gradient; the norms are the whole rows'."""
+    problem = problem_of(drawn(SIZES[backend], device), beta, bias=True, backend=backend, shard=True)
+    module, vocab = backends.load(backend), problem.weight.shape[0]
+    cuts = (slice(0, vocab // 3), slice(vocab // 3, vocab))
+    shards = [cut_entries(problem, cut) for cut in cuts]
+    ranks = Ranks(monkeypatch, len(shards))
+    found = ranks.run([functools.partial(sharded.forward, shard, module, None) for shard in shards])
+    plain, slope, counted = module.divergence_forward(problem), slopes(problem), problem.targets != IGNORE
+    for (stats, kept), shard, cut in zip(found, shards, cuts):
+        stats = torch.where(counted, stats, 0.0)
+        torch.testing.assert_close(PairStats(*stats)._replace(norm=None), PairStats(*plain)._replace(norm=None))
+        assert check_certificate(shard, of_tensors(shard, kept), slope[:, cut]) < 0.9
+        norm, whole = PairStats(*stats).norm.double(), slope.norm(dim=1)
+        assert (norm <= whole * (1 + 1e-4)).all()
+        assert (norm >= 0.99 * whole).all()
 
 
 LEAVES = {"plain": {}, "all": {"lora": True, "bias": True, "temperature": "tensor"}}

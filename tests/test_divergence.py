@@ -485,16 +485,16 @@ def test_vocabulary_shards(tmp_path):
             {"rtol": 1e-10, "atol": 1e-11} if case["backend"] == "torch" else {"rtol": 2e-4, "atol": 2e-5},
         )
     for name, case in divergence_job.CERTIFIED.items():
-        given = divergence_job.peaked_tensors()
-        exact = divergence_job.outcome(linear_divergence, case | {"backward": "exact"}, given=given)
+        given = in_double(divergence_job.peaked_tensors(case))
+        exact = divergence_job.outcome(linear_divergence, case | {"backward": "exact", "backend": "torch"}, given=given)
         parts = [results[name] for results in ranks]
+        close = {"rtol": 1e-9, "atol": 1e-11} if case["backend"] == "torch" else {"rtol": 2e-4, "atol": 2e-5}
         for part in parts:
-            torch.testing.assert_close(part["divergence"], exact["divergence"], rtol=1e-9, atol=1e-11)
+            torch.testing.assert_close(part["divergence"].double(), exact["divergence"], **close)
         assert torch.equal(parts[0]["hidden"], parts[1]["hidden"])
-        tolerance = case["tolerance"]
-        assert 1e-9 < problems.relative_error(parts[0]["hidden"], exact["hidden"]) < tolerance
         heads = torch.cat([p["weight"] for p in parts])
-        assert 1e-9 < problems.relative_error(heads, exact["weight"]) < tolerance
+        for got, want in ((parts[0]["hidden"], exact["hidden"]), (heads, exact["weight"])):
+            assert 3e-6 < problems.relative_error(got, want) < case["tolerance"], name
 
 
 def check_shards(name, whole, parts, close):

@@ -10,6 +10,7 @@ from fastgrpo.backends.pair import PairProblem
 from fastgrpo.inputs import IGNORE
 from fastgrpo.kernels import backward as _backward
 from fastgrpo.kernels import certified as _certified
+from fastgrpo.kernels import certified_divergence as _certified_divergence
 from fastgrpo.kernels import divergence as _divergence
 from fastgrpo.kernels import divergence_backward as _divergence_backward
 from fastgrpo.kernels import flags as _flags
@@ -74,7 +75,12 @@ def divergence_forward(problem):
 
 def certified_divergence_forward(problem):
     with on_device(problem.hidden):
-        return _divergence.certified_forward(problem)
+        return _certified_divergence.certified_forward(problem)
+
+
+def certified_partials(problem, stats=None):
+    with on_device(problem.hidden):
+        return _certified_divergence.certified_partials(problem, stats)
 
 
 def divergence_partials(problem):

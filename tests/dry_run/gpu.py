@@ -71,7 +71,7 @@ class Gpu:
     def patch(self, architecture, processors):
         """CPU tensors take the branches of CUDA ones, and a launch that does nothing leaves plausible results."""
         from fastgrpo import backends, inputs, lora
-        from fastgrpo.kernels import divergence, forward, grids, row_order, tiles
+        from fastgrpo.kernels import certified_divergence, forward, grids, row_order, tiles
 
         backends.choose = lambda backend, hidden: "triton"
         inputs.checks_values = lambda device: False
@@ -98,7 +98,7 @@ class Gpu:
             return order.copy_(torch.arange(order.numel())), *rest
 
         forward.run_forward, forward.run_certified = filled, certified
-        forward.order_rows = divergence.order_rows = ordered
+        forward.order_rows = certified_divergence.order_rows = ordered
 
     @property
     def launches(self):
