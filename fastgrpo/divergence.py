@@ -47,6 +47,8 @@ def linear_divergence(
     tolerance: float | None = None,
     workspace_mb: float = 128,
     row_tolerance: float | None = None,
+    targets: torch.Tensor | None = None,  # (N,) or (B, T)
+    old_logprobs: torch.Tensor | None = None,  # (N,) or (B, T)
 ) -> Divergence:
     """Divergence of a student's next-token distribution from a teacher's, of each token, in nats: all of the
     vocabulary counts, and neither model's logits are held.
@@ -65,9 +67,12 @@ def linear_divergence(
         temperature: a number > 0, or a float tensor of mask's shape. Divides both models' logits.
         return_entropy: also return the student's entropy, without a gradient.
         backend, backward, tolerance, workspace_mb, row_tolerance: see :func:`fastgrpo.linear_logprobs`. "auto" is
-            exact where the head is trained, and on the Triton backend. Where hidden alone wants a gradient (a frozen
-            head, no LoRA on it) the torch backend makes it in the forward, in three GEMMs of one model's logits or
-            less, mixtures too, and holds it until the backward, 4 N D bytes.
+            exact where the head is trained without a hint, and on the Triton backend. Where hidden alone wants a
+            gradient (a frozen head, no LoRA on it) the torch backend makes it in the forward, in three GEMMs of one
+            model's logits or less, mixtures too, and holds it until the backward, 4 N D bytes.
+        targets, old_logprobs: tokens that the student drew at the positions and the log-probs that it gave them then,
+            of mask's shape; both or neither. A hint, which never changes the result: a certified backward orders its
+            rows by it, and of a KL leaves out several times more. Where a target is no id nothing is known.
 
     Returns:
         ``Divergence(divergence, entropy)``, float32 (float64 for float64 input), of mask's shape, >= 0 up to rounding
@@ -88,10 +93,11 @@ def linear_divergence(
         tolerance=tolerance,
         workspace_mb=workspace_mb,
         row_tolerance=row_tolerance,
+        old_logprobs=old_logprobs,
         return_entropy=return_entropy,
     )
     teacher = TeacherHead(teacher_hidden, teacher_weight, teacher_bias, teacher_softcap, teacher_logit_scale)
-    return head_divergence(hidden, weight, mask, teacher, beta, options)
+    return head_divergence(hidden, weight, mask, teacher, beta, options, targets)
 
 
 @dataclass(frozen=True)
@@ -184,9 +190,10 @@ class PairTensors(NamedTuple):
         )
 
 
-def head_divergence(hidden, weight, mask, teacher, beta, options):
+def head_divergence(hidden, weight, mask, teacher, beta, options, labels=None):
     """:func:`linear_divergence` with its options in :class:`fastgrpo.head.HeadOptions` and :class:`TeacherHead`."""
     targets = check(hidden, weight, mask, teacher, beta, options)
+    check_labels(labels, options, targets)
     lora = check_lora(options.lora, hidden, weight)
     params = options.params(
         hidden,
@@ -198,17 +205,18 @@ def head_divergence(hidden, weight, mask, teacher, beta, options):
     params = teacher.beside(params, beta)
     tensors = pair_tensors(hidden, weight, targets, teacher, options, lora)
     trained = any(x is not None and x.requires_grad for x in (weight, options.bias, lora.B))
-    strategy = strategies.choose_pair(params, tolerance_of(params, options.backward, trained) is not None)
+    hinted = options.old_logprobs is not None
+    strategy = strategies.choose_pair(params, tolerance_of(params, options.backward, trained, hinted) is not None)
     if params.backend == "torch" and frozen.applies(hidden, (weight, options.bias, lora.A, lora.B), params):
         strategy = strategies.DivergingFrozen
-    divergence, entropy = diverge(tensors, NOTHING_GIVEN, params, strategy)
+    divergence, entropy = diverge(tensors, given_of(labels, hidden, params, options), params, strategy)
     return Divergence(divergence.view(targets.shape), None if entropy is None else entropy.view(targets.shape))
 
 
-def tolerance_of(params, backward, trained):
+def tolerance_of(params, backward, trained, hinted=False):
     """The tolerance, None where leaving entries out does not pay."""
-    # dW's rows need so many rows whole that nothing is saved, measured; asked for, it is done
-    worthwhile = backward == "certified" or (params.backend == "torch" and not trained)
+    # without a hint dW's rows need so many rows whole that nothing is saved, measured; asked for, it is done
+    worthwhile = backward == "certified" or (params.backend == "torch" and (hinted or not trained))
     return params.tolerance if worthwhile else None
 
 
@@ -225,6 +233,22 @@ def check(hidden, weight, mask, teacher, beta, options):
     if not 0.0 <= beta <= 1.0:
         raise ValueError(f"beta must be in [0, 1], got {beta!r}")
     return targets
+
+
+def check_labels(labels, options, targets):
+    """targets: of hidden's shape; raises before anything runs."""
+    if (labels is None) != (options.old_logprobs is None):
+        missing, there = ("targets", "old_logprobs") if labels is None else ("old_logprobs", "targets")
+        raise ValueError(f"{missing} must be given together with {there}, got None")
+    if labels is not None:
+        inputs.check_labels(labels, targets)
+
+
+def given_of(labels, hidden, params, options):
+    """What a strategy may use beside the tensors: of the hint, where anything may be left out."""
+    if labels is None or params.tolerance is None:
+        return NOTHING_GIVEN
+    return strategies.Given(options.flat_hint(hidden), None, (labels.reshape(-1).to(torch.int64).contiguous(),))
 
 
 def pair_tensors(hidden, weight, targets, teacher, options, lora=NO_LORA):

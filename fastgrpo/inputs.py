@@ -215,6 +215,13 @@ def check_mask(mask, targets):
         raise ValueError(f"mask must hold 0 and 1 only, got values from {mask.min().item()} to {mask.max().item()}")
 
 
+def check_labels(labels, targets):
+    """Ids shaped like the targets; any value, for they are a hint."""
+    check_tensor("targets", labels, targets.device, floating=False)
+    if labels.shape not in (targets.shape, (targets.numel(),)):
+        raise ValueError(f"targets must have the shape {tuple(targets.shape)}, got {tuple(labels.shape)}")
+
+
 def check_per_token(name, value, targets):
     """A float tensor shaped like the targets (or flat)."""
     check_tensor(name, value, targets.device, floating=True)

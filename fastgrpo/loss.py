@@ -81,7 +81,7 @@ def grpo_loss(
         ref_hidden, ref_weight, ref_bias: for ``kl_estimator="full"``: the reference's hidden states at the same
             positions and its head; None: ``weight`` and ``bias`` themselves, without ``lora`` (right where these are
             frozen). Softcap, scale and temperature are the policy's. Costs a pass over the vocabulary for each of the
-            two models beside the log-probs' own; see :func:`fastgrpo.linear_divergence`.
+            two models beside the log-probs' own; see :func:`fastgrpo.linear_divergence`, whose hint is the same.
         return_logprobs: False: tokens that cannot have a gradient (advantage 0, no KL, no entropy term) skip the
             forward too; loss and gradients are the same, their ``logprobs`` and ``entropy`` are 0.
 
@@ -146,8 +146,9 @@ def grpo_loss(
     entropy = None if out.entropy is None else out.entropy.reshape(-1)
     terms = objective(config, batch, logprobs, entropy, backends.choose(backend, hidden))
     if reference is not None:
-        alone = replace(options, support=None, old_logprobs=None, return_entropy=False, entropy_grad=None, moving=None)
-        kl = head_divergence(hidden, weight, batch.mask, reference, 1.0, replace(alone, backward=backward))
+        alone = replace(options, support=None, return_entropy=False, entropy_grad=None, moving=None, backward=backward)
+        labels = None if alone.old_logprobs is None else targets
+        kl = head_divergence(hidden, weight, batch.mask, reference, 1.0, alone, labels)
         terms = add_divergence(terms, config, batch, kl.divergence.reshape(-1))
     out = LogProbs(out.logprobs.detach(), None if out.entropy is None else out.entropy.detach())
     return GRPOLoss(terms.loss, *out, metrics(config, batch, None if entropy is None else entropy.detach(), terms))

@@ -23,7 +23,8 @@ class Given(NamedTuple):
 
     hint: torch.Tensor | None  # (N,) log-probs near the current ones
     moving: torch.Tensor | None  # (N,) bool, where a log-prob may have a gradient
-    entries: Sequence[torch.Tensor]  # a :class:`fastgrpo.support.Support`, top-k's ids (N, K), or nothing
+    # a :class:`fastgrpo.support.Support`, top-k's ids (N, K), what the hint of a divergence is of (N,), or nothing
+    entries: Sequence[torch.Tensor]
 
 
 class OneTarget:
@@ -128,7 +129,7 @@ class DivergingCertified(Certified):
 
     @staticmethod
     def forward(problem, backend, given):
-        stats, certificate = backend.certified_divergence_forward(problem)
+        stats, certificate = backend.certified_divergence_forward(problem, given.hint, *given.entries)
         return stats, certificate.tensors
 
 

@@ -6,7 +6,7 @@ before have summed; the first ones are short. The certificate holds whatever is 
 
 import torch
 
-from fastgrpo.backends.divergence import certain_norms, least_kept, left_out, term_norms
+from fastgrpo.backends.divergence import Expected, certain_norms, complete, least_kept, left_out, term_norms
 from fastgrpo.backends.pair import PairStats
 from fastgrpo.kernels.arguments import Selection
 from fastgrpo.kernels.divergence import (
@@ -24,6 +24,7 @@ from fastgrpo.kernels.divergence import (
     set_sums,
 )
 from fastgrpo.kernels.flags import certificate, new_flags
+from fastgrpo.kernels.forward import label_logits
 from fastgrpo.kernels.grids import vocabulary_runs
 from fastgrpo.kernels.row_order import order_rows
 from fastgrpo.kernels.tiles import cdiv
@@ -33,10 +34,10 @@ LEGS = 8  # a leg is as long as all before it, but no longer than such a part of
 FIRST_LEG = 64  # nor the first longer than such a part
 
 
-def certified_forward(problem):
+def certified_forward(problem, hint=None, labels=None):
     """As :func:`fastgrpo.backends.divergence.certified_forward`; never waits for the device."""
     stats = know_both(problem) if problem.is_mixture else new_stats(problem)
-    witness = run_forward(problem, stats)
+    witness = run_forward(problem, stats, hint, labels)
     if problem.is_mixture:
         set_sums(stats, witness.selection, witness.known[: witness.sums])
     norms = in_rows(witness.row_norms()[None], witness.selection, 0.0)
@@ -51,13 +52,16 @@ def certified_partials(problem, stats=None):
     return sums, witness.selection.rows_ptr, witness
 
 
-def run_forward(problem, stats):
+def run_forward(problem, stats, hint=None, labels=None):
     """-> :class:`Witness` of all entries. stats: (8, N), of a mixture both log-sum-exps; of a KL out."""
-    # of a mixture flat rows first, as a hint would sort them: they keep the most entries
-    rows, _, count = order_rows(-PairStats(*stats).offset if problem.is_mixture else None, problem.targets)
+    # flat rows first: they keep the most entries
+    rows, _, count = order_rows(-PairStats(*stats).offset if problem.is_mixture else hint, problem.targets)
     witness, n = Witness(problem, Selection(rows, count, problem.targets), stats), problem.targets.numel()
     if n == 0:
         return witness
+    if labels is not None and not problem.is_mixture:
+        label, other = (label_logits(head, rows, count, labels) for head in (problem.own, problem.teacher))
+        witness.expected = Expected(*(x[rows] for x in (label - hint, label, other)))
     sweep = PairSweep(problem, kernel_name(problem, certified=True), witness.selection)
     legs, kinds = cut_legs(sweep), len(witness.known)
     room = torch.empty(kinds * max(leg.runs for leg in legs) * n, dtype=torch.float32, device=stats.device)
@@ -67,7 +71,7 @@ def run_forward(problem, stats):
             partials = room[: kinds * leg.runs * n].view(kinds, leg.runs, n)
             if leg.first:
                 witness.raise_least(span)
-            sweep.fold(span, leg, partials, known_stats, witness.flags, witness.known, witness.least)
+            sweep.fold(span, leg, partials, known_stats, witness.flags, witness.later(), witness.least)
             witness.fold(partials, span)
     return witness
 
@@ -92,7 +96,7 @@ class Witness:
     Attributes:
         flags: (blocks, words) int32. known: (kinds, N) sums and moments so far. least: (1,), see
         :func:`fastgrpo.backends.divergence.least_kept`; 0, all is kept, before anything is known. nothing: (kinds, 1)
-        sums of no entry.
+        sums of no entry. expected: :class:`fastgrpo.backends.divergence.Expected` of all positions, or None.
     """
 
     def __init__(self, problem, selection, stats):
@@ -104,15 +108,24 @@ class Witness:
             self.nothing[:2] = FLOOR.value
         self.known = stats.new_zeros(self.sums + MOMENTS, stats.shape[1])
         self.known[: self.sums] = self.nothing
-        self.least, self.settled = stats.new_zeros(1), None
+        self.least, self.settled, self.expected = stats.new_zeros(1), None, None
 
     def frame(self):
         """Center and unit of each row's terms, of what is known."""
-        if self.settled is not None:
-            return self.settled
+        return self.frame_of(self.known) if self.settled is None else self.settled
+
+    def frame_of(self, sums):
         if self.problem.is_mixture:
-            return self.known[1], torch.ones_like(self.known[1])
-        return scale_terms(*self.known[2:6], self.problem.beta == 1.0)
+            return sums[1], torch.ones_like(sums[1])
+        return scale_terms(*sums[2:6], self.problem.beta == 1.0)
+
+    def later(self):
+        """(kinds, N): what is known, its sums as they are to be expected in the end."""
+        if self.expected is None:
+            return self.known
+        sums = self.known.clone()
+        sums[2:6] = complete(self.expected, sums[:2], sums[2:6], self.problem.beta == 1.0)
+        return sums
 
     @property
     def center(self):
@@ -136,8 +149,8 @@ class Witness:
 
     def raise_least(self, span):
         """Of the rows of ``span``."""
-        here = slice(*span)
-        norms = term_norms(self.moments()[0, :, here], *(x[here] for x in self.frame()))
+        here, center, unit = slice(*span), self.frame()[0], self.frame_of(self.later())[1]
+        norms = term_norms(self.moments()[0, :, here], center[here], unit[here])
         count = self.inside()[here].sum().clamp(min=1)
         self.least = least_kept(self.problem, norms, count)[None]
 

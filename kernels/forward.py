@@ -227,6 +227,17 @@ def forward_kernel(
         tl.store(out + DROPPED * step, tl.sum(dropped * factor, axis=1), mask=mask_n)
 
 
+def label_logits(problem: HeadProblem, rows, count, labels):
+    """(N,) float32 transformed logits of entries, one a row; NaN where ``labels`` (N,) has none, anything beyond the
+    first ``count`` of the rows."""
+    label = torch.full(problem.targets.shape, torch.nan, dtype=torch.float32, device=problem.hidden.device)
+    if label.numel():
+        sweep = Sweep(problem, forward_name(problem, certified=False), Selection(rows, count, labels))
+        for span in sweep.chunks():
+            sweep.find_labels(*span, label)
+    return label
+
+
 def forward(problem: HeadProblem):
     """(5, N) statistics of every counted row; never waits for the device."""
     stats = problem.new_stats(torch.float32)
@@ -312,6 +323,25 @@ class Sweep:
             gather_rows(self.problem.hidden, rows, count, self.x, first_row, last_row, first_row)
             yield first_row, last_row
 
+    def find_labels(self, first_row, last_row, label):
+        """label: (N,) out, the logits of the rows' labels, where these are entries."""
+        label_kernel[(cdiv(last_row - first_row, tiles.LABELS.rows),)](
+            x_ptr=self.x,
+            head=self.head,
+            bias_ptr=self.problem.bias,
+            low_rank=self.low_rank,
+            selection=self.selection,
+            temperature_ptr=self.problem.temperature,
+            label_ptr=label,
+            first_row=first_row,
+            last_row=last_row,
+            logits=self.logits,
+            COMPUTE=TO_TRITON[str(self.problem.params.compute_dtype)],
+            BLOCK_N=tiles.LABELS.rows,
+            BLOCK_D=tiles.LABELS.cols,
+            num_warps=tiles.LABELS.warps,
+        )
+
     def arguments(self, first_row, last_row):
         """What any kernel of a forward takes, and the launch."""
         problem, tile = self.problem, self.tile
@@ -354,22 +384,7 @@ def run_forward(problem, rows, count, hint=None, flags=None, dropped=None, label
     label = torch.zeros(n, dtype=torch.float32, device=hidden.device) if label is None else label
     for first_row, last_row in sweep.chunks():
         if not known:
-            label_kernel[(cdiv(last_row - first_row, tiles.LABELS.rows),)](
-                x_ptr=sweep.x,
-                head=sweep.head,
-                bias_ptr=problem.bias,
-                low_rank=sweep.low_rank,
-                selection=selection,
-                temperature_ptr=problem.temperature,
-                label_ptr=label,
-                first_row=first_row,
-                last_row=last_row,
-                logits=sweep.logits,
-                COMPUTE=TO_TRITON[str(problem.params.compute_dtype)],
-                BLOCK_N=tiles.LABELS.rows,
-                BLOCK_D=tiles.LABELS.cols,
-                num_warps=tiles.LABELS.warps,
-            )
+            sweep.find_labels(first_row, last_row, label)
         forward_kernel[sweep.grid](
             **sweep.arguments(first_row, last_row),
             taken=taken,

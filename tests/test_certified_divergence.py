@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from ranks import Ranks
 from stand_in_cuda import StandInCuda
-from test_divergence import BETAS, in_double, near_pair, run
+from test_divergence import BETAS, in_double, near_pair, rl_student, run
 
 from fastgrpo import backends, linear_divergence, reference
 from fastgrpo import vocab_parallel_divergence as sharded
@@ -100,6 +100,36 @@ def check_certificate(problem, certificate, slope):
     assert (left <= dropped + 1e-12 * whole).all()
     assert (dropped <= 1.01 * left + 1e-3 * whole).all()
     return kept.double().mean()
+
+
+HINTS = {
+    "right": lambda logp: logp * 1.05,
+    "too low": lambda logp: logp - 60,
+    "too high": torch.zeros_like,
+    "not there": lambda logp: torch.full_like(logp, torch.nan),
+    "some": lambda logp: torch.where(torch.arange(len(logp)) % 3 > 0, logp, torch.nan),
+    "anything": lambda logp: 1e4 * torch.randn_like(logp),
+}
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_hints(backend, device, beta):
+    """They tell what to keep; statistics and the certificate hold whatever they say."""
+    n, vocab, depth = SIZES[backend]
+    problem = problem_of(drawn((n, vocab, depth), device), beta, bias=True)
+    labels = rl_student(n, vocab, depth)["targets"].to(device).clone()
+    logp = (problem.hidden[0] @ problem.weight.T + problem.bias).log_softmax(1).gather(1, labels[:, None])[:, 0]
+    labels[::9], labels[4::9] = -100, vocab
+    module, slope = backends.load(backend), slopes(problem)
+    plain = module.divergence_forward(problem)
+    kept = {}
+    for name in HINTS if not problem.is_mixture else ("right",):
+        stats, certificate = module.certified_divergence_forward(problem, HINTS[name](logp), labels)
+        got, want = (PairStats(*x)._replace(norm=None) for x in (stats, plain))
+        torch.testing.assert_close(got, want, rtol=2e-5, atol=1e-5)
+        kept[name] = check_certificate(problem, certificate, slope)
+    if not problem.is_mixture:
+        assert kept["right"] < 0.85 * kept["not there"]
 
 
 def cut_entries(problem, cut):

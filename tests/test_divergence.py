@@ -240,6 +240,28 @@ def test_certified(device, beta, options, monkeypatch):
         assert 0 < problems.relative_error(certified[2][name], want) < 0.005, name
 
 
+@pytest.mark.parametrize("beta", [0.0, 1.0])
+def test_hinted(device, beta, monkeypatch):
+    """What the student drew and how likely: the same divergence, gradients within the tolerance, much more left out."""
+    plans, plain = [], certified_backward.make_plan
+    monkeypatch.setattr(certified_backward, "make_plan", lambda *a: plans.append(plain(*a)) or plans[-1])
+    tensors, student = near_pair(768, 8192, 64, device), rl_student(768, 8192, 64)
+    hint = {k: student[k].to(device) for k in ("targets", "old_logprobs")}
+    hint["old_logprobs"][::50] = torch.nan
+    chosen = {"beta": beta, "backend": "torch", "row_tolerance": 1.0, "workspace_mb": 4}
+    upstream, visited = torch.randn(768, device=device), []
+    exact = run(linear_divergence, tensors, upstream, backward="exact", **chosen, **hint)
+    assert not plans
+    for known in ({}, hint):
+        value, _, grads = run(linear_divergence, tensors, upstream, backward="certified", **chosen, **known)
+        plan = plans.pop()
+        visited.append(sum(g.rows.numel() * g.entries.numel() for g in plan.groups) + plan.whole.numel() * 8192)
+        torch.testing.assert_close(value, exact[0], rtol=1e-5, atol=1e-6)
+        for name, want in exact[2].items():
+            assert 0 < problems.relative_error(grads[name], want) < 0.005, name
+    assert visited[1] < 0.6 * visited[0]
+
+
 @pytest.mark.parametrize("beta", BETAS)
 def test_certified_rows_of_a_trained_head(device, beta):
     """95 % of the rows of dW within 10 %, half within 2 %, as linear_logprobs promises."""
@@ -465,6 +487,10 @@ def test_shapes_and_masked_rows_cost_nothing(backend, device):
         ({"mask": torch.ones(5)}, r"mask must have the shape of targets, \(4,\)"),
         ({"hidden": torch.zeros(4)}, r"hidden must be \(N, D\)"),
         ({"temperature": 0.0}, "temperature must be > 0"),
+        ({"targets": torch.zeros(4).long()}, "old_logprobs must be given together with targets, got None"),
+        ({"old_logprobs": torch.zeros(4)}, "targets must be given together with old_logprobs, got None"),
+        ({"old_logprobs": torch.zeros(4), "targets": torch.zeros(4)}, "targets must be an integer tensor"),
+        ({"old_logprobs": torch.zeros(4), "targets": torch.zeros(5).long()}, r"targets must have the shape \(4,\)"),
     ],
 )
 def test_refused(change, message):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastgrpo import GRPOLossConfig, grpo_loss, reference
+from fastgrpo import GRPOLossConfig, grpo_loss, reference, strategies
 from fastgrpo.config import IMPORTANCE_SAMPLING_LEVELS, LOSS_TYPES
 
 import problems
@@ -93,6 +93,29 @@ def test_gradient_is_the_sampled_estimators_mean_without_its_variance():
     assert full.std(0).max() < 1e-12 < error.min()
     assert ((sampled.mean(0) - full[0]).abs() < 4 * error).all()
     assert (sampled.std(0) > 0.5 * full[0].abs()).all()  # what one draw is worth
+
+
+@pytest.mark.parametrize("bw", ["certified", "exact"])
+def test_old_logprobs_are_its_hint(bw, monkeypatch):
+    seen, plain = [], strategies.DivergingCertified.forward
+
+    def forward(problem, backend, given):
+        seen.append(given)
+        return plain(problem, backend, given)
+
+    monkeypatch.setattr(strategies.DivergingCertified, "forward", staticmethod(forward))
+    given = arguments()
+    given["mask"][0, 1] = 0
+    config = GRPOLossConfig(kl_estimator="full", beta=0.3)
+    result, grads = run(grpo_loss, config, given, backend="torch", backward=bw)
+    expected, truth = run(reference.grpo_loss, config, given)
+    torch.testing.assert_close(result.loss, expected.loss, rtol=1e-11, atol=1e-11)
+    assert all(problems.relative_error(mine, want) < 0.005 for mine, want in zip(grads, truth))
+    if bw == "exact":
+        assert not seen
+        return
+    torch.testing.assert_close(seen[0].hint, given["old_logprobs"].flatten().double())
+    assert torch.equal(seen[0].entries[0], given["targets"].flatten())
 
 
 @pytest.mark.parametrize(

@@ -77,13 +77,16 @@ def scores(frozen, hidden, weight, bias, targets, lora=None, support=None, **opt
 DIVERGENCES = {
     "reverse KL": {"backward": "exact", "lora": True, "return_entropy": True, "teacher_softcap": 20.0},
     "forward KL, certified": {"beta": 0.0, "backward": "certified", "tolerance": 0.1, "row_tolerance": 1.0},
+    "reverse KL, hinted": {"hinted": True, "backward": "certified", "tolerance": 0.1, "row_tolerance": 1.0},
     "JSD, frozen": {"beta": 0.3, "frozen": True, "softcap": 20.0, "temperature": 0.7},
     "reverse KL, frozen, certified": {"frozen": True, "backward": "certified", "tolerance": 0.1},
 }
 
 
-def diverge(frozen, hidden, weight, bias, targets, lora=None, **options):
+def diverge(frozen, hidden, weight, bias, targets, lora=None, hinted=False, **options):
     """As :func:`scores`, of a divergence from a narrower teacher."""
+    if hinted:
+        options |= {"targets": targets, "old_logprobs": torch.full(targets.shape, -0.1)}
     if frozen:
         weight, bias = weight.detach(), bias.detach()
     teacher = 0.5 * hidden[:, : DEPTH // 2], 0.5 * weight[:, DEPTH // 2 :]

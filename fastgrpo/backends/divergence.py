@@ -4,9 +4,12 @@ A Kullback-Leibler divergence takes one pass over the vocabulary, a mixture's (J
 log-sum-exps must be known. ``fastgrpo/pair_math.py`` has the rows' formulas.
 """
 
+from dataclasses import replace
+from typing import NamedTuple
+
 import torch
 
-from fastgrpo.backends import dense
+from fastgrpo.backends import certified, dense
 from fastgrpo.backends.certified import BLOCK, Certificate
 from fastgrpo.backends.logits import LogitTiles, Reader, RowSource, row_inverse_temperature, transform
 from fastgrpo.backends.pair import PairStats
@@ -18,23 +21,61 @@ from fastgrpo.row_math import rescale
 LEAST_PER_TOLERANCE = 0.1  # terms of the rows' mean norm times tolerance * this are flagged
 ROUNDING = 8  # units of rounding in sums of squares
 NOISE, NOTHING_SEEN = 9.0, 2.0**-20  # see near_rows
+FARTHEST = 30.0  # logs of ratios that a hint may tell: their exponentials' squares stay finite
 
 
 def forward(problem):
     """(8, N) :class:`PairStats` of a :class:`fastgrpo.backends.pair.PairProblem`, 0 at rows that do not count."""
-    return run_forward(problem, None)
+    return run_forward(problem, dense.counted_rows(problem.targets), None)
 
 
-def certified_forward(problem):
+def certified_forward(problem, hint=None, labels=None):
     """The statistics and a :class:`fastgrpo.backends.certified.Certificate` of d divergence / d logits.
 
     ``dropped`` is the norm of what a row leaves out, ``norm`` of the statistics that of all its terms, both for a
     divergence's gradient of 1.
+
+    Args:
+        hint, labels: (N,) log-probs that the student had of these entries, about; or None: see :class:`Expected`.
     """
-    rows = dense.counted_rows(problem.targets)
+    rows = certified.sorted_rows(problem, hint)
     witness = Witness(problem, rows.numel(), rows.device)
-    stats = run_forward(problem, witness)
+    stats = run_forward(problem, rows, witness, expect(problem, rows, hint, labels))
     return stats, witness.certificate(rows)
+
+
+class Expected(NamedTuple):
+    """What is known of rows beforehand, (n,) each, NaN where nothing is: from a token that the student drew. What is to
+    be kept is told by it, and no result depends on it."""
+
+    level: torch.Tensor  # the student's log-sum-exp
+    label: torch.Tensor  # its logit of the token
+    other: torch.Tensor  # the teacher's
+
+    def of(self, part):
+        return Expected(*(x[part] for x in self))
+
+
+def expect(problem, rows, hint, labels):
+    """:class:`Expected` of some rows, or None; a mixture's log-sum-exps are known anyway."""
+    if labels is None or problem.is_mixture:
+        return None
+    labelled = [replace(head, targets=labels) for head in (problem.own, problem.teacher)]
+    label, other = (certified.label_logits(head, rows) for head in labelled)
+    return Expected(label - hint[rows], label, other)
+
+
+def complete(expected, peaks, sums, student_first):
+    """-> (4, n) the sums that are to be expected in the end, beside these peaks: what the student's still lacks stands,
+    as far as one can tell, at the token that it drew, for in the mean over such tokens it does."""
+    level, *labels = expected
+    own, labels = (0, labels) if student_first else (1, labels[::-1])
+    lacks = torch.exp((level - peaks[own]).clamp(max=FARTHEST)) - sums[own]
+    turn = labels[0] - peaks[0] - (labels[1] - peaks[1])
+    lacks = torch.where((lacks > 0) & turn.isfinite(), lacks, 0.0)
+    turn = turn.nan_to_num(nan=0.0).clamp(-FARTHEST, FARTHEST)
+    first, second = (lacks, lacks * torch.exp(-turn)) if student_first else (lacks * torch.exp(turn), lacks)
+    return sums + torch.stack((first, second, first * turn, second - first))
 
 
 def certified_partials(problem, stats=None):
@@ -50,12 +91,12 @@ def certified_partials(problem, stats=None):
     return mixture_sums(problem, stats, witness), rows, witness
 
 
-def run_forward(problem, witness):
-    rows, dtype = dense.counted_rows(problem.targets), accumulator_dtype(problem.hidden)
+def run_forward(problem, rows, witness, expected=None):
+    dtype = accumulator_dtype(problem.hidden)
     fold = (
         MixtureFold(problem, know_both(problem, rows), witness)
         if problem.is_mixture
-        else KLFold(problem, rows, witness)
+        else KLFold(problem, rows, witness, expected)
     )
     fold_vocabulary(problem, rows, fold, multiple=1 if witness is None else BLOCK)
     stats = torch.zeros(len(PairStats._fields), problem.targets.numel(), dtype=dtype, device=rows.device)
@@ -200,11 +241,12 @@ class KLFold:
     """Folds tiles into the running sums of :mod:`fastgrpo.pair_math`.
 
     Args:
-        witness: sees the terms of every row's gradient, see :class:`Witness`; None: nobody.
+        witness: sees the terms of every row's gradient, see :class:`Witness`; None: nobody. expected: of the rows.
     """
 
-    def __init__(self, problem, rows, witness=None):
-        self.problem, self.student_first, self.witness = problem, problem.beta == 1.0, witness
+    def __init__(self, problem, rows, witness=None, expected=None):
+        self.problem, self.student_first = problem, problem.beta == 1.0
+        self.witness, self.expected = witness, expected
         self.scratch = Scratch()
         dtype, device = accumulator_dtype(problem.hidden), rows.device
         self.peaks = torch.full((2, rows.numel()), FLOOR, dtype=dtype, device=device)  # first, second
@@ -236,8 +278,17 @@ class KLFold:
             apart = torch.sub(v, u, out=self.scratch.like(u, "difference"))
         sums[3] += sum_differences(u, v, d, near, other_mass - mass, apart, self.scratch)
         if self.witness is not None:
-            motion, frame = move_terms(*rise, self.student_first), scale_terms(*sums, self.student_first)
-            self.witness.look(tile, leant if apart is None else apart, u, motion, *frame)
+            motion = move_terms(*rise, self.student_first)
+            self.witness.look(tile, leant if apart is None else apart, u, motion, *self.frames(part))
+
+    def frames(self, part):
+        """-> center and unit of the rows' terms, of the entries so far; the same as they are to be expected."""
+        sums = self.sums[:, part]
+        frame = scale_terms(*sums, self.student_first)
+        if self.expected is None:
+            return frame, frame
+        later = complete(self.expected.of(part), self.peaks[:, part], sums, self.student_first)
+        return frame, scale_terms(*later, self.student_first)
 
     def raise_peaks(self, part, u, v):
         """-> (2, n) by how much."""
@@ -321,7 +372,8 @@ class MixtureFold:
             self.mass[part] += p.sum(1)
             center = self.stats.center[part] / self.mass[part].clamp(min=dense.negligible(p.dtype))
             still = torch.ones_like(center)
-            self.witness.look(tile, mine, p, (still, still, torch.zeros_like(still)), center, still)
+            frame = center, still
+            self.witness.look(tile, mine, p, (still, still, torch.zeros_like(still)), frame, frame)
 
     def finish(self):
         return self.stats if self.witness is None else self.stats._replace(norm=self.witness.row_norms())
@@ -341,16 +393,19 @@ class Witness:
         self.problem, self.scratch = problem, Scratch()
         self.flags = torch.zeros(-(-n // BLOCK), problem.weight.shape[0], dtype=torch.bool, device=device)
         self.center, self.unit = torch.zeros(n, dtype=dtype, device=device), torch.ones(n, dtype=dtype, device=device)
+        self.scale = torch.ones_like(self.unit)  # the unit that is to be expected
         self.seen, self.left = torch.zeros(2, 3, n, dtype=dtype, device=device)  # sums of x^2, x y, y^2
 
-    def look(self, tile, x, y, motion, center, unit):
-        """x, y: (n, C), overwritten. motion: since these rows' last tile. center, unit: with this tile's entries."""
-        part = tile.part
-        self.center[part], self.unit[part] = center, unit
+    def look(self, tile, x, y, motion, frame, later):
+        """x, y: (n, C), overwritten. motion: since these rows' last tile. frame: center and unit with this tile's
+        entries. later: the same as they are to be expected in the end, which decides what is kept."""
+        part, (center, unit) = tile.part, later
+        self.center[part], self.unit[part] = frame
         for moments in (self.seen, self.left):
             moments[:, part] = torch.stack(move_moments(*moments[:, part], *motion))
         self.seen[:, part] += products(x, y, self.scratch)
-        least = least_kept(self.problem, term_norms(self.seen, self.center, self.unit), self.unit.numel()) * unit
+        self.scale[part] = unit
+        least = least_kept(self.problem, term_norms(self.seen, self.center, self.scale), self.scale.numel()) * unit
         size = torch.addcmul(x, center[:, None], y, value=-1, out=self.scratch.like(x, "size")).abs_()
         size = torch.maximum(size, torch.abs(x, out=self.scratch.like(x, "mixed")), out=size)  # the center may move
         size.mul_(1 / least[:, None])

@@ -185,14 +185,14 @@ class Terms:
         self.seen = torch.zeros(rows, dtype=dtype, device=device)  # of all of it, about
         self.norms, self.slack = None, 1 + ROUNDING * torch.finfo(dtype).eps
 
-    def look(self, tile, x, y, move, center, unit):
-        """As :meth:`Witness.look`'s."""
+    def look(self, tile, x, y, move, frame, later):
+        """As :meth:`Witness.look`'s; nothing is expected here."""
         part = tile.part
         if tile.slope is not None:
             for z in (x, y):
                 z.mul_(tile.slope[: len(z)])
         self.move(part, move)
-        self.center[part], self.unit[part] = center, unit
+        self.center[part], self.unit[part] = frame
         if not leaves_out(self.problem):
             self.keep(part, tile.chunk.span, None, x, y)
         elif not self.full:

@@ -73,9 +73,9 @@ def divergence_forward(problem):
         return _divergence.forward(problem)
 
 
-def certified_divergence_forward(problem):
+def certified_divergence_forward(problem, hint=None, labels=None):
     with on_device(problem.hidden):
-        return _certified_divergence.certified_forward(problem)
+        return _certified_divergence.certified_forward(problem, hint, labels)
 
 
 def certified_partials(problem, stats=None):

@@ -173,6 +173,8 @@ def token_divergence(
     """:func:`fastgrpo.linear_divergence` of a micro-batch. Where one head is padded further than the other, to the rows
     that both have; its padding is no token."""
     size = min(len(weight), len(teacher.weight))
+    hints = (known.get(name) for name in ("old_logprobs", "sampling_logprobs"))
+    hint = next((x for x in hints if x is not None), None)
     return linear_divergence(
         hidden,
         weight[:size],
@@ -185,6 +187,8 @@ def token_divergence(
         teacher_softcap=teacher.softcap,
         teacher_logit_scale=teacher.logit_scale,
         return_entropy=True,
+        targets=None if hint is None else known["targets"],
+        old_logprobs=hint,
         **options,
     )
 

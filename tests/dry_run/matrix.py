@@ -28,6 +28,7 @@ MIXTURE = 2 * FORWARD + 2  # each model alone; rows gathered, the vocabulary
 LEGS = 11  # of a certified divergence, at most
 PAIR_CERTIFIED = 1 + 2 * LEGS  # rows gathered; each leg and its combination
 MIXTURE_CERTIFIED = 2 * FORWARD + 1 + LEGS
+HINT = 4  # of a certified divergence of two models' labels: rows gathered, logits
 
 
 class Case(NamedTuple):
@@ -126,12 +127,14 @@ def loss(config, gated=False, dtype=torch.bfloat16, n=64, batch=4):
     ).loss.backward()  # fmt: skip
 
 
-def divergence(dtype, beta, options=False, frozen=False, backward="exact", teacher_depth=D // 2, **shape):
+def divergence(dtype, beta, options=False, frozen=False, backward="exact", teacher_depth=D // 2, hinted=False, **shape):
     """One forward and backward of linear_divergence."""
     hidden, weight, targets = tensors(dtype, **shape)
     others, teacher, _ = tensors(dtype, d=teacher_depth, **shape)
     weight.requires_grad_(not frozen)
     keywords = {"backward": backward}
+    if hinted:
+        keywords |= {"targets": targets, "old_logprobs": torch.full(targets.shape, -0.1)}
     if options:
         bias = torch.zeros(V, dtype=dtype).requires_grad_()
         keywords |= {"bias": bias, "teacher_bias": bias, "softcap": 30.0, "return_entropy": True,
@@ -190,6 +193,8 @@ def cases(everything):
                            backward="certified", frozen=True)  # fmt: skip
                 yield case(f"{name}, another batch", flagged + CERTIFIED, divergence, dtype, beta, compiles=0,
                            backward="certified", n=301)  # fmt: skip
+                yield case(f"{name}, hinted", flagged + CERTIFIED + HINT, divergence, dtype, beta,
+                           backward="certified", hinted=True)  # fmt: skip
             if everything:
                 yield case(f"{name}, everything", flagged + CERTIFIED + BIAS + AUDITED, divergence, dtype, beta,
                            options=True, backward="certified")  # fmt: skip
