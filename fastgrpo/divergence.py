@@ -1,6 +1,6 @@
 """linear_divergence: how far two models' distributions are apart, from hidden states and heads, without logits."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -206,11 +206,20 @@ def head_divergence(hidden, weight, mask, teacher, beta, options, labels=None):
     tensors = pair_tensors(hidden, weight, targets, teacher, options, lora)
     trained = any(x is not None and x.requires_grad for x in (weight, options.bias, lora.B))
     hinted = options.old_logprobs is not None
-    strategy = strategies.choose_pair(params, tolerance_of(params, options.backward, trained, hinted) is not None)
-    if params.backend == "torch" and frozen.applies(hidden, (weight, options.bias, lora.A, lora.B), params):
-        strategy = strategies.DivergingFrozen
-    divergence, entropy = diverge(tensors, given_of(labels, hidden, params, options), params, strategy)
+    params = replace(params, tolerance=tolerance_of(params, options.backward, trained, hinted))
+    strategy = choose_strategy(hidden, (weight, options.bias, lora.A, lora.B), params)
+    given = NOTHING_GIVEN
+    if labels is not None and strategy is strategies.DivergingCertified:
+        given = strategies.Given(options.flat_hint(hidden), None, (labels.reshape(-1).to(torch.int64).contiguous(),))
+    divergence, entropy = diverge(tensors, given, params, strategy)
     return Divergence(divergence.view(targets.shape), None if entropy is None else entropy.view(targets.shape))
+
+
+def choose_strategy(hidden, head, params):
+    """head: weight, bias and LoRA's A and B, or None. params: whose tolerance is None where nothing is left out."""
+    if params.backend == "torch" and frozen.applies(hidden, head, params):
+        return strategies.DivergingFrozen
+    return strategies.Diverging if params.tolerance is None else strategies.DivergingCertified
 
 
 def tolerance_of(params, backward, trained, hinted=False):
@@ -242,13 +251,6 @@ def check_labels(labels, options, targets):
         raise ValueError(f"{missing} must be given together with {there}, got None")
     if labels is not None:
         inputs.check_labels(labels, targets)
-
-
-def given_of(labels, hidden, params, options):
-    """What a strategy may use beside the tensors: of the hint, where anything may be left out."""
-    if labels is None or params.tolerance is None:
-        return NOTHING_GIVEN
-    return strategies.Given(options.flat_hint(hidden), None, (labels.reshape(-1).to(torch.int64).contiguous(),))
 
 
 def pair_tensors(hidden, weight, targets, teacher, options, lora=NO_LORA):

@@ -198,8 +198,3 @@ def choose(hidden, head, params, entropy_grad):
 def choose_trained(params):
     """Of a head that wants a gradient, or a part of one."""
     return Exact if params.tolerance is None else Certified
-
-
-def choose_pair(params, worthwhile):
-    """The strategy of a divergence. worthwhile: whether leaving entries out may pay."""
-    return DivergingCertified if worthwhile and params.tolerance is not None else Diverging

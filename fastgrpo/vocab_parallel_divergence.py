@@ -23,73 +23,89 @@ from fastgrpo.inputs import IGNORE, Backend, Backward
 from fastgrpo.pair_math import move_terms, scale_terms
 
 
-def merge(partials, student_first, group):
-    """-> (2, N) peaks, (4, N) sums and (8, N) :class:`PairStats` of a KL of the whole vocabulary, from every rank's
-    (7, N): one MAX and one SUM all-reduce."""
-    top = partials[:2].clone()
-    dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group)
-    moved = torch.stack(beside_peaks(partials, top, student_first))
-    dist.all_reduce(moved, group=group)
-    return top, moved[:4], torch.stack(kl_stats(top, moved[:4], moved[4], student_first))
+class Ranks:
+    """Of the group, for :func:`fastgrpo.backends.frozen_divergence.forward` too."""
+
+    def __init__(self, group):
+        self.group = group
+
+    def merge(self, partials, student_first):
+        """-> (2, N) peaks, (4, N) sums and (N,) spread of the whole vocabulary, from every rank's (7, N): one MAX and
+        one SUM all-reduce."""
+        top = partials[:2].clone()
+        dist.all_reduce(top, op=dist.ReduceOp.MAX, group=self.group)
+        moved = self.add_up(torch.stack(beside_peaks(partials, top, student_first)))
+        return top, moved[:4], moved[4]
+
+    def add_up(self, x):
+        dist.all_reduce(x, group=self.group)
+        return x
+
+    def least(self, number):
+        least = torch.tensor(-number)
+        dist.all_reduce(least, op=dist.ReduceOp.MAX, group=self.group)
+        return -int(least)
 
 
-def merge_mixture(problem, backend, group):
+def merge_mixture(problem, backend, ranks):
     """(8, N) :class:`PairStats` of a mixture: what both models' log-sum-exps tell, divergence and center 0."""
-    stats = merge(backend.divergence_partials(problem), False, group)[2]
-    return torch.stack(divergence_fold.without_divergence(PairStats(*stats)))
+    stats = kl_stats(*ranks.merge(backend.divergence_partials(problem), False), False)
+    return torch.stack(divergence_fold.without_divergence(stats))
 
 
-def add_sums(stats, sums, group):
+def add_sums(stats, sums, ranks):
     """A mixture's divergence and center, (2, N), summed over the ranks, into the statistics."""
-    dist.all_reduce(sums, group=group)
+    sums = ranks.add_up(sums)
     return torch.stack(PairStats(*stats)._replace(divergence=sums[0], center=sums[1]))
 
 
-def forward(problem, backend, group):
-    """-> (8, N) :class:`PairStats` of the whole vocabulary, and the tensors of this rank's certificate, if any."""
-    if problem.params.tolerance is not None:
-        return certified_forward(problem, backend, group)
+def forward(problem, backend, ranks, strategy):
+    """-> (8, N) :class:`PairStats` of the whole vocabulary, and what this rank keeps for the strategy's backward."""
+    if strategy is strategies.DivergingFrozen:
+        return backend.frozen_divergence_forward(problem, ranks)
+    if strategy is strategies.DivergingCertified:
+        return certified_forward(problem, backend, ranks)
     if problem.is_mixture:
-        stats = merge_mixture(problem, backend, group)
-        return add_sums(stats, backend.mixture_sums(problem, stats), group), ()
-    return merge(backend.divergence_partials(problem), problem.beta == 1.0, group)[2], ()
+        stats = merge_mixture(problem, backend, ranks)
+        return add_sums(stats, backend.mixture_sums(problem, stats), ranks), ()
+    student_first = problem.beta == 1.0
+    merged = ranks.merge(backend.divergence_partials(problem), student_first)
+    return torch.stack(kl_stats(*merged, student_first)), ()
 
 
-def certified_forward(problem, backend, group):
+def certified_forward(problem, backend, ranks):
     """Every rank flags by its own entries alone; what they leave out is told in terms of the whole vocabulary."""
     if problem.is_mixture:
-        stats = merge_mixture(problem, backend, group)
+        stats = merge_mixture(problem, backend, ranks)
         sums, rows, witness = backend.certified_partials(problem, stats)
-        stats = add_sums(stats, sums, group)
+        stats = add_sums(stats, sums, ranks)
         still = torch.ones_like(witness.center)
         witness.settle((still, still, torch.zeros_like(still)), PairStats(*stats).center[rows], still)
     else:
         student_first = problem.beta == 1.0
         partials, rows, witness = backend.certified_partials(problem)
-        top, sums, stats = merge(partials, student_first, group)
-        rise, other_rise = (top - partials[:2])[:, rows]
-        total, other, tilt, excess = sums[:, rows]
-        scale = scale_terms(total, other, tilt, excess, student_first)
-        witness.settle(move_terms(rise, other_rise, student_first), *scale)
+        top, sums, spread = ranks.merge(partials, student_first)
+        stats = torch.stack(kl_stats(top, sums, spread, student_first))
+        move = move_terms(*(top - partials[:2])[:, rows], student_first)
+        witness.settle(move, *scale_terms(*sums[:, rows], student_first))
     squares = torch.zeros_like(stats[0])
     squares[rows] = witness.row_norms().square()
-    dist.all_reduce(squares, group=group)
-    stats = torch.stack(PairStats(*stats)._replace(norm=squares.sqrt()))
+    stats = torch.stack(PairStats(*stats)._replace(norm=ranks.add_up(squares).sqrt()))
     return stats, witness.certificate(rows).tensors
 
 
 class VocabParallelDivergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *arguments):
-        *tensors, params, share = arguments
+        *tensors, params, strategy, share = arguments
         tensors = PairTensors(*tensors)
         ctx.set_materialize_grads(False)
-        ctx.params, ctx.share = params, share
+        ctx.params, ctx.strategy, ctx.share = params, strategy, share
         problem, backend = tensors.problem(params), backends.load(params.backend)
         with torch.autocast(tensors.hidden.device.type, enabled=False):
-            stats, certificate = forward(problem, backend, share.group)
+            stats, kept = forward(problem, backend, Ranks(share.group), strategy)
             stats = torch.where(tensors.targets == IGNORE, 0.0, stats)
-        ctx.save_for_backward(stats, *tensors, *certificate)
+        ctx.save_for_backward(stats, *tensors, *kept)
         entropy = PairStats(*stats).entropy.clone() if params.entropy else None
         if entropy is not None:
             ctx.mark_non_differentiable(entropy)
@@ -98,7 +114,7 @@ class VocabParallelDivergence(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad, _):
-        nothing = [None] * (len(PairTensors._fields) + 2)
+        nothing = [None] * (len(PairTensors._fields) + 3)
         if grad is None:
             return tuple(nothing)
         stats, *rest = ctx.saved_tensors
@@ -106,8 +122,7 @@ class VocabParallelDivergence(torch.autograd.Function):
         problem = PairTensors(*rest[:count]).problem(ctx.params)
         with torch.autocast(stats.device.type, enabled=False):
             needs, backend = Gradients(*ctx.needs_input_grad[:3]), backends.load(ctx.params.backend)
-            strategy = strategies.choose_pair(ctx.params, True)
-            grads = strategy.backward(problem, backend, (), stats, rest[count:], grad, None, needs)
+            grads = ctx.strategy.backward(problem, backend, (), stats, rest[count:], grad, None, needs)
         return ctx.share.reduce(grads.hidden, problem.hidden.dtype), grads.weight, grads.bias, *nothing[3:]
 
 
@@ -140,14 +155,15 @@ def vocab_parallel_divergence(
 
     Every rank calls it with the same hidden states, mask and options, and its own entries of both heads; shards need
     not be equal, and their order does not matter. The forward sends two all-reduces, (2, N) and (5, N), for a mixture
-    a third, (2, N), and one, (N,), where the backward is to be certified; the backward sends dX in the accumulator's
-    dtype where hidden wants a gradient.
+    a third, (2, N), and one, (N,), where the backward is to be certified; where hidden alone wants a gradient the torch
+    backend sends them panel by panel of rows, and the panel's height. The backward sends dX in the accumulator's dtype
+    where hidden wants a gradient.
 
     Args:
         group: the torch.distributed process group that the vocabulary is cut over.
         reduce_hidden_grad: as in :func:`fastgrpo.vocab_parallel.vocab_parallel_logprobs`.
         backward, tolerance, row_tolerance: as in ``linear_divergence``; each rank keeps its own entries' error within
-            tolerance / sqrt(ranks). A frozen head's gradient is made in the backward here. The others: as there.
+            tolerance / sqrt(ranks). The others: as there.
 
     Returns:
         ``Divergence(divergence, entropy)`` of the whole vocabulary, the same on every rank; differentiable, once, in
@@ -179,7 +195,8 @@ def vocab_parallel_divergence(
     if tolerance is not None:
         tolerance /= dist.get_world_size(group) ** 0.5
     params = teacher.beside(replace(params, tolerance=tolerance), beta)
+    strategy = divergence.choose_strategy(hidden, (weight, bias, None, None), params)
     tensors = divergence.pair_tensors(hidden, weight, targets, teacher, options)
     share = vocab_parallel.Share(group, bool(reduce_hidden_grad))
-    value, entropy = VocabParallelDivergence.apply(*tensors, params, share)
+    value, entropy = VocabParallelDivergence.apply(*tensors, params, strategy, share)
     return Divergence(value.view(targets.shape), None if entropy is None else entropy.view(targets.shape))

@@ -10,7 +10,7 @@ from ranks import Ranks
 from stand_in_cuda import StandInCuda
 from test_divergence import BETAS, in_double, near_pair, rl_student, run
 
-from fastgrpo import backends, linear_divergence, reference
+from fastgrpo import backends, linear_divergence, reference, strategies
 from fastgrpo import vocab_parallel_divergence as sharded
 from fastgrpo.backends import row_audit, staircase
 from fastgrpo.backends.certified import BLOCK, Certificate
@@ -157,7 +157,8 @@ def test_certificate_of_shards(backend, device, beta, monkeypatch):
     cuts = (slice(0, vocab // 3), slice(vocab // 3, vocab))
     shards = [cut_entries(problem, cut) for cut in cuts]
     ranks = Ranks(monkeypatch, len(shards))
-    found = ranks.run([functools.partial(sharded.forward, shard, module, None) for shard in shards])
+    group, strategy = sharded.Ranks(None), strategies.DivergingCertified
+    found = ranks.run([functools.partial(sharded.forward, shard, module, group, strategy) for shard in shards])
     plain, slope, counted = module.divergence_forward(problem), slopes(problem), problem.targets != IGNORE
     for (stats, kept), shard, cut in zip(found, shards, cuts):
         stats = torch.where(counted, stats, 0.0)

@@ -1,13 +1,15 @@
 """linear_divergence: values and gradients on both backends against plain autograd over full logits in fp64."""
 
 import functools
+from dataclasses import replace
 
 import divergence_job
 import pytest
 import torch
+from ranks import Ranks
 
 from bench import profiles
-from fastgrpo import linear_divergence, reference
+from fastgrpo import linear_divergence, reference, strategies, vocab_parallel_divergence
 from fastgrpo.backends import certified_backward, frozen_divergence, torch_backend
 from fastgrpo.divergence import TeacherHead, check, pair_tensors
 from fastgrpo.head import HeadOptions
@@ -385,7 +387,8 @@ def test_frozen_head_certified(device, beta, options, workspace):
 
 
 @pytest.mark.parametrize("beta", BETAS)
-def test_frozen_head_certificate_bounds_dlogits(device, beta):
+@pytest.mark.parametrize("cuts", [(1500,), (1000, 500)], ids=["whole", "shards"])
+def test_frozen_head_certificate_bounds_dlogits(device, beta, cuts, monkeypatch):
     """Each row's ``dropped`` is at least the norm of what its gradient lacks: read off with a head of unit vectors."""
     n, vocab = 300, 1500
     g = torch.Generator().manual_seed(0)
@@ -396,17 +399,74 @@ def test_frozen_head_certificate_bounds_dlogits(device, beta):
     hidden, teacher = z.clone().requires_grad_(), TeacherHead(others, eye)
     targets = check(hidden, eye, None, teacher, beta, options)
     params = options.params(hidden, eye, (hidden,), shard=True)  # nothing put back as if spread evenly
-    problem = pair_tensors(hidden.detach(), eye, targets, teacher, options).problem(teacher.beside(params, beta))
-    stats, slopes = torch_backend.frozen_divergence_forward(problem)
+    params = teacher.beside(replace(params, tolerance=params.tolerance / len(cuts) ** 0.5), beta)
     tensors = {"hidden": z, "weight": eye, "teacher_hidden": others, "teacher_weight": eye, "mask": None}
     truth = freeze(tensors, reference.linear_divergence, upstream=torch.ones(n).double(), beta=beta)[2]
-    lacks, norm = (slopes.values - truth).norm(dim=1), stats[3]
-    assert (lacks <= slopes.dropped + 1e-12).all()
-    assert (slopes.dropped <= 5 * lacks + 1e-12).all()
-    assert slopes.dropped.max() > 0
-    assert (norm <= truth.norm(dim=1) * 1.00001).all()
-    served = slopes.dropped.square().sum() / norm.square().sum()
-    assert served.sqrt() < 0.05 * problem.of_tolerance
+
+    shards, served = eye.split(cuts), 0.0
+    parts = [pair_tensors(hidden.detach(), own, targets, replace(teacher, weight=own), options) for own in shards]
+    found = on_ranks(monkeypatch, [part.problem(params) for part in parts])
+    for (stats, (_, values, dropped)), own in zip(found, shards):
+        lacks, norm = (values - truth @ own.T @ own).norm(dim=1), stats[3]
+        assert (lacks <= dropped + 1e-12).all()
+        assert (dropped <= 5 * lacks + 1e-4 * norm).all()
+        assert dropped.max() > 0
+        assert (norm <= truth.norm(dim=1) * 1.00001).all()
+        assert (norm > 0.98 * truth.norm(dim=1)).all()
+        served += dropped.square().sum() / norm.square().sum()
+    assert served.sqrt() < 0.05 * 0.1
+
+
+def on_ranks(monkeypatch, shards):
+    """-> statistics and slopes of each rank, which has one of the problems."""
+    group, strategy = vocab_parallel_divergence.Ranks(None), strategies.DivergingFrozen
+    forward = vocab_parallel_divergence.forward
+    ranks = Ranks(monkeypatch, len(shards))
+    return ranks.run([functools.partial(forward, shard, torch_backend, group, strategy) for shard in shards])
+
+
+def frozen_shards(tensors, beta, workspaces, bw):
+    """The problems of two ranks of unequal shards."""
+    hidden, shards = tensors["hidden"], []
+    for own, others, room in zip(*(tensors[k].split((650, 50)) for k in ("weight", "teacher_weight")), workspaces):
+        options = HeadOptions(backend="torch", workspace_mb=room, softcap=6.0, logit_scale=0.8, backward=bw)
+        teacher = TeacherHead(tensors["teacher_hidden"], others, softcap=9.0)
+        targets = check(hidden, own, tensors["mask"], teacher, beta, options)
+        params = options.params(hidden, own, (hidden.clone().requires_grad_(),), shard=True)
+        shards.append(pair_tensors(hidden, own, targets, teacher, options).problem(teacher.beside(params, beta)))
+    return shards
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_a_rank_that_gives_up_its_panels(device, beta, monkeypatch):
+    """Leaves the others theirs: the same collectives on every rank."""
+    tensors = in_double(pair(40, 700, 24, 16, device))
+    (stats, kept), (others, given_up) = on_ranks(monkeypatch, frozen_shards(tensors, beta, (4, 0.005), "certified"))
+    assert torch.equal(stats, others)
+    assert kept.dropped.isfinite().all()
+    assert given_up.dropped.isinf().all()
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_frozen_shards_in_panels(device, beta, monkeypatch):
+    """Of different height, were it for the ranks alone: their parts of dX add up to all of it."""
+    tensors = in_double(pair(300, 700, 24, 16, device))
+    upstream, shards = torch.rand(300, device=device).double(), frozen_shards(tensors, beta, (0.9, 0.9), "exact")
+    panels, plain = [], frozen_divergence.PanelMaker.make
+    monkeypatch.setattr(
+        frozen_divergence.PanelMaker, "make", lambda self, *a: panels.append(self.height) or plain(self, *a)
+    )
+    found = on_ranks(monkeypatch, shards)
+    assert len(panels) >= 4
+    assert len(set(panels)) > 1
+    settings = {"softcap": 6.0, "teacher_softcap": 9.0, "logit_scale": 0.8}
+    value, _, want = freeze(tensors, reference.linear_divergence, upstream=upstream, beta=beta, **settings)
+    whole = torch.zeros_like(want)
+    for stats, (rows, values, dropped) in found:
+        torch.testing.assert_close(stats[0], value, rtol=1e-9, atol=1e-11)
+        assert (dropped == 0).all()
+        whole[rows] += values * upstream[rows, None]
+    torch.testing.assert_close(whole, want, rtol=1e-9, atol=1e-11)
 
 
 def test_a_panel_that_does_not_fit_is_given_up(device, monkeypatch):
@@ -503,7 +563,7 @@ def test_vocabulary_shards(tmp_path):
     """Two ranks with unequal parts of both heads are one process with all of them."""
     run_ranks(divergence_job.__file__, 2, tmp_path)
     ranks = [torch.load(tmp_path / f"rank{r}.pt") for r in range(2)]
-    for name, case in divergence_job.CASES.items():
+    for name, case in (divergence_job.CASES | divergence_job.FROZEN).items():
         check_shards(
             name,
             divergence_job.outcome(linear_divergence, case),
@@ -518,14 +578,16 @@ def test_vocabulary_shards(tmp_path):
         for part in parts:
             torch.testing.assert_close(part["divergence"].double(), exact["divergence"], **close)
         assert torch.equal(parts[0]["hidden"], parts[1]["hidden"])
-        heads = torch.cat([p["weight"] for p in parts])
-        for got, want in ((parts[0]["hidden"], exact["hidden"]), (heads, exact["weight"])):
+        pairs = [(parts[0]["hidden"], exact["hidden"])]
+        if exact["weight"] is not None:
+            pairs.append((torch.cat([p["weight"] for p in parts]), exact["weight"]))
+        for got, want in pairs:
             assert 3e-6 < problems.relative_error(got, want) < case["tolerance"], name
 
 
 def check_shards(name, whole, parts, close):
     for key, want in whole.items():
-        if key in ("weight", "bias"):
+        if key in ("weight", "bias") and want is not None:
             torch.testing.assert_close(torch.cat([p[key] for p in parts]), want, **close)
         elif want is not None:
             for part in parts:

@@ -111,7 +111,7 @@ def divergence_partials(problem, witness=None):
     fold_vocabulary(problem, rows, fold, multiple=1 if witness is None else BLOCK)
     partials = torch.zeros(7, problem.targets.numel(), dtype=dtype, device=rows.device)
     partials[:2] = FLOOR
-    partials[:, rows] = torch.cat((fold.peaks, fold.sums, fold.spread[None]))
+    partials[:, rows] = fold.partials()
     return partials
 
 
@@ -295,11 +295,14 @@ class KLFold:
         known = self.peaks[:, part]
         high = torch.maximum(known, torch.stack((u.amax(1), v.amax(1))))
         rise = high - known
-        partials = torch.cat((known, self.sums[:, part], self.spread[None, part]))
-        *sums, self.spread[part] = beside_peaks(partials, high, self.student_first)
+        *sums, self.spread[part] = beside_peaks(self.partials(part), high, self.student_first)
         self.sums[:, part] = torch.stack(sums)
         self.peaks[:, part] = high
         return rise
+
+    def partials(self, part=slice(None)):
+        """(7, n) of :func:`divergence_partials`."""
+        return torch.cat((self.peaks[:, part], self.sums[:, part], self.spread[None, part]))
 
     def finish(self):
         """The rows of :class:`PairStats`."""

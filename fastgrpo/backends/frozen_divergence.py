@@ -8,6 +8,9 @@ holds both models' logits first, for its terms want the log-sum-exps: its second
 With a tolerance each block of rows keeps the entries whose terms may matter, and of these, once all is known, as few
 columns as the error budget allows, the largest. What a row leaves out is its certificate, as a norm, and is put back
 as if spread evenly; rows that leave out too much are done again by the backward.
+
+Where ranks hold parts of the vocabulary they do the same panels together, for center and unit are of all of it: each
+makes its own entries' part of dX, and sees to its own error.
 """
 
 from typing import NamedTuple
@@ -16,12 +19,13 @@ import torch
 
 from fastgrpo.backends import dense, divergence
 from fastgrpo.backends.certified import BLOCK, CROWDED
-from fastgrpo.backends.divergence import ROUNDING, KLFold, MixtureFold, Scratch
+from fastgrpo.backends.divergence import ROUNDING, KLFold, MixtureFold, Scratch, kl_stats
 from fastgrpo.backends.frozen import Slopes
 from fastgrpo.backends.logits import Chunk, Reader, Tile, row_inverse_temperature
 from fastgrpo.backends.pair import PairStats
 from fastgrpo.backends.problem import sum_entries
 from fastgrpo.inputs import accumulator_dtype
+from fastgrpo.pair_math import move_terms, scale_terms
 
 SHARE = 0.6  # of the error budget that the forward spends, before it knows the rows' gradients
 SAFE = 0.5  # of the size of a column that the last panel could leave out: below it none is kept to be looked at
@@ -30,15 +34,38 @@ ROOMIER = 1.5  # how much more of its terms a panel may keep than the one before
 ROOM = 0.7  # of the workspace for the terms
 
 
-def forward(problem):
-    """-> (8, N) :class:`PairStats`, :class:`fastgrpo.backends.frozen.Slopes` of the divergence."""
+class Alone:
+    """The one process that has all of the vocabulary."""
+
+    def merge(self, partials, student_first):
+        """(7, n) of :func:`fastgrpo.backends.divergence.divergence_partials` of each -> peaks (2, n), sums (4, n) and
+        spread (n,) of all."""
+        return partials[:2], partials[2:6], partials[6]
+
+    def add_up(self, x):
+        """The sum of all processes' tensors; x may be overwritten."""
+        return x
+
+    def least(self, number):
+        """Of all processes' numbers."""
+        return number
+
+
+def forward(problem, ranks=None):
+    """-> (8, N) :class:`PairStats`, :class:`fastgrpo.backends.frozen.Slopes` of the divergence.
+
+    Args:
+        ranks: as :class:`Alone`, of those that hold parts of the vocabulary; the statistics are of all of it then, the
+            slopes the rank's own.
+    """
+    ranks = Alone() if ranks is None else ranks
     rows, dtype = dense.counted_rows(problem.targets), accumulator_dtype(problem.hidden)
     stats = torch.zeros(len(PairStats._fields), problem.targets.numel(), dtype=dtype, device=rows.device)
     values = torch.zeros(rows.numel(), problem.weight.shape[1], dtype=dtype, device=rows.device)
-    maker, first = PanelMaker(problem, rows.numel()), 0
+    maker, first = PanelMaker(problem, rows.numel(), ranks), 0
     dropped = torch.zeros_like(values[:, 0])
     while first < rows.numel():
-        part = slice(first, min(first + maker.height, rows.numel()))
+        part = slice(first, min(first + ranks.least(maker.height), rows.numel()))
         stats[:, rows[part]], dropped[part] = maker.make(rows[part], values[part])
         first = part.stop
     return stats, Slopes(rows, values, dropped)
@@ -67,8 +94,8 @@ class PanelMaker:
         height: rows of the next panel.
     """
 
-    def __init__(self, problem, rows):
-        workspace, dtype = problem.params.workspace, accumulator_dtype(problem.hidden)
+    def __init__(self, problem, rows, ranks):
+        workspace, dtype, self.ranks = problem.params.workspace, accumulator_dtype(problem.hidden), ranks
         self.problem, vocab = problem.within(int((1 - ROOM) * workspace)), problem.weight.shape[0]
         capped = problem.params.softcap is not None
         self.held = (3 if capped else 2) * vocab if problem.is_mixture else 0  # cells of a row
@@ -87,31 +114,48 @@ class PanelMaker:
     def make(self, rows, out):
         """-> (8, n) statistics, (n,) norms of what is left out. out: (n, D) the gradients, zeros."""
         self.pool.used = 0
-        terms = Terms(self.problem, rows.numel(), self.pool, self.budget)
-        fold = self.fold_mixture(rows, terms) if self.problem.is_mixture else KLFold(self.problem, rows, terms)
-        if not self.problem.is_mixture:
-            divergence.fold_vocabulary(self.problem, rows, fold, with_slope=True)
+        terms = Terms(self.problem, rows.numel(), self.pool, self.budget, self.ranks.add_up)
+        stats = (self.fold_mixture if self.problem.is_mixture else self.fold)(rows, terms)
         dropped = terms.finish(out, self.every)
         inverse = row_inverse_temperature(self.problem, rows)
         out *= self.problem.params.logit_scale * (1.0 if inverse is None else inverse)
         self.height = self.fit(min(ROOMIER * terms.share + 0.02, 1.0))
-        return torch.stack(fold.finish()), dropped
+        return torch.stack(stats._replace(norm=terms.norms)), dropped
+
+    def fold(self, rows, terms):
+        """-> :class:`PairStats` of a KL, the norms aside."""
+        fold = KLFold(self.problem, rows, terms)
+        divergence.fold_vocabulary(self.problem, rows, fold, with_slope=True)
+        peaks, sums, spread = self.ranks.merge(fold.partials(), fold.student_first)
+        move = move_terms(*(peaks - fold.peaks), fold.student_first)
+        terms.settle(move, scale_terms(*sums, fold.student_first))
+        return kl_stats(peaks, sums, spread, fold.student_first)
 
     def fold_mixture(self, rows, terms):
-        """:class:`MixtureFold` of all entries, whose logits are made once and held between, where they fit."""
-        if rows.numel() * self.held > self.pool.memory.numel():
-            fold = MixtureFold(self.problem, divergence.know_both(self.problem, rows), terms)
-            divergence.fold_vocabulary(self.problem, rows, fold, with_slope=True)
-            return fold
-        levels, held = KLFold(self.problem, rows), []
-        for tile, other in divergence.pair_tiles(self.problem, rows, with_slope=True):
-            mine = [None if x is None else self.pool.take(x.shape).copy_(x) for x in (tile.z, tile.slope, other)]
-            held.append((Tile(*mine[:2], tile.rows, tile.part, [], Chunk(tile.chunk.span, [], None)), mine[2]))
+        """-> :class:`PairStats` of a mixture. Its logits are made once and held between its passes, where they fit."""
+        held = [] if rows.numel() * self.held <= self.pool.memory.numel() else None
+        levels = KLFold(self.problem, rows)
+        for tile, other in self.tiles(rows):
+            if held is not None:
+                held.append(self.hold(tile, other))
             levels.add(tile, other)
-        fold = MixtureFold(self.problem, divergence.without_divergence(levels.finish()), terms)
-        for pair in held:
+        merged = self.ranks.merge(levels.partials(), levels.student_first)
+        known = divergence.without_divergence(kl_stats(*merged, levels.student_first))
+        fold = MixtureFold(self.problem, known, terms)
+        for pair in self.tiles(rows) if held is None else held:
             fold.add(*pair)
-        return fold
+        total, center = self.ranks.add_up(torch.stack((known.divergence, known.center)))
+        still = torch.ones_like(center)
+        terms.settle((still, still, torch.zeros_like(still)), (center, still))
+        return known._replace(divergence=total, center=center)
+
+    def tiles(self, rows):
+        return divergence.pair_tiles(self.problem, rows, with_slope=True)
+
+    def hold(self, tile, other):
+        """The pair in the pool's memory."""
+        z, slope, other = (None if x is None else self.pool.take(x.shape).copy_(x) for x in (tile.z, tile.slope, other))
+        return Tile(z, slope, tile.rows, tile.part, [], Chunk(tile.chunk.span, [], None)), other
 
 
 class Budget:
@@ -171,11 +215,16 @@ class Terms:
     """Keeps the terms of a panel's rows that may matter: looks as :class:`fastgrpo.backends.divergence.Witness`.
 
     Args:
-        rows: how many. pool: :class:`Pool` for them; where that is full, the panel's rows are given up.
+        rows: how many. pool: :class:`Pool` for them; where that is full, the panel's rows are given up. add_up: of
+            :class:`Alone`.
+
+    Attributes:
+        norms: (rows,) of what is kept: less than all; once finished.
     """
 
-    def __init__(self, problem, rows, pool, budget):
+    def __init__(self, problem, rows, pool, budget, add_up):
         self.problem, self.pool, self.budget, self.scratch = problem, pool, budget, Scratch()
+        self.add_up = add_up
         dtype, device = accumulator_dtype(problem.hidden), problem.hidden.device
         self.pieces, self.full = [], False
         self.moves = torch.zeros(3, 0, rows, dtype=dtype, device=device)  # lead, trail, lean of each tile until now
@@ -200,12 +249,15 @@ class Terms:
 
     def move(self, part, move):
         """The peaks have risen: what that makes of the tiles before."""
-        lead, trail, lean = move
         if part.start == 0:
             same = self.moves.new_ones(3, 1, self.moves.shape[2])
             same[2] = 0
             self.moves = torch.cat((self.moves, same), 1)
-        leads, trails, leans = self.moves[:, :-1, part]
+        self.carry(self.moves[:, :-1], part, move)
+
+    def carry(self, moves, part, move):
+        lead, trail, lean = move
+        leads, trails, leans = moves[:, :, part]
         leans.mul_(lead).addcmul_(lean, trails)
         leads *= lead
         trails *= trail
@@ -213,6 +265,11 @@ class Terms:
         left[0].mul_(lead).add_(lean.abs() * left[1])
         left[1] *= trail
         self.seen[part] *= lead
+
+    def settle(self, move, frame):
+        """What more entries, looked at elsewhere, make of these: the last center and unit."""
+        self.carry(self.moves, slice(None), move)
+        self.center, self.unit = frame
 
     def look_closely(self, part, span, x, y):
         """Keeps the columns where ``x^2 + (center y)^2`` is large in a block: of x and center * y apart, for where
@@ -268,18 +325,14 @@ class Terms:
         """
         dropped = (self.left[0] + self.center.abs() * self.left[1]) / self.unit
         if self.full:
-            self.norms = torch.zeros_like(dropped)
+            self.norms = self.all_norms()
             return torch.full_like(dropped, torch.inf)
         leads, trails, leans = self.moves
         ahead, behind = leads / self.unit, (leans + self.center * trails) / self.unit
         for piece in self.pieces:
             t, rows = piece.tile, piece.rows
             piece.x.mul_(ahead[t, rows, None]).addcmul_(behind[t, rows, None], piece.y, value=-1)
-        squares = dropped.square()
-        self.norms = torch.zeros_like(dropped)
-        if leaves_out(self.problem):
-            for piece in self.pieces:
-                self.norms[piece.rows] += row_squares(piece.x)
+        squares, self.norms = dropped.square(), self.all_norms()
         adder = Adder(self.problem, out, every)
         for piece, chosen in zip(self.pieces, self.choose(squares)):
             values = piece.x
@@ -289,7 +342,15 @@ class Terms:
                 squares[piece.rows] += torch.mv(piece.x.square_(), absent(chosen, piece.x))
             adder.add(piece, values, chosen)
         adder.finish()
-        self.norms = self.norms.sqrt_()
+        return squares.sqrt_()
+
+    def all_norms(self):
+        """(n,) of what is kept of each row, on all ranks; 0 without a tolerance, where nobody asks."""
+        squares = torch.zeros_like(self.center)
+        if leaves_out(self.problem):
+            for piece in self.pieces:
+                squares[piece.rows] += row_squares(piece.x)
+            squares = self.add_up(squares)
         return squares.sqrt_()
 
     def choose(self, squares):
@@ -297,14 +358,10 @@ class Terms:
         if not leaves_out(self.problem) or not self.pieces:
             return [None] * len(self.pieces)
         sizes = [column_sums(torch.square(p.x, out=p.y)) for p in self.pieces]
-        norms, gone = (float(x.nan_to_num(nan=0.0, posinf=0.0).sum()) for x in (self.norms, squares))
+        norms, gone = (float(x.nan_to_num(nan=0.0, posinf=0.0).sum()) for x in (self.norms.square(), squares))
         least = self.budget.choose(torch.cat(sizes), norms, gone)
         chosen = ((~(size < least)).nonzero().squeeze(1) for size in sizes)
         return [None if ids.numel() > CROWDED * len(size) else ids for ids, size in zip(chosen, sizes)]
-
-    def row_norms(self):
-        """(n,) of what is kept: less than all."""
-        return self.norms
 
 
 def row_squares(x):
