@@ -8,7 +8,6 @@ import torch
 from fastgrpo import head_op, inputs, strategies
 from fastgrpo.backends import frozen
 from fastgrpo.backends.pair import PairParams, PairProblem, PairStats
-from fastgrpo.backends.problem import HeadProblem
 from fastgrpo.config import settings_go_in_config
 from fastgrpo.head import HeadOptions, compute_dtype
 from fastgrpo.inputs import IGNORE, Backend, Backward
@@ -168,14 +167,6 @@ class PairTensors(NamedTuple):
     STATS = PairStats
 
     def problem(self, params, low=None):
-        teacher = HeadProblem(
-            self.teacher_hidden,
-            self.teacher_weight,
-            self.teacher_bias,
-            self.targets,
-            self.temperatures,
-            params.teacher,
-        )
         return PairProblem(
             self.hidden,
             self.weight,
@@ -185,8 +176,9 @@ class PairTensors(NamedTuple):
             params,
             low,
             self.lora_b,
-            teacher=teacher,
-            beta=params.beta,
+            teacher_hidden=self.teacher_hidden,
+            teacher_weight=self.teacher_weight,
+            teacher_bias=self.teacher_bias,
         )
 
 

@@ -12,9 +12,11 @@ y = e^u of the student; of KL(teacher || student) x = e^u_second - e^u_first and
 
 import torch
 
-from fastgrpo.torch_tl import tl
+from fastgrpo.torch_tl import split_sides, tl
 
-expm1, log1p = torch.expm1, torch.log1p  # of [-1/2, 1/2] and [-1/2, 1]; the kernels have their own
+# the kernels have their own: of [-1/2, 1/2] and [-1/2, 1], of what is not above 0 in either case
+expm1, log1p = torch.expm1, torch.log1p
+expm1_down, log1p_down = torch.expm1, torch.log1p
 NEAR = 0.5  # |d| up to which a difference of exponentials is made of d
 
 
@@ -59,14 +61,9 @@ def mixture_logs(delta, beta):
 
     Without a difference that cancels: the larger of p_s and p_t is compared with m by log1p.
     """
-    positive = delta > 0
-    size = tl.abs(delta)
-    near = size < NEAR
-    fall = tl.where(near, expm1(tl.where(near, -size, 0.0)), tl.exp(-size) - 1.0)
-    fall = tl.where(positive, beta * fall, (1.0 - beta) * fall)
-    mild = fall > -NEAR
-    log = -tl.where(mild, log1p(tl.where(mild, fall, 0.0)), tl.log(1.0 + fall))
-    return log + tl.where(positive, 0.0, delta), log - tl.where(positive, delta, 0.0)
+    above, below, share = split_sides(delta, beta)
+    log = -log1p_down(expm1_down(below - above) * share)
+    return log + below, log - above
 
 
 def scale_terms(total, other, tilt, excess, student_first):

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from fastgrpo.backends.divergence import beside_peaks
 from fastgrpo.backends.pair import PairStats, mixture_stats
-from fastgrpo.backends.problem import RowStats
+from fastgrpo.backends.problem import RowPartials
 from fastgrpo.inputs import IGNORE, compact_rows
 from fastgrpo.kernels import tiles
 from fastgrpo.kernels.arguments import Selection, has_extras
@@ -25,8 +25,7 @@ from fastgrpo.kernels.common import (
     store_rows,
 )
 from fastgrpo.kernels.flags import block_words, see_terms
-from fastgrpo.kernels.forward import Sweep
-from fastgrpo.kernels.forward import forward as forward_alone
+from fastgrpo.kernels.forward import Sweep, sum_entries
 from fastgrpo.kernels.pair import difference, load_pair, log_of, mixed, teacher_arguments, teacher_raw
 from fastgrpo.kernels.pair_math import (
     finish_sums,
@@ -316,8 +315,9 @@ def new_stats(problem):
 
 
 def know_both(problem):
-    """(8, N) of a mixture, of what each model's forward tells."""
-    return torch.stack(mixture_stats(*(RowStats(*forward_alone(p)) for p in (problem.own, problem.teacher))))
+    """(8, N) of a mixture, of what each model's forward tells; 0 where a row does not count."""
+    both = (RowPartials(*sum_entries(head)) for head in (problem.own, problem.teacher))
+    return torch.where(problem.targets == IGNORE, 0.0, torch.stack(mixture_stats(*both)))
 
 
 def set_sums(stats, selection, sums):

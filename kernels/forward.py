@@ -1,6 +1,7 @@
 """Fused forward: a program owns a block of rows and a run of vocabulary entries; logits stay in fp32 registers."""
 
 import math
+from dataclasses import replace
 
 import torch
 import triton
@@ -8,7 +9,7 @@ import triton.language as tl
 
 from fastgrpo.backends.certified import cutoff
 from fastgrpo.backends.problem import HeadProblem
-from fastgrpo.inputs import IGNORE, compact_rows
+from fastgrpo.inputs import ELSEWHERE, IGNORE, compact_rows
 from fastgrpo.kernels import tiles
 from fastgrpo.kernels.arguments import (
     TO_TRITON,
@@ -249,6 +250,14 @@ def partial_forward(problem: HeadProblem):
     """(4, N) of :meth:`HeadProblem.new_partials`: what is still to be combined."""
     merged = problem.new_partials(torch.float32)
     run_forward(problem, *compact_rows(problem.targets != IGNORE), merged=merged)
+    return merged
+
+
+def sum_entries(problem: HeadProblem):
+    """As :func:`partial_forward`, of all entries: no row has a label."""
+    targets = torch.where(problem.targets == IGNORE, IGNORE, ELSEWHERE)
+    merged, label = problem.new_partials(torch.float32), torch.zeros_like(targets, dtype=torch.float32)
+    run_forward(replace(problem, targets=targets), *compact_rows(targets != IGNORE), label=label, merged=merged)
     return merged
 
 

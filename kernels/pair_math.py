@@ -16,7 +16,31 @@ def expm1_near(x):
 
 
 NEAR = tl.constexpr(source.NEAR)
-_functions = rebind(source, log1p=log1p_unit, expm1=expm1_near)
+
+
+@triton.jit
+def expm1_down(x):
+    """e^x - 1 for x <= 0."""
+    near = x > -NEAR
+    return tl.where(near, expm1_near(tl.where(near, x, 0.0)), tl.exp(x) - 1.0)
+
+
+@triton.jit
+def log1p_down(x):
+    """log(1 + x) for -1 <= x <= 0."""
+    near = x > -NEAR
+    return tl.where(near, log1p_unit(tl.where(near, x, 0.0)), tl.log(1.0 + x))
+
+
+@triton.jit
+def split_sides(x, share):
+    above = x > 0
+    return tl.where(above, x, 0.0), tl.where(above, 0.0, x), tl.where(above, share, 1.0 - share)
+
+
+_functions = rebind(
+    source, log1p=log1p_unit, expm1=expm1_near, log1p_down=log1p_down, expm1_down=expm1_down, split_sides=split_sides
+)
 move_peaks = _functions["move_peaks"]
 join_sums = _functions["join_sums"]
 finish_sums = _functions["finish_sums"]

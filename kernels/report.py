@@ -88,17 +88,17 @@ def problems(depth, architecture, chunked):
 
 def pairs(label, problem):
     """-> label, PairProblem: of what is compiled for one head, a choice beside a teacher of half the width."""
-    from fastgrpo.backends.pair import PairProblem
+    from fastgrpo.backends.pair import PairParams, PairProblem
 
-    own = {f.name: getattr(problem, f.name) for f in dataclasses.fields(problem)}
-    half = problem.hidden.shape[-1] // 2
-    teacher = dataclasses.replace(
-        problem, hidden=problem.hidden[..., :half], weight=problem.weight[:, :half], low=None, up=None
-    )
+    own, half = {f.name: getattr(problem, f.name) for f in dataclasses.fields(problem)}, problem.hidden.shape[-1] // 2
+    params = vars(own.pop("params"))
+    teacher = {"teacher_hidden": problem.hidden[..., :half], "teacher_weight": problem.weight[:, :half]}
+    alike = {f"teacher_{name}": params[name] for name in ("softcap", "logit_scale", "compute_dtype")}
     betas = {"bfloat16": (0.0, 0.3, 1.0), "bfloat16 all options": (0.3, 1.0), "bfloat16 LoRA": (1.0,),
              "float32": (1.0,), "float32 all options": (0.3,)}  # fmt: skip
     for beta in betas.get(label, ()):
-        yield f"{label}, beta {beta}", PairProblem(**own, teacher=teacher, beta=beta)
+        pair = PairParams(**params, **alike, beta=beta)
+        yield f"{label}, beta {beta}", PairProblem(**own, params=pair, **teacher, teacher_bias=problem.bias)
 
 
 class Recorder:

@@ -14,8 +14,8 @@ from fastgrpo import backends, linear_divergence, reference, strategies
 from fastgrpo import vocab_parallel_divergence as sharded
 from fastgrpo.backends import row_audit, staircase
 from fastgrpo.backends.certified import BLOCK, Certificate
-from fastgrpo.backends.pair import PairProblem, PairStats
-from fastgrpo.backends.problem import Gradients, HeadParams, HeadProblem
+from fastgrpo.backends.pair import PairParams, PairProblem, PairStats
+from fastgrpo.backends.problem import Gradients
 from fastgrpo.inputs import IGNORE
 
 import problems
@@ -30,19 +30,18 @@ def problem_of(tensors, beta, temperature=False, bias=False, **params):
     """A :class:`PairProblem`, every seventh row of it ignored."""
     n = len(tensors["hidden"])
     targets = torch.where(torch.arange(n, device=tensors["hidden"].device) % 7 == 3, IGNORE, 0)
-    params = HeadParams(**{
+    params = PairParams(**{
         "temperature": None if temperature else 1.0, "softcap": None, "logit_scale": 1.0, "entropy": True,
         "compute_dtype": tensors["hidden"].dtype, "backend": "torch", "workspace": 2**27, "tolerance": TOLERANCE,
-        "row_tolerance": 0.1, **params,
+        "row_tolerance": 0.1, "beta": beta, **params,
     })  # fmt: skip
+    params = replace(params, teacher_softcap=params.softcap, teacher_logit_scale=params.logit_scale,
+                     teacher_compute_dtype=params.compute_dtype)  # fmt: skip
     temperatures = torch.linspace(0.7, 1.3, n, device=targets.device) if temperature else None
-    teacher = HeadProblem(
-        tensors["teacher_hidden"][None], tensors["teacher_weight"], tensors["teacher_bias"] if bias else None, targets,
-        temperatures, params,
-    )  # fmt: skip
     return PairProblem(
         tensors["hidden"][None], tensors["weight"], tensors["bias"] if bias else None, targets, temperatures, params,
-        teacher=teacher, beta=beta,
+        teacher_hidden=tensors["teacher_hidden"][None], teacher_weight=tensors["teacher_weight"],
+        teacher_bias=tensors["teacher_bias"] if bias else None,
     )  # fmt: skip
 
 
@@ -134,11 +133,9 @@ def test_hints(backend, device, beta):
 
 def cut_entries(problem, cut):
     """Those of a shard."""
-
-    def of(head):
-        return replace(head, weight=head.weight[cut], bias=None if head.bias is None else head.bias[cut])
-
-    return replace(of(problem), teacher=of(problem.teacher))
+    names = ("weight", "bias", "teacher_weight", "teacher_bias")
+    found = {name: getattr(problem, name) for name in names}
+    return replace(problem, **{name: None if x is None else x[cut] for name, x in found.items()})
 
 
 def of_tensors(problem, kept):
@@ -276,7 +273,6 @@ def test_nothing_to_do(device):
     for beta in BETAS:
         problem = problem_of(tensors, beta)
         ignored = replace(problem, targets=torch.full_like(problem.targets, IGNORE))
-        ignored = replace(ignored, teacher=replace(problem.teacher, targets=ignored.targets))
         grads = backward_of(ignored, module, Gradients(True, True))
         assert all((x == 0).all() for x in grads[:2])
         none = {k: v if v is None or "weight" in k else v[:0] for k, v in tensors.items()}
@@ -305,11 +301,10 @@ def test_the_plan_on_a_device(dtype):
         def put(x):
             return cuda.put(x) if isinstance(x, torch.Tensor) else x
 
-        teacher, certificate = (
-            replace(x, **{k: put(v) for k, v in vars(x).items()}) for x in (problem.teacher, certificate)
+        problem, certificate = (
+            replace(x, **{f: put(getattr(x, f)) for f in x.__dataclass_fields__}) for x in (problem, certificate)
         )
-        here = {f: put(getattr(problem, f)) for f in PairProblem.__dataclass_fields__}
-        problem, stats, upstream = PairProblem(**here | {"teacher": teacher}), cuda.put(stats), cuda.put(upstream)
+        stats, upstream = cuda.put(stats), cuda.put(upstream)
         for _ in range(2):  # the first uploads tables
             cuda.waits.clear()
             got = staircase.make(problem, stats, certificate, upstream, needs)

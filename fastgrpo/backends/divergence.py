@@ -15,12 +15,13 @@ from fastgrpo.backends.logits import LogitTiles, Reader, RowSource, row_inverse_
 from fastgrpo.backends.pair import PairStats
 from fastgrpo.backends.problem import FLOOR
 from fastgrpo.inputs import accumulator_dtype
-from fastgrpo.pair_math import NEAR, finish_sums, move_moments, move_peaks, move_terms, scale_terms
+from fastgrpo.pair_math import NEAR, finish_sums, mixture_logs, move_moments, move_peaks, move_terms, scale_terms
 from fastgrpo.row_math import rescale
 
 LEAST_PER_TOLERANCE = 0.1  # terms of the rows' mean norm times tolerance * this are flagged
 ROUNDING = 8  # units of rounding in sums of squares
 NOISE, NOTHING_SEEN = 9.0, 2.0**-20  # see near_rows
+PIECE = 2**16  # cells of what is made of fresh memory at once, so that its pages are the same ones
 FARTHEST = 30.0  # logs of ratios that a hint may tell: their exponentials' squares stay finite
 
 
@@ -342,16 +343,14 @@ def without_divergence(stats):
     return stats._replace(divergence=none, center=none.clone())
 
 
-def mixture_logs(delta, beta, scratch):
-    """As :func:`fastgrpo.pair_math.mixture_logs`, in kept memory: torch's expm1 and log1p are accurate everywhere."""
-    fall = torch.abs(delta, out=scratch.like(delta, "fall")).neg_().expm1_()
-    weight = beta
-    if beta != 0.5:
-        weight = torch.sign(delta, out=scratch.like(delta, "weight")).mul_(beta - 0.5).add_(0.5)
-    log = fall.mul_(weight).log1p_().neg_()
-    above = torch.clamp(delta, min=0.0, out=scratch.like(delta, "above"))
-    below = torch.clamp(delta, max=0.0, out=scratch.like(delta, "below"))
-    return below.add_(log), torch.sub(log, above, out=above)
+def mixture_terms(delta, beta, scratch):
+    """:func:`fastgrpo.pair_math.mixture_logs` in kept memory, on a CPU made in pieces, whose memory is used again."""
+    out = [scratch.like(delta, key) for key in ("log_s", "log_t")]
+    pieces = (x.view(-1).split(PIECE if delta.device.type == "cpu" else max(x.numel(), 1)) for x in (delta, *out))
+    for piece, *into in zip(*pieces):
+        for x, made in zip(into, mixture_logs(piece, beta)):
+            x.copy_(made)
+    return out
 
 
 class MixtureFold:
@@ -365,7 +364,7 @@ class MixtureFold:
         """Overwrites both tiles' logits."""
         part, beta = tile.part, self.problem.beta
         log_p, delta, log_q = log_ratios(PairStats(*(x[part] for x in self.stats)), tile.z, other, self.scratch)
-        log_s, log_t = mixture_logs(delta, beta, self.scratch)
+        log_s, log_t = mixture_terms(delta, beta, self.scratch)
         p = dense.exp_(log_p)
         mine = log_s.mul_(1.0 - beta).mul_(p)
         self.stats.center[part] += mine.sum(1)
@@ -497,7 +496,7 @@ def logits_gradient(problem, z, bias, index, other, stats, grad, scratch=None):
         dz = differences(dense.exp_(log_p), dense.exp_(log_q), delta, scratch).neg_()
     else:
         if problem.is_mixture:
-            delta = mixture_logs(delta, problem.beta, scratch)[0].mul_(1.0 - problem.beta)
+            delta = mixture_terms(delta, problem.beta, scratch)[0].mul_(1.0 - problem.beta)
         dz = delta.sub_(known.center[:, None]).mul_(dense.exp_(log_p))
     dz = dz.mul_(grad[:, None] * chain)
     dz = z.copy_(dz if slope is None else dz.mul_(slope))

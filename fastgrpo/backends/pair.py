@@ -1,7 +1,7 @@
 """Two heads read at once: a student's problem with its teacher, and what is known of each row of both."""
 
 import functools
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
@@ -23,16 +23,17 @@ class PairStats(NamedTuple):
 
 
 def mixture_stats(own, other):
-    """:class:`PairStats` of what :class:`RowStats` of the student and of the teacher tell; the rest 0."""
+    """:class:`PairStats` of what :class:`RowPartials` of the student and of the teacher tell; the rest 0."""
+    offset, none = own.total.log(), torch.zeros_like(own.peak)
     return PairStats(
-        divergence=torch.zeros_like(own.peak),
+        divergence=none,
         peak=own.peak,
-        offset=own.offset,
-        norm=torch.zeros_like(own.peak),
-        entropy=own.entropy,
+        offset=offset,
+        norm=none,
+        entropy=offset + own.spread / own.total,
         other_peak=other.peak,
-        gap=own.offset - other.offset,
-        center=torch.zeros_like(own.peak),
+        gap=offset - other.total.log(),
+        center=none,
     )
 
 
@@ -53,16 +54,29 @@ class PairParams(HeadParams):
             "logit_scale": self.teacher_logit_scale,
             "compute_dtype": self.teacher_compute_dtype,
             "tolerance": None,
+            "entropy": False,
         }
         return HeadParams(**(own | differ))
 
 
 @dataclass(frozen=True)
 class PairProblem(HeadProblem):
-    """The student's; ``targets`` are 0 where a row counts, else IGNORE."""
+    """The student's, whose parameters are :class:`PairParams`; ``targets`` are 0 where a row counts, else IGNORE."""
 
-    teacher: HeadProblem | None = None
-    beta: float = 1.0  # 0: KL(teacher || student), 1: KL(student || teacher), between: the generalised JSD
+    teacher_hidden: torch.Tensor | None = None  # (B, T, D_t), any strides
+    teacher_weight: torch.Tensor | None = None  # (V, D_t)
+    teacher_bias: torch.Tensor | None = None  # (V,)
+
+    @property
+    def beta(self):
+        """0: KL(teacher || student), 1: KL(student || teacher), between: the generalised JSD."""
+        return self.params.beta
+
+    @functools.cached_property
+    def teacher(self):
+        """The teacher's alone."""
+        head = self.teacher_hidden, self.teacher_weight, self.teacher_bias
+        return HeadProblem(*head, self.targets, self.temperature, self.params.teacher)
 
     @property
     def is_mixture(self):
@@ -87,21 +101,8 @@ class PairProblem(HeadProblem):
     def norms(self, stats):
         return PairStats(*stats).norm
 
-    def within(self, workspace):
-        other = super().within(workspace)
-        teacher = replace(self.teacher, params=replace(self.teacher.params, workspace=workspace))
-        return replace_kept(other, teacher=teacher)
-
     @functools.cached_property
     def own(self):
         """The student's alone."""
         names = HeadProblem.__dataclass_fields__
         return HeadProblem(**{name: getattr(self, name) for name in names})
-
-
-def replace_kept(problem, **fields):
-    """dataclasses.replace that takes LoRA's operands along."""
-    other = replace(problem, **fields)
-    if "lora_operands" in problem.__dict__:
-        other.__dict__["lora_operands"] = problem.__dict__["lora_operands"]
-    return other

@@ -24,10 +24,11 @@ TOPK = FORWARD - 1 + 3  # no labels; the targets' logits, and their part of dX a
 LORA = 4  # its pair's: gather, dX, dW, scatter
 BIAS, OBJECTIVE = 1, 1
 PAIR = 3  # of two models: rows gathered, the vocabulary, the combination of its runs
-MIXTURE = 2 * FORWARD + 2  # each model alone; rows gathered, the vocabulary
+ALONE = FORWARD - 1  # of one model, without labels
+MIXTURE = 2 * ALONE + 2  # each model alone; rows gathered, the vocabulary
 LEGS = 11  # of a certified divergence, at most
 PAIR_CERTIFIED = 1 + 2 * LEGS  # rows gathered; each leg and its combination
-MIXTURE_CERTIFIED = 2 * FORWARD + 1 + LEGS
+MIXTURE_CERTIFIED = 2 * ALONE + 1 + LEGS
 HINT = 4  # of a certified divergence of two models' labels: rows gathered, logits
 
 
