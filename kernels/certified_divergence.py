@@ -6,8 +6,8 @@ before have summed; the first ones are short. The certificate holds whatever is 
 
 import torch
 
-from fastgrpo.backends.divergence import Expected, certain_norms, complete, least_kept, left_out, term_norms
 from fastgrpo.backends.pair import PairStats
+from fastgrpo.backends.witness import Expected, certain_norms, complete, least_kept, left_out, term_norms
 from fastgrpo.kernels.arguments import Selection
 from fastgrpo.kernels.divergence import (
     FLOOR,
@@ -95,8 +95,8 @@ class Witness:
 
     Attributes:
         flags: (blocks, words) int32. known: (kinds, N) sums and moments so far. least: (1,), see
-        :func:`fastgrpo.backends.divergence.least_kept`; 0, all is kept, before anything is known. nothing: (kinds, 1)
-        sums of no entry. expected: :class:`fastgrpo.backends.divergence.Expected` of all positions, or None.
+        :func:`fastgrpo.backends.witness.least_kept`; 0, all is kept, before anything is known. nothing: (kinds, 1)
+        sums of no entry. expected: :class:`fastgrpo.backends.witness.Expected` of all positions, or None.
     """
 
     def __init__(self, problem, selection, stats):
@@ -155,7 +155,7 @@ class Witness:
         self.least = least_kept(self.problem, norms, count)[None]
 
     def settle(self, motion, center, unit):
-        """As :meth:`fastgrpo.backends.divergence.Witness.settle`'s."""
+        """As :meth:`fastgrpo.backends.witness.Witness.settle`'s."""
         for moments in self.moments():
             moments.copy_(torch.stack(move_moments(*moments, *motion)))
         self.settled = center, unit

@@ -4,25 +4,21 @@ A Kullback-Leibler divergence takes one pass over the vocabulary, a mixture's (J
 log-sum-exps must be known. ``fastgrpo/pair_math.py`` has the rows' formulas.
 """
 
-from dataclasses import replace
-from typing import NamedTuple
-
 import torch
 
 from fastgrpo.backends import certified, dense
-from fastgrpo.backends.certified import BLOCK, Certificate
-from fastgrpo.backends.logits import LogitTiles, Reader, RowSource, row_inverse_temperature, transform
+from fastgrpo.backends.certified import BLOCK
+from fastgrpo.backends.logits import row_inverse_temperature, transform
 from fastgrpo.backends.pair import PairStats
+from fastgrpo.backends.pair_tiles import Scratch, pair_tiles
 from fastgrpo.backends.problem import FLOOR
+from fastgrpo.backends.witness import Witness, complete, expect
 from fastgrpo.inputs import accumulator_dtype
-from fastgrpo.pair_math import NEAR, finish_sums, mixture_logs, move_moments, move_peaks, move_terms, scale_terms
+from fastgrpo.pair_math import NEAR, finish_sums, mixture_logs, move_peaks, move_terms, scale_terms
 from fastgrpo.row_math import rescale
 
-LEAST_PER_TOLERANCE = 0.1  # terms of the rows' mean norm times tolerance * this are flagged
-ROUNDING = 8  # units of rounding in sums of squares
 NOISE, NOTHING_SEEN = 9.0, 2.0**-20  # see near_rows
 PIECE = 2**16  # cells of what is made of fresh memory at once, so that its pages are the same ones
-FARTHEST = 30.0  # logs of ratios that a hint may tell: their exponentials' squares stay finite
 
 
 def forward(problem):
@@ -43,40 +39,6 @@ def certified_forward(problem, hint=None, labels=None):
     witness = Witness(problem, rows.numel(), rows.device)
     stats = run_forward(problem, rows, witness, expect(problem, rows, hint, labels))
     return stats, witness.certificate(rows)
-
-
-class Expected(NamedTuple):
-    """What is known of rows beforehand, (n,) each, NaN where nothing is: from a token that the student drew. What is to
-    be kept is told by it, and no result depends on it."""
-
-    level: torch.Tensor  # the student's log-sum-exp
-    label: torch.Tensor  # its logit of the token
-    other: torch.Tensor  # the teacher's
-
-    def of(self, part):
-        return Expected(*(x[part] for x in self))
-
-
-def expect(problem, rows, hint, labels):
-    """:class:`Expected` of some rows, or None; a mixture's log-sum-exps are known anyway."""
-    if labels is None or problem.is_mixture:
-        return None
-    labelled = [replace(head, targets=labels) for head in (problem.own, problem.teacher)]
-    label, other = (certified.label_logits(head, rows) for head in labelled)
-    return Expected(label - hint[rows], label, other)
-
-
-def complete(expected, peaks, sums, student_first):
-    """-> (4, n) the sums that are to be expected in the end, beside these peaks: what the student's still lacks stands,
-    as far as one can tell, at the token that it drew, for in the mean over such tokens it does."""
-    level, *labels = expected
-    own, labels = (0, labels) if student_first else (1, labels[::-1])
-    lacks = torch.exp((level - peaks[own]).clamp(max=FARTHEST)) - sums[own]
-    turn = labels[0] - peaks[0] - (labels[1] - peaks[1])
-    lacks = torch.where((lacks > 0) & turn.isfinite(), lacks, 0.0)
-    turn = turn.nan_to_num(nan=0.0).clamp(-FARTHEST, FARTHEST)
-    first, second = (lacks, lacks * torch.exp(-turn)) if student_first else (lacks * torch.exp(turn), lacks)
-    return sums + torch.stack((first, second, first * turn, second - first))
 
 
 def certified_partials(problem, stats=None):
@@ -131,67 +93,6 @@ def mixture_sums(problem, stats, witness=None):
 def fold_vocabulary(problem, rows, fold, **options):
     for tile, other in pair_tiles(problem, rows, **options):
         fold.add(tile, other)
-
-
-def pair_tiles(problem, rows, with_slope=False, multiple=1):
-    """The student's :class:`fastgrpo.backends.logits.Tile` of transformed logits and the teacher's beside it.
-
-    Args:
-        with_slope: whether the student's softcap's comes too. multiple: of how many rows tiles begin.
-    """
-    capped = with_slope and problem.params.softcap is not None
-    tiles = LogitTiles(problem, rows, problem.tiles_alive + capped + 2, with_slope=capped, multiple=multiple)
-    teacher = Teacher(problem, rows, hold=tiles.source.held > 0)
-    for tile in tiles:
-        tile.z = tile.z[: tile.rows.numel()]
-        yield tile, teacher.logits(tile.part, tile.chunk.span)
-
-
-class Teacher:
-    """The teacher's transformed logits of some rows.
-
-    Args:
-        rows: (n,); the parts of them are slices. hold: whether they may be held as operands; None: if a quarter of the
-            workspace holds them.
-    """
-
-    def __init__(self, problem, rows, hold=None):
-        self.problem, self.rows = problem.teacher, rows
-        self.reader = Reader(problem.teacher)
-        self.source = RowSource(self.reader, rows, hold)
-        self.span, self.entries, self.buffer = None, None, None
-
-    def logits(self, part, entries):
-        """(n, C), overwritten by the next.
-
-        Args:
-            entries: a slice of the vocabulary, read once for rows that follow each other, or (C,) ids.
-        """
-        if self.span is None or entries is not self.span:
-            self.span, self.entries = entries, self.reader.entries(entries)
-        n, count = len(self.rows[part]), self.entries[0].shape[0]
-        z = self.reader.raw_logits(self.source[part], self.entries, None if self.reader.native else self.room(n, count))
-        bias = None if self.problem.bias is None else self.problem.bias[entries]
-        return transform(self.problem, z, bias, row_inverse_temperature(self.problem, self.rows[part]))[0]
-
-    def room(self, height, count):
-        """Memory for a tile, the same for all."""
-        if self.buffer is None or self.buffer.numel() < height * count:
-            self.buffer = torch.empty(height * count, dtype=self.reader.accumulate, device=self.rows.device)
-        return self.buffer[: height * count].view(height, count)
-
-
-class Scratch:
-    """Memory of tiles' terms, kept: fresh pages cost a CPU more than what is written into them."""
-
-    def __init__(self):
-        self.held = {}
-
-    def like(self, x, key, dtype=None):
-        """Memory of x's shape, by a key of its own."""
-        if key not in self.held or self.held[key].numel() < x.numel():
-            self.held[key] = torch.empty(x.numel(), dtype=dtype or x.dtype, device=x.device)
-        return self.held[key][: x.numel()].view(x.shape)
 
 
 def differences(u, v, d, scratch):
@@ -379,90 +280,6 @@ class MixtureFold:
 
     def finish(self):
         return self.stats if self.witness is None else self.stats._replace(norm=self.witness.row_norms())
-
-
-class Witness:
-    """Sees every term of every row's gradient, see :mod:`fastgrpo.pair_math`: flags what matters, sums what does not.
-
-    An entry is kept where one of its block's rows has a term that matters beside the rows' mean norm so far.
-
-    Attributes:
-        flags: (blocks, V) bool.
-    """
-
-    def __init__(self, problem, n, device):
-        dtype = accumulator_dtype(problem.hidden)
-        self.problem, self.scratch = problem, Scratch()
-        self.flags = torch.zeros(-(-n // BLOCK), problem.weight.shape[0], dtype=torch.bool, device=device)
-        self.center, self.unit = torch.zeros(n, dtype=dtype, device=device), torch.ones(n, dtype=dtype, device=device)
-        self.scale = torch.ones_like(self.unit)  # the unit that is to be expected
-        self.seen, self.left = torch.zeros(2, 3, n, dtype=dtype, device=device)  # sums of x^2, x y, y^2
-
-    def look(self, tile, x, y, motion, frame, later):
-        """x, y: (n, C), overwritten. motion: since these rows' last tile. frame: center and unit with this tile's
-        entries. later: the same as they are to be expected in the end, which decides what is kept."""
-        part, (center, unit) = tile.part, later
-        self.center[part], self.unit[part] = frame
-        for moments in (self.seen, self.left):
-            moments[:, part] = torch.stack(move_moments(*moments[:, part], *motion))
-        self.seen[:, part] += products(x, y, self.scratch)
-        self.scale[part] = unit
-        least = least_kept(self.problem, term_norms(self.seen, self.center, self.scale), self.scale.numel()) * unit
-        size = torch.addcmul(x, center[:, None], y, value=-1, out=self.scratch.like(x, "size")).abs_()
-        size = torch.maximum(size, torch.abs(x, out=self.scratch.like(x, "mixed")), out=size)  # the center may move
-        size.mul_(1 / least[:, None])
-        kept = torch.stack([~(part.amax(0) < 1) for part in size.split(BLOCK)])  # a NaN keeps
-        first = part.start // BLOCK
-        self.flags[first : first + len(kept), tile.chunk.span] |= kept
-        left = ~kept
-        for z in (x, y):
-            for rows, mine in zip(z.split(BLOCK), left):
-                rows.mul_(mine)
-        self.left[:, part] += products(x, y, self.scratch)
-
-    def settle(self, motion, center, unit):
-        """What more entries, looked at elsewhere, make of these."""
-        self.seen, self.left = (torch.stack(move_moments(*m, *motion)) for m in (self.seen, self.left))
-        self.center, self.unit = center, unit
-
-    def certificate(self, rows):
-        return Certificate(rows, self.flags, left_out(self.left, self.center, self.unit), BLOCK)
-
-    def row_norms(self):
-        return certain_norms(self.seen, self.center, self.unit)
-
-
-def term_norms(moments, center, unit):
-    """(n,) of the terms that the moments, (3, n), are of."""
-    xx, xy, yy = moments
-    return (xx - 2 * center * xy + center**2 * yy).clamp_(min=0.0).sqrt_() / unit
-
-
-def least_kept(problem, norms, count):
-    """0-dim: terms so large are kept. norms: of ``count`` rows so far, 0 of those that do not count."""
-    norms = norms.nan_to_num(nan=0.0, posinf=0.0)  # a bad row must not decide for the others
-    return problem.params.tolerance * LEAST_PER_TOLERANCE * (norms.square().sum() / count).sqrt()
-
-
-def left_out(moments, center, unit):
-    """(n,) the norm of what each row leaves out, with what rounding may have hidden."""
-    xx, _, yy = moments
-    hidden = (ROUNDING * torch.finfo(unit.dtype).eps * (xx + center**2 * yy)).sqrt() / unit
-    return term_norms(moments, center, unit) + hidden
-
-
-def certain_norms(moments, center, unit):
-    """(n,) of all terms, less what rounding may have added."""
-    slack = 1 - ROUNDING * torch.finfo(unit.dtype).eps
-    xx, xy, yy = moments
-    return term_norms((xx * slack, xy, yy * slack), center, unit)
-
-
-def products(x, y, scratch):
-    """(3, n): sums of x^2, x y, y^2 over the columns."""
-    mixed = torch.mul(x, y, out=scratch.like(x, "mixed")).sum(1)
-    xx, yy = (torch.linalg.vector_norm(z, dim=1).square() for z in (x, y))
-    return torch.stack((xx, mixed, yy))
 
 
 def log_ratios(known, z, other, scratch):

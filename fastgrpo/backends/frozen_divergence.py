@@ -1,6 +1,6 @@
 """The gradient of a frozen student head from a divergence: made in the forward, where both models' logits are.
 
-``d divergence / d logits`` of a row is ``(x - center y) / unit``, see :class:`fastgrpo.backends.divergence.Witness`:
+``d divergence / d logits`` of a row is ``(x - center y) / unit``, see :class:`fastgrpo.backends.witness.Witness`:
 the terms x and y are at hand tile by tile, center and unit when the vocabulary is over. So the rows go through it
 panel by panel, a panel being what the workspace holds the terms of, and one GEMM more makes dX. A mixture's panel
 holds both models' logits first, for its terms want the log-sum-exps: its second pass over the heads is saved too.
@@ -19,11 +19,13 @@ import torch
 
 from fastgrpo.backends import dense, divergence
 from fastgrpo.backends.certified import BLOCK, CROWDED
-from fastgrpo.backends.divergence import ROUNDING, KLFold, MixtureFold, Scratch, kl_stats
+from fastgrpo.backends.divergence import KLFold, MixtureFold, kl_stats
 from fastgrpo.backends.frozen import Slopes
 from fastgrpo.backends.logits import Chunk, Reader, Tile, row_inverse_temperature
 from fastgrpo.backends.pair import PairStats
+from fastgrpo.backends.pair_tiles import Scratch, pair_tiles
 from fastgrpo.backends.problem import sum_entries
+from fastgrpo.backends.witness import ROUNDING
 from fastgrpo.inputs import accumulator_dtype
 from fastgrpo.pair_math import move_terms, scale_terms
 
@@ -150,7 +152,7 @@ class PanelMaker:
         return known._replace(divergence=total, center=center)
 
     def tiles(self, rows):
-        return divergence.pair_tiles(self.problem, rows, with_slope=True)
+        return pair_tiles(self.problem, rows, with_slope=True)
 
     def hold(self, tile, other):
         """The pair in the pool's memory."""
@@ -212,7 +214,7 @@ class Piece(NamedTuple):
 
 
 class Terms:
-    """Keeps the terms of a panel's rows that may matter: looks as :class:`fastgrpo.backends.divergence.Witness`.
+    """Keeps the terms of a panel's rows that may matter: looks as :class:`fastgrpo.backends.witness.Witness`.
 
     Args:
         rows: how many. pool: :class:`Pool` for them; where that is full, the panel's rows are given up. add_up: of

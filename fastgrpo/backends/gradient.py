@@ -2,6 +2,7 @@
 
 from fastgrpo.backends import dense, divergence
 from fastgrpo.backends.pair import PairProblem
+from fastgrpo.backends.pair_tiles import Scratch, Teacher
 
 
 class Gradient:
@@ -14,7 +15,7 @@ class Gradient:
     def __init__(self, problem, rows, hold=False):
         self.problem, self.rows, self.teacher = problem, rows, None
         if isinstance(problem, PairProblem):
-            self.teacher, self.scratch = divergence.Teacher(problem, rows, hold), divergence.Scratch()
+            self.teacher, self.scratch = Teacher(problem, rows, hold), Scratch()
 
     def of_tile(self, z, bias, part, entries, local, stats, *grads):
         """d loss / d raw logits, over z's memory.
