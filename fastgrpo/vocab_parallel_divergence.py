@@ -49,8 +49,8 @@ class Ranks:
 
 def merge_mixture(problem, backend, ranks):
     """(8, N) :class:`PairStats` of a mixture: what both models' log-sum-exps tell, divergence and center 0."""
-    stats = kl_stats(*ranks.merge(backend.divergence_partials(problem), False), False)
-    return torch.stack(divergence_fold.without_divergence(stats))
+    top, sums, spread = ranks.merge(backend.divergence_partials(problem), False)
+    return torch.stack(divergence_fold.without_divergence(kl_stats(top, sums, spread, False)))
 
 
 def add_sums(stats, sums, ranks):
@@ -69,8 +69,8 @@ def forward(problem, backend, ranks, strategy):
         stats = merge_mixture(problem, backend, ranks)
         return add_sums(stats, backend.mixture_sums(problem, stats), ranks), ()
     student_first = problem.beta == 1.0
-    merged = ranks.merge(backend.divergence_partials(problem), student_first)
-    return torch.stack(kl_stats(*merged, student_first)), ()
+    top, sums, spread = ranks.merge(backend.divergence_partials(problem), student_first)
+    return torch.stack(kl_stats(top, sums, spread, student_first)), ()
 
 
 def certified_forward(problem, backend, ranks):
@@ -86,8 +86,10 @@ def certified_forward(problem, backend, ranks):
         partials, rows, witness = backend.certified_partials(problem)
         top, sums, spread = ranks.merge(partials, student_first)
         stats = torch.stack(kl_stats(top, sums, spread, student_first))
-        move = move_terms(*(top - partials[:2])[:, rows], student_first)
-        witness.settle(move, *scale_terms(*sums[:, rows], student_first))
+        rise, other_rise = (top - partials[:2])[:, rows]
+        total, other, tilt, excess = sums[:, rows]
+        frame = scale_terms(total, other, tilt, excess, student_first)
+        witness.settle(move_terms(rise, other_rise, student_first), *frame)
     squares = torch.zeros_like(stats[0])
     squares[rows] = witness.row_norms().square()
     stats = torch.stack(PairStats(*stats)._replace(norm=ranks.add_up(squares).sqrt()))
