@@ -490,7 +490,7 @@ def test_auto_does_not_leave_out_what_costs_more(monkeypatch):
     monkeypatch.setattr(grouping, "WORTHWHILE", 0.5)
     monkeypatch.setattr(certified_backward.SparseRows, "add", lambda *a: pytest.fail("entries were left out"))
     _, got = gradients(p, "torch", "auto")
-    assert row_errors(got["weight"], exact_of_contextual()["weight"]).max() < 1e-5
+    assert row_errors(got["weight"], exact_of_contextual()["weight"]).max() < 3e-5  # fp32's rounding
 
 
 def loss_problem(backend, device="cpu", batch=None, sequences=8):
