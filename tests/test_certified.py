@@ -146,7 +146,7 @@ def test_flat_logits_go_the_exact_way(backend, device, monkeypatch):
     compare(p, backend, 1e-6, gradients(p, backend, "exact"))
 
 
-def test_peaked_logits_skip_most_cells(monkeypatch):
+def test_peaked_logits_skip_most_cells(monkeypatch, torch_mm):
     """What makes it fast: the cells that are recomputed, against all of them."""
     p = profiles.problem(2048, 8192, 64)
     cells = []

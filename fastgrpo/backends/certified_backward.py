@@ -160,7 +160,7 @@ class SparseRows:
         cells = max([g.piece(problem.params.workspace) * g.rows.numel() for g in self.groups], default=0)
         self.kept = [torch.empty(most, head.shape[1], dtype=head.dtype, device=stats.device) for head in heads]
         self.logits = stats.new_empty(0 if self.reader.own_memory else cells)
-        self.products = [stats.new_empty(0 if self.reader.native or d is None else most, rank)
+        self.products = [stats.new_empty(0 if self.reader.own_memory or d is None else most, rank)
                          for d, rank in zip(out.of_head, ranks)]  # fmt: skip
 
     def add(self, span, totals):
@@ -192,11 +192,12 @@ class SparseRows:
             dz = dz.to(reader.compute)
         operands = reader.gradient_operands(factors, kept)
         for (side, _, _), total, kept_sum in zip(self.sides, group.totals, group.kept_sums):
-            kept_sum += operands[side][1].sum(0, dtype=self.stats.dtype)
+            kept_sum += sum_entries(operands[side][1], self.stats.dtype)
             reader.add_mm(total, dz, operands[side][1])
         for side, (d_entry, product) in enumerate(zip(d_entries, self.products)):
             if d_entry is not None:
-                part = unscale(reader.mm(dz.t(), operands[side][0], product[:k]), self.scale)
+                room = None if reader.own_memory else product[:k]
+                part = unscale(reader.mm(dz.t(), operands[side][0], room), self.scale)
                 add_rows(d_entry, local, reader.unscale("low", part, side))
 
     def sum_left_out(self, group):
