@@ -1,12 +1,12 @@
 """linear_divergence: how far two models' distributions are apart, from hidden states and heads, without logits."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 
 from fastgrpo import head_op, inputs, strategies
-from fastgrpo.backends import frozen
+from fastgrpo.backends import frozen, products
 from fastgrpo.backends.pair import PairParams, PairProblem, PairStats
 from fastgrpo.backends.problem import HeadProblem
 from fastgrpo.config import settings_go_in_config
@@ -198,17 +198,23 @@ def head_divergence(hidden, weight, mask, teacher, beta, options):
     params = teacher.beside(params, beta)
     tensors = pair_tensors(hidden, weight, targets, teacher, options, lora)
     trained = any(x is not None and x.requires_grad for x in (weight, options.bias, lora.B))
-    strategy = strategies.choose_pair(params, tolerance_of(params, options.backward, trained) is not None)
+    fast = hidden.device.type == "cpu" and products.FASTER_ONEDNN
+    params = replace(params, tolerance=tolerance_of(params, options.backward, trained, fast))
+    strategy = strategies.choose_pair(params, params.tolerance is not None)
     if params.backend == "torch" and frozen.applies(hidden, (weight, options.bias, lora.A, lora.B), params):
         strategy = strategies.DivergingFrozen
     divergence, entropy = diverge(tensors, NOTHING_GIVEN, params, strategy)
     return Divergence(divergence.view(targets.shape), None if entropy is None else entropy.view(targets.shape))
 
 
-def tolerance_of(params, backward, trained):
-    """The tolerance, None where leaving entries out does not pay."""
+def tolerance_of(params, backward, trained, fast=False):
+    """The tolerance, None where leaving entries out does not pay.
+
+    Args:
+        fast: whether GEMMs cost less than the passes over the terms.
+    """
     # dW's rows need so many rows whole that nothing is saved, measured; asked for, it is done
-    worthwhile = backward == "certified" or (params.backend == "torch" and not trained)
+    worthwhile = backward == "certified" or (params.backend == "torch" and not trained and not fast)
     return params.tolerance if worthwhile else None
 
 

@@ -90,7 +90,7 @@ def device(request):
 @pytest.fixture
 def torch_mm(monkeypatch):
     """torch.mm on every CPU: what products cost decides how much is left out."""
-    monkeypatch.setattr(products, "onednn_is_faster", lambda: False)
+    monkeypatch.setattr(products, "FASTER_ONEDNN", False)
 
 
 @pytest.fixture(autouse=True)

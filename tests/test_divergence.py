@@ -224,7 +224,7 @@ CERTIFIED = {"plain": {}, "lora": {"lora": True, "bias": True, "temperature": "t
 
 @pytest.mark.parametrize("beta", BETAS)
 @pytest.mark.parametrize("options", CERTIFIED.values(), ids=CERTIFIED)
-def test_certified(device, beta, options, monkeypatch):
+def test_certified(torch_mm, device, beta, options, monkeypatch):
     """Within the tolerance, and with entries left out; a second backward path, not the exact one's."""
     plans, plain = [], certified_backward.make_plan
     monkeypatch.setattr(certified_backward, "make_plan", lambda *a: plans.append(plain(*a)) or plans[-1])

@@ -5,7 +5,8 @@ import io
 import pytest
 import torch
 
-from fastgrpo import grpo_loss, linear_logprobs, reference
+from bench import profiles
+from fastgrpo import grpo_loss, linear_divergence, linear_logprobs, reference
 from fastgrpo.backends import products
 from fastgrpo.backends.logits import LogitTiles
 from fastgrpo.backends.problem import NOTHING, HeadParams, HeadProblem
@@ -29,7 +30,7 @@ def library(request, monkeypatch):
     """Small products are oneDNN's too."""
     if request.param and not HAS_ONEDNN:
         pytest.skip("this torch has no oneDNN, or not its products")
-    monkeypatch.setattr(products, "onednn_is_faster", lambda: request.param)
+    monkeypatch.setattr(products, "FASTER_ONEDNN", request.param)
     monkeypatch.setattr(products, "SMALLEST", 0)
     return request.param
 
@@ -61,7 +62,7 @@ def test_any_layout(library):
 def test_counted_where_it_is_faster(monkeypatch):
     a, b = torch.randn(64, 128), torch.randn(128, 256)
     for faster in (False, True):
-        monkeypatch.setattr(products, "onednn_is_faster", lambda faster=faster: faster)
+        monkeypatch.setattr(products, "FASTER_ONEDNN", faster)
         for x, y, onednn in (
             (a, b, faster), (a[:2, :2], b[:2], False), (a.double(), b.double(), False),
             (a.bfloat16(), b.bfloat16(), False), (a.clone().requires_grad_(), b, False),
@@ -81,9 +82,9 @@ def test_where_it_is_faster(monkeypatch, cpu):
     monkeypatch.setattr("builtins.open", lambda *_: io.StringIO(text))
     monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: True)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
-    assert products.has_faster_onednn.__wrapped__() == faster
+    assert products.has_faster_onednn() == faster
     monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: False)
-    assert not products.has_faster_onednn.__wrapped__()
+    assert not products.has_faster_onednn()
 
 
 @pytest.mark.parametrize(
@@ -98,7 +99,7 @@ def test_windows(monkeypatch, name, want):
 
 @pytest.mark.filterwarnings("ignore:TF32")
 def test_not_where_onednn_is_switched_off(monkeypatch):
-    monkeypatch.setattr(products, "has_faster_onednn", lambda: True)
+    monkeypatch.setattr(products, "FASTER_ONEDNN", True)
     assert products.onednn_is_faster()
     with torch.backends.mkldnn.flags(enabled=False):
         assert not products.onednn_is_faster()
@@ -165,3 +166,17 @@ def test_tiles_of_whole_blocks(library):
         assert tile.z.shape[0] == 256
         assert problems.relative_error(tile.z[:150], 2 * hidden.double() @ weight[tile.chunk.span].double().T) < 1e-6
         assert (tile.z[150:] == NOTHING).all()
+
+
+def test_a_divergence_is_exact_where_products_are_fast(library):
+    """Its passes over the terms would cost more than the products they save."""
+    a = profiles.problem(300, 4200, 256)
+    teacher = a["hidden"] + torch.randn(300, 256) / 4
+    gradients = []
+    for backward in ("exact", "auto", "certified"):
+        hidden = a["hidden"].clone().requires_grad_()
+        value = linear_divergence(hidden, a["weight"], teacher, a["weight"], backward=backward, tolerance=0.005)
+        gradients += torch.autograd.grad(value.divergence.sum(), hidden)
+    exact, auto, certified = gradients
+    assert torch.equal(auto, exact if library else certified)
+    assert 0 < problems.relative_error(certified, exact) < 0.005

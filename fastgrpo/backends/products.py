@@ -5,7 +5,6 @@ the time on a Zen 5. Both multiply in fp32.
 """
 
 import contextlib
-import functools
 import platform
 
 import torch
@@ -54,10 +53,9 @@ def makes_memory(x):
 
 
 def onednn_is_faster():
-    return torch.backends.mkldnn.enabled and has_faster_onednn()
+    return FASTER_ONEDNN and torch.backends.mkldnn.enabled
 
 
-@functools.cache
 def has_faster_onednn():
     """Told from what the CPU is, never by a clock: the choice, and so the last digits, are the same on every run."""
     vendor, family = cpu_vendor()
@@ -85,7 +83,9 @@ def cpu_vendor():
 
 
 def has_operation():
-    """Whether this torch's private operation is the one that 2.8 to 2.13 have. It is not tried: the first to ask may be
-    torch.compile's tracing, where no number is real."""
+    """Whether this torch's private operation is the one that 2.8 to 2.13 have."""
     known = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
     return known is not None and "default" in known.overloads() and str(known.default._schema) == OPERATION
+
+
+FASTER_ONEDNN = has_faster_onednn()
