@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 
 from fastgrpo import head_op, inputs, strategies
-from fastgrpo.backends import frozen
+from fastgrpo.backends import frozen, products
 from fastgrpo.backends.pair import PairParams, PairProblem, PairStats
 from fastgrpo.config import settings_go_in_config
 from fastgrpo.head import HeadOptions, compute_dtype
@@ -66,9 +66,10 @@ def linear_divergence(
         temperature: a number > 0, or a float tensor of mask's shape. Divides both models' logits.
         return_entropy: also return the student's entropy, without a gradient.
         backend, backward, tolerance, workspace_mb, row_tolerance: see :func:`fastgrpo.linear_logprobs`. "auto" is
-            exact where the head is trained without a hint, and on the Triton backend. Where hidden alone wants a
-            gradient (a frozen head, no LoRA on it) the torch backend makes it in the forward, in three GEMMs of one
-            model's logits or less, mixtures too, and holds it until the backward, 4 N D bytes.
+            exact on the Triton backend, where the head is trained without a hint, and where it is frozen on AMD's CPUs
+            from Zen 5 on. Where hidden alone wants a gradient (a frozen head, no LoRA on it) the torch backend makes it in the
+            forward, in three GEMMs of one model's logits or less, mixtures too, and holds it until the backward, 4 N D
+            bytes.
         targets, old_logprobs: tokens that the student drew at the positions and the log-probs that it gave them then,
             of mask's shape; both or neither. A hint, which never changes the result: a certified backward orders its
             rows by it, and of a KL leaves out several times more. Where a target is no id nothing is known.
@@ -198,7 +199,8 @@ def head_divergence(hidden, weight, mask, teacher, beta, options, labels=None):
     tensors = pair_tensors(hidden, weight, targets, teacher, options, lora)
     trained = any(x is not None and x.requires_grad for x in (weight, options.bias, lora.B))
     hinted = options.old_logprobs is not None
-    params = replace(params, tolerance=tolerance_of(params, options.backward, trained, hinted))
+    fast = hidden.device.type == "cpu" and products.FASTER_ONEDNN
+    params = replace(params, tolerance=tolerance_of(params, options.backward, trained, hinted, fast))
     strategy = choose_strategy(hidden, (weight, options.bias, lora.A, lora.B), params)
     given = NOTHING_GIVEN
     if labels is not None and strategy is strategies.DivergingCertified:
@@ -214,10 +216,15 @@ def choose_strategy(hidden, head, params):
     return strategies.Diverging if params.tolerance is None else strategies.DivergingCertified
 
 
-def tolerance_of(params, backward, trained, hinted=False):
-    """The tolerance, None where leaving entries out does not pay."""
+def tolerance_of(params, backward, trained, hinted=False, fast=False):
+    """The tolerance, None where leaving entries out does not pay.
+
+    Args:
+        fast: whether GEMMs cost less than the passes over the terms.
+    """
     # without a hint dW's rows need so many rows whole that nothing is saved, measured; asked for, it is done
-    worthwhile = backward == "certified" or (params.backend == "torch" and (hinted or not trained))
+    pays = params.backend == "torch" and (hinted if trained else not fast)
+    worthwhile = backward == "certified" or pays
     return params.tolerance if worthwhile else None
 
 

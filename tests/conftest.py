@@ -13,6 +13,8 @@ import importlib.util
 
 import pytest
 
+from fastgrpo.backends import products
+
 pytest_plugins = ["works"]
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 if HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1":
@@ -83,6 +85,12 @@ def backend(request):
 def device(request):
     """Triton kernels run on the GPU where there is one, in the interpreter on the CPU otherwise."""
     return DEVICE
+
+
+@pytest.fixture
+def torch_mm(monkeypatch):
+    """torch.mm on every CPU: what products cost decides how much is left out."""
+    monkeypatch.setattr(products, "FASTER_ONEDNN", False)
 
 
 @pytest.fixture(autouse=True)

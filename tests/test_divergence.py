@@ -226,7 +226,7 @@ CERTIFIED = {"plain": {}, "lora": {"lora": True, "bias": True, "temperature": "t
 
 @pytest.mark.parametrize("beta", BETAS)
 @pytest.mark.parametrize("options", CERTIFIED.values(), ids=CERTIFIED)
-def test_certified(device, beta, options, monkeypatch):
+def test_certified(torch_mm, device, beta, options, monkeypatch):
     """Within the tolerance, and with entries left out; a second backward path, not the exact one's."""
     plans, plain = [], certified_backward.make_plan
     monkeypatch.setattr(certified_backward, "make_plan", lambda *a: plans.append(plain(*a)) or plans[-1])
@@ -243,7 +243,7 @@ def test_certified(device, beta, options, monkeypatch):
 
 
 @pytest.mark.parametrize("beta", [0.0, 1.0])
-def test_hinted(device, beta, monkeypatch):
+def test_hinted(device, beta, monkeypatch, torch_mm):
     """What the student drew and how likely: the same divergence, gradients within the tolerance, much more left out."""
     plans, plain = [], certified_backward.make_plan
     monkeypatch.setattr(certified_backward, "make_plan", lambda *a: plans.append(plain(*a)) or plans[-1])

@@ -88,7 +88,7 @@ def test_rows_near_certainty_keep_their_digits():
     [("flat", "exact", 2.001), ("rl", "exact", 2.001), ("flat", "auto", 2.01), ("rl", "auto", 1.45),
      ("rl", "certified", 1.4)],
 )  # fmt: skip
-def test_two_gemms_at_most(profile, backward, limit):
+def test_two_gemms_at_most(torch_mm, profile, backward, limit):
     n, vocab, depth = 1024, 8192, 256
     p = profiles.problem(n, vocab, depth, profile)
     with Gemms() as gemms:
@@ -146,7 +146,7 @@ def test_what_is_left_out_stays_within_the_tolerance(tolerance):
     assert 0 < problems.relative_error(got, grad) < tolerance
 
 
-def test_the_certificate_is_the_mass_left_out():
+def test_the_certificate_is_the_mass_left_out(torch_mm):
     from fastgrpo.backends import frozen
     from fastgrpo.backends.problem import HeadParams, HeadProblem
 

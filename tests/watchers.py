@@ -91,8 +91,8 @@ class Gemms(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
-        if name in ("mm", "addmm", "addmm_"):
-            a, b = args[-2:]
+        if name in ("mm", "addmm", "addmm_", "_linear_pointwise"):
+            a, b = (args[0], args[1].t()) if name == "_linear_pointwise" else args[-2:]
             self.products += a.shape[0] * a.shape[1] * b.shape[1]
             for x in (a, b):
                 size = x.abs()

@@ -7,7 +7,7 @@ removes the part of the error that adds up (the entries share a direction).
 
 import torch
 
-from fastgrpo.backends import dense, dense_backward, grouping, row_audit
+from fastgrpo.backends import dense, dense_backward, grouping, products, row_audit
 from fastgrpo.backends.dense_backward import ExactRows
 from fastgrpo.backends.gradient import Gradient
 from fastgrpo.backends.logits import LogitTiles, Reader, row_inverse_temperature, unscale
@@ -53,7 +53,7 @@ def make_plan(problem, stats, certificate, grad_logp, needs):
     active = (grad != 0) & (problem.targets[order] != IGNORE)
     sparse = within_tolerance(problem, problem.norms(stats)[order], grad, certificate.dropped, active)
     head_needs = any(needs.of_head) or bool(needs.bias)
-    overhead = grouping.overhead_rows(order.device, head_needs)
+    overhead = grouping.overhead_rows(stats, head_needs)
     plan = grouping.plan_groups(certificate, active, sparse, overhead)
     if not plan.groups or not head_needs or problem.params.row_tolerance >= 1:
         return plan
@@ -159,8 +159,8 @@ class SparseRows:
         most = max([g.piece(problem.params.workspace) for g in self.groups], default=0)
         cells = max([g.piece(problem.params.workspace) * g.rows.numel() for g in self.groups], default=0)
         self.kept = [torch.empty(most, head.shape[1], dtype=head.dtype, device=stats.device) for head in heads]
-        self.logits = stats.new_empty(0 if self.reader.native else cells)
-        self.products = [stats.new_empty(0 if self.reader.native or d is None else most, rank)
+        self.logits = stats.new_empty(0 if self.reader.own_memory else cells)
+        self.products = [stats.new_empty(0 if self.reader.own_memory or d is None else most, rank)
                          for d, rank in zip(out.of_head, ranks)]  # fmt: skip
 
     def add(self, span, totals):
@@ -192,11 +192,12 @@ class SparseRows:
             dz = dz.to(reader.compute)
         operands = reader.gradient_operands(factors, kept)
         for (side, _, _), total, kept_sum in zip(self.sides, group.totals, group.kept_sums):
-            kept_sum += operands[side][1].sum(0, dtype=self.stats.dtype)
+            kept_sum += sum_entries(operands[side][1], self.stats.dtype)
             reader.add_mm(total, dz, operands[side][1])
         for side, (d_entry, product) in enumerate(zip(d_entries, self.products)):
             if d_entry is not None:
-                part = unscale(reader.mm(dz.t(), operands[side][0], product[:k]), self.scale)
+                room = None if reader.own_memory else product[:k]
+                part = unscale(reader.mm(dz.t(), operands[side][0], room), self.scale)
                 add_rows(d_entry, local, reader.unscale("low", part, side))
 
     def sum_left_out(self, group):
@@ -246,7 +247,8 @@ class GroupSums:
 
     def piece(self, workspace):
         """How many entries at once: gathered, cast and multiplied, and their logits, in half the workspace."""
-        cell = self.dropped.element_size() * (3 * self.depth + (1 + self.tiles) * self.rows.numel())
+        copies = products.makes_memory(self.dropped)  # of a product, and of dlogits turned round
+        cell = self.dropped.element_size() * ((3 + copies) * self.depth + (1 + copies + self.tiles) * self.rows.numel())
         return min(max(workspace // 2 // cell, 16), self.entries.numel())
 
 

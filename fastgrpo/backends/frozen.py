@@ -11,13 +11,14 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from fastgrpo.backends import certified, certified_backward, dense, dense_backward, grouping
+from fastgrpo.backends import certified, certified_backward, dense, dense_backward, grouping, products
 from fastgrpo.backends.logits import LogitTiles, Reader, pairs_at_once, row_inverse_temperature
 from fastgrpo.backends.problem import RowStats, new_gradients, sum_entries
 from fastgrpo.inputs import IGNORE, accumulator_dtype
 from fastgrpo.row_math import direction_factors
 
-ONE_SPAN = 96  # what adding a few entries alone costs whatever their number, in entries
+# What adding a few entries alone costs whatever their number, in entries; and where oneDNN multiplies. Measured.
+ONE_SPAN, ONE_SPAN_ONEDNN = 96, 400
 SHARE = 0.7  # of the error budget that the forward spends, before it knows the rows' gradients
 
 
@@ -139,7 +140,8 @@ class FrozenFold(certified.Fold):
     def __init__(self, problem, label, hint, sums):
         super().__init__(problem, label, hint)
         self.sums, self.vocab = sums, problem.weight.shape[0]
-        self.overhead = grouping.overhead_rows(label.device, trained=False)
+        self.overhead = grouping.overhead_rows(label, trained=False)
+        self.one_span = ONE_SPAN_ONEDNN if products.makes_memory(label) else ONE_SPAN
 
     def rescale(self, first, decay):
         self.sums.rescale(first, decay)
@@ -179,7 +181,7 @@ class FrozenFold(certified.Fold):
         """[(first block, last block, whether the flagged entries alone are added)], the cheapest."""
         counts = grouping.level_counts(kept, chunk=kept.shape[1])
         rows = [self.block] * len(kept)
-        sizes = [(x + ONE_SPAN).tolist() for x in counts]
+        sizes = [(x + self.one_span).tolist() for x in counts]
         return grouping.best_partition(rows, sizes, self.overhead, kept.shape[1])[0]
 
     def affordable(self, spans, tails, r, rows, seen):

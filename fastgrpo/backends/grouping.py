@@ -10,11 +10,13 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 
+from fastgrpo.backends import products
+
 MOSTLY_FLAT = 0.5  # share of rows over the tolerance from which on the exact path is cheaper
 WORTHWHILE = 0.9  # part of the exact path's GEMMs up to which leaving entries out pays
 # What one more kept entry of a group costs beside its GEMMs, in rows of them: read for dX alone; read and written for
 # dW too. Measured.
-OVERHEAD_ROWS = {"cpu": (48, 256), "cuda": (256, 256)}
+OVERHEAD_ROWS = {"cpu": (48, 256), "oneDNN": (200, 512), "cuda": (256, 256)}
 UNITS = 2**40  # integers that a budget is counted in
 LEVELS = 4  # groups of up to 2^LEVELS blocks
 
@@ -73,8 +75,10 @@ def within_budget(costs, budget, active):
     return torch.zeros_like(active).scatter_(0, order, ranked.cumsum(0) <= UNITS)
 
 
-def overhead_rows(device, trained):
-    return OVERHEAD_ROWS.get(device.type, OVERHEAD_ROWS["cuda"])[trained]
+def overhead_rows(x, trained):
+    """x: a tensor like those that are multiplied."""
+    multiplier = "oneDNN" if products.makes_memory(x) else x.device.type
+    return OVERHEAD_ROWS.get(multiplier, OVERHEAD_ROWS["cuda"])[trained]
 
 
 def plan_groups(certificate, active, sparse, overhead):

@@ -6,8 +6,10 @@ Tiles are made in fp32 (fp64 for fp64 input) and overwritten in place; nothing o
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from fastgrpo import lora
+from fastgrpo.backends import products
 from fastgrpo.backends.problem import NOTHING, plan_tiles
 from fastgrpo.inputs import accumulator_dtype, take_rows
 
@@ -25,6 +27,7 @@ class Reader:
         # On CUDA a 16-bit GEMM can return its fp32 accumulator; elsewhere the operands are widened first, exactly.
         self.native = lora.has_native(problem.hidden) and self.compute in (torch.bfloat16, torch.float16)
         self.operand = self.compute if self.native else self.accumulate
+        self.own_memory = self.native or products.makes_memory(problem.hidden.new_empty(0, dtype=self.operand))
         self.lora = None if problem.low is None else self.lora_operands(problem)
 
     def lora_operands(self, problem):
@@ -87,13 +90,13 @@ class Reader:
     def mm(self, a, b, out):  # (n, k), (k, m) -> (n, m) in the accumulator's dtype
         if self.native:
             return lora.mm16(a, b)
-        return torch.mm(a, b) if out is None else torch.mm(a, b, out=out)
+        return products.mm(a, b, out)
 
     def add_mm(self, total, a, b):  # total += a @ b
         if self.native:
             total += lora.mm16(a, b)
         else:
-            total.addmm_(a, b)
+            products.add_mm(total, a, b)
 
 
 def unscale(x, scale):
@@ -137,7 +140,10 @@ def fit_tile(problem, rows, buffers, held=0):
         per_row += 32 * problem.taken.shape[1]  # their places, and what stands there
     if problem.params.compute_dtype.itemsize == 2 and lora.has_native(problem.hidden):
         cell, per_row = cell + 2, per_row + 2 * depth  # the tile and its rows once more, in 16 bits
-    return plan_tiles(min(rows, max_rows), min(vocab, max_entries), budget, cell, per_row, 2 * size * depth)
+    per_entry = 2 * size * depth
+    if products.makes_memory(problem.hidden.new_empty(0, dtype=accumulator_dtype(problem.hidden))):
+        cell, per_row, per_entry = cell + size, per_row + size * depth, per_entry + size * depth
+    return plan_tiles(min(rows, max_rows), min(vocab, max_entries), budget, cell, per_row, per_entry)
 
 
 def pairs_at_once(problem):
@@ -184,9 +190,8 @@ class LogitTiles:
         self.source = RowSource(self.reader, rows)
         shape = fit_tile(problem, n, buffers, self.source.held)
         self.height, self.width = -(-min(shape.rows, n) // multiple) * multiple, shape.cols
-        self.own_memory = self.reader.native and multiple == 1
         self.buffer = torch.empty(
-            0 if self.own_memory else self.height,
+            0 if self.reader.own_memory else self.height,
             min(self.width, problem.weight.shape[0]),
             dtype=self.reader.accumulate,
             device=rows.device,
@@ -214,17 +219,19 @@ class LogitTiles:
     def make(self, part, chunk):
         rows, factors, slope = self.rows[part], self.source[part], None
         n, count = rows.numel(), chunk.entries[0].shape[0]
-        whole = self.buffer[: -(-n // self.multiple) * self.multiple, :count]
-        z = self.reader.raw_logits(factors, chunk.entries, None if self.own_memory else whole[:n])
+        padding = -n % self.multiple
+        if self.reader.own_memory:
+            padded = [F.pad(x, (0, 0, 0, padding)) for x in factors] if padding else factors
+            whole = self.reader.raw_logits(padded, chunk.entries, None)
+        else:
+            whole = self.buffer[: n + padding, :count]
+            self.reader.raw_logits(factors, chunk.entries, whole[:n])
         if not self.raw:
             inverse = row_inverse_temperature(self.problem, rows)
-            z, slope = transform(self.problem, z, chunk.bias, inverse, self.with_slope)
-        if self.multiple > 1:
-            if self.reader.native:  # its GEMM has not written into the buffer
-                whole[:n] = z
+            slope = transform(self.problem, whole[:n], chunk.bias, inverse, self.with_slope)[1]
+        if padding:
             whole[n:] = NOTHING
-            z = whole
-        return Tile(z, slope, rows, slice(part.start, part.start + n), factors, chunk)
+        return Tile(whole, slope, rows, slice(part.start, part.start + n), factors, chunk)
 
 
 class RowSource:

@@ -42,7 +42,8 @@ class Teacher:
         if self.span is None or entries is not self.span:
             self.span, self.entries = entries, self.reader.entries(entries)
         n, count = len(self.rows[part]), self.entries[0].shape[0]
-        z = self.reader.raw_logits(self.source[part], self.entries, None if self.reader.native else self.room(n, count))
+        room = None if self.reader.own_memory else self.room(n, count)
+        z = self.reader.raw_logits(self.source[part], self.entries, room)
         bias = None if self.problem.bias is None else self.problem.bias[entries]
         return transform(self.problem, z, bias, row_inverse_temperature(self.problem, self.rows[part]))[0]
 

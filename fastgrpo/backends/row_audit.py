@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from fastgrpo.backends import dense
+from fastgrpo.backends import dense, products
 from fastgrpo.backends.gradient import Gradient
 from fastgrpo.backends.logits import Reader, RowSource
 from fastgrpo.backends.problem import RowStats
@@ -155,7 +155,7 @@ class RowAudit(Audit):
     @staticmethod
     def add_products(totals, dz, operands):
         for total, x in zip(totals, operands):
-            total.addmm_(dz.t(), x)
+            products.add_mm(total, dz.t(), x)
 
     def read_operands(self, rows):
         """:meth:`operands` of some rows in the accumulator's dtype."""
