@@ -483,7 +483,7 @@ def test_deterministic_tails():
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
-def test_auto_does_not_leave_out_what_costs_more(monkeypatch):
+def test_auto_does_not_leave_out_what_costs_more(monkeypatch, torch_mm):
     """Where dW would need nearly every row, the exact path is taken."""
     p = contextual()
     monkeypatch.setattr(row_audit.RowAudit, "tail", lambda self, _: torch.ones_like(self.rows, dtype=torch.bool))
