@@ -128,11 +128,12 @@ def all_kernels():
         plan,
         products,
         row_order,
+        row_terms,
         support,
     )
 
     modules = (forward, flags, combine, frozen, backward, panels, copies, products, objective, support, divergence,
-               divergence_backward, row_order, plan, audit)  # fmt: skip
+               divergence_backward, row_order, row_terms, plan, audit)  # fmt: skip
     return [(m, name, kernel) for m in modules for name, kernel in vars(m).items() if name.endswith("_kernel")]
 
 

@@ -38,7 +38,7 @@ KERNELS = (
     "choose", "combine", "combine_pair", "count_kinds", "cut", "dbias", "dhidden", "directions", "dlogits",
     "dlogits_pair", "dweight", "error", "fold", "forward", "forward_pair", "gather", "kept_logits", "kept_sums",
     "label", "level", "lost", "mass", "masses", "need", "objective", "offsets", "order", "place_entries", "place_rows",
-    "positions", "scatter", "share", "sort_out", "weigh",
+    "positions", "row_terms", "scatter", "share", "sort_out", "weigh",
 )  # fmt: skip
 
 
