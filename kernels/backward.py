@@ -290,7 +290,7 @@ class Launcher:
         work, x, dlogits = self.work, self.work.gathered[k], self.work.panels.dlogits
         if work.factors[k].d_entries is None:
             return None
-        described = describable(work.device, dlogits.dtype, x)
+        described = describable("dweight", work.device, dlogits.dtype, x)
         wide = described and work.entry_sums[k] is None  # sums that are read leave no room for wide tiles
         tile = tiles.for_tensor("dweight", dlogits.dtype, work.device, wide)
         if not described:

@@ -51,8 +51,8 @@ def test_every_kernel_and_tile_is_recorded():
             shape = tuple(v for k, v in arguments.items() if k.startswith("BLOCK"))
             seen.setdefault(kernel.fn.__name__, set()).add(shape)
         assert {f"{name}_kernel" for name in KERNELS} == set(seen)
-        described = (False, True) if architecture in tiles.DESCRIBED else (False,)
         for name in tiles.TILES:
+            described = (False, True) if name in tiles.DESCRIBED.get(architecture, ()) else (False,)
             for size, by_descriptors in itertools.product((2, 4), described):
                 tile = tiles.lookup(name, size, architecture, by_descriptors)
                 own = f"{'_'.join(name.split('_')[: 1 + ('pair' in name)])}_kernel"

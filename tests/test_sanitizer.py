@@ -142,7 +142,7 @@ def found():
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(grouping.OVERHEAD_ROWS, "cpu", (48, 48))  # so few rows are certified too
         for case, run in CASES.items():
-            patch.setattr(tiles, "has_descriptors", lambda device, case=case: "descriptors" in case)
+            patch.setattr(tiles, "has_descriptors", lambda device, kernel, case=case: "descriptors" in case)
             with sanitizing() as seen:
                 run()
             everything[case] = seen
