@@ -18,7 +18,7 @@ def key_of(kernel, architecture):
     """Under which a tile measured is shipped: kernel, operand bytes, whether operands come by descriptors."""
     from fastgrpo.kernels import tiles
 
-    return kernel, BYTES, architecture in tiles.DESCRIBED
+    return kernel, BYTES, kernel in tiles.DESCRIBED.get(architecture, ())
 
 
 def candidates(kernel, architecture):

@@ -67,9 +67,9 @@ def linear_divergence(
         return_entropy: also return the student's entropy, without a gradient.
         backend, backward, tolerance, workspace_mb, row_tolerance: see :func:`fastgrpo.linear_logprobs`. "auto" is
             exact on the Triton backend, where the head is trained without a hint, and where it is frozen on AMD's CPUs
-            from Zen 5 on. Where hidden alone wants a gradient (a frozen head, no LoRA on it) the torch backend makes it in the
-            forward, in three GEMMs of one model's logits or less, mixtures too, and holds it until the backward, 4 N D
-            bytes.
+            from Zen 5 on. Where hidden alone wants a gradient (a frozen head, no LoRA on it) the torch backend makes it
+            in the forward, in three GEMMs of one model's logits or less, mixtures too, and holds it until the backward,
+            4 N D bytes.
         targets, old_logprobs: tokens that the student drew at the positions and the log-probs that it gave them then,
             of mask's shape; both or neither. A hint, which never changes the result: a certified backward orders its
             rows by it, and of a KL leaves out several times more. Where a target is no id nothing is known.

@@ -102,12 +102,12 @@ def has_extras(problem):
     return any(x is not None for x in (problem.bias, params.softcap, problem.temperature, problem.low))
 
 
-def describable(device, dtype, *matrices):
+def describable(kernel, device, dtype, *matrices):
     """Whether tensor descriptors can bring tiles of these (n, m) matrices, which the kernel then takes as they are.
 
     They need 16-byte rows of the dtype that is computed in, and hardware that copies tiles.
     """
-    return tiles.has_descriptors(device) and all(
+    return tiles.has_descriptors(device, kernel) and all(
         x.dtype == dtype and dtype.itemsize == 2 and x.stride(1) == 1 and 2 * x.stride(0) % 16 == 0
         and x.data_ptr() % 16 == 0
         for x in matrices
@@ -123,5 +123,5 @@ def pick_tile(kernel, problem):
     """-> Tile of a kernel that makes logits of dense rows, and whether its operands come by descriptors."""
     device, dtype = problem.hidden.device, problem.params.compute_dtype
     dense = problem.hidden.dtype == dtype and problem.hidden.shape[2] % 8 == 0
-    described = dense and describable(device, dtype, problem.weight)
+    described = dense and describable(kernel, device, dtype, problem.weight)
     return tiles.for_tensor(kernel, dtype, device, described), described

@@ -1,4 +1,4 @@
-"""Which rows each entry's gradient needs whole, on the device: :mod:`fastgrpo.backends.row_audit` in ten launches.
+"""Which rows each entry's gradient needs whole, on the device: :mod:`fastgrpo.backends.row_audit` in eleven launches.
 
 The dlogits of the sampled entries come from the backward's own kernel, to which the samples are a small vocabulary: the
 ranking ones, then the audited ones, each filled up to whole panels.

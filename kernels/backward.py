@@ -5,6 +5,8 @@ how many of the rows each panel of entries needs. The exact backward needs all o
 what its certificate kept. The host knows none of these numbers and never waits for them.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -24,20 +26,16 @@ from fastgrpo.kernels.arguments import (
     taken_arguments,
 )
 from fastgrpo.kernels.common import (
-    LOG2E,
     cap,
     cap_slope,
     count_taken,
     dlogits_tile,
     has_label,
     hide_taken,
-    inverse_temperatures,
-    load_stats,
     load_taken,
     raw_logits,
-    rounded_product,
-    selected_rows,
     store_dlogits,
+    without_dust,
 )
 from fastgrpo.kernels.copies import gather_rows
 from fastgrpo.kernels.plan import positions_of
@@ -47,12 +45,12 @@ from fastgrpo.kernels.products import (
     dweight_kernel,
     scatter,
 )
-from fastgrpo.kernels.row_math import gradient_at_label
+from fastgrpo.kernels.row_terms import rates, row_terms
 from fastgrpo.kernels.tiles import cdiv
 from fastgrpo.kernels.work import Work, make_factors
 
 
-@triton.jit(do_not_specialize=["first_row", "last_row", "first_held", "chunk", "N", "copied_rows"])
+@triton.jit(do_not_specialize=["first_row", "last_row", "first_held", "chunk", "copied_rows"])
 def dlogits_kernel(
     x_ptr,  # (held, D) rows of hidden, gathered
     x_desc,  # of it, and
@@ -61,13 +59,11 @@ def dlogits_kernel(
     bias_ptr,  # (V,) or None
     low_rank,  # LowRank or None
     ids_ptr,  # (V,) the entry at each position; None: in their order
-    selection,  # Selection of the rows with a gradient; targets are positions
+    rows_ptr,  # (N,) the rows in the order of the work
     taken,  # Taken or None
-    temperature_ptr,  # (N,) or None
-    stats_ptr,  # (5, N) RowStats
-    grad_logp_ptr,  # (N,)
-    grad_entropy_ptr,  # (N,) or None
-    scale_ptr,  # (1,) power of two
+    terms,  # RowTerms
+    lean_ptr,  # (N,) fp32 of row_terms where the entropy has a gradient, or None
+    rate_ptr,  # (N,) fp32 of row_terms where rows have their own temperatures, or None
     cuts_ptr,  # (chunks + 1,)
     stops_ptr,  # (panels,) rows that need them
     dlogits_ptr,  # out, the chunk's panels
@@ -76,7 +72,6 @@ def dlogits_kernel(
     last_row,
     first_held,
     chunk,
-    N,
     copied_rows,  # that w_desc reads, with ids: the chunk's are the last ones
     logits,  # Logits
     WHOLE_D: tl.constexpr,
@@ -92,32 +87,27 @@ def dlogits_kernel(
     )
     if stop == 0:
         return
+    tl.assume(head.D > 0)
     offs_n = start + tl.arange(0, BLOCK_N)
     mask_n = offs_n < stop
-    rows, label = selected_rows(selection, offs_n, mask_n, head.V)
+    rows = tl.load(rows_ptr + offs_n, mask=mask_n, other=0)
     value = raw_logits(
         x_ptr, x_desc, w_desc, head, bias_ptr, low_rank, ids_ptr, rows, start - first_held, stop - 1 - first_held,
         first_v, first_w, WHOLE_D, COMPUTE, BLOCK_N, BLOCK_V, BLOCK_D,
     )  # fmt: skip
-    inv_temperature = inverse_temperatures(temperature_ptr, rows, mask_n, logits, BLOCK_N)
-    row_factor = inv_temperature * tl.load(scale_ptr)
-    grad_logp = tl.load(grad_logp_ptr + rows, mask=mask_n, other=0.0) * row_factor
-    grad_entropy = None
-    if grad_entropy_ptr is not None:
-        grad_entropy = tl.load(grad_entropy_ptr + rows, mask=mask_n, other=0.0) * row_factor
-    logp, peak, offset, other_mass, entropy = load_stats(stats_ptr, N, rows, mask_n)
-    at_label = gradient_at_label(grad_logp, grad_entropy, logp, other_mass, entropy)
-
-    below = rounded_product(cap(value, logits), inv_temperature[:, None]) - peak[:, None]
-    p = tl.math.exp2(tl.fma(below, LOG2E, -(offset * LOG2E)[:, None]))
-    dz = -grad_logp[:, None] * p
-    if grad_entropy_ptr is not None:
-        dz -= grad_entropy[:, None] * p * (below + (entropy - offset)[:, None])
+    rate = rates(rate_ptr, offs_n, logits, BLOCK_N)
+    base, factor = tl.load(terms.base_ptr + offs_n), tl.load(terms.factor_ptr + offs_n)[:, None]
+    exponent = tl.fma(cap(value, logits), rate[:, None], -base[:, None])
     slope = cap_slope(value, logits)
-    dz *= slope
-    local = label - first_v
+    if lean_ptr is not None:
+        factor = tl.fma(tl.load(lean_ptr + offs_n)[:, None], exponent, factor)
+    dz = tl.math.exp2(exponent) * factor * slope
+    if lean_ptr is not None or logits.softcap is not None:
+        dz = without_dust(dz)
+    local = tl.load(terms.label_ptr + offs_n) - first_v
     offs_v = tl.arange(0, BLOCK_V)
     if has_label(local, BLOCK_V) | (first_v + BLOCK_V > head.V) | (start + BLOCK_N > stop):
+        at_label = tl.load(terms.at_label_ptr + offs_n)
         dz = tl.where(offs_v[None, :] == local[:, None], at_label[:, None] * slope, dz)
         dz = tl.where((first_v + offs_v < head.V)[None, :] & mask_n[:, None], dz, 0.0)  # the GEMMs read whole tiles
     if taken is not None:
@@ -230,19 +220,26 @@ class Launcher:
         """Whose tile the dlogits take."""
         return "dlogits_full" if len(grads) > 1 or has_extras(problem) else "dlogits"
 
+    @functools.cached_property
+    def terms(self):
+        """Of all rows, see :func:`row_terms`."""
+        return row_terms(self.problem, self.selection, self.stats, self.grads, self.scale, self.head.V, self.logits)
+
     def dlogits(self, first_row, last_row, chunk):
+        terms, lean, rate = self.terms
         dlogits_kernel[(self.grid(self.tile),)](
             **self.tile_arguments(first_row, last_row, chunk),
+            rows_ptr=self.selection.rows_ptr,
             taken=self.taken,
-            grad_logp_ptr=self.grads[0],
-            grad_entropy_ptr=self.grads[1] if len(self.grads) > 1 else None,
+            terms=terms,
+            lean_ptr=lean,
+            rate_ptr=rate,
         )
 
     def tile_arguments(self, first_row, last_row, chunk):
         """What any kernel of dlogits takes, and the launch."""
         problem, work, tile = self.problem, self.work, self.tile
         x, panels = work.gathered[0], work.panels
-        n, _, depth = problem.sizes
         return {
             "x_ptr": x,
             "x_desc": self.operands[0],
@@ -251,10 +248,6 @@ class Launcher:
             "bias_ptr": problem.bias,
             "low_rank": self.low_rank,
             "ids_ptr": panels.ids,
-            "selection": self.selection,
-            "temperature_ptr": problem.temperature,
-            "stats_ptr": self.stats,
-            "scale_ptr": self.scale,
             "cuts_ptr": panels.cuts,
             "stops_ptr": panels.stops,
             "dlogits_ptr": panels.dlogits,
@@ -263,10 +256,9 @@ class Launcher:
             "last_row": last_row,
             "first_held": work.first_held(first_row, x),
             "chunk": chunk,
-            "N": n,
             "copied_rows": panels.copied_rows,
             "logits": self.logits,
-            "WHOLE_D": depth % tile.depth == 0,
+            "WHOLE_D": x.shape[1] % tile.depth == 0,
             "COMPUTE": self.compute,
             "PANEL": tiles.WIDTH,
             "BLOCK_N": tile.rows,
@@ -298,7 +290,7 @@ class Launcher:
         work, x, dlogits = self.work, self.work.gathered[k], self.work.panels.dlogits
         if work.factors[k].d_entries is None:
             return None
-        described = describable(work.device, dlogits.dtype, x)
+        described = describable("dweight", work.device, dlogits.dtype, x)
         wide = described and work.entry_sums[k] is None  # sums that are read leave no room for wide tiles
         tile = tiles.for_tensor("dweight", dlogits.dtype, work.device, wide)
         if not described:

@@ -146,9 +146,8 @@ def raw_logits(
             w = w_desc.load([first_w, start])
             acc = tl.dot(x, w.T, acc)
     else:
-        offs_x = at_x + tl.arange(0, BLOCK_N)
-        offs_x = tl.minimum(offs_x, last_x).to(tl.int64)
-        x_ptrs = x_ptr + offs_x[:, None] * head.D + offs_d[None, :]
+        local_n = tl.minimum(tl.arange(0, BLOCK_N), last_x - at_x)  # within the tile in 32 bits
+        x_ptrs = x_ptr + tl.cast(at_x, tl.int64) * head.D + local_n[:, None] * head.D + offs_d[None, :]
         if ids_ptr is not None:
             entries = entry_ids(ids_ptr, first_v, offs_v, head.V)
             w_ptrs = head.weight_ptr + entries[None, :] * head.stride_v + offs_d[:, None] * head.stride_d
@@ -340,8 +339,7 @@ def store_dlogits(
     dz, dlogits_ptr, sums_ptr, block, tile, height,
     PANEL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """A tile of a chunk's dlogits and the sums of its rows, where these are wanted."""
-    dz = without_dust(dz)
+    """A tile of a chunk's dlogits, without dust, and the sums of its rows, where these are wanted."""
     if sums_ptr is not None:
         tl.store(sums_ptr + tile * height + block * BLOCK_N + tl.arange(0, BLOCK_N), tl.sum(dz, axis=1))
     out = panel_pointers(dlogits_ptr, height, block * BLOCK_N, tile * BLOCK_V, PANEL, BLOCK_N, BLOCK_V)

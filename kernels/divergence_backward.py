@@ -12,15 +12,15 @@ from fastgrpo.kernels.backward import Launcher, climb
 from fastgrpo.kernels.certified import SampleLauncher
 from fastgrpo.kernels.common import (
     LOG2E,
-    cap,
     cap_slope,
     dlogits_tile,
     inverse_temperatures,
     raw_logits,
     selected_rows,
     store_dlogits,
+    without_dust,
 )
-from fastgrpo.kernels.pair import difference, load_pair, mixed, teacher_arguments, teacher_raw
+from fastgrpo.kernels.pair import difference, load_pair, mixed, teacher_arguments, teacher_raw, transformed
 from fastgrpo.kernels.pair_math import mixture_logs
 
 
@@ -81,8 +81,8 @@ def dlogits_pair_kernel(
     inverse = inverse_temperatures(temperature_ptr, rows, mask_n, logits, BLOCK_N)
     grad = tl.load(grad_ptr + rows, mask=mask_n, other=0.0) * inverse * tl.load(scale_ptr)
     peak, offset, other_peak, gap, center = load_pair(stats_ptr, N, rows, mask_n)
-    u = cap(raw, logits) * inverse[:, None] - peak[:, None]
-    v = cap(taught, teacher.logits) * inverse[:, None] - other_peak[:, None]
+    u = transformed(raw, logits, inverse) - peak[:, None]
+    v = transformed(taught, teacher.logits, inverse) - other_peak[:, None]
     delta = u - v - gap[:, None]
     p = tl.math.exp2((u - offset[:, None]) * LOG2E)
     if KIND == 0:
@@ -92,7 +92,7 @@ def dlogits_pair_kernel(
             log_s, _log_t = mixture_logs(delta, beta)
             delta = (1.0 - beta) * log_s
         dz = p * (delta - center[:, None])
-    dz *= grad[:, None] * cap_slope(raw, logits)
+    dz = without_dust(dz * (grad[:, None] * cap_slope(raw, logits)))
     offs_v = tl.arange(0, BLOCK_V)
     dz = tl.where((first_v + offs_v < head.V)[None, :] & mask_n[:, None], dz, 0.0)  # the GEMMs read whole tiles
     store_dlogits(dz, dlogits_ptr, sums_ptr, block, tile, height, PANEL, BLOCK_N, BLOCK_V)
@@ -122,6 +122,11 @@ class PairLauncher(Launcher):
         teacher, others = self.teacher
         dlogits_pair_kernel[(self.grid(self.tile),)](
             **self.tile_arguments(first_row, last_row, chunk),
+            selection=self.selection,
+            temperature_ptr=problem.temperature,
+            stats_ptr=self.stats,
+            scale_ptr=self.scale,
+            N=problem.targets.numel(),
             teacher=teacher,
             grad_ptr=self.grads[0],
             beta=problem.beta,

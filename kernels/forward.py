@@ -120,12 +120,16 @@ def add_tile(value, peak, total, spread, unit, ENTROPY: tl.constexpr, PARTS: tl.
 
 @triton.jit
 def join_parts(peak, unit):
-    """-> (n,) peak of a row, and (n, PARTS) factors that bring its parts' sums beside it, base's rounding undone."""
+    """-> (n,) largest logit of a row, rounded, and (n, PARTS) factors that bring its parts' sums beside it.
+
+    What base's rounding and the logit's own took from the sums is put back: they are of exact products value * unit.
+    """
     rate = (unit * LOG2E)[:, None]
     top = tl.max(peak, axis=1)
-    lost = tl.fma(peak, rate, -rounded_product(peak, rate))
+    z = rounded_product(top, unit)
+    lost = tl.fma(peak, rate, -rounded_product(peak, rate)) - (tl.fma(top, unit, -z) * LOG2E)[:, None]
     lost = tl.maximum(tl.minimum(lost, 1.0), -1.0)  # of FLOOR anything
-    return top, tl.math.exp2((peak - top[:, None]) * rate - lost)
+    return z, tl.math.exp2((peak - top[:, None]) * rate - lost)
 
 
 @triton.jit(do_not_specialize=["N", "first_row", "last_row", "run", "runs"])
@@ -210,7 +214,7 @@ def forward_kernel(
             dropped = dropped * decay + sum_unflagged(e, words)
             if hint_ptr is None:  # the running value serves
                 top, factor = join_parts(peak, unit)
-                known = top + (tl.log(tl.sum(total * factor, axis=1)) + log_cutoff) / unit
+                known = (top + tl.log(tl.sum(total * factor, axis=1)) + log_cutoff) / unit
                 threshold = tl.maximum(threshold, known)
 
     out = partials_ptr + this_run.to(tl.int64) * N + offs_n
@@ -221,9 +225,9 @@ def forward_kernel(
     mine = (label >= this_run * run) & (label < (this_run + 1) * run)
     top, factor = join_parts(peak, unit)
     if ENTROPY:
-        spread = (spread + (top[:, None] - peak) * unit[:, None] * total) * factor
+        spread = (spread + tl.fma(-peak, unit[:, None], top[:, None]) * total) * factor
     total, spread = tl.sum(total * factor, axis=1), tl.sum(spread, axis=1)
-    store_rows(out, (top * unit, total, spread, tl.where(mine, label_z, 0.0)), step, mask_n)
+    store_rows(out, (top, total, spread, tl.where(mine, label_z, 0.0)), step, mask_n)
     if flags_ptr is not None:
         tl.store(out + DROPPED * step, tl.sum(dropped * factor, axis=1), mask=mask_n)
 

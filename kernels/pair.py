@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from fastgrpo.kernels.arguments import TO_TRITON, logit_arguments, row_strides
-from fastgrpo.kernels.common import NOTHING, cap, entry_ids, row_offsets
+from fastgrpo.kernels.common import NOTHING, cap, entry_ids, rounded_product, row_offsets
 from fastgrpo.kernels.pair_math import NEAR, expm1_near
 
 
@@ -24,9 +24,15 @@ class Teacher(NamedTuple):
 
 
 @triton.jit
+def transformed(raw, logits, inverse):
+    """Logits, rounded alike in every kernel: what is subtracted from them must cancel."""
+    return rounded_product(cap(raw, logits), inverse[:, None])
+
+
+@triton.jit
 def log_of(raw, logits, inverse, first_v, V, BLOCK_V: tl.constexpr):
     """Transformed logits, NOTHING beyond V."""
-    z = cap(raw, logits) * inverse[:, None]
+    z = transformed(raw, logits, inverse)
     return tl.where((first_v + tl.arange(0, BLOCK_V) >= V)[None, :], NOTHING, z)
 
 

@@ -146,7 +146,7 @@ class Panels:
 
     def choose_tile(self, entries, copied):
         source, dtype, device = self.described(entries, copied), self.dlogits.dtype, self.dlogits.device
-        if source is None or not describable(device, dtype, source):
+        if source is None or not describable("dhidden", device, dtype, source):
             return tiles.for_tensor("dhidden", dtype, device), None, None
         tile = tiles.for_tensor("dhidden", dtype, device, described=True)
         return tile, describe(self.dlogits, tile.rows, tile.depth), describe(source, tile.depth, tile.cols)

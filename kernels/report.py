@@ -76,7 +76,8 @@ def problems(depth, architecture, chunked):
         yield f"{name} top-k", make(dtype, full=False, taken=TAKEN), Gradients(True, True)
         yield f"{name} all options, top-k", make(dtype, full=True, taken=TAKEN), Gradients(*[True] * 5)
         yield f"{name} LoRA", make(dtype, full=False, lora=True), Gradients(True, False, low=True, up=True)
-        if dtype == torch.bfloat16 and architecture in tiles.DESCRIBED:  # what descriptors cannot read
+        described = "forward" in tiles.DESCRIBED.get(architecture, ())
+        if dtype == torch.bfloat16 and described:  # what descriptors cannot read
             yield f"{name} by pointers", make(dtype, full=False, padding=1), Gradients(True, True)
             yield f"{name} all options, by pointers", make(dtype, full=True, padding=1), Gradients(*[True] * 5)
         if dtype == torch.bfloat16:
@@ -128,11 +129,12 @@ def all_kernels():
         plan,
         products,
         row_order,
+        row_terms,
         support,
     )
 
     modules = (forward, flags, combine, frozen, backward, panels, copies, products, objective, support, divergence,
-               divergence_backward, row_order, plan, audit)  # fmt: skip
+               divergence_backward, row_order, row_terms, plan, audit)  # fmt: skip
     return [(m, name, kernel) for m in modules for name, kernel in vars(m).items() if name.endswith("_kernel")]
 
 

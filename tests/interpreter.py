@@ -1,10 +1,11 @@
 """What Triton's interpreter does differently from a device, put right, and its speed. For tests only.
 
-It holds bf16 as uint16 and multiplies the bit patterns; its fma rounds twice; and a reduction by a function of the
-kernel's own goes an element at a time, milliseconds a tile.
+It holds bf16 as uint16 and multiplies the bit patterns; its fma rounds twice; its exp2 has denormal results; and a
+reduction by a function of the kernel's own goes an element at a time, milliseconds a tile.
 """
 
 import builtins
+import contextlib
 import dataclasses
 from types import SimpleNamespace
 
@@ -92,6 +93,13 @@ def create_fma(self, x, y, z):
         return TensorHandle(value.astype(x.data.dtype), z.dtype.scalar)
 
 
+def create_exp2(self, x):
+    """As devices do, which flush a denormal result to 0."""
+    with np.errstate(over="ignore"):
+        value = np.exp2(x.data)
+    return TensorHandle(np.where(value < np.finfo(value.dtype).tiny, value.dtype.type(0), value), x.dtype.scalar)
+
+
 def generic_reduce(self, input):
     """The two halves of the axis, which is a power of two long, at once, until one slice is left."""
     done = tuple(self.to_tensor(np.moveaxis(x.handle.data, self.axis, 0), x.dtype) for x in input)
@@ -137,6 +145,38 @@ def patch():
     plain_reduce = ReduceOps.generic_reduce
     ReduceOps.generic_reduce = lambda self, x: (plain_reduce if self.axis is None else generic_reduce)(self, x)
     InterpreterBuilder.create_fma = create_fma
+    InterpreterBuilder.create_exp2 = create_exp2
     InterpreterBuilder.create_dot = create_dot
     InterpreterBuilder.cast_impl = cast_impl
     InterpreterBuilder.create_fp_to_fp = create_fp_to_fp
+
+
+@contextlib.contextmanager
+def fused():
+    """As compilers may: a product that a sum or a difference takes at once is not rounded first. fp32 only."""
+    names = ("create_fmul", "create_fadd", "create_fsub")
+    plain = {name: getattr(InterpreterBuilder, name) for name in names}
+
+    def multiply(self, x, y):
+        out = plain["create_fmul"](self, x, y)
+        if x.dtype.scalar == tl.float32:
+            out.attr = {**out.attr, "product": (x, y)}
+        return out
+
+    def add(self, x, y, name, sign):
+        if "product" in x.attr:
+            negated = TensorHandle(sign * y.data, y.dtype)
+            return create_fma(self, *x.attr["product"], negated)
+        if "product" in y.attr:
+            a, b = y.attr["product"]
+            return create_fma(self, TensorHandle(sign * a.data, a.dtype), b, x)
+        return plain[name](self, x, y)
+
+    InterpreterBuilder.create_fmul = multiply
+    InterpreterBuilder.create_fadd = lambda self, x, y: add(self, x, y, "create_fadd", np.float32(1))
+    InterpreterBuilder.create_fsub = lambda self, x, y: add(self, x, y, "create_fsub", np.float32(-1))
+    try:
+        yield
+    finally:
+        for name in names:
+            setattr(InterpreterBuilder, name, plain[name])

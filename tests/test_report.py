@@ -38,7 +38,7 @@ KERNELS = (
     "choose", "combine", "combine_pair", "count_kinds", "cut", "dbias", "dhidden", "directions", "dlogits",
     "dlogits_pair", "dweight", "error", "fold", "forward", "forward_pair", "gather", "kept_logits", "kept_sums",
     "label", "level", "lost", "mass", "masses", "need", "objective", "offsets", "order", "place_entries", "place_rows",
-    "positions", "scatter", "share", "sort_out", "weigh",
+    "positions", "row_terms", "scatter", "share", "sort_out", "weigh",
 )  # fmt: skip
 
 
@@ -51,8 +51,8 @@ def test_every_kernel_and_tile_is_recorded():
             shape = tuple(v for k, v in arguments.items() if k.startswith("BLOCK"))
             seen.setdefault(kernel.fn.__name__, set()).add(shape)
         assert {f"{name}_kernel" for name in KERNELS} == set(seen)
-        described = (False, True) if architecture in tiles.DESCRIBED else (False,)
         for name in tiles.TILES:
+            described = (False, True) if name in tiles.DESCRIBED.get(architecture, ()) else (False,)
             for size, by_descriptors in itertools.product((2, 4), described):
                 tile = tiles.lookup(name, size, architecture, by_descriptors)
                 own = f"{'_'.join(name.split('_')[: 1 + ('pair' in name)])}_kernel"

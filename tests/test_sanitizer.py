@@ -144,7 +144,7 @@ def found():
             grouping, "OVERHEAD_ROWS", dict.fromkeys(("cpu", "oneDNN", "cuda"), (48, 48))
         )  # so few rows are certified too
         for case, run in CASES.items():
-            patch.setattr(tiles, "has_descriptors", lambda device, case=case: "descriptors" in case)
+            patch.setattr(tiles, "has_descriptors", lambda device, kernel, case=case: "descriptors" in case)
             with sanitizing() as seen:
                 run()
             everything[case] = seen

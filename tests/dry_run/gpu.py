@@ -12,8 +12,11 @@ import torch
 from fastgrpo.kernels import report
 
 HERE = Path(__file__).parent
-# shared memory a block and processors, of A100, RTX 3090, RTX 4090, H200, RTX 5090
-DEVICES = {"8.0": (166912, 108), "8.6": (101376, 82), "8.9": (101376, 128), "9.0": (232448, 132), "12.0": (101376, 170)}
+# shared memory a block and processors, of A100, RTX 3090, RTX 4090, H200, B200, RTX 5090
+DEVICES = {
+    "8.0": (166912, 108), "8.6": (101376, 82), "8.9": (101376, 128), "9.0": (232448, 132), "10.0": (232448, 148),
+    "12.0": (101376, 170),
+}  # fmt: skip
 
 
 def environment(folder, version, capability):

@@ -14,11 +14,13 @@ from fastgrpo.config import CLIPPED, DIVERGENCE_MASKS, KL_ESTIMATORS, LOSS_TYPES
 V, D, RANK = 5008, 256, 16  # multiples of 16, as in the kernel report: what one compiles the other need not
 FORWARD = 4  # its documented launches: rows gathered, their labels, the vocabulary, the combination of its runs
 FROZEN = 4, 3  # a chunk: masses, fold, level, their product with the weight; gather, combination, directions
-EXACT = 6  # chunks cut, rows gathered; dlogits, dX, dW of the one chunk; scatter
+TERMS = 1  # what tiles of dlogits need of each row, where it has a label
+EXACT = 6 + TERMS  # chunks cut, rows gathered; dlogits, dX, dW of the one chunk; scatter
 PLAN = 8  # rows weighed, sorted out, counted, placed; entries' need, their offsets, places, the labels' places
-AUDIT = 10  # samples' labels, rows gathered, dlogits; masses, shares, ranking; dlogits, what is lost, errors, choice
+AUDIT = 10 + TERMS  # samples' labels, rows gathered, dlogits; masses, shares, ranking; dlogits, lost, errors, choice
 ORDER = 1  # of the rows of a certified forward
 CERTIFIED = ORDER + EXACT + 1 + PLAN + AUDIT  # 1: entries copied in their order, where descriptors read them
+UNLABELLED = CERTIFIED - 2 * TERMS  # of a divergence
 AUDITED = 2  # of one gradient more: what is lost, errors
 TOPK = FORWARD - 1 + 3  # no labels; the targets' logits, and their part of dX and dW
 LORA = 4  # its pair's: gather, dX, dW, scatter
@@ -188,20 +190,21 @@ def cases(everything):
         for beta in (0.0, 1.0, 0.3) if everything or dtype == bf16 else (1.0,):
             forward, flagged = (MIXTURE, MIXTURE_CERTIFIED) if beta == 0.3 else (PAIR, PAIR_CERTIFIED)
             name = f"{kind} divergence, beta {beta}, certified"
-            yield case(name, flagged + CERTIFIED, divergence, dtype, beta, backward="certified")
+            yield case(name, flagged + UNLABELLED, divergence, dtype, beta, backward="certified")
             if beta == 0.0 and dtype == bf16:
-                yield case(f"{name}, frozen head", flagged + CERTIFIED - 1 - AUDIT, divergence, dtype, beta,
+                yield case(f"{name}, frozen head", flagged + UNLABELLED - AUDIT, divergence, dtype, beta,
                            backward="certified", frozen=True)  # fmt: skip
-                yield case(f"{name}, another batch", flagged + CERTIFIED, divergence, dtype, beta, compiles=0,
+                yield case(f"{name}, another batch", flagged + UNLABELLED, divergence, dtype, beta, compiles=0,
                            backward="certified", n=301)  # fmt: skip
                 yield case(f"{name}, hinted", flagged + CERTIFIED + HINT, divergence, dtype, beta,
                            backward="certified", hinted=True)  # fmt: skip
             if everything:
-                yield case(f"{name}, everything", flagged + CERTIFIED + BIAS + AUDITED, divergence, dtype, beta,
+                yield case(f"{name}, everything", flagged + UNLABELLED + BIAS + AUDITED, divergence, dtype, beta,
                            options=True, backward="certified")  # fmt: skip
-            yield case(f"{kind} divergence, beta {beta}", forward + EXACT, divergence, dtype, beta)
+            launches = forward + EXACT - TERMS
+            yield case(f"{kind} divergence, beta {beta}", launches, divergence, dtype, beta)
             if everything or beta == 1.0:
-                yield case(f"{kind} divergence, beta {beta}, everything", forward + EXACT + BIAS, divergence, dtype,
+                yield case(f"{kind} divergence, beta {beta}, everything", launches + BIAS, divergence, dtype,
                            beta, options=True)  # fmt: skip
         if everything or dtype == bf16:  # elsewhere only together, as "LoRA, everything"
             yield case(f"{kind} entropy", FORWARD + EXACT, logprobs, dtype, entropy=True)
