@@ -41,13 +41,22 @@ def test_what_a_description_is_made_of():
     assert settings["token_budget"].text.endswith("halved when memory runs out.")  # over two lines
 
 
-@pytest.mark.parametrize("command", ["", "train", "sft", "distill"])
+def test_help_names_the_commands(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    out = capsys.readouterr().out
+    assert all(f"    {name} " in out for name in cli.COMMANDS)
+    assert "fastgrpo COMMAND --help lists its presets and settings" in out
+    assert "--num_generations" not in out
+
+
+@pytest.mark.parametrize("command", ["train", "sft", "distill"])
 def test_help_describes_the_settings(command, capsys):
     with pytest.raises(SystemExit) as end:
-        cli.main([*command.split(), "--help"])
+        cli.main([command, "--help"])
     out = " ".join(capsys.readouterr().out.split())
     assert end.value.code == 0
-    configs = [cls for name, cls in describe.CONFIGS.items() if command in ("", name)]
+    configs = [cls for name, cls in describe.CONFIGS.items() if command == name]
     settings = {s for cls in configs for group in describe.groups(cls) for s in group.settings}
     assert len(settings) > 50
     for name, kind, default, text in settings:

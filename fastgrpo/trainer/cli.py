@@ -20,13 +20,15 @@ COMMANDS = {  # name: (what it does, whose settings it takes)
 
 
 class Command(argparse.ArgumentParser):
-    """Its help ends with the settings, which only the optional packages can tell."""
+    """Its help ends with the settings, which only the optional packages can tell. settings: whose, or nobody's."""
 
-    def __init__(self, *arguments, settings=("train", "sft", "distill"), **options):
+    def __init__(self, *arguments, settings=(), **options):
         super().__init__(*arguments, **options)
         self.settings = settings
 
     def format_help(self):
+        if not self.settings:
+            return f"{super().format_help()}\nfastgrpo COMMAND --help lists its presets and settings.\n"
         try:
             from fastgrpo.trainer import GRPOConfig  # noqa: F401 - where a package is missing, it names the extra
             from fastgrpo.trainer.describe import command_help
