@@ -71,8 +71,9 @@ def linear_divergence(
             in the forward, in three GEMMs of one model's logits or less, mixtures too, and holds it until the backward,
             4 N D bytes.
         targets, old_logprobs: tokens that the student drew at the positions and the log-probs that it gave them then,
-            of mask's shape; both or neither. A hint, which never changes the result: a certified backward orders its
-            rows by it, and of a KL leaves out several times more. Where a target is no id nothing is known.
+            of mask's shape; both or neither. A hint, which never changes the divergence: a certified backward orders
+            its rows by it, and of a KL leaves out several times more, within the tolerance. On the torch backend a
+            trained head's backward is certified under "auto" because of it. Where a target is no id nothing is known.
 
     Returns:
         ``Divergence(divergence, entropy)``, float32 (float64 for float64 input), of mask's shape, >= 0 up to rounding
@@ -199,12 +200,12 @@ def head_divergence(hidden, weight, mask, teacher, beta, options, labels=None):
     tensors = pair_tensors(hidden, weight, targets, teacher, options, lora)
     trained = any(x is not None and x.requires_grad for x in (weight, options.bias, lora.B))
     hinted = options.old_logprobs is not None
-    fast = hidden.device.type == "cpu" and products.FASTER_ONEDNN
+    fast = products.makes_memory(hidden.new_empty(0, dtype=inputs.accumulator_dtype(hidden)))
     params = replace(params, tolerance=tolerance_of(params, options.backward, trained, hinted, fast))
     strategy = choose_strategy(hidden, (weight, options.bias, lora.A, lora.B), params)
     given = NOTHING_GIVEN
     if labels is not None and strategy is strategies.DivergingCertified:
-        given = strategies.Given(options.flat_hint(hidden), None, (labels.reshape(-1).to(torch.int64).contiguous(),))
+        given = strategies.Given(options.flat_hint(hidden), None, (labels.reshape(-1).to(torch.int64).clone(),))
     divergence, entropy = diverge(tensors, given, params, strategy)
     return Divergence(divergence.view(targets.shape), None if entropy is None else entropy.view(targets.shape))
 

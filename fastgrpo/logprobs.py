@@ -91,7 +91,7 @@ def linear_logprobs(
             0.005, which adds less than a quarter of what bf16 GEMMs add anyway; 0.0007 for fp32 under "auto". The
             gradients' own errors are about ten times smaller.
         workspace_mb: bound on the tiles and tables of a call, in MiB. Beside it stand at most the sum of dX (4 N D
-            bytes) and the certified backward's flags and order (N V / 1024 + 20 V).
+            bytes) and the certified backward's flags (N V / 1024 on a GPU, N V / 128 on a CPU) and order (20 V).
         row_tolerance: of the certified backward where the head (or its bias or LoRA's B) is trained: how far one
             vocabulary entry's gradient may be from the exact one, relative to its own size, in (0, 1]. 95 % of the
             entries stay within it and half of them within a fifth; optimisers such as Adam, which divide each weight's

@@ -41,8 +41,8 @@ class Ranks:
         dist.all_reduce(x, group=self.group)
         return x
 
-    def least(self, number):
-        least = torch.tensor(-number)
+    def least(self, number, device):
+        least = torch.tensor(-number, device=device)
         dist.all_reduce(least, op=dist.ReduceOp.MAX, group=self.group)
         return -int(least)
 
@@ -164,8 +164,8 @@ def vocab_parallel_divergence(
     Args:
         group: the torch.distributed process group that the vocabulary is cut over.
         reduce_hidden_grad: as in :func:`fastgrpo.vocab_parallel.vocab_parallel_logprobs`.
-        backward, tolerance, row_tolerance: as in ``linear_divergence``; each rank keeps its own entries' error within
-            tolerance / sqrt(ranks). The others: as there.
+        backward, tolerance, row_tolerance: as in ``linear_divergence``, but "auto" asks no rank for its CPU; each rank
+            keeps its own entries' error within tolerance / sqrt(ranks). The others: as there.
 
     Returns:
         ``Divergence(divergence, entropy)`` of the whole vocabulary, the same on every rank; differentiable, once, in

@@ -295,7 +295,7 @@ def softcap_slope(raw, logits):
 
 @triton.jit
 def log1p_unit(y):
-    """log(1 + y) for y in [0, 1] to fp32 accuracy: 2 artanh(y / (2 + y)); the hardware log is not accurate near 1."""
+    """log(1 + y) for y in [-1/2, 1] to fp32 accuracy: 2 artanh(y / (2 + y)); the hardware's is not near 1."""
     s = y / (2.0 + y)
     q = s * s
     series = 1.0 + q * (1 / 3 + q * (1 / 5 + q * (1 / 7 + q * (1 / 9 + q * (1 / 11 + q * (1 / 13 + q / 15))))))

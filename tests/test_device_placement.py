@@ -447,7 +447,7 @@ def test_evaluation_forks_the_random_numbers_of_its_own_gpu(monkeypatch):
         trainer = SimpleNamespace(
             config=SimpleNamespace(num_generations_eval=2, seed=0, eval_pass_threshold=1.0), eval_rows=[1],
             accelerator=SimpleNamespace(device=torch.device(kind), process_index=0, num_processes=1),
-            sampler=SimpleNamespace(sync=lambda model: None), model=None,
+            sampler=SimpleNamespace(sync=lambda model: None), model=None, pulse=SimpleNamespace(stage=""),
             answer=lambda rows, n, greedy=False: torch.ones(n),
             meter=SimpleNamespace(columns=lambda answers: {"reward": answers}),
         )  # fmt: skip

@@ -409,7 +409,7 @@ def test_frozen_head_certificate_bounds_dlogits(device, beta, cuts, monkeypatch)
     for (stats, (_, values, dropped)), own in zip(found, shards):
         lacks, norm = (values - truth @ own.T @ own).norm(dim=1), stats[3]
         assert (lacks <= dropped + 1e-12).all()
-        assert (dropped <= 5 * lacks + 1e-4 * norm).all()
+        assert (dropped <= 5 * lacks + (1e-12 if len(cuts) == 1 else 1e-4 * norm)).all()  # a shard may lack nothing
         assert dropped.max() > 0
         assert (norm <= truth.norm(dim=1) * 1.00001).all()
         assert (norm > 0.98 * truth.norm(dim=1)).all()

@@ -61,6 +61,7 @@ def test_characters_that_would_be_dropped_are_refused():
         with pytest.raises(ValueError, match=r"what the tokenizer knows, '0123456789=', got '\+'"):
             check_alphabet(digits, texts)
     check_alphabet(digits, ["12=\n", [{"role": "user", "content": "3 4"}], None])  # spaces may go
+    check_alphabet(digits, ["12<eos>", 3])
     check_alphabet(words, ["Zoë has {x} ß"])  # it has bytes for everything
     with pytest.raises(ValueError, match="got '\\+'"):
         longest_prompt(digits, [{"prompt": "1+2="}])

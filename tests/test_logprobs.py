@@ -68,7 +68,7 @@ def test_fp32_against_fp64(backend, device, shape, options):
     truth = truth_of(leaves(hidden, weight, bias), targets, upstream, **options)
     naive = run(reference.linear_logprobs, leaves(hidden, weight, bias), targets, upstream, **options)
     rounding = 2e-8 * (hidden @ weight.T).abs().amax(1)  # a third of a logit's last digit: an entropy is a mean of them
-    for mine, theirs, want, more in zip((logp, entropy), naive, truth, (0.0, rounding)):
+    for mine, theirs, want, more in zip((logp, entropy), naive, truth, (0.0, rounding if backend == "triton" else 0.0)):
         if want is not None:
             allowed = 2 * (theirs - want).abs() + 1e-6 * (1 + want.abs()) + more
             assert ((mine - want).abs() <= allowed).all(), ((mine - want).abs() / allowed).max()

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from bench import profiles
+from bench.profiles import problem
 from fastgrpo import grpo_loss, linear_divergence, linear_logprobs, reference
 from fastgrpo.backends import products
 from fastgrpo.backends.logits import LogitTiles
@@ -145,6 +146,22 @@ def test_deterministic(library):
         leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
         runs.append(torch.autograd.grad(linear_logprobs(*leaves, targets).logprobs.sum(), leaves))
     assert all(torch.equal(x, y) for x, y in zip(*runs))
+
+
+@needs_onednn
+@pytest.mark.parametrize(("trained", "most"), [(False, 0.75), (True, 0.6)], ids=["frozen", "trained"])
+def test_its_plans_leave_entries_out(monkeypatch, trained, most):
+    """Products are half as dear, so more is done whole; on logits as peaked as in RL not all."""
+    monkeypatch.setattr(products, "FASTER_ONEDNN", True)
+    p, counted = problem(1024, 8192, 32), []
+    for backward in ("exact", "certified"):
+        hidden, weight = p["hidden"].clone().requires_grad_(), p["weight"].clone().requires_grad_(trained)
+        hint = {"old_logprobs": p["old_logprobs"], "row_tolerance": 1.0}
+        with Gemms() as gemms:
+            out = linear_logprobs(hidden, weight, p["targets"], backward=backward, **hint)
+            out.logprobs.backward(p["upstream"])
+        counted.append(gemms.products)
+    assert counted[1] < most * counted[0]
 
 
 @pytest.mark.parametrize("workspace_mb", [1, 4])

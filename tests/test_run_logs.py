@@ -126,7 +126,7 @@ def heard(*rows, quiet=False):
 @pytest.mark.quick
 def test_health():
     (said,) = heard({}, {"skipped": 0.5}, {"skipped": 0.7})[1]
-    assert said.startswith("skipped: the share of tokens")
+    assert said.startswith("skipped: the share of tokens in answers without")
     assert heard({}, {"truncated": 0.5}, *[{"frac_reward_zero_std": 0.9}] * 20) == ([], [])
     (said,), _ = heard({"truncated": 0.75}, {"truncated": 0.9})
     assert said.startswith("75% of the answers reached max_completion_length = 64 unfinished")

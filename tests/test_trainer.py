@@ -43,7 +43,7 @@ MISTAKES = [
     ({"lr_scheduler_type": "warp"}, "lr_scheduler_type must be one of 'constant'"),
     ({"num_generations": 1}, "num_generations must be >= 2, got 1"),
     ({"steps_per_generation": 3, "gradient_accumulation_steps": 2, "num_generations": 2}, "must be a multiple of"),
-    ({"learning_rate": "fast"}, "learning_rate must be >= 0, got 'fast'"),
+    ({"learning_rate": "fast"}, "learning_rate must be a number >= 0, got 'fast'"),
     ({"max_steps": 0}, "max_steps must be > 0 or -1"),
     ({"max_steps": 2.5}, "max_steps must be int, got 2.5"),
     ({"beta": -0.1}, "beta must be >= 0, got -0.1"),

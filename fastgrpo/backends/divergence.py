@@ -33,7 +33,8 @@ def certified_forward(problem, hint=None, labels=None):
     divergence's gradient of 1.
 
     Args:
-        hint, labels: (N,) log-probs that the student had of these entries, about; or None: see :class:`Expected`.
+        hint, labels: (N,) log-probs that the student had of these entries, about; or None:
+            see :class:`fastgrpo.backends.witness.Expected`.
     """
     rows = certified.sorted_rows(problem, hint)
     witness = Witness(problem, rows.numel(), rows.device)

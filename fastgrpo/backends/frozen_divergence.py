@@ -48,8 +48,8 @@ class Alone:
         """The sum of all processes' tensors; x may be overwritten."""
         return x
 
-    def least(self, number):
-        """Of all processes' numbers."""
+    def least(self, number, device):
+        """Of all processes' numbers; device: the tensors', which the group can reduce."""
         return number
 
 
@@ -67,7 +67,7 @@ def forward(problem, ranks=None):
     maker, first = PanelMaker(problem, rows.numel(), ranks), 0
     dropped = torch.zeros_like(values[:, 0])
     while first < rows.numel():
-        part = slice(first, min(first + ranks.least(maker.height), rows.numel()))
+        part = slice(first, min(first + ranks.least(maker.height, rows.device), rows.numel()))
         stats[:, rows[part]], dropped[part] = maker.make(rows[part], values[part])
         first = part.stop
     return stats, Slopes(rows, values, dropped)

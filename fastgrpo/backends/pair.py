@@ -19,7 +19,7 @@ class PairStats(NamedTuple):
     entropy: torch.Tensor  # the student's
     other_peak: torch.Tensor  # the teacher's
     gap: torch.Tensor  # the student's offset minus the teacher's: apart, where both hardly differ
-    center: torch.Tensor  # what a row's log-ratios are taken from in its gradient, see :func:`slope_center`
+    center: torch.Tensor  # what a row's log-ratios are taken from in its gradient
 
 
 def mixture_stats(own, other):

@@ -5,6 +5,7 @@ the time on a Zen 5. Both multiply in fp32.
 """
 
 import contextlib
+import itertools
 import platform
 
 import torch
@@ -46,14 +47,14 @@ def takes_onednn(a, b):
     )
 
 
-def makes_memory(x):
+def makes_memory(x: torch.Tensor) -> bool:
     """Whether products of tensors like x come in memory of their own, and take a copy of a left factor that is
     transposed."""
     return x.device.type == "cpu" and x.dtype == torch.float32 and onednn_is_faster()
 
 
 def onednn_is_faster():
-    return FASTER_ONEDNN and torch.backends.mkldnn.enabled
+    return FASTER_ONEDNN and bool(torch.backends.mkldnn.enabled)
 
 
 def has_faster_onednn():
@@ -64,7 +65,7 @@ def has_faster_onednn():
         and family >= ZEN_5
         and torch.backends.mkl.is_available()
         and torch.backends.mkldnn.is_available()
-        and torch.cpu._is_avx512_supported()
+        and getattr(torch.cpu, "_is_avx512_supported", lambda: False)()
         and has_operation()
     )
 
@@ -77,8 +78,8 @@ def cpu_vendor():
     else:
         known = {}
         with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
-            for name, _, value in (line.partition(":") for line in file):
-                known.setdefault(name.strip(), value.strip())
+            for name, _, value in (line.partition(":") for line in itertools.takewhile(str.strip, file)):  # the first's
+                known[name.strip()] = value.strip()
     return known.get("vendor_id", ""), int(known.get("cpu family", 0))
 
 

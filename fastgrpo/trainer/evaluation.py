@@ -21,8 +21,10 @@ def apart(trainer: Any) -> Iterator[list[dict]]:
         torch.manual_seed(trainer.config.seed + rank)
         trainer.sampler.sync(trainer.model)
         trainer.pulse.stage = "evaluation"
-        yield [trainer.eval_rows[i] for i in range(rank, len(trainer.eval_rows), world)]
-        trainer.pulse.stage = ""
+        try:
+            yield [trainer.eval_rows[i] for i in range(rank, len(trainer.eval_rows), world)]
+        finally:
+            trainer.pulse.stage = ""
 
 
 def evaluate(trainer) -> dict[str, float | None]:

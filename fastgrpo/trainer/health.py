@@ -97,8 +97,8 @@ class Health:
             )
         if row.get("skipped"):
             self.once(
-                "skipped: the share of tokens whose group earned the same throughout. They have no advantage and no "
-                "gradient, so the learner leaves them out"
+                "skipped: the share of tokens in answers without an advantage, mostly of groups that earned the same "
+                "throughout. They have no gradient, so the learner leaves them out"
             )
 
     def warn(self, text):
