@@ -6,7 +6,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from bench.entries import ENTRIES, Entry
+from bench.entries import ENTRIES, Entry, unsloth_module
 from fastgrpo import linear_divergence
 
 
@@ -87,6 +87,13 @@ def liger_triton(p):
     return LigerFusedLinearJSD(jsd_beta=p.case.beta)(*heads(p), None)
 
 
+def unsloth(p):
+    cap = p.case.softcap or 0.0
+    return unsloth_module().fused_linear_jsd(
+        *heads(p), beta=p.case.beta, student_logit_softcapping=cap, teacher_logit_softcapping=cap
+    )
+
+
 # passes: both models' logits, in the backward once more; then dX and dW
 DIVERGENCES = {
     e.name: e
@@ -107,6 +114,7 @@ DIVERGENCES = {
         Entry("TRL op", "trl", None, trl, softcap=True, passes=(2, 4, 3), mixture=2, trips=10),
         Entry("Liger fused JSD", "liger_kernel", None, liger_fused, passes=(4, 0, 0), trips=16),
         Entry("Liger Triton JSD", "liger_kernel", None, liger_triton, cuda_only=True, passes=(4, 0, 0), trips=14),
+        Entry("unsloth_zoo", "unsloth_zoo", None, unsloth, softcap=True, passes=(3, 1, 0), trips=14),
     )
 }
 NAMES = tuple(dict.fromkeys((*ENTRIES, *DIVERGENCES)))
