@@ -1,5 +1,6 @@
 """Every hyper-parameter of the loss, checked once."""
 
+import difflib
 import functools
 import inspect
 import math
@@ -178,14 +179,15 @@ def settings_go_in_config(function: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(function)
     def call(*arguments: P.args, **keywords: P.kwargs) -> R:
         if strange := {name: value for name, value in keywords.items() if name not in known}:
-            refuse_settings(function.__name__, "config" in known, strange)
+            refuse_settings(function.__name__, known, strange)
         return function(*arguments, **keywords)
 
     return call
 
 
-def refuse_settings(function, takes_config, strange):
-    """Raises if one of the keywords is the config's, or another library's name of one; Python refuses any other."""
+def refuse_settings(function, known, strange):
+    """Raises if one of the keywords is the config's, another library's name of one, or nearly an argument's; Python
+    refuses any other."""
     for name in strange.keys() & ELSEWHERE.keys():
         raise TypeError(f"{function} has no argument {name}: {ELSEWHERE[name]}, a field of GRPOLossConfig")
     names = [f.name for f in fields(GRPOLossConfig) if f.name in strange]
@@ -193,5 +195,8 @@ def refuse_settings(function, takes_config, strange):
         settings = ", ".join(f"{name}={kind(strange[name])}" for name in names)
         raise TypeError(
             f"{', '.join(names)} {'is a field' if len(names) == 1 else 'are fields'} of GRPOLossConfig: "
-            + (f"pass config=GRPOLossConfig({settings})" if takes_config else f"of grpo_loss, not of {function}")
+            + (f"pass config=GRPOLossConfig({settings})" if "config" in known else f"of grpo_loss, not of {function}")
         )
+    for name in strange:
+        for close in difflib.get_close_matches(name, known, n=1, cutoff=0.75):
+            raise TypeError(f"{function} has no argument {name}: did you mean {close}?")

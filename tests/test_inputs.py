@@ -72,6 +72,7 @@ LOSS_ERRORS = {
         r"^loss_type, epsilon are fields .*: pass config=GRPOLossConfig\(loss_type='grpo', epsilon=0.1\)$"),
     "another's name": (
         {"kl_coef": 0.1}, TypeError, "^grpo_loss has no argument kl_coef: say beta, a field of GRPOLossConfig$"),
+    "misspelt": ({"temprature": 1}, TypeError, r"^grpo_loss has no argument temprature: did you mean temperature\?$"),
     "unknown": ({"colour": 1}, TypeError, r"grpo_loss\(\) got an unexpected keyword argument 'colour'"),
     "old positive": (
         {"old_logprobs": at(0.5, 2, 0)}, ValueError,
