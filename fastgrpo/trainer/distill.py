@@ -173,8 +173,8 @@ def token_divergence(
     """:func:`fastgrpo.linear_divergence` of a micro-batch. Where one head is padded further than the other, to the rows
     that both have; its padding is no token."""
     size = min(len(weight), len(teacher.weight))
-    hints = (known.get(name) for name in ("old_logprobs", "sampling_logprobs"))
-    hint = next((x for x in hints if x is not None), None)
+    old = known.get("old_logprobs")
+    hint = known.get("sampling_logprobs") if old is None else old  # as grpo_loss takes it
     return linear_divergence(
         hidden,
         weight[:size],
