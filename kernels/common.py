@@ -191,6 +191,24 @@ def sum_parts(x):
 
 
 @triton.jit
+def halves(x):
+    """(n, V) as two of (n, V // 2): the first columns, the last ones. Free where a thread has some of both."""
+    return tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def pieces_of(x, CUTS: tl.constexpr):
+    """(n, V) halved so many times: a tuple. What is computed piece by piece keeps few values alive at once."""
+    pieces = (x,)
+    for _ in tl.static_range(CUTS):
+        finer = ()
+        for k in tl.static_range(len(pieces)):
+            finer += halves(pieces[k])
+        pieces = finer
+    return pieces
+
+
+@triton.jit
 def count_taken(taken, rows, mask, first):
     """(BLOCK_N,) int32: how many of each row's taken positions come before ``first``; by halving."""
     at = taken.positions_ptr + rows * taken.K
@@ -341,6 +359,19 @@ def store_dlogits(
 ):  # fmt: skip
     """A tile of a chunk's dlogits, without dust, and the sums of its rows, where these are wanted."""
     if sums_ptr is not None:
-        tl.store(sums_ptr + tile * height + block * BLOCK_N + tl.arange(0, BLOCK_N), tl.sum(dz, axis=1))
-    out = panel_pointers(dlogits_ptr, height, block * BLOCK_N, tile * BLOCK_V, PANEL, BLOCK_N, BLOCK_V)
+        store_sums(tl.sum(dz, axis=1), sums_ptr, block, tile, height, BLOCK_N)
+    store_piece(dz, dlogits_ptr, block, tile * BLOCK_V, height, PANEL, BLOCK_N, BLOCK_V)
+
+
+@triton.jit
+def store_sums(sums, sums_ptr, block, tile, height, BLOCK_N: tl.constexpr):
+    tl.store(sums_ptr + tile * height + block * BLOCK_N + tl.arange(0, BLOCK_N), sums)
+
+
+@triton.jit
+def store_piece(
+    dz, dlogits_ptr, block, local_v, height, PANEL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr
+):
+    """Some columns of a chunk's dlogits, from ``local_v`` on."""
+    out = panel_pointers(dlogits_ptr, height, block * BLOCK_N, local_v, PANEL, BLOCK_N, BLOCK_V)
     tl.store(out, dz.to(dlogits_ptr.dtype.element_ty))

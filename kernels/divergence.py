@@ -20,13 +20,21 @@ from fastgrpo.kernels.common import (
     LOG2E,
     group_blocks,
     inverse_temperatures,
+    pieces_of,
     raw_logits,
     selected_rows,
     store_rows,
 )
 from fastgrpo.kernels.flags import block_words, see_terms
 from fastgrpo.kernels.forward import Sweep, sum_entries
-from fastgrpo.kernels.pair import difference, load_pair, log_of, mixed, teacher_arguments, teacher_raw
+from fastgrpo.kernels.pair import (
+    difference,
+    load_pair,
+    log_of,
+    mixed,
+    teacher_arguments,
+    teacher_raw,
+)
 from fastgrpo.kernels.pair_math import (
     finish_sums,
     join_sums,
@@ -97,6 +105,7 @@ def forward_pair_kernel(
     bias_ptr,  # (V,) or None
     low_rank,  # LowRank or None
     teacher,  # Teacher
+    teacher_w_desc,  # see teacher_raw
     teacher_bias_ptr,  # (V,) or None
     selection,  # Selection
     temperature_ptr,  # (N,) or None
@@ -117,8 +126,10 @@ def forward_pair_kernel(
     beta,
     STUDENT_FIRST: tl.constexpr,
     ENTROPY: tl.constexpr,
+    CUTS: tl.constexpr,  # see pieces_of
     WHOLE_D: tl.constexpr,
     COMPUTE: tl.constexpr,
+    TEACHER_WHOLE_D: tl.constexpr,
     TEACHER_COMPUTE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -150,17 +161,23 @@ def forward_pair_kernel(
             first_v, WHOLE_D, COMPUTE, BLOCK_N, BLOCK_V, BLOCK_D,
         )  # fmt: skip
         student = log_of(raw, logits, inverse, first_v, head.V, BLOCK_V)
-        raw = teacher_raw(teacher, teacher_bias_ptr, None, rows, first_v, T, TEACHER_COMPUTE, BLOCK_N, BLOCK_V, BLOCK_D)
+        raw = teacher_raw(
+            teacher, teacher_w_desc, teacher_bias_ptr, None, rows, first_v, first_v, T, TEACHER_WHOLE_D,
+            TEACHER_COMPUTE, BLOCK_N, BLOCK_V, BLOCK_D,
+        )  # fmt: skip
         taught = log_of(raw, teacher.logits, inverse, first_v, head.V, BLOCK_V)
         if stats_ptr is not None:
             known_peak, offset, known_other, gap, _center = load_pair(stats_ptr, N, rows, mask_n)
-            u, v = student - known_peak[:, None], taught - known_other[:, None]
-            log_s, log_t = mixture_logs(u - v - gap[:, None], beta)
-            y = tl.math.exp2((u - offset[:, None]) * LOG2E)
-            x = (1.0 - beta) * y * log_s
-            theirs = beta * tl.math.exp2((v + (gap - offset)[:, None]) * LOG2E) * log_t
-            total += tl.sum(x + theirs, axis=1)
-            other += tl.sum(x, axis=1)
+            xs, ys, students, taughts = (), (), pieces_of(student, CUTS), pieces_of(taught, CUTS)
+            for k in tl.static_range(2**CUTS):
+                u, v = students[k] - known_peak[:, None], taughts[k] - known_other[:, None]
+                log_s, log_t = mixture_logs(u - v - gap[:, None], beta)
+                y = tl.math.exp2((u - offset[:, None]) * LOG2E)
+                x = (1.0 - beta) * y * log_s
+                theirs = beta * tl.math.exp2((v + (gap - offset)[:, None]) * LOG2E) * log_t
+                total += tl.sum(x + theirs, axis=1)
+                other += tl.sum(x, axis=1)
+                xs, ys = xs + (x,), ys + (y,)
         else:
             first_z, second_z = taught, student
             if STUDENT_FIRST:
@@ -179,22 +196,25 @@ def forward_pair_kernel(
                 )
             total, other, tilt, excess = move_peaks(total, other, tilt, excess, rise, other_rise)
             peak, other_peak = high, other_high
-            u, v = first_z - peak[:, None], second_z - other_peak[:, None]
-            y, f = tl.math.exp2(u * LOG2E), tl.math.exp2(v * LOG2E)
-            leant = y * (u - v)
-            total += tl.sum(y, axis=1)
-            other += tl.sum(f, axis=1)
-            tilt += tl.sum(leant, axis=1)
-            apart = difference(y, f, u - v)
-            excess += tl.sum(apart, axis=1)
-            if ENTROPY:
-                mine = f * v
+            xs, ys, firsts, seconds = (), (), pieces_of(first_z, CUTS), pieces_of(second_z, CUTS)
+            for k in tl.static_range(2**CUTS):
+                u, v = firsts[k] - peak[:, None], seconds[k] - other_peak[:, None]
+                y, f = tl.math.exp2(u * LOG2E), tl.math.exp2(v * LOG2E)
+                leant = y * (u - v)
+                total += tl.sum(y, axis=1)
+                other += tl.sum(f, axis=1)
+                tilt += tl.sum(leant, axis=1)
+                apart = difference(y, f, u - v)
+                excess += tl.sum(apart, axis=1)
+                if ENTROPY:
+                    mine = f * v
+                    if STUDENT_FIRST:
+                        mine = y * u
+                    spread -= tl.sum(mine, axis=1)
+                x = apart
                 if STUDENT_FIRST:
-                    mine = y * u
-                spread -= tl.sum(mine, axis=1)
-            x = apart
-            if STUDENT_FIRST:
-                x = leant
+                    x = leant
+                xs, ys = xs + (x,), ys + (y,)
         if flags_ptr is not None:
             step, least = tl.cast(N, tl.int64), tl.load(least_ptr)
             if stats_ptr is not None:
@@ -206,7 +226,7 @@ def forward_pair_kernel(
             at_words = flags_ptr + block_words(head.V, start // BLOCK_N, first_v, BLOCK_V)
             least = tl.where(mask_n, least * unit, float("inf"))  # rows that are not there flag nothing
             more_xx, more_xy, more_yy, more_left_xx, more_left_xy, more_left_yy = see_terms(
-                x, y, center, least, at_words, BLOCK_N, BLOCK_V
+                xs, ys, center, least, at_words, CUTS, BLOCK_N, BLOCK_V
             )
             xx, xy, yy = xx + more_xx, xy + more_xy, yy + more_yy
             left_xx, left_xy, left_yy = left_xx + more_left_xx, left_xy + more_left_xy, left_yy + more_left_yy
@@ -378,14 +398,13 @@ class PairSweep(Sweep):
     def __init__(self, problem, kernel, selection):
         super().__init__(problem, kernel, selection)
         self.blocks = self.grid[0] // self.runs
-        self.teacher, self.others = teacher_arguments(problem)
+        self.teacher = teacher_arguments(problem, self.tile, problem.teacher.weight)
 
     def fold(self, span, leg, partials, stats, flags=None, known=None, least=None):
         """One launch, of the rows of ``span``; what is not given is as the kernel has it."""
         problem = self.problem
         forward_pair_kernel[(self.blocks * leg.runs,)](
             **self.arguments(*span) | {"runs": leg.runs, "run": leg.run},
-            teacher=self.teacher,
             stats_ptr=stats,
             flags_ptr=flags,
             known_ptr=known,
@@ -396,7 +415,8 @@ class PairSweep(Sweep):
             beta=problem.beta,
             STUDENT_FIRST=problem.beta == 1.0,
             ENTROPY=problem.params.entropy and stats is None,
-            **self.others,
+            CUTS=tiles.pair_cuts(self.tile),
+            **self.teacher,
         )
 
 

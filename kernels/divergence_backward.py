@@ -7,7 +7,7 @@ import triton.language as tl
 
 from fastgrpo.backends import staircase
 from fastgrpo.inputs import IGNORE, compact_rows
-from fastgrpo.kernels import certified
+from fastgrpo.kernels import certified, tiles
 from fastgrpo.kernels.backward import Launcher, climb
 from fastgrpo.kernels.certified import SampleLauncher
 from fastgrpo.kernels.common import (
@@ -15,12 +15,21 @@ from fastgrpo.kernels.common import (
     cap_slope,
     dlogits_tile,
     inverse_temperatures,
+    pieces_of,
     raw_logits,
     selected_rows,
-    store_dlogits,
+    store_piece,
+    store_sums,
     without_dust,
 )
-from fastgrpo.kernels.pair import difference, load_pair, mixed, teacher_arguments, teacher_raw, transformed
+from fastgrpo.kernels.pair import (
+    difference,
+    load_pair,
+    mixed,
+    teacher_arguments,
+    teacher_raw,
+    transformed,
+)
 from fastgrpo.kernels.pair_math import mixture_logs
 
 
@@ -33,6 +42,7 @@ def dlogits_pair_kernel(
     bias_ptr,  # (V,) or None
     low_rank,  # LowRank or None
     teacher,  # Teacher
+    teacher_w_desc,  # see teacher_raw
     teacher_bias_ptr,  # (V,) or None
     ids_ptr,  # (V,) the entry at each position; None: in their order
     selection,  # Selection of the rows with a gradient
@@ -53,9 +63,11 @@ def dlogits_pair_kernel(
     T,
     logits,  # Logits of the student
     beta,
+    CUTS: tl.constexpr,  # see pieces_of
     KIND: tl.constexpr,  # 0: KL(teacher || student), 1: KL(student || teacher), 2: of the mixture
     WHOLE_D: tl.constexpr,
     COMPUTE: tl.constexpr,
+    TEACHER_WHOLE_D: tl.constexpr,
     TEACHER_COMPUTE: tl.constexpr,
     PANEL: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -72,8 +84,9 @@ def dlogits_pair_kernel(
     mask_n = offs_n < stop
     rows, _ = selected_rows(selection, offs_n, mask_n, head.V)
     taught = teacher_raw(
-        teacher, teacher_bias_ptr, ids_ptr, rows, first_v, T, TEACHER_COMPUTE, BLOCK_N, BLOCK_V, BLOCK_D
-    )
+        teacher, teacher_w_desc, teacher_bias_ptr, ids_ptr, rows, first_v, first_w, T, TEACHER_WHOLE_D,
+        TEACHER_COMPUTE, BLOCK_N, BLOCK_V, BLOCK_D,
+    )  # fmt: skip
     raw = raw_logits(
         x_ptr, x_desc, w_desc, head, bias_ptr, low_rank, ids_ptr, rows, start - first_held, stop - 1 - first_held,
         first_v, first_w, WHOLE_D, COMPUTE, BLOCK_N, BLOCK_V, BLOCK_D,
@@ -81,21 +94,28 @@ def dlogits_pair_kernel(
     inverse = inverse_temperatures(temperature_ptr, rows, mask_n, logits, BLOCK_N)
     grad = tl.load(grad_ptr + rows, mask=mask_n, other=0.0) * inverse * tl.load(scale_ptr)
     peak, offset, other_peak, gap, center = load_pair(stats_ptr, N, rows, mask_n)
-    u = transformed(raw, logits, inverse) - peak[:, None]
-    v = transformed(taught, teacher.logits, inverse) - other_peak[:, None]
-    delta = u - v - gap[:, None]
-    p = tl.math.exp2((u - offset[:, None]) * LOG2E)
-    if KIND == 0:
-        dz = -difference(p, tl.math.exp2((v + (gap - offset)[:, None]) * LOG2E), delta)
-    else:
-        if KIND == 2:
-            log_s, _log_t = mixture_logs(delta, beta)
-            delta = (1.0 - beta) * log_s
-        dz = p * (delta - center[:, None])
-    dz = without_dust(dz * (grad[:, None] * cap_slope(raw, logits)))
-    offs_v = tl.arange(0, BLOCK_V)
-    dz = tl.where((first_v + offs_v < head.V)[None, :] & mask_n[:, None], dz, 0.0)  # the GEMMs read whole tiles
-    store_dlogits(dz, dlogits_ptr, sums_ptr, block, tile, height, PANEL, BLOCK_N, BLOCK_V)
+    raws, taughts = pieces_of(raw, CUTS), pieces_of(taught, CUTS)
+    PIECE: tl.constexpr = BLOCK_V // 2**CUTS
+    sums = tl.zeros((BLOCK_N,), tl.float32)
+    for k in tl.static_range(2**CUTS):
+        u = transformed(raws[k], logits, inverse) - peak[:, None]
+        v = transformed(taughts[k], teacher.logits, inverse) - other_peak[:, None]
+        delta = u - v - gap[:, None]
+        p = tl.math.exp2((u - offset[:, None]) * LOG2E)
+        if KIND == 0:
+            dz = -difference(p, tl.math.exp2((v + (gap - offset)[:, None]) * LOG2E), delta)
+        else:
+            if KIND == 2:
+                log_s, _log_t = mixture_logs(delta, beta)
+                delta = (1.0 - beta) * log_s
+            dz = p * (delta - center[:, None])
+        dz = without_dust(dz * (grad[:, None] * cap_slope(raws[k], logits)))
+        offs_v = k * PIECE + tl.arange(0, PIECE)
+        dz = tl.where((first_v + offs_v < head.V)[None, :] & mask_n[:, None], dz, 0.0)  # the GEMMs read whole tiles
+        store_piece(dz, dlogits_ptr, block, tile * BLOCK_V + k * PIECE, height, PANEL, BLOCK_N, PIECE)
+        sums += tl.sum(dz, axis=1)
+    if sums_ptr is not None:
+        store_sums(sums, sums_ptr, block, tile, height, BLOCK_N)
 
 
 def backward(problem, stats, grad, needs):
@@ -115,11 +135,11 @@ class PairLauncher(Launcher):
 
     @functools.cached_property
     def teacher(self):
-        return teacher_arguments(self.problem)
+        weight = self.problem.teacher.weight
+        return teacher_arguments(self.problem, self.tile, self.work.panels.described(weight, False))
 
     def dlogits(self, first_row, last_row, chunk):
         problem = self.problem
-        teacher, others = self.teacher
         dlogits_pair_kernel[(self.grid(self.tile),)](
             **self.tile_arguments(first_row, last_row, chunk),
             selection=self.selection,
@@ -127,11 +147,11 @@ class PairLauncher(Launcher):
             stats_ptr=self.stats,
             scale_ptr=self.scale,
             N=problem.targets.numel(),
-            teacher=teacher,
             grad_ptr=self.grads[0],
             beta=problem.beta,
+            CUTS=tiles.pair_cuts(self.tile),
             KIND=2 if problem.is_mixture else int(problem.beta),
-            **others,
+            **self.teacher,
         )
 
 
@@ -140,8 +160,9 @@ class PairSampleLauncher(SampleLauncher, PairLauncher):
 
     @functools.cached_property
     def teacher(self):
-        teacher, others = teacher_arguments(self.problem)
-        return teacher._replace(head=teacher.head._replace(V=self.head.V)), others
+        arguments = teacher_arguments(self.problem, self.tile)
+        teacher = arguments["teacher"]
+        return arguments | {"teacher": teacher._replace(head=teacher.head._replace(V=self.head.V))}
 
 
 def certified_backward(problem, stats, certificate, grad, needs):

@@ -9,7 +9,7 @@ import triton.language as tl
 from fastgrpo.backends.certified import Certificate
 from fastgrpo.kernels import tiles
 from fastgrpo.kernels.arguments import pick_tile
-from fastgrpo.kernels.common import sum_parts
+from fastgrpo.kernels.common import pieces_of, sum_parts
 from fastgrpo.kernels.tiles import cdiv
 
 WIDEST = tl.constexpr(tiles.FLAGGED[1])  # entries of a tile: a block's flags are padded to it
@@ -52,19 +52,31 @@ def sum_unflagged(e, words):
 
 
 @triton.jit
-def see_terms(x, y, center, least, words_ptr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr):
+def see_terms(xs, ys, center, least, words_ptr, CUTS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr):
     """Flags the entries of a tile that have a term of ``least`` or more, see :mod:`fastgrpo.pair_math`.
 
-    -> (BLOCK_N,) each: the sums of x^2, x y and y^2 over the tile, then over what is not flagged.
+    xs, ys: the tile in pieces. -> (BLOCK_N,) each: the sums of x^2, x y and y^2 over the tile, then over what is not
+    flagged.
     """
-    hit = tl.abs(x - center[:, None] * y) >= least[:, None]
-    words = pack_flags(hit, BLOCK_N, BLOCK_V)
+    W: tl.constexpr = BLOCK_V // 32
+    BITS: tl.constexpr = 32 >> CUTS  # of each word, that a piece has
+    bits = tl.zeros((BLOCK_N, BITS, W), tl.int32)
+    for k in tl.static_range(2**CUTS):
+        hit = tl.reshape(tl.abs(xs[k] - center[:, None] * ys[k]) >= least[:, None], (BLOCK_N, BITS, W))
+        bits |= tl.where(hit, (1 << (k * BITS + tl.arange(0, BITS)))[None, :, None], 0)
+    words = tl.reduce(tl.reshape(bits, (BLOCK_N * BITS, W)), 0, either)
     tl.store(words_ptr + tl.arange(0, BLOCK_V // 32), words)
     kept = tl.reshape((words[None, :] & (1 << tl.arange(0, 32))[:, None]) != 0, (BLOCK_V,))[None, :]
-    left_x, left_y = tl.where(kept, 0.0, x), tl.where(kept, 0.0, y)
-    left_xx, left_xy = tl.sum(left_x * left_x, axis=1), tl.sum(left_x * left_y, axis=1)
-    left_yy = tl.sum(left_y * left_y, axis=1)
-    return tl.sum(x * x, axis=1), tl.sum(x * y, axis=1), tl.sum(y * y, axis=1), left_xx, left_xy, left_yy
+    xx = tl.zeros((BLOCK_N,), tl.float32)
+    xy, yy, left_xx, left_xy, left_yy = xx, xx, xx, xx, xx
+    keeps = pieces_of(kept, CUTS)
+    for k in tl.static_range(2**CUTS):
+        x, y = xs[k], ys[k]
+        xx, xy, yy = xx + tl.sum(x * x, axis=1), xy + tl.sum(x * y, axis=1), yy + tl.sum(y * y, axis=1)
+        x, y = tl.where(keeps[k], 0.0, x), tl.where(keeps[k], 0.0, y)
+        left_xx, left_xy = left_xx + tl.sum(x * x, axis=1), left_xy + tl.sum(x * y, axis=1)
+        left_yy += tl.sum(y * y, axis=1)
+    return xx, xy, yy, left_xx, left_xy, left_yy
 
 
 @triton.jit

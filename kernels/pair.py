@@ -9,7 +9,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from fastgrpo.kernels.arguments import TO_TRITON, logit_arguments, row_strides
+from fastgrpo.kernels.arguments import TO_TRITON, describable, describe, logit_arguments, row_strides
 from fastgrpo.kernels.common import NOTHING, cap, entry_ids, rounded_product, row_offsets
 from fastgrpo.kernels.pair_math import NEAR, expm1_near
 
@@ -39,11 +39,14 @@ def log_of(raw, logits, inverse, first_v, V, BLOCK_V: tl.constexpr):
 @triton.jit
 def teacher_raw(
     teacher,  # Teacher
+    w_desc,  # of its weight, tiles of (BLOCK_V, BLOCK_D); None: by pointers
     bias_ptr,  # (V,) or None
     ids_ptr,  # (V,) entry at each position; None: in their order
     rows,  # (BLOCK_N,) int64
     first_v,
+    first_w,  # the tile's row of w_desc
     T,
+    WHOLE_D: tl.constexpr,  # whether BLOCK_D divides D
     COMPUTE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -58,9 +61,16 @@ def teacher_raw(
     w_ptrs = head.weight_ptr + entries[None, :] * head.stride_v + offs_d[:, None] * head.stride_d
     acc = tl.zeros((BLOCK_N, BLOCK_V), dtype=tl.float32)
     for start in range(0, head.D, BLOCK_D):
-        inside = start + offs_d < head.D
-        x = tl.load(x_ptrs, mask=inside[None, :], other=0.0)
-        w = tl.load(w_ptrs, mask=inside[:, None], other=0.0)
+        if WHOLE_D:
+            x = tl.load(x_ptrs)
+        else:
+            x = tl.load(x_ptrs, mask=(start + offs_d < head.D)[None, :], other=0.0)
+        if w_desc is not None:
+            w = w_desc.load([first_w, start]).T
+        elif WHOLE_D:
+            w = tl.load(w_ptrs)
+        else:
+            w = tl.load(w_ptrs, mask=(start + offs_d < head.D)[:, None], other=0.0)
         acc = tl.dot(x.to(COMPUTE), w.to(COMPUTE), acc, input_precision="ieee")
         x_ptrs += BLOCK_D * teacher.strides.d
         w_ptrs += BLOCK_D * head.stride_d
@@ -94,13 +104,16 @@ def mixed(name, problem):
     return f"{name}_mixture" if problem.is_mixture else name
 
 
-def teacher_arguments(problem):
-    """-> :class:`Teacher`, what the kernels take beside it."""
+def teacher_arguments(problem, tile, entries=None):
+    """What the kernels take of the teacher. entries: what a descriptor reads of its weight; None: pointers have to."""
     teacher = problem.teacher
     head, logits, _ = logit_arguments(teacher)
-    both = Teacher(teacher.hidden, row_strides(teacher.hidden), head, logits)
-    return both, {
+    described = entries is not None and describable("dlogits", entries.device, teacher.params.compute_dtype, entries)
+    return {
+        "teacher": Teacher(teacher.hidden, row_strides(teacher.hidden), head, logits),
+        "teacher_w_desc": describe(entries, tile.cols, tile.depth) if described else None,
         "teacher_bias_ptr": teacher.bias,
+        "TEACHER_WHOLE_D": teacher.hidden.shape[2] % tile.depth == 0,
         "T": teacher.hidden.shape[1],
         "TEACHER_COMPUTE": TO_TRITON[str(teacher.params.compute_dtype)],
     }

@@ -53,6 +53,7 @@ TMA = "sm_90 TMA"
 WIDE = {TMA: Tile(128, 256, 64, 8, 3)}
 SMALL = {"default": Tile(64, 64, 32, 8, 3), "gfx942": Tile(64, 64, 32, 8, 2)}
 LOGITS = {**SQUARE, "sm_80": Tile(128, 128, 64, 8, 3)}
+PAIR = {TMA: Tile(128, 128, 64, 8, 3)}  # by pieces, see pair_cuts
 TWO_AN_SM = {TMA: Tile(128, 128, 64, 4, 3)}  # one computes while the other stores
 TILES = {
     "forward": {2: {**LOGITS, **WIDE}, 4: {**FP32, **SPILLING}},
@@ -82,14 +83,14 @@ TILES = {
         2: {**NARROW, **dict.fromkeys(("sm_86", "sm_89", "sm_120"), Tile(64, 64, 32, 4, 3))},
         4: FP32_NARROW,
     },
-    "forward_pair": {2: NARROW, 4: FP32_NARROW},  # of two models: two tiles of logits at once
-    "forward_pair_mixture": {2: SMALL, 4: FP32_NARROW},
+    "forward_pair": {2: {**NARROW, **PAIR}, 4: FP32_NARROW},  # of two models: two tiles of logits at once
+    "forward_pair_mixture": {2: {**SMALL, **PAIR}, 4: FP32_NARROW},
     # a row's sums and moments take so many registers that tiles of few rows are better
     "forward_pair_certified": {2: {**SMALL, "sm_90": Tile(64, 128, 64, 8, 3)}, 4: FP32_NARROW},
     "forward_pair_certified_full": {2: {**SMALL, "gfx942": Tile(64, 32, 32, 4, 2)}, 4: FP32_NARROW},
     "forward_pair_mixture_certified": {2: SMALL, 4: FP32_NARROW},
-    "dlogits_pair": {2: {**NARROW, "sm_100": Tile(64, 64, 64, 8, 3)}, 4: FP32_NARROW},  # sm_100 spills at 128 rows
-    "dlogits_pair_mixture": {2: SMALL, 4: FP32_NARROW},
+    "dlogits_pair": {2: {**NARROW, **PAIR, "sm_100": Tile(64, 64, 64, 8, 3)}, 4: FP32_NARROW},  # sm_100 spills at 128 rows
+    "dlogits_pair_mixture": {2: {**SMALL, **PAIR}, 4: FP32_NARROW},
     "masses": {2: {**LOGITS, **TWO_AN_SM}, 4: FP32},
     "masses_full": {2: NARROW, 4: FP32_NARROW},
     "dhidden": {2: {**SQUARE, **WIDE}, 4: {"default": Tile(64, 64, 16, 8, 2)}},
@@ -164,6 +165,13 @@ def column_parts(tile, bytes_per_value, device):
     if interpreting():
         return 4
     return parts_of(tile, bytes_per_value, architecture(device))
+
+
+def pair_cuts(tile):
+    """How many times two models' tiles are halved, so that all that is made of a piece's cells fits the registers."""
+    if interpreting():
+        return 1
+    return 3 if tile.rows * tile.cols > 32 * 32 * tile.warps else 0
 
 
 def parts_of(tile, bytes_per_value, architecture):
