@@ -14,7 +14,7 @@ from fastgrpo.backends.pair import PairStats, mixture_stats
 from fastgrpo.backends.problem import RowPartials
 from fastgrpo.inputs import IGNORE, compact_rows
 from fastgrpo.kernels import tiles
-from fastgrpo.kernels.arguments import Selection, has_extras
+from fastgrpo.kernels.arguments import Selection, describe, has_extras
 from fastgrpo.kernels.common import (
     FLOOR,
     LOG2E,
@@ -33,7 +33,6 @@ from fastgrpo.kernels.pair import (
     log_of,
     mixed,
     teacher_arguments,
-    teacher_raw,
 )
 from fastgrpo.kernels.pair_math import (
     finish_sums,
@@ -96,7 +95,7 @@ def frame_so_far(known_at, step, mask, peak, other_peak, total, other, tilt, exc
     return scale_terms(known + total, known_other + other, known_tilt + tilt, known_excess + excess, STUDENT_FIRST)
 
 
-@triton.jit(do_not_specialize=["N", "T", "first_row", "last_row", "first_entry", "last_entry", "run", "runs"])
+@triton.jit(do_not_specialize=["N", "first_row", "last_row", "first_entry", "last_entry", "run", "runs"])
 def forward_pair_kernel(
     x_ptr,  # (held, D) the chunk's rows of the student's hidden, dense
     x_desc,  # of it, and
@@ -105,7 +104,9 @@ def forward_pair_kernel(
     bias_ptr,  # (V,) or None
     low_rank,  # LowRank or None
     teacher,  # Teacher
-    teacher_w_desc,  # see teacher_raw
+    teacher_x_ptr,  # its rows, and so on, as the student's
+    teacher_x_desc,
+    teacher_w_desc,
     teacher_bias_ptr,  # (V,) or None
     selection,  # Selection
     temperature_ptr,  # (N,) or None
@@ -115,7 +116,6 @@ def forward_pair_kernel(
     least_ptr,  # (1,) terms so large are kept, where certified
     partials_ptr,  # (kinds, runs, N) out: 7 or 2 sums, and 6 moments where certified
     N,
-    T,
     first_row,  # of the chunk, a multiple of BLOCK_N
     last_row,
     first_entry,  # of the leg, a multiple of BLOCK_V
@@ -127,6 +127,7 @@ def forward_pair_kernel(
     STUDENT_FIRST: tl.constexpr,
     ENTROPY: tl.constexpr,
     CUTS: tl.constexpr,  # see pieces_of
+    FLAGS: tl.constexpr,  # entries that share their words
     WHOLE_D: tl.constexpr,
     COMPUTE: tl.constexpr,
     TEACHER_WHOLE_D: tl.constexpr,
@@ -161,9 +162,10 @@ def forward_pair_kernel(
             first_v, WHOLE_D, COMPUTE, BLOCK_N, BLOCK_V, BLOCK_D,
         )  # fmt: skip
         student = log_of(raw, logits, inverse, first_v, head.V, BLOCK_V)
-        raw = teacher_raw(
-            teacher, teacher_w_desc, teacher_bias_ptr, None, rows, first_v, first_v, T, TEACHER_WHOLE_D,
-            TEACHER_COMPUTE, BLOCK_N, BLOCK_V, BLOCK_D,
+        raw = raw_logits(
+            teacher_x_ptr, teacher_x_desc, teacher_w_desc, teacher.head, teacher_bias_ptr, None, None, rows,
+            block * BLOCK_N, stop - 1 - first_row, first_v, first_v, TEACHER_WHOLE_D, TEACHER_COMPUTE,
+            BLOCK_N, BLOCK_V, BLOCK_D,
         )  # fmt: skip
         taught = log_of(raw, teacher.logits, inverse, first_v, head.V, BLOCK_V)
         if stats_ptr is not None:
@@ -217,6 +219,7 @@ def forward_pair_kernel(
                 xs, ys = xs + (x,), ys + (y,)
         if flags_ptr is not None:
             step, least = tl.cast(N, tl.int64), tl.load(least_ptr)
+            mask_n = offs_n < tl.minimum(tl.load(selection.count_ptr), last_row)  # again: registers are short here
             if stats_ptr is not None:
                 center, unit = other + tl.load(known_ptr + offs_n + step, mask=mask_n, other=0.0), 1.0
             else:
@@ -226,7 +229,7 @@ def forward_pair_kernel(
             at_words = flags_ptr + block_words(head.V, start // BLOCK_N, first_v, BLOCK_V)
             least = tl.where(mask_n, least * unit, float("inf"))  # rows that are not there flag nothing
             more_xx, more_xy, more_yy, more_left_xx, more_left_xy, more_left_yy = see_terms(
-                xs, ys, center, least, at_words, CUTS, BLOCK_N, BLOCK_V
+                xs, ys, center, least, at_words, CUTS, BLOCK_N, BLOCK_V, FLAGS
             )
             xx, xy, yy = xx + more_xx, xy + more_xy, yy + more_yy
             left_xx, left_xy, left_yy = left_xx + more_left_xx, left_xy + more_left_xy, left_yy + more_left_yy
@@ -396,9 +399,17 @@ class PairSweep(Sweep):
     """A forward's way over rows and vocabulary with the teacher beside it."""
 
     def __init__(self, problem, kernel, selection):
-        super().__init__(problem, kernel, selection)
-        self.blocks = self.grid[0] // self.runs
-        self.teacher = teacher_arguments(problem, self.tile, problem.teacher.weight)
+        teacher = problem.teacher
+        super().__init__(problem, kernel, selection, beside=(teacher.hidden,))
+        self.blocks, x = self.grid[0] // self.runs, self.gathered[1]
+        dense = x.dtype == teacher.params.compute_dtype and x.shape[1] % 8 == 0
+        self.teacher = teacher_arguments(problem, self.tile, teacher.weight if dense else None)
+        described = self.teacher["teacher_w_desc"] is not None
+        self.teacher |= {
+            "teacher_x_ptr": x,
+            "teacher_x_desc": describe(x, self.tile.rows, self.tile.depth) if described else None,
+            "TEACHER_WHOLE_D": x.shape[1] % self.tile.depth == 0,
+        }
 
     def fold(self, span, leg, partials, stats, flags=None, known=None, least=None):
         """One launch, of the rows of ``span``; what is not given is as the kernel has it."""
@@ -416,6 +427,7 @@ class PairSweep(Sweep):
             STUDENT_FIRST=problem.beta == 1.0,
             ENTROPY=problem.params.entropy and stats is None,
             CUTS=tiles.pair_cuts(self.tile),
+            FLAGS=min(self.tile.cols, tiles.PAIR_FLAGS),
             **self.teacher,
         )
 

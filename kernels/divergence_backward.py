@@ -8,15 +8,19 @@ import triton.language as tl
 from fastgrpo.backends import staircase
 from fastgrpo.inputs import IGNORE, compact_rows
 from fastgrpo.kernels import certified, tiles
+from fastgrpo.kernels.arguments import row_strides
 from fastgrpo.kernels.backward import Launcher, climb
 from fastgrpo.kernels.certified import SampleLauncher
 from fastgrpo.kernels.common import (
     LOG2E,
+    NOTHING,
     cap_slope,
     dlogits_tile,
+    entry_ids,
     inverse_temperatures,
     pieces_of,
     raw_logits,
+    row_offsets,
     selected_rows,
     store_piece,
     store_sums,
@@ -27,10 +31,46 @@ from fastgrpo.kernels.pair import (
     load_pair,
     mixed,
     teacher_arguments,
-    teacher_raw,
     transformed,
 )
 from fastgrpo.kernels.pair_math import mixture_logs
+
+
+@triton.jit
+def teacher_raw(
+    hidden_ptr,  # (B, T, D_t)
+    strides,  # RowStrides
+    head,  # Head
+    w_desc,  # of its weight, tiles of (BLOCK_V, BLOCK_D); None: by pointers
+    bias_ptr,  # (V,) or None
+    ids_ptr,  # (V,) entry at each position; None: in their order
+    rows,  # (BLOCK_N,) int64
+    first_v,
+    first_w,  # the tile's row of w_desc
+    T,
+    COMPUTE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """hidden @ weight.T + bias of the teacher, (BLOCK_N, BLOCK_V) in fp32; anything beyond V."""
+    offs_d = tl.arange(0, BLOCK_D)
+    entries = entry_ids(ids_ptr, first_v, tl.arange(0, BLOCK_V), head.V)
+    x_ptrs = hidden_ptr + row_offsets(rows, T, strides)[:, None]
+    x_ptrs = x_ptrs + offs_d[None, :] * tl.cast(strides.d, tl.int64)
+    w_ptrs = head.weight_ptr + entries[None, :] * head.stride_v + offs_d[:, None] * head.stride_d
+    acc = tl.zeros((BLOCK_N, BLOCK_V), dtype=tl.float32)
+    for start in range(0, head.D, BLOCK_D):
+        inside = start + offs_d < head.D
+        x = tl.load(x_ptrs, mask=inside[None, :], other=0.0)
+        w = w_desc.load([first_w, start]).T if w_desc is not None else tl.load(w_ptrs, mask=inside[:, None], other=0.0)
+        acc = tl.dot(x.to(COMPUTE), w.to(COMPUTE), acc, input_precision="ieee")
+        x_ptrs += BLOCK_D * strides.d
+        w_ptrs += BLOCK_D * head.stride_d
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + entries).to(tl.float32)
+        acc += tl.where(bias < NOTHING, NOTHING, bias)[None, :]
+    return acc
 
 
 @triton.jit(do_not_specialize=["first_row", "last_row", "first_held", "chunk", "N", "copied_rows", "T"])
@@ -42,6 +82,8 @@ def dlogits_pair_kernel(
     bias_ptr,  # (V,) or None
     low_rank,  # LowRank or None
     teacher,  # Teacher
+    teacher_ptr,  # its hidden states (B, T, D_t)
+    teacher_strides,  # RowStrides
     teacher_w_desc,  # see teacher_raw
     teacher_bias_ptr,  # (V,) or None
     ids_ptr,  # (V,) the entry at each position; None: in their order
@@ -67,7 +109,6 @@ def dlogits_pair_kernel(
     KIND: tl.constexpr,  # 0: KL(teacher || student), 1: KL(student || teacher), 2: of the mixture
     WHOLE_D: tl.constexpr,
     COMPUTE: tl.constexpr,
-    TEACHER_WHOLE_D: tl.constexpr,
     TEACHER_COMPUTE: tl.constexpr,
     PANEL: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -84,8 +125,8 @@ def dlogits_pair_kernel(
     mask_n = offs_n < stop
     rows, _ = selected_rows(selection, offs_n, mask_n, head.V)
     taught = teacher_raw(
-        teacher, teacher_w_desc, teacher_bias_ptr, ids_ptr, rows, first_v, first_w, T, TEACHER_WHOLE_D,
-        TEACHER_COMPUTE, BLOCK_N, BLOCK_V, BLOCK_D,
+        teacher_ptr, teacher_strides, teacher.head, teacher_w_desc, teacher_bias_ptr, ids_ptr, rows, first_v, first_w,
+        T, TEACHER_COMPUTE, BLOCK_N, BLOCK_V, BLOCK_D,
     )  # fmt: skip
     raw = raw_logits(
         x_ptr, x_desc, w_desc, head, bias_ptr, low_rank, ids_ptr, rows, start - first_held, stop - 1 - first_held,
@@ -148,6 +189,9 @@ class PairLauncher(Launcher):
             scale_ptr=self.scale,
             N=problem.targets.numel(),
             grad_ptr=self.grads[0],
+            teacher_ptr=problem.teacher.hidden,
+            teacher_strides=row_strides(problem.teacher.hidden),
+            T=problem.teacher.hidden.shape[1],
             beta=problem.beta,
             CUTS=tiles.pair_cuts(self.tile),
             KIND=2 if problem.is_mixture else int(problem.beta),

@@ -52,30 +52,37 @@ def sum_unflagged(e, words):
 
 
 @triton.jit
-def see_terms(xs, ys, center, least, words_ptr, CUTS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr):
+def see_terms(
+    xs, ys, center, least, words_ptr,
+    CUTS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, FLAGS: tl.constexpr,
+):  # fmt: skip
     """Flags the entries of a tile that have a term of ``least`` or more, see :mod:`fastgrpo.pair_math`.
 
-    xs, ys: the tile in pieces. -> (BLOCK_N,) each: the sums of x^2, x y and y^2 over the tile, then over what is not
-    flagged.
+    xs, ys: the tile in pieces; FLAGS: columns that share their words. -> (BLOCK_N,) each: the sums of x^2, x y and y^2
+    over the tile, then over what is not flagged.
     """
-    W: tl.constexpr = BLOCK_V // 32
-    BITS: tl.constexpr = 32 >> CUTS  # of each word, that a piece has
-    bits = tl.zeros((BLOCK_N, BITS, W), tl.int32)
-    for k in tl.static_range(2**CUTS):
-        hit = tl.reshape(tl.abs(xs[k] - center[:, None] * ys[k]) >= least[:, None], (BLOCK_N, BITS, W))
-        bits |= tl.where(hit, (1 << (k * BITS + tl.arange(0, BITS)))[None, :, None], 0)
-    words = tl.reduce(tl.reshape(bits, (BLOCK_N * BITS, W)), 0, either)
-    tl.store(words_ptr + tl.arange(0, BLOCK_V // 32), words)
-    kept = tl.reshape((words[None, :] & (1 << tl.arange(0, 32))[:, None]) != 0, (BLOCK_V,))[None, :]
+    W: tl.constexpr = FLAGS // 32
+    GROUPS: tl.constexpr = BLOCK_V // FLAGS  # 1 or 2
+    EACH: tl.constexpr = 2**CUTS // GROUPS  # pieces of a group
+    BITS: tl.constexpr = 32 // EACH  # of each word, that a piece has
     xx = tl.zeros((BLOCK_N,), tl.float32)
     xy, yy, left_xx, left_xy, left_yy = xx, xx, xx, xx, xx
-    keeps = pieces_of(kept, CUTS)
-    for k in tl.static_range(2**CUTS):
-        x, y = xs[k], ys[k]
-        xx, xy, yy = xx + tl.sum(x * x, axis=1), xy + tl.sum(x * y, axis=1), yy + tl.sum(y * y, axis=1)
-        x, y = tl.where(keeps[k], 0.0, x), tl.where(keeps[k], 0.0, y)
-        left_xx, left_xy = left_xx + tl.sum(x * x, axis=1), left_xy + tl.sum(x * y, axis=1)
-        left_yy += tl.sum(y * y, axis=1)
+    for group in tl.static_range(GROUPS):
+        bits = tl.zeros((BLOCK_N, BITS, W), tl.int32)
+        for k in tl.static_range(EACH):
+            x, y = xs[group * EACH + k], ys[group * EACH + k]
+            hit = tl.reshape(tl.abs(x - center[:, None] * y) >= least[:, None], (BLOCK_N, BITS, W))
+            bits |= tl.where(hit, (1 << (k * BITS + tl.arange(0, BITS)))[None, :, None], 0)
+        words = tl.reduce(tl.reshape(bits, (BLOCK_N * BITS, W)), 0, either)
+        tl.store(words_ptr + group * W + tl.arange(0, W), words)
+        kept = tl.reshape((words[None, :] & (1 << tl.arange(0, 32))[:, None]) != 0, (FLAGS,))
+        keeps = pieces_of(kept[None, :], CUTS - GROUPS // 2)
+        for k in tl.static_range(EACH):
+            x, y = xs[group * EACH + k], ys[group * EACH + k]
+            xx, xy, yy = xx + tl.sum(x * x, axis=1), xy + tl.sum(x * y, axis=1), yy + tl.sum(y * y, axis=1)
+            x, y = tl.where(keeps[k], 0.0, x), tl.where(keeps[k], 0.0, y)
+            left_xx, left_xy = left_xx + tl.sum(x * x, axis=1), left_xy + tl.sum(x * y, axis=1)
+            left_yy += tl.sum(y * y, axis=1)
     return xx, xy, yy, left_xx, left_xy, left_yy
 
 
@@ -99,7 +106,7 @@ def flag_shape(problem, kernel):
 
 def flag_tile(problem, kernel):
     """Entries that share their words of flags."""
-    return pick_tile(kernel, problem)[0].cols
+    return tiles.flag_columns(kernel, pick_tile(kernel, problem)[0])
 
 
 def new_flags(problem, kernel):

@@ -306,19 +306,26 @@ class Sweep:
     """A forward's way over rows and vocabulary: rows are gathered, as many as the workspace holds, and a program does
     a block of them over a run of entries.
 
+    Args:
+        beside: hidden states (B, T, D) of other models whose rows come along.
+
     Attributes:
-        x: (held, D) the chunk's rows. head, logits, low_rank: of :func:`logit_arguments`. grid: of the launch.
+        x: (held, D) the chunk's rows. gathered: these and those beside them. head, logits, low_rank: of
+        :func:`logit_arguments`. grid: of the launch.
     """
 
-    def __init__(self, problem, kernel, selection):
+    def __init__(self, problem, kernel, selection, beside=()):
         self.problem, self.selection = problem, selection
-        n, vocab, depth = problem.sizes
+        n, vocab, _ = problem.sizes
         hidden = problem.hidden
+        self.hiddens = (hidden, *beside)
         self.tile, self.described = pick_tile(kernel, problem)
         self.parts = tiles.column_parts(self.tile, problem.params.compute_dtype.itemsize, hidden.device)
         rows = self.tile.rows
-        held = min(max(problem.params.workspace // (depth * hidden.element_size()) // rows, 1) * rows, n)
-        self.x = torch.empty(held, depth, dtype=hidden.dtype, device=hidden.device)
+        a_row = sum(x.shape[2] * x.element_size() for x in self.hiddens)
+        held = min(max(problem.params.workspace // a_row // rows, 1) * rows, n)
+        self.gathered = [x.new_empty(held, x.shape[2]) for x in self.hiddens]
+        self.x = self.gathered[0]
         blocks = cdiv(held, rows)
         self.runs, self.run = vocabulary_runs(blocks, vocab, self.tile, hidden.device)
         self.grid = (cdiv(blocks, self.tile.group) * self.tile.group * self.runs,)
@@ -333,7 +340,8 @@ class Sweep:
         """-> first_row, last_row, whose rows are in x then."""
         for first_row, last_row in spans(self.problem.targets.numel(), self.x.shape[0]):
             rows, count = self.selection.rows_ptr, self.selection.count_ptr
-            gather_rows(self.problem.hidden, rows, count, self.x, first_row, last_row, first_row)
+            for hidden, x in zip(self.hiddens, self.gathered):
+                gather_rows(hidden, rows, count, x, first_row, last_row, first_row)
             yield first_row, last_row
 
     def find_labels(self, first_row, last_row, label):

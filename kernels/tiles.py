@@ -53,7 +53,7 @@ TMA = "sm_90 TMA"
 WIDE = {TMA: Tile(128, 256, 64, 8, 3)}
 SMALL = {"default": Tile(64, 64, 32, 8, 3), "gfx942": Tile(64, 64, 32, 8, 2)}
 LOGITS = {**SQUARE, "sm_80": Tile(128, 128, 64, 8, 3)}
-PAIR = {TMA: Tile(128, 128, 64, 8, 3)}  # by pieces, see pair_cuts
+PAIR = {TMA: Tile(128, 128, 64, 8, 4)}  # by pieces, see pair_cuts
 TWO_AN_SM = {TMA: Tile(128, 128, 64, 4, 3)}  # one computes while the other stores
 TILES = {
     "forward": {2: {**LOGITS, **WIDE}, 4: {**FP32, **SPILLING}},
@@ -85,11 +85,15 @@ TILES = {
     },
     "forward_pair": {2: {**NARROW, **PAIR}, 4: FP32_NARROW},  # of two models: two tiles of logits at once
     "forward_pair_mixture": {2: {**SMALL, **PAIR}, 4: FP32_NARROW},
-    # a row's sums and moments take so many registers that tiles of few rows are better
-    "forward_pair_certified": {2: {**SMALL, "sm_90": Tile(64, 128, 64, 8, 3)}, 4: FP32_NARROW},
+    # a row's sums and moments take registers too
+    "forward_pair_certified": {2: {**SMALL, **PAIR, "sm_90": Tile(128, 64, 32, 8, 3)}, 4: FP32_NARROW},
     "forward_pair_certified_full": {2: {**SMALL, "gfx942": Tile(64, 32, 32, 4, 2)}, 4: FP32_NARROW},
-    "forward_pair_mixture_certified": {2: SMALL, 4: FP32_NARROW},
-    "dlogits_pair": {2: {**NARROW, **PAIR, "sm_100": Tile(64, 64, 64, 8, 3)}, 4: FP32_NARROW},  # sm_100 spills at 128 rows
+    "forward_pair_mixture_certified": {
+        2: {**SMALL, "sm_90": Tile(128, 64, 32, 8, 3), TMA: Tile(128, 64, 32, 8, 6)},
+        4: FP32_NARROW,
+    },
+    # at 128 rows sm_100 spills
+    "dlogits_pair": {2: {**NARROW, **PAIR, "sm_100": Tile(64, 64, 64, 8, 3)}, 4: FP32_NARROW},
     "dlogits_pair_mixture": {2: {**SMALL, **PAIR}, 4: FP32_NARROW},
     "masses": {2: {**LOGITS, **TWO_AN_SM}, 4: FP32},
     "masses_full": {2: NARROW, 4: FP32_NARROW},
@@ -171,7 +175,14 @@ def pair_cuts(tile):
     """How many times two models' tiles are halved, so that all that is made of a piece's cells fits the registers."""
     if interpreting():
         return 1
-    return 3 if tile.rows * tile.cols > 32 * 32 * tile.warps else 0
+    if tile.rows * tile.cols > 32 * 32 * tile.warps:
+        return 3
+    return int(tile.cols > PAIR_FLAGS)
+
+
+def flag_columns(kernel, tile):
+    """Entries that share their words of a certified forward's flags."""
+    return min(tile.cols, PAIR_FLAGS) if "pair" in kernel else tile.cols
 
 
 def parts_of(tile, bytes_per_value, architecture):
@@ -198,6 +209,7 @@ IN_PANELS = {
     **dict.fromkeys(("dlogits", "dlogits_pair", "dlogits_pair_mixture", "masses"), ("rows", "cols")),
     **dict.fromkeys(("dhidden", "dweight"), ("rows", "depth")),
 }
+PAIR_FLAGS = 64  # entries that share their words of flags in a pair of models' forward, at most
 FLAGGED = 32, 256  # columns of a forward's tile at least, a word of flags, and at most
 NOTES = ("device", "architecture", "torch", "triton", "date")  # of a measured file, beside its tiles
 ENTRY = {"kernel": str, "bytes": int, "described": bool, "tile": dict}
@@ -283,8 +295,9 @@ def check_table(table, architecture):
     where a saved weight comes back in another layout."""
     for kernel, size, _ in table:
         if "certified" in kernel:
-            shapes = {(table.get((kernel, size, way)) or lookup(kernel, size, architecture, way))[:2]
-                      for way in (False, kernel in DESCRIBED.get(architecture, ()))}  # fmt: skip
+            ways = (False, kernel in DESCRIBED.get(architecture, ()))
+            found = [table.get((kernel, size, way)) or lookup(kernel, size, architecture, way) for way in ways]
+            shapes = {(tile.rows, flag_columns(kernel, tile)) for tile in found}
             check(len(shapes) == 1, f"{kernel}: rows and cols must not depend on descriptors, got {sorted(shapes)}")
 
 
