@@ -39,17 +39,17 @@ def cpu_cases():
 def cuda_cases():
     models = ("Qwen2.5-0.5B", "Qwen2.5-1.5B", "Qwen2.5-7B", "Qwen3-0.6B", "Qwen3-4B", "Llama-3-8B", "Gemma-2-2B")
     narrow, wide = Case.of("Qwen2.5-1.5B", 16384, dtype="bf16"), Case.of("Qwen3-8B", 8192, dtype="bf16")
-    sweep = {"dtype": "bf16"}
+    sweep, heads = {"dtype": "bf16"}, ("trained", "frozen")
     return [
         *(
             replace(case, profile=profile, head=head)
             for profile in ("rl", "flat")
             for case in (narrow, wide)
-            for head in ("trained", "frozen")
+            for head in heads
         ),
         replace(narrow, zero_share=SKIPPING),
+        *(Case.real(name, TOKENS, group="models", head=head, dtype="bf16") for name in TEMPERATURES for head in heads),
         *(Case.of(m, 8192, dtype="bf16", group="models") for m in models),
-        *(Case.real(name, TOKENS, group="models", dtype="bf16") for name in TEMPERATURES),
         *(Case.of("Qwen2.5-1.5B", n, dtype="bf16", group="N") for n in (2048, 4096, 8192, 16384, 32768)),
         *(Case(8192, v, 1536, group="V", **sweep) for v in (32768, 65536, 131072, 262144)),
         *(Case(8192, 131072, d, group="D", memory=False, **sweep) for d in (1024, 2048, 4096)),
