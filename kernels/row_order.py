@@ -21,9 +21,13 @@ ONE = tl.constexpr(grouping.UNITS)
 NO_TARGET = tl.constexpr(IGNORE)
 LARGEST = tl.constexpr(3e38)  # of a key below inf, in the place of NaN too
 ACTIVE, USABLE = tl.constexpr(1), tl.constexpr(2)  # bits of a row's state
-ROWS = 32  # of a program that compares each of its rows with all others
-OTHERS = 128  # of them at once
-WEIGHED = 1024  # rows at once of the one program that adds up all of them
+ROWS = 64  # of a program that compares each of its rows with all others
+OTHERS = 128  # of them at once, one a thread
+SORTED = 256  # rows of a program that finds out which of them are within the budget
+PIVOTS = 4  # of them at once are compared with all others, one of these a thread
+SEARCHERS = 16  # warps of it
+WEIGHED = 4096  # rows at once of the one program that adds up all of them
+INFINITE = tl.constexpr(0x7F800000)  # inf of :func:`row_ranks`
 
 
 @triton.jit
@@ -39,6 +43,13 @@ def row_keys(keys_ptr, targets_ptr, offs, N):
     return tl.where(mask, keys, float("inf"))
 
 
+@triton.jit
+def row_ranks(keys_ptr, targets_ptr, offs, N):
+    """:func:`row_keys` as int32 in the same order: two equal keys have one rank, -0 that of 0."""
+    bits = (row_keys(keys_ptr, targets_ptr, offs, N) + 0.0).to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
 @triton.jit(do_not_specialize=["N"])
 def order_kernel(
     keys_ptr,  # (N,) fp32; None: all the same
@@ -51,23 +62,39 @@ def order_kernel(
     BLOCK: tl.constexpr,
 ):
     """Each row counts those before it: N^2 comparisons, which beside N V D multiplications are nothing."""
-    offs = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mine = row_keys(keys_ptr, targets_ptr, offs, N)
-    place = tl.zeros((BLOCK_N,), tl.int32)
+    start = tl.program_id(0) * BLOCK_N
+    offs = start + tl.arange(0, BLOCK_N)
+    mine = row_ranks(keys_ptr, targets_ptr, offs, N)
+    others = start + tl.arange(0, BLOCK)
+    rank = row_ranks(keys_ptr, targets_ptr, others, N)
+    earlier = (rank[None, :] == mine[:, None]) & (others[None, :] < offs[:, None])
+    before = tl.where(earlier, 1.0, 0.0)  # whole numbers, which add up quicker than integers
     counted = tl.zeros((BLOCK,), tl.int32)
+    upcoming = row_ranks(keys_ptr, targets_ptr, tl.arange(0, BLOCK), N)
     for first in range(0, N, BLOCK):
         others = first + tl.arange(0, BLOCK)
-        keys = row_keys(keys_ptr, targets_ptr, others, N)
-        earlier = others[None, :] < offs[:, None]
-        before = (keys[None, :] < mine[:, None]) | ((keys[None, :] == mine[:, None]) & earlier)
-        place += tl.sum(before.to(tl.int32), axis=1)
-        counted += (keys < float("inf")).to(tl.int32)
+        rank, upcoming = upcoming, row_ranks(keys_ptr, targets_ptr, others + BLOCK, N)
+        counted += (rank < INFINITE).to(tl.int32)
+        rank -= (others < start).to(tl.int32)  # of equal rows an earlier one is less
+        before = tl.where(rank[None, :] < mine[:, None], before + 1.0, before)
+    place = tl.sum(before.to(tl.int32), axis=1)
     mask = offs < N
     tl.store(order_ptr + place, offs.to(tl.int64), mask=mask)
     if places_ptr is not None:
         tl.store(places_ptr + offs, place, mask=mask)
     if tl.program_id(0) == 0:
         tl.store(count_ptr, tl.sum(counted, axis=0))
+
+
+@triton.jit
+def cost_units(costs_ptr, states_ptr, budget, offs, N):
+    """int64 parts of the budget, 0 of rows that are not active; see :func:`grouping.within_budget`."""
+    mask = offs < N
+    active = (tl.load(states_ptr + offs, mask=mask, other=0) & ACTIVE) != 0
+    cost = tl.load(costs_ptr + offs, mask=mask, other=0.0)
+    share = cost * cost / budget
+    share = tl.where(share < 2.0, share, 2.0)
+    return tl.where(active, tl.ceil(share.to(tl.float64) * ONE).to(tl.int64), 0)
 
 
 @triton.jit(do_not_specialize=["N", "share"], do_not_specialize_on_alignment=["norms_ptr"])
@@ -80,7 +107,7 @@ def weigh_kernel(
     dropped_ptr,  # (N,) in order
     costs_ptr,  # (N,) out, in order: norm of what each row drops, at most
     states_ptr,  # (N,) uint8 out, in order
-    budget_ptr,  # (1,) out: what the squares of dropped norms may add up to
+    units_ptr,  # (N,) int64 out, in order: the parts of the budget that these take
     scale_ptr,  # (1,) out, see problem.row_scale
     N,
     share,  # of the sum of squared norms
@@ -108,47 +135,61 @@ def weigh_kernel(
         tl.store(costs_ptr + offs, tl.abs(grad * dropped), mask=mask)
         state = tl.where(active, ACTIVE, 0) | tl.where(usable, USABLE, 0)
         tl.store(states_ptr + offs, state.to(tl.uint8), mask=mask)
-    tl.store(budget_ptr, share * tl.sum(norms, axis=0))
+    budget = share * tl.sum(norms, axis=0)
     # 2^-floor(log2(largest)) from its exponent
     exponent = (tl.maximum(tl.max(largest, axis=0), 1e-30).to(tl.int32, bitcast=True) >> 23) - 127
     scale = ((127 - tl.minimum(exponent, 126)) << 23).to(tl.float32, bitcast=True)
     tl.store(scale_ptr, scale)
-
-
-@triton.jit
-def cost_units(costs_ptr, states_ptr, budget, offs, N):
-    """-> int64 parts of the budget, whether the rows are active; see :func:`grouping.within_budget`."""
-    mask = offs < N
-    active = (tl.load(states_ptr + offs, mask=mask, other=0) & ACTIVE) != 0
-    cost = tl.load(costs_ptr + offs, mask=mask, other=0.0)
-    share = cost * cost / budget
-    share = tl.where(share < 2.0, share, 2.0)
-    units = tl.ceil(share.to(tl.float64) * ONE).to(tl.int64)
-    return tl.where(active, units, 0), active
+    tl.debug_barrier()  # threads read what others have written
+    for first in range(0, N, BLOCK):
+        offs = first + tl.arange(0, BLOCK)
+        tl.store(units_ptr + offs, cost_units(costs_ptr, states_ptr, budget, offs, N), mask=offs < N)
 
 
 @triton.jit(do_not_specialize=["N"])
 def sort_out_kernel(
-    costs_ptr,  # (N,)
+    units_ptr,  # (N,) int64
     states_ptr,  # (N,) uint8
-    budget_ptr,  # (1,)
     kinds_ptr,  # (N,) uint8 out: WHOLE, SPARSE or INACTIVE
     N,
     BLOCK_N: tl.constexpr,
     BLOCK: tl.constexpr,
+    OWN: tl.constexpr,
+    PIVOTS: tl.constexpr,
 ):
-    """A row is sparse where it and all cheaper ones together stay within the budget."""
-    budget = tl.load(budget_ptr)
-    offs = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mine, active = cost_units(costs_ptr, states_ptr, budget, offs, N)
-    spent = tl.zeros((BLOCK_N,), tl.int64)
-    for first in range(0, N, BLOCK):
-        others = first + tl.arange(0, BLOCK)
-        units, _ = cost_units(costs_ptr, states_ptr, budget, others, N)
-        not_later = others[None, :] <= offs[:, None]
-        before = (units[None, :] < mine[:, None]) | ((units[None, :] == mine[:, None]) & not_later)
-        spent += tl.sum(tl.where(before, units[None, :], 0), axis=1)
-    kind = tl.where(active, tl.where(spent <= ONE, SPARSE, WHOLE), INACTIVE)
+    """A row is sparse where it and all cheaper ones together stay within the budget.
+
+    So of a program's rows the cheapest ones are; how many is searched for: what PIVOTS of them and all cheaper ones
+    take says between which two of these the last sparse one is.
+    """
+    start = tl.program_id(0) * BLOCK_N
+    offs = start + tl.arange(0, BLOCK_N)
+    mine = tl.load(units_ptr + offs, mask=offs < N, other=0)
+    place = tl.zeros((BLOCK_N, OWN), tl.int32)
+    for first in range(0, BLOCK_N, OWN):
+        others = start + first + tl.arange(0, OWN)
+        units = tl.load(units_ptr + others, mask=others < N, other=0)[None, :]
+        earlier = others[None, :] < offs[:, None]
+        place += (units < mine[:, None] + earlier.to(tl.int64)).to(tl.int32)
+    place = tl.sum(place, axis=1)
+    sparse, left = 0, tl.full((), BLOCK_N + 1, tl.int32)  # so many are sparse, and fewer than ``left`` more
+    while left > 1:
+        step = tl.cdiv(left, PIVOTS + 1)
+        pivot = sparse + (tl.arange(0, PIVOTS) + 1) * step - 1
+        unit = tl.sum(tl.where(place[None, :] == pivot[:, None], mine[None, :], 0), axis=1)
+        spent = tl.zeros((PIVOTS, BLOCK), tl.int64)
+        for first in range(0, N, BLOCK):
+            others = first + tl.arange(0, BLOCK)
+            apart = (others < start) | (others >= start + BLOCK_N)
+            units = tl.load(units_ptr + others, mask=(others < N) & apart, other=0)
+            rank = units - (others < start).to(tl.int64)  # of equal rows an earlier one is less
+            spent = tl.where(rank[None, :] < unit[:, None], spent + units[None, :], spent)
+        own = tl.sum(tl.where(place[None, :] <= pivot[:, None], mine[None, :], 0), axis=1)
+        fine = (tl.sum(spent, axis=1) + own <= ONE) & (pivot < BLOCK_N)
+        sparse += tl.sum(fine.to(tl.int32), axis=0) * step
+        left = step
+    active = (tl.load(states_ptr + offs, mask=offs < N, other=0) & ACTIVE) != 0
+    kind = tl.where(active, tl.where(place < sparse, SPARSE, WHOLE), INACTIVE)
     tl.store(kinds_ptr + offs, kind.to(tl.uint8), mask=offs < N)
 
 
@@ -191,7 +232,8 @@ def order_rows(keys, targets, places=False):
 def weigh(problem, stats, certificate, grad_logp):
     """:class:`Weights` of all rows: which may be left to their kept entries within the tolerance."""
     n, device = certificate.order.numel(), certificate.order.device
-    costs, budget, scale = (torch.empty(k, dtype=torch.float32, device=device) for k in (n, 1, 1))
+    costs, scale = (torch.empty(k, dtype=torch.float32, device=device) for k in (n, 1))
+    units = torch.empty(n, dtype=torch.int64, device=device)
     states, kinds = (torch.empty(n, dtype=torch.uint8, device=device) for _ in range(2))
     weigh_kernel[(1,)](
         order_ptr=certificate.order,
@@ -202,20 +244,22 @@ def weigh(problem, stats, certificate, grad_logp):
         dropped_ptr=certificate.dropped,
         costs_ptr=costs,
         states_ptr=states,
-        budget_ptr=budget,
+        units_ptr=units,
         scale_ptr=scale,
         N=n,
         share=(problem.params.tolerance * problem.of_tolerance) ** 2,
         BLOCK=WEIGHED,
-        num_warps=8,
+        num_warps=16,
     )
-    sort_out_kernel[(cdiv(n, ROWS),)](
-        costs_ptr=costs,
+    sort_out_kernel[(cdiv(n, SORTED),)](
+        units_ptr=units,
         states_ptr=states,
-        budget_ptr=budget,
         kinds_ptr=kinds,
         N=n,
-        BLOCK_N=ROWS,
-        BLOCK=OTHERS,
+        BLOCK_N=SORTED,
+        BLOCK=32 * SEARCHERS,
+        OWN=16,
+        PIVOTS=PIVOTS,
+        num_warps=SEARCHERS,
     )
     return Weights(costs, states, kinds, scale)
