@@ -3,15 +3,20 @@
 import triton
 import triton.language as tl
 
-from fastgrpo.kernels import tiles
+from fastgrpo.kernels import grids, tiles
 from fastgrpo.kernels.arguments import row_strides
 from fastgrpo.kernels.common import row_offsets
 from fastgrpo.kernels.tiles import cdiv
 
+VALUES = 4096  # of a tile that is gathered: four or eight loads of 16 bytes a thread
+COLUMNS = 256, 1024  # of it, at least and at most
+WARPS = 4
+PROGRAMS = 8  # a processor, that go through all tiles
+
 
 @triton.jit(do_not_specialize=["first_row", "last_row", "first_held", "T", "chunk"])
 def gather_kernel(
-    source_ptr,  # (B, T, D)
+    source_ptr,  # (B, T, D); with T None (T, D)
     rows_ptr,  # (N,) rows in the order they are worked on
     count_ptr,  # (1,) how many of them count; None: all
     cuts_ptr,  # (chunks + 1,) panels: the rows of chunk ``chunk``, not those from first_row on; or None
@@ -27,23 +32,29 @@ def gather_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """out = source[rows], 0 for those that do not count."""
+    """out = source[rows], 0 for those that do not count; a program takes every so many-th tile."""
     stop = last_row
     if cuts_ptr is not None:
         first_row = tl.load(cuts_ptr + chunk) * PANEL
         stop = tl.load(cuts_ptr + chunk + 1) * PANEL  # a panel's last rows may lie beyond last_row: they are 0
         first_held = stop - first_held
-    tiles_d = tl.cdiv(D, BLOCK_D)
-    offs_n = first_row + tl.program_id(0) // tiles_d * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_d = tl.program_id(0) % tiles_d * BLOCK_D + tl.arange(0, BLOCK_D)
-    inside = (offs_n < stop)[:, None] & (offs_d < D)[None, :]
-    mask_n = offs_n < tl.minimum(stop, last_row)
+    last = tl.minimum(stop, last_row)
     if count_ptr is not None:
-        mask_n &= offs_n < tl.load(count_ptr)
-    rows = tl.load(rows_ptr + offs_n, mask=mask_n, other=0)
-    pointers = source_ptr + row_offsets(rows, T, strides)[:, None]
-    x = tl.load(pointers + offs_d[None, :] * tl.cast(strides.d, tl.int64), mask=inside & mask_n[:, None], other=0.0)
-    tl.store(out_ptr + (offs_n - first_held).to(tl.int64)[:, None] * D + offs_d[None, :], x, mask=inside)
+        last = tl.minimum(last, tl.load(count_ptr))
+    tiles_d = tl.cdiv(D, BLOCK_D)
+    for tile in range(tl.program_id(0), tl.cdiv(stop - first_row, BLOCK_N) * tiles_d, tl.num_programs(0)):
+        offs_n = first_row + tile // tiles_d * BLOCK_N + tl.arange(0, BLOCK_N)
+        offs_d = tile % tiles_d * BLOCK_D + tl.arange(0, BLOCK_D)
+        mask_n, mask_d = offs_n < last, (offs_d < D)[None, :]
+        rows = tl.load(rows_ptr + offs_n, mask=mask_n, other=0)
+        if T is None:
+            pointers = source_ptr + (rows * strides.t)[:, None]
+        else:
+            pointers = source_ptr + row_offsets(rows, T, strides)[:, None]
+        pointers += offs_d[None, :] * tl.cast(strides.d, tl.int64)
+        x = tl.load(pointers, mask=mask_n[:, None] & mask_d, other=0.0)
+        out = out_ptr + (offs_n - first_held).to(tl.int64)[:, None] * D + offs_d[None, :]
+        tl.store(out, x, mask=(offs_n < stop)[:, None] & mask_d)
 
 
 def gather_rows(source, rows, count, out, first_row, last_row, first_held):
@@ -57,8 +68,10 @@ def gather_entries(entries, ids, out, cuts, chunk, most):
 
 
 def gather(source, rows, count, out, cuts, chunk, first_row, last_row, first_held, most):
-    depth, tile = source.shape[2], copy_tile(source.shape[2])
-    gather_kernel[(cdiv(most, tile.rows) * cdiv(depth, tile.cols),)](
+    depth, by_cuts = source.shape[2], cuts is not None
+    block_n, block_d = gather_tile(depth)
+    most_programs = PROGRAMS * grids.processor_count(source.device)  # what a chunk has is often a tenth of ``most``
+    gather_kernel[(min(cdiv(most, block_n) * cdiv(depth, block_d), most_programs),)](
         source_ptr=source,
         rows_ptr=rows,
         count_ptr=count,
@@ -69,13 +82,19 @@ def gather(source, rows, count, out, cuts, chunk, first_row, last_row, first_hel
         first_held=first_held,
         chunk=chunk,
         D=depth,
-        T=source.shape[1],
+        T=None if by_cuts else source.shape[1],
         strides=row_strides(source),
         PANEL=tiles.WIDTH,
-        BLOCK_N=tile.rows,
-        BLOCK_D=tile.cols,
-        num_warps=tile.warps,
+        BLOCK_N=block_n,
+        BLOCK_D=block_d,
+        num_warps=WARPS,
     )
+
+
+def gather_tile(depth):
+    """-> rows, columns: as wide as divides the width, VALUES in all."""
+    cols = min(max(depth & -depth, COLUMNS[0]), COLUMNS[1], triton.next_power_of_2(depth))
+    return VALUES // cols, cols
 
 
 def copy_tile(depth):

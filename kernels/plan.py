@@ -17,6 +17,9 @@ from fastgrpo.kernels.tiles import cdiv
 WORDS = 32  # of flags, of a program that finds out which rows their entries need
 SPAN = 32 * WORDS  # its entries
 BUCKETS = 16  # of entries that need the same rows: at once
+PLACED = 32  # entries of a program that places them
+PLACERS = 1  # warps of it
+assert SPAN % PLACED == 0
 
 
 @triton.jit(do_not_specialize=["N", "blocks"])
@@ -166,33 +169,41 @@ def offsets_kernel(
         start += tl.sum(count, axis=1)
 
 
-@triton.jit(do_not_specialize=["buckets", "V"])
+@triton.jit(do_not_specialize=["programs", "V"])
 def place_entries_kernel(
     buckets_ptr,  # (V,) int32
     needs_ptr,  # (V,) int32
-    offsets_ptr,  # (buckets, programs) int32
+    offsets_ptr,  # (buckets, programs) int32, of spans of entries
     whole_ptr,  # (1,) int32, rows that dW needs of every entry
     entries_ptr,  # (V,) int64 out: by falling need, equal ones as they come
     positions_ptr,  # (V,) int64 out: where each entry stands there
     stops_hidden_ptr,  # (panels,) int32 out
     stops_head_ptr,  # (panels,) int32 out; or None
-    buckets,
+    programs,
     V,
     PANEL: tl.constexpr,
     SPAN: tl.constexpr,
-    BUCKETS: tl.constexpr,
+    BLOCK_V: tl.constexpr,  # entries of a program, of one span
+    BLOCK: tl.constexpr,
 ):
-    entry = tl.program_id(0) * SPAN + tl.arange(0, SPAN)
+    """Each entry counts those before it in its span that are in the same bucket."""
+    start = tl.program_id(0) * BLOCK_V
+    span = start // SPAN
+    entry = start + tl.arange(0, BLOCK_V)
     mask = entry < V
     bucket = tl.load(buckets_ptr + entry, mask=mask, other=-1)
-    place = tl.zeros((SPAN,), tl.int32)
-    for first in range(0, buckets, BUCKETS):
-        number = first + tl.arange(0, BUCKETS)
-        mine = bucket[:, None] == number[None, :]
-        at = offsets_ptr + number * tl.num_programs(0) + tl.program_id(0)
-        start = tl.load(at, mask=number < buckets, other=0)
-        rank = tl.cumsum(mine.to(tl.int32), axis=0) - 1
-        place += tl.sum(tl.where(mine, start[None, :] + rank, 0), axis=1)
+    rank = tl.zeros((BLOCK_V, BLOCK), tl.float32)  # whole numbers, which add up quicker than integers
+    for first in range(span * SPAN, start, BLOCK):
+        others = first + tl.arange(0, BLOCK)
+        other = tl.load(buckets_ptr + others, mask=others < start, other=-1)
+        rank = tl.where(other[None, :] == bucket[:, None], rank + 1.0, rank)
+    for first in range(0, BLOCK_V, BLOCK):
+        others = first + tl.arange(0, BLOCK)
+        other = tl.load(buckets_ptr + start + others, mask=start + others < V, other=-1)
+        before = (other[None, :] == bucket[:, None]) & (others[None, :] < tl.arange(0, BLOCK_V)[:, None])
+        rank = tl.where(before, rank + 1.0, rank)
+    place = tl.sum(rank.to(tl.int32), axis=1)
+    place += tl.load(offsets_ptr + bucket * programs + span, mask=mask, other=0)
     tl.store(entries_ptr + place, entry.to(tl.int64), mask=mask)
     tl.store(positions_ptr + entry, place.to(tl.int64), mask=mask)
     need = tl.load(needs_ptr + entry, mask=mask, other=0)
@@ -292,7 +303,7 @@ def place_entries(certificate, placed, vocab, trained):
     )
     entries, positions = (torch.empty(vocab, dtype=torch.int64, device=device) for _ in range(2))
     stops = [torch.empty(panels, dtype=torch.int32, device=device) for _ in range(1 + trained)]
-    place_entries_kernel[(programs,)](
+    place_entries_kernel[(cdiv(vocab, PLACED),)](
         buckets_ptr=bucket,
         needs_ptr=needs,
         offsets_ptr=offsets,
@@ -301,12 +312,13 @@ def place_entries(certificate, placed, vocab, trained):
         positions_ptr=positions,
         stops_hidden_ptr=stops[0],
         stops_head_ptr=stops[1] if trained else None,
-        buckets=buckets,
+        programs=programs,
         V=vocab,
         PANEL=tiles.WIDTH,
         SPAN=SPAN,
-        BUCKETS=BUCKETS,
-        num_warps=8,
+        BLOCK_V=PLACED,
+        BLOCK=32 * PLACERS,
+        num_warps=PLACERS,
     )
     return entries, positions, stops[0], stops[-1]
 
