@@ -25,16 +25,16 @@ AUDIT_STEPS = tl.constexpr(STEPS)
 
 @triton.jit
 def sampled(dlogits_ptr, states_ptr, places, columns, height, mask_n, PANEL: tl.constexpr):
-    """(n, C) fp32 dlogits of rows of the certificate's order and columns of the chunk; 0 of what is not usable."""
+    """(n, C) dlogits of rows of the certificate's order and columns of the chunk, 0 of what is not usable; (n,) that."""
     usable = mask_n & ((tl.load(states_ptr + places, mask=mask_n, other=0) & USABLE) != 0)
     at = (columns // PANEL).to(tl.int64)[None, :] * height * PANEL + (columns % PANEL)[None, :]
     at += places.to(tl.int64)[:, None] * PANEL
-    return tl.load(dlogits_ptr + at, mask=usable[:, None], other=0.0).to(tl.float32), usable
+    return tl.load(dlogits_ptr + at, mask=usable[:, None], other=0.0), usable
 
 
 @triton.jit
 def keeps(flags_ptr, blocks, words, ids, mask_n, TILE: tl.constexpr):
-    """(n, C) whether a row's block of the certificate keeps an entry; columns as in forward.pack_flags."""
+    """(n, C) whether blocks of the certificate keep entries; columns as in forward.pack_flags."""
     W: tl.constexpr = TILE // 32
     column = ids % TILE
     at = (ids // TILE * W + column % W)[None, :] + blocks.to(tl.int64)[:, None] * words
@@ -42,17 +42,40 @@ def keeps(flags_ptr, blocks, words, ids, mask_n, TILE: tl.constexpr):
     return ((word >> (column // W)[None, :]) & 1) != 0
 
 
-@triton.jit(do_not_specialize=["N", "height"])
+@triton.jit
+def kept_samples(kept_ptr, blocks, columns, samples, mask_n):
+    """(n, C) what :func:`keeps` says of some columns of all samples, read from where it was written."""
+    at = kept_ptr + blocks.to(tl.int64)[:, None] * samples + columns[None, :]
+    return tl.load(at, mask=mask_n[:, None], other=0) != 0
+
+
+@triton.jit(do_not_specialize=["N", "height", "blocks"])
 def mass_kernel(
     dlogits_ptr,  # panels of the chunk
     states_ptr,  # (N,) uint8
+    ids_ptr,  # (samples,) all samples
+    flags_ptr,  # (blocks, words) int32
     masses_ptr,  # (parts, columns) fp32 out: of each column the sum of sizes over a part of the rows
+    kept_ptr,  # (blocks, samples) uint8 out: whether each block of the certificate keeps each sample
     columns,
     N,
     height,
+    blocks,  # 0: with the chunk before, ``kept`` was written
+    words,
+    samples,  # whole panels of them
+    TILE: tl.constexpr,
     PANEL: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_B: tl.constexpr,
 ):
+    """Flags are read here once: of each sample they lie in a word of their own, far from those of the others."""
+    panels = samples // PANEL
+    for tile in range(tl.program_id(0), tl.cdiv(blocks, BLOCK_B) * panels, tl.num_programs(0)):
+        sample = tile % panels * PANEL + tl.arange(0, PANEL)
+        block = tile // panels * BLOCK_B + tl.arange(0, BLOCK_B)
+        kept = keeps(flags_ptr, block, words, tl.load(ids_ptr + sample), block < blocks, TILE)
+        at = kept_ptr + block.to(tl.int64)[:, None] * samples + sample[None, :]
+        tl.store(at, kept.to(tl.uint8), mask=(block < blocks)[:, None])
     parts = tl.num_programs(0) // (columns // PANEL)
     part, panel = tl.program_id(0) % parts, tl.program_id(0) // parts
     column = panel * PANEL + tl.arange(0, PANEL)
@@ -62,19 +85,18 @@ def mass_kernel(
     for first in range(part * rows, last, BLOCK_N):
         places = first + tl.arange(0, BLOCK_N)
         dz, _ = sampled(dlogits_ptr, states_ptr, places, column, height, places < last, PANEL)
-        total += tl.sum(tl.abs(dz), axis=0)
+        total += tl.sum(tl.abs(dz.to(tl.float32)), axis=0)
     tl.store(masses_ptr + part * columns + column, total)
 
 
-@triton.jit(do_not_specialize=["N", "height", "first_column", "count", "parts"])
+@triton.jit(do_not_specialize=["N", "height", "count", "parts"])
 def share_kernel(
     dlogits_ptr,  # panels of the chunk
     states_ptr,  # (N,) uint8
     kinds_ptr,  # (N,) uint8
     costs_ptr,  # (N,) fp32
     masses_ptr,  # (parts, columns) fp32
-    ids_ptr,  # all samples
-    flags_ptr,  # (blocks, words) int32
+    kept_ptr,  # (blocks, samples) uint8
     shares_ptr,  # (N,) fp32, of the chunks before; out
     keys_ptr,  # (N,) fp32 out, with the last chunk: what the rows are ranked by, inf where they are not
     N,
@@ -83,8 +105,7 @@ def share_kernel(
     columns,
     count,  # samples to rank by
     parts,
-    words,
-    TILE: tl.constexpr,
+    samples,
     CERTIFIED: tl.constexpr,  # rows of a block of the certificate
     PARTS: tl.constexpr,  # at least as many as there are
     PANEL: tl.constexpr,
@@ -102,9 +123,9 @@ def share_kernel(
         counted = (mass > 0) & (first_column + column < count)
         weight = tl.where(counted, 1.0 / tl.where(counted, mass, 1.0), 0.0)
         dz, _ = sampled(dlogits_ptr, states_ptr, places, column, height, mask_n, PANEL)
-        ids = tl.load(ids_ptr + first_column + column)
-        kept = keeps(flags_ptr, places // CERTIFIED, words, ids, mask_n, TILE)
-        total += tl.sum(tl.where(kept, 0.0, tl.abs(dz) * weight[None, :]), axis=1)
+        sample = first_column + column
+        kept = kept_samples(kept_ptr, places // CERTIFIED, sample, samples, mask_n)
+        total += tl.sum(tl.where(kept, 0.0, tl.abs(dz.to(tl.float32)) * weight[None, :]), axis=1)
     tl.store(shares_ptr + places, total, mask=mask_n)
     key = total * tl.load(costs_ptr + places, mask=mask_n, other=0.0)
     key = tl.where(key < LARGEST, key, LARGEST)
@@ -112,70 +133,64 @@ def share_kernel(
     tl.store(keys_ptr + places, tl.where(sparse, key, float("inf")), mask=mask_n)
 
 
-@triton.jit(do_not_specialize=["N", "height", "first_column", "columns", "blocks_a"])
+@triton.jit(do_not_specialize=["N", "height", "columns", "blocks_a"])
 def lost_kernel(
     dlogits_ptr,  # panels of the chunk
     states_ptr,  # (N,) uint8
     ranked_ptr,  # (N,) int64 places in the certificate's order, those that lose least first
     count_ptr,  # (1,) rows that are ranked
     x_ptr,  # (N, depth) what the gradient's GEMM multiplies dlogits with, in the certificate's order
-    ids_ptr,  # all samples
-    flags_ptr,  # (blocks, words) int32
-    lost_ptr,  # (STEPS, columns, depth) fp32 out: what each step's rows leave out of the entries' gradients
-    whole_ptr,  # the same, out: what as many parts of all rows bring to them
+    kept_ptr,  # (blocks, samples) uint8
+    sums_ptr,  # (2, STEPS, columns, depth) fp32 out: what each step's rows leave out of the entries' gradients, and
+    # what as many parts of all rows bring to them
     N,
     height,
     first_column,
     columns,
     blocks_a,
-    words,
+    samples,
     depth,
     stride_x,
     COMPUTE: tl.constexpr,
-    TILE: tl.constexpr,
     CERTIFIED: tl.constexpr,
     PANEL: tl.constexpr,
     BLOCK_A: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    step = tl.program_id(0) % AUDIT_STEPS
-    block = tl.program_id(0) // AUDIT_STEPS
+    part = tl.program_id(0) % (2 * AUDIT_STEPS)
+    step = part % AUDIT_STEPS
+    block = tl.program_id(0) // (2 * AUDIT_STEPS)
     column = block % blocks_a * BLOCK_A + tl.arange(0, BLOCK_A)
     offs_d = block // blocks_a * BLOCK_D + tl.arange(0, BLOCK_D)
-    ids = tl.load(ids_ptr + first_column + column)
-    count = tl.load(count_ptr).to(tl.int64)
-    lost = tl.zeros((BLOCK_A, BLOCK_D), tl.float32)
-    whole = tl.zeros((BLOCK_A, BLOCK_D), tl.float32)
+    mask_d = (offs_d < depth)[None, :]
+    count = (tl.load(count_ptr) if part < AUDIT_STEPS else N).to(tl.int64)
     first, last = (count * step // AUDIT_STEPS).to(tl.int32), (count * (step + 1) // AUDIT_STEPS).to(tl.int32)
-    for n in range(first, last, BLOCK_N):
-        rank = n + tl.arange(0, BLOCK_N)
-        mask_n = rank < last
-        places = tl.load(ranked_ptr + rank, mask=mask_n, other=0)
-        dz, usable = sampled(dlogits_ptr, states_ptr, places, column, height, mask_n, PANEL)
-        kept = keeps(flags_ptr, places // CERTIFIED, words, ids, mask_n, TILE)
-        at = x_ptr + places[:, None] * stride_x + offs_d[None, :]
-        x = tl.load(at, mask=usable[:, None] & (offs_d < depth)[None, :], other=0.0)
-        dz = tl.where(kept, 0.0, dz).to(COMPUTE)
-        lost = tl.dot(tl.trans(dz), x.to(COMPUTE), lost, input_precision="ieee")
-    wide = tl.cast(N, tl.int64)
-    first, last = (wide * step // AUDIT_STEPS).to(tl.int32), (wide * (step + 1) // AUDIT_STEPS).to(tl.int32)
-    for n in range(first, last, BLOCK_N):
-        places = n + tl.arange(0, BLOCK_N)
-        dz, usable = sampled(dlogits_ptr, states_ptr, places, column, height, places < last, PANEL)
-        at = x_ptr + places.to(tl.int64)[:, None] * stride_x + offs_d[None, :]
-        x = tl.load(at, mask=usable[:, None] & (offs_d < depth)[None, :], other=0.0)
-        whole = tl.dot(tl.trans(dz.to(COMPUTE)), x.to(COMPUTE), whole, input_precision="ieee")
-    out = (step * tl.cast(columns, tl.int64) + column)[:, None] * depth + offs_d[None, :]
-    mask = (offs_d < depth)[None, :]
-    tl.store(lost_ptr + out, lost, mask=mask)
-    tl.store(whole_ptr + out, whole, mask=mask)
+    total = tl.zeros((BLOCK_A, BLOCK_D), tl.float32)
+    if part < AUDIT_STEPS:
+        sample = first_column + column
+        for n in range(first, last, BLOCK_N):
+            rank = n + tl.arange(0, BLOCK_N)
+            mask_n = rank < last
+            places = tl.load(ranked_ptr + rank, mask=mask_n, other=0)
+            dz, usable = sampled(dlogits_ptr, states_ptr, places, column, height, mask_n, PANEL)
+            kept = kept_samples(kept_ptr, places // CERTIFIED, sample, samples, mask_n)
+            dz = tl.where(kept, 0.0, dz).to(COMPUTE)
+            x = tl.load(x_ptr + places[:, None] * stride_x + offs_d[None, :], mask=usable[:, None] & mask_d, other=0.0)
+            total = tl.dot(tl.trans(dz), x.to(COMPUTE), total, input_precision="ieee")
+    else:
+        for n in range(first, last, BLOCK_N):
+            places = (n + tl.arange(0, BLOCK_N)).to(tl.int64)
+            dz, usable = sampled(dlogits_ptr, states_ptr, places, column, height, places < last, PANEL)
+            x = tl.load(x_ptr + places[:, None] * stride_x + offs_d[None, :], mask=usable[:, None] & mask_d, other=0.0)
+            total = tl.dot(tl.trans(dz.to(COMPUTE)), x.to(COMPUTE), total, input_precision="ieee")
+    out = (part * tl.cast(columns, tl.int64) + column)[:, None] * depth + offs_d[None, :]
+    tl.store(sums_ptr + out, total, mask=mask_d)
 
 
 @triton.jit(do_not_specialize=["columns", "first_audited", "count", "known"])
 def error_kernel(
-    lost_ptr,  # (STEPS, columns, depth) fp32
-    whole_ptr,  # the same
+    sums_ptr,  # (2, STEPS, columns, depth) fp32 of lost_kernel
     errors_ptr,  # (1 + STEPS, audited) fp32, of the gradients before; out, see row_audit.fewest_whole
     columns,  # of the chunk
     first_audited,  # the first of them among the audited
@@ -183,29 +198,36 @@ def error_kernel(
     audited,  # columns of errors
     known,  # whether gradients came before
     depth,
-    BLOCK_A: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Relative errors of a chunk's entries' gradients, NaN where these are 0; of several gradients the largest."""
-    column = tl.program_id(0) * BLOCK_A + tl.arange(0, BLOCK_A)
-    offs_d = tl.arange(0, BLOCK_D)
-    mask = (column < columns)[:, None] & (offs_d < depth)[None, :]
-    at = column.to(tl.int64)[:, None] * depth + offs_d[None, :]
-    step = tl.cast(columns, tl.int64) * depth
-    whole = tl.zeros((BLOCK_A, BLOCK_D), tl.float32)
-    for k in range(AUDIT_STEPS):
-        whole += tl.load(whole_ptr + k * step + at, mask=mask, other=0.0)
-    norm = tl.sqrt(tl.sum(whole * whole, axis=1))
-    norm = tl.where((norm > 0) & (first_audited + column < count), norm, float("nan"))
-    lost = tl.zeros((BLOCK_A, BLOCK_D), tl.float32)
-    for k in range(AUDIT_STEPS + 1):
-        if k > 0:
-            lost += tl.load(lost_ptr + (k - 1) * step + at, mask=mask, other=0.0)
-        error = tl.sqrt(tl.sum(lost * lost, axis=1)) / norm
-        out = errors_ptr + k * audited + first_audited + column
-        before = tl.load(out, mask=(column < columns) & (known != 0), other=float("nan"))
-        error = tl.where((error > before) | (before != before), error, before)
-        tl.store(out, error, mask=column < columns)
+    """Relative errors of an entry's gradients, NaN where these are 0; of several gradients the largest."""
+    column = tl.program_id(0)
+    steps = tl.arange(0, AUDIT_STEPS)
+    lost_ptr = sums_ptr + (steps * tl.cast(columns, tl.int64) + column)[:, None] * depth
+    whole_ptr = lost_ptr + AUDIT_STEPS * tl.cast(columns, tl.int64) * depth
+    square = tl.zeros((), tl.float32)
+    squares = tl.zeros((AUDIT_STEPS,), tl.float32)
+    for first in range(0, depth, BLOCK_D):
+        offs_d = first + tl.arange(0, BLOCK_D)
+        mask = (offs_d < depth)[None, :]
+        whole = tl.sum(tl.load(whole_ptr + offs_d[None, :], mask=mask, other=0.0), axis=0)
+        lost = tl.cumsum(tl.load(lost_ptr + offs_d[None, :], mask=mask, other=0.0), axis=0)
+        square += tl.sum(whole * whole, axis=0)
+        squares += tl.sum(lost * lost, axis=1)
+    counts = (square > 0) & (first_audited + column < count)
+    norm = tl.where(counts, tl.sqrt(square), float("nan"))
+    out = errors_ptr + first_audited + column
+    before = tl.load(out, mask=known != 0, other=float("nan"))
+    tl.store(out, larger_error(0.0 / norm, before))
+    out += (1 + steps) * audited
+    before = tl.load(out, mask=(steps < AUDIT_STEPS) & (known != 0), other=float("nan"))
+    tl.store(out, larger_error(tl.sqrt(squares) / norm, before))
+
+
+@triton.jit
+def larger_error(error, before):
+    """Of NaN and a number the number."""
+    return tl.where((error > before) | (before != before), error, before)
 
 
 @triton.jit(do_not_specialize=["tolerance", "tight", "allowed", "allowed_tight", "entries"])
@@ -313,6 +335,8 @@ class Audit:
         self.work = SampleWork(problem, certificate.order, self.samples, memory.rows, ranked + audited)
         self.launch = launcher(self.work, problem, stats, grad_logp, weights.scale)
         self.dlogits = self.work.panels.dlogits
+        shape = len(certificate.flags), self.samples.ids.numel()
+        self.kept = torch.empty(shape, dtype=torch.uint8, device=self.device)  # whether blocks keep samples
 
     @staticmethod
     def chunks(bounds, at):
@@ -330,7 +354,7 @@ class Audit:
 
     def keys(self):
         """(N,) fp32 what the rows are ranked by, see :meth:`row_audit.RowAudit.tail`."""
-        n, parts = self.n, min(PARTS, cdiv(self.n, tiles.WIDTH))
+        n, parts, (blocks, words) = self.n, min(PARTS, cdiv(self.n, tiles.WIDTH)), self.certificate.flags.shape
         shares, keys = (torch.empty(n, dtype=torch.float32, device=self.device) for _ in range(2))
         for chunk, first, last in self.ranked:
             self.launch.dlogits(0, n, chunk)
@@ -339,12 +363,20 @@ class Audit:
             mass_kernel[(parts * (columns // tiles.WIDTH),)](
                 dlogits_ptr=self.dlogits,
                 states_ptr=self.weights.states,
+                ids_ptr=self.samples.ids,
+                flags_ptr=self.certificate.flags,
                 masses_ptr=masses,
+                kept_ptr=self.kept,
                 columns=columns,
                 N=n,
                 height=self.rows,
+                blocks=0 if first > 0 else blocks,
+                words=words,
+                samples=self.samples.ids.numel(),
+                TILE=self.certificate.tile,
                 PANEL=tiles.WIDTH,
                 BLOCK_N=32,
+                BLOCK_B=8,
             )
             share_kernel[(cdiv(n, 32),)](
                 dlogits_ptr=self.dlogits,
@@ -352,8 +384,7 @@ class Audit:
                 kinds_ptr=self.weights.kinds,
                 costs_ptr=self.weights.costs,
                 masses_ptr=masses,
-                ids_ptr=self.samples.ids,
-                flags_ptr=self.certificate.flags,
+                kept_ptr=self.kept,
                 shares_ptr=shares,
                 keys_ptr=keys,
                 N=n,
@@ -362,8 +393,7 @@ class Audit:
                 columns=columns,
                 count=self.samples.ranking,
                 parts=parts,
-                words=self.certificate.flags.shape[1],
-                TILE=self.certificate.tile,
+                samples=self.samples.ids.numel(),
                 CERTIFIED=self.certificate.block,
                 PARTS=PARTS,
                 PANEL=tiles.WIDTH,
@@ -379,13 +409,10 @@ class Audit:
         for chunk, first, last in self.audited:
             self.launch.dlogits(0, self.n, chunk)
             for k, x in enumerate(operands):
-                size = STEPS, last - first, x.shape[1]
-                lost, whole = (torch.empty(size, dtype=torch.float32, device=self.device) for _ in range(2))
-                self.add_up(ranked, count, x, first, lost, whole)
-                rows = tiles.for_audit(torch.float32).rows // 2
-                error_kernel[(cdiv(last - first, rows),)](
-                    lost_ptr=lost,
-                    whole_ptr=whole,
+                sums = torch.empty(2, STEPS, last - first, x.shape[1], dtype=torch.float32, device=self.device)
+                self.add_up(ranked, count, x, first, sums)
+                error_kernel[(last - first,)](
+                    sums_ptr=sums,
                     errors_ptr=errors,
                     columns=last - first,
                     first_audited=first - self.samples.first,
@@ -393,34 +420,30 @@ class Audit:
                     audited=columns,
                     known=int(k > 0),
                     depth=x.shape[1],
-                    BLOCK_A=rows,
-                    BLOCK_D=triton.next_power_of_2(x.shape[1]),
+                    BLOCK_D=min(triton.next_power_of_2(x.shape[1]), SKETCH),
                 )
         return errors
 
-    def add_up(self, ranked, count, x, first, lost, whole):
-        columns, tile = lost.shape[1], tiles.for_audit(self.dlogits.dtype)
+    def add_up(self, ranked, count, x, first, sums):
+        columns, tile = sums.shape[2], tiles.for_audit(self.dlogits.dtype)
         blocks, cols = columns // tile.rows, max(min(tile.cols, triton.next_power_of_2(x.shape[1])), 16)
-        lost_kernel[(STEPS * blocks * cdiv(x.shape[1], cols),)](
+        lost_kernel[(2 * STEPS * blocks * cdiv(x.shape[1], cols),)](
             dlogits_ptr=self.dlogits,
             states_ptr=self.weights.states,
             ranked_ptr=ranked,
             count_ptr=count,
             x_ptr=x,
-            ids_ptr=self.samples.ids,
-            flags_ptr=self.certificate.flags,
-            lost_ptr=lost,
-            whole_ptr=whole,
+            kept_ptr=self.kept,
+            sums_ptr=sums,
             N=self.n,
             height=self.rows,
             first_column=first,
             columns=columns,
             blocks_a=blocks,
-            words=self.certificate.flags.shape[1],
+            samples=self.samples.ids.numel(),
             depth=x.shape[1],
             stride_x=x.stride(0),
             COMPUTE=tl.float32 if self.dlogits.dtype == torch.float32 else tl.bfloat16,
-            TILE=self.certificate.tile,
             CERTIFIED=self.certificate.block,
             PANEL=tiles.WIDTH,
             BLOCK_A=tile.rows,
@@ -446,6 +469,8 @@ class Audit:
             return x
         compute = self.problem.params.compute_dtype
         signs = row_audit.signs_on(str(self.device), x.shape[1], compute)
+        if lora.has_native(x) and compute == torch.bfloat16:  # what the kernel casts it to
+            return x.to(compute) @ signs
         narrow = lora.has_native(x) and compute.itemsize == 2
         return lora.mm16(x.to(compute), signs) if narrow else x.float() @ signs.float()
 
