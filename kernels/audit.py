@@ -25,7 +25,7 @@ AUDIT_STEPS = tl.constexpr(STEPS)
 
 @triton.jit
 def sampled(dlogits_ptr, states_ptr, places, columns, height, mask_n, PANEL: tl.constexpr):
-    """(n, C) dlogits of rows of the certificate's order and columns of the chunk, 0 of what is not usable; (n,) that."""
+    """(n, C) dlogits of rows of the certificate's order and columns of the chunk, 0 of unusable ones; (n,) usable."""
     usable = mask_n & ((tl.load(states_ptr + places, mask=mask_n, other=0) & USABLE) != 0)
     at = (columns // PANEL).to(tl.int64)[None, :] * height * PANEL + (columns % PANEL)[None, :]
     at += places.to(tl.int64)[:, None] * PANEL

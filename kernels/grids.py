@@ -11,6 +11,7 @@ START = 0.5  # of a tile, what a program's beginning and end take
 SPREAD = 0.05  # of a program's time, by which programs differ: what waits at the end for the last one
 
 
+@functools.cache
 def processor_count(device):
     return 4 if device.type != "cuda" else torch.cuda.get_device_properties(device).multi_processor_count
 

@@ -18,7 +18,7 @@ WORDS = 32  # of flags, of a program that finds out which rows their entries nee
 SPAN = 32 * WORDS  # its entries
 BUCKETS = 16  # of entries that need the same rows: at once
 PLACED = 32  # entries of a program that places them
-PLACERS = 1  # warps of it
+PLACERS = 2  # warps of it
 assert SPAN % PLACED == 0
 
 

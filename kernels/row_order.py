@@ -234,7 +234,7 @@ def weigh(problem, stats, certificate, grad_logp):
     n, device = certificate.order.numel(), certificate.order.device
     costs, scale = (torch.empty(k, dtype=torch.float32, device=device) for k in (n, 1))
     units = torch.empty(n, dtype=torch.int64, device=device)
-    states, kinds = (torch.empty(n, dtype=torch.uint8, device=device) for _ in range(2))
+    states = torch.empty(n, dtype=torch.uint8, device=device)
     weigh_kernel[(1,)](
         order_ptr=certificate.order,
         targets_ptr=problem.targets,
@@ -251,6 +251,12 @@ def weigh(problem, stats, certificate, grad_logp):
         BLOCK=WEIGHED,
         num_warps=16,
     )
+    return Weights(costs, states, sort_out(units, states), scale)
+
+
+def sort_out(units, states):
+    """kinds (N,) uint8: WHOLE, SPARSE or INACTIVE; see the kernel."""
+    n, kinds = units.numel(), torch.empty_like(states)
     sort_out_kernel[(cdiv(n, SORTED),)](
         units_ptr=units,
         states_ptr=states,
@@ -262,4 +268,4 @@ def weigh(problem, stats, certificate, grad_logp):
         PIVOTS=PIVOTS,
         num_warps=SEARCHERS,
     )
-    return Weights(costs, states, kinds, scale)
+    return kinds

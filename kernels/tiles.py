@@ -103,7 +103,7 @@ TILES = {
 INTERPRETER = Tile(32, 64, 32, 4, 1, group=2)
 COPY = Tile(16, 256, 0, 4, 1)  # of rows that are only gathered or scattered
 LABELS = Tile(8, 256, 0, 4, 1)  # of the labels' logits
-AUDIT = {2: Tile(128, 128, 64, 8, 2), 4: Tile(64, 64, 16, 4, 2)}  # audited entries, columns; rows at once
+AUDIT = {2: Tile(128, 128, 32, 8, 3), 4: Tile(64, 64, 16, 4, 2)}  # audited entries, columns; rows at once
 AUDIT_INTERPRETER = Tile(128, 128, 64, 4, 1)
 LEVEL_ROWS = 32
 LANES = 4  # of a warp, that have the columns of a row of the tensor cores' result

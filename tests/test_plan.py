@@ -13,9 +13,10 @@ from test_staircase import BIAS_ALONE, FROZEN, ROW_TOLERANCE, TRAINED, VOCAB, ce
 from fastgrpo.backends import row_audit, staircase
 from fastgrpo.backends.certified import Certificate
 from fastgrpo.backends.certified_backward import within_tolerance
+from fastgrpo.backends.grouping import UNITS
 from fastgrpo.backends.problem import Gradients, row_scale
 from fastgrpo.inputs import IGNORE
-from fastgrpo.kernels import audit, certified, forward, products, row_order, tiles
+from fastgrpo.kernels import audit, certified, copies, forward, products, row_order, tiles
 from fastgrpo.kernels.panels import Panels
 
 N, BLOCK_TILE = 260, 64
@@ -93,12 +94,58 @@ def test_the_rows_within_the_tolerance(device):
     assert torch.equal(usable, active & grad[order].isfinite())
 
 
+@pytest.mark.parametrize("n", [1, 256, 700])
+def test_the_cheapest_rows_within_the_budget(n, device):
+    """Over several programs; of rows that cost the same the first ones."""
+    g = torch.Generator().manual_seed(n)
+    for most in (0, 2 * UNITS // n, 5 * UNITS // n, 2 * UNITS):
+        units = torch.randint(most + 1, (n,), generator=g)
+        units[::3] = most // 2
+        states = torch.where(torch.rand(n, generator=g) < 0.9, 3, 0).to(torch.uint8)
+        units[states == 0] = 0
+        ranked, order = units.sort(stable=True)
+        within = torch.zeros(n, dtype=torch.bool).scatter_(0, order, ranked.cumsum(0) <= UNITS)
+        kinds = torch.where(within, staircase.SPARSE, staircase.WHOLE)
+        kinds[states == 0] = staircase.INACTIVE
+        assert torch.equal(row_order.sort_out(units.to(device), states.to(device)).cpu(), kinds.to(torch.uint8))
+        assert n < 700 or most < 5 * UNITS // n or 0 < within.sum() < n
+
+
+@pytest.mark.parametrize("depth", [24, 600])
+def test_copies_of_rows_and_entries(depth, device, monkeypatch):
+    """By fewer programs than there are tiles, some of several sequences; what does not count is 0."""
+    monkeypatch.setattr(copies, "PROGRAMS", 1)
+    g = torch.Generator().manual_seed(depth)
+    source = torch.randn(3, 1000, 2 * depth, generator=g).to(device)[..., ::2]
+    rows = torch.randperm(3000, generator=g).to(device)
+    count = torch.tensor([850], dtype=torch.int32, device=device)
+    want = source.flatten(0, 1)[rows]
+    out = torch.full((900, depth), torch.nan, device=device)
+    copies.gather_rows(source, rows, None, out, 100, 1000, 100)
+    assert torch.equal(out, want[100:1000])
+    copies.gather_rows(source, rows, count, out, 200, 900, 150)
+    assert torch.equal(out[50:700], want[200:850])
+    assert not out[700:750].any()
+    assert torch.equal(out[750:], want[850:1000])
+    entries, panel = torch.randn(1000, depth, generator=g).to(device), tiles.WIDTH
+    ids, cuts = torch.randperm(1000, generator=g).to(device), torch.tensor([0, 3, 8], dtype=torch.int32, device=device)
+    for chunk, (first, last) in enumerate(((0, 3), (3, 8))):
+        out = torch.full((6 * panel, depth), torch.nan, device=device)
+        copies.gather_entries(entries, ids, out, cuts, chunk, 5 * panel)
+        copied = out[(6 - last + first) * panel :]
+        wanted = entries[ids[first * panel : last * panel]]
+        assert torch.equal(copied[: len(wanted)], wanted)
+        assert not copied[len(wanted) :].any()
+        assert out[: -len(copied)].isnan().all()
+
+
 @pytest.mark.quick
 @pytest.mark.parametrize("n", [1, 31, 150])
 def test_the_order_of_rows(n, device):
     """Ties stay in order, ignored rows come last, and it is a permutation whatever the keys."""
     g = torch.Generator().manual_seed(0)
-    keys = -torch.randint(5, (n,), generator=g).float().to(device)
+    keys = -torch.randint(5, (n,), generator=g).float().to(device)  # 0 is -0
+    keys[-1] = 0.0
     targets = torch.arange(n, device=device)
     targets[1::4] = IGNORE
     counted = targets != IGNORE
