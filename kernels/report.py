@@ -96,6 +96,7 @@ def pairs(label, problem):
     teacher = {"teacher_hidden": problem.hidden[..., :half], "teacher_weight": problem.weight[:, :half]}
     alike = {f"teacher_{name}": params[name] for name in ("softcap", "logit_scale", "compute_dtype")}
     betas = {"bfloat16": (0.0, 0.3, 1.0), "bfloat16 all options": (0.3, 1.0), "bfloat16 LoRA": (1.0,),
+             "bfloat16 by pointers": (0.0, 0.3, 1.0), "bfloat16 all options, by pointers": (0.3, 1.0),
              "float32": (1.0,), "float32 all options": (0.3,)}  # fmt: skip
     for beta in betas.get(label, ()):
         pair = PairParams(**params, **alike, beta=beta)
