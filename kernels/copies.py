@@ -1,11 +1,14 @@
 """Dense copies of the rows and entries that the GEMMs read, in the order in which they are worked on."""
 
+import functools
+
 import triton
 import triton.language as tl
 
 from fastgrpo.kernels import tiles
 from fastgrpo.kernels.arguments import row_strides
 from fastgrpo.kernels.common import row_offsets
+from fastgrpo.kernels.launches import Launch
 from fastgrpo.kernels.tiles import cdiv
 
 
@@ -48,17 +51,18 @@ def gather_kernel(
 
 def gather_rows(source, rows, count, out, first_row, last_row, first_held):
     """Rows ``rows[first_row:last_row]`` of a (B, T, D) source into out, whose first is ``first_held``."""
-    gather(source, rows, count, out, None, 0, first_row, last_row, first_held, last_row - first_row)
+    gatherer(source, rows, count, out, None, last_row - first_row, first_row, last_row, first_held)(chunk=0)
 
 
-def gather_entries(entries, ids, out, cuts, chunk, most):
-    """A chunk's entries (V, D), ``most`` at most, to the end of out, in the order of ids."""
-    gather(entries[None], ids, None, out, cuts, chunk, 0, ids.numel(), out.shape[0], most)
+def entries_gatherer(entries, ids, out, cuts, most):
+    """-> launch(chunk=): a chunk's entries (V, D), ``most`` at most, to the end of out, in the order of ids."""
+    return gatherer(entries[None], ids, None, out, cuts, most, 0, ids.numel(), out.shape[0])
 
 
-def gather(source, rows, count, out, cuts, chunk, first_row, last_row, first_held, most):
+def gatherer(source, rows, count, out, cuts, most, first_row, last_row, first_held):
     depth, tile = source.shape[2], copy_tile(source.shape[2])
-    gather_kernel[(cdiv(most, tile.rows) * cdiv(depth, tile.cols),)](
+    launch = Launch(
+        gather_kernel,
         source_ptr=source,
         rows_ptr=rows,
         count_ptr=count,
@@ -67,7 +71,6 @@ def gather(source, rows, count, out, cuts, chunk, first_row, last_row, first_hel
         first_row=first_row,
         last_row=last_row,
         first_held=first_held,
-        chunk=chunk,
         D=depth,
         T=source.shape[1],
         strides=row_strides(source),
@@ -76,6 +79,7 @@ def gather(source, rows, count, out, cuts, chunk, first_row, last_row, first_hel
         BLOCK_D=tile.cols,
         num_warps=tile.warps,
     )
+    return functools.partial(launch, cdiv(most, tile.rows) * cdiv(depth, tile.cols))
 
 
 def copy_tile(depth):
