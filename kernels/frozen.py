@@ -296,11 +296,8 @@ class Launcher:
         self.running[REFERENCE.value].fill_(FLOOR.value)
         self.decay = torch.empty(n, **fp32)
         self.product = Product(self.panels, problem.weight, directions, count, rows=rows, decay=self.decay)
-        self.masses_launch, self.fold_launch, self.level_launch = (
-            self.make_masses(),
-            self.make_fold(),
-            self.make_level(),
-        )
+        self.masses_launch, self.fold_launch = self.make_masses(), self.make_fold()
+        self.level_launch = self.make_level()
 
     def tiles_v(self, first_v, last_v):
         """Of whole panels: dhidden's steps may be longer than a tile."""

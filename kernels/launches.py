@@ -1,8 +1,8 @@
 """A kernel launched chunk after chunk: its arguments are bound once.
 
-``kernel[grid](...)`` binds every argument, asks of each what it is compiled for and compares the globals it was compiled
-with: most of the host's time of a launch. It returns the compiled kernel, and ``compiled[grid](...)`` launches that as
-it is, on the current stream, with Triton's launch hooks.
+``kernel[grid](...)`` binds every argument, asks of each what is compiled for it and compares the globals with those it
+was compiled with: most of the host's time of a launch. It returns the compiled kernel, and ``compiled[grid](...)``
+launches that as it is, on the current stream, with Triton's launch hooks.
 """
 
 from triton.compiler import CompiledKernel
@@ -16,10 +16,10 @@ class Launch:
     launch is bound anew.
     """
 
-    def __init__(self, kernel, **fixed):
+    def __init__(self, kernel, /, **fixed):
         self.kernel, self.fixed, self.compiled = kernel, fixed, None
 
-    def __call__(self, programs, **numbers):
+    def __call__(self, programs, /, **numbers):
         if self.compiled is None:
             self.keep(self.kernel[(programs,)](**self.fixed, **numbers), numbers)
             return

@@ -1,6 +1,7 @@
 """Launches of a chunk loop: bound once, then with the arguments that binding them anew would have given."""
 
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ class Compiled(CompiledKernel):
 class Kernel:
     """A compiled kernel's part in a launch; ``launches`` as :class:`report.Recorder` keeps them, ``bound`` by name."""
 
-    bound = []
+    bound: ClassVar = []
 
     def __init__(self, kernel, launches):
         self.kernel, self.launches, self.grids, self.pre_run_hooks = kernel, launches, [], []
@@ -110,10 +111,8 @@ def passes(head):
 
     n, vocab, depth = 16384, 151936, 1536
     hidden, weight, row = empty(1, n, depth), empty(vocab, depth), empty(n, dtype=torch.float32)
-    problem, exact = (
-        HeadProblem(hidden, weight, None, empty(n, dtype=torch.int64), None, counts.params_of(torch.bfloat16, 128, tolerance))
-        for tolerance in (0.005, None)
-    )  # fmt: skip
+    params = [counts.params_of(torch.bfloat16, 128, tolerance) for tolerance in (0.005, None)]
+    problem, exact = (HeadProblem(hidden, weight, None, empty(n, dtype=torch.int64), None, p) for p in params)
     stats, certificate = forward.certified_forward(problem, row)
     yield lambda: certified.certified_backward(problem, stats, certificate, row, counts.NEEDS[head])
     yield lambda: backward.backward(exact, stats, row, None, counts.NEEDS[head])
