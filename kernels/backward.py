@@ -221,31 +221,26 @@ class Launcher:
         return row_terms(self.problem, self.selection, self.stats, self.grads, self.scale, self.head.V, self.logits)
 
     def dlogits(self, first_row, last_row, chunk):
-        self.dlogits_launch(**self.tile_numbers(first_row, last_row, chunk))
+        held = self.work.first_held(first_row, self.work.gathered[0])
+        self.dlogits_launch(first_row=first_row, last_row=last_row, first_held=held, chunk=chunk)
 
     @functools.cached_property
     def dlogits_launch(self):
         terms, lean, rate = self.terms
-        launch = Launch(
+        return self.tile_launch(
             dlogits_kernel,
-            **self.tile_constants(),
             rows_ptr=self.selection.rows_ptr,
             taken=self.taken,
             terms=terms,
             lean_ptr=lean,
             rate_ptr=rate,
         )
-        return functools.partial(launch, self.grid(self.tile))
 
-    def tile_numbers(self, first_row, last_row, chunk):
-        held = self.work.first_held(first_row, self.work.gathered[0])
-        return {"first_row": first_row, "last_row": last_row, "first_held": held, "chunk": chunk}
+    def tile_launch(self, kernel, **arguments):
+        """Of a kernel of dlogits. arguments: beside those that all of them take."""
+        return functools.partial(Launch(kernel, **self.tile_arguments(), **arguments), self.grid(self.tile))
 
-    def tile_arguments(self, first_row, last_row, chunk):
-        return {**self.tile_constants(), **self.tile_numbers(first_row, last_row, chunk)}
-
-    def tile_constants(self):
-        """What any kernel of dlogits takes, and the launch, whatever the chunk."""
+    def tile_arguments(self):
         problem, work, tile = self.problem, self.work, self.tile
         x, panels = work.gathered[0], work.panels
         return {

@@ -132,12 +132,13 @@ def loss(config, gated=False, dtype=torch.bfloat16, n=64, batch=4):
     ).loss.backward()  # fmt: skip
 
 
-def divergence(dtype, beta, options=False, frozen=False, backward="exact", teacher_depth=D // 2, hinted=False, **shape):
+def divergence(dtype, beta, options=False, frozen=False, backward="exact", teacher_depth=D // 2, hinted=False,
+               workspace_mb=128, **shape):  # fmt: skip
     """One forward and backward of linear_divergence."""
     hidden, weight, targets = tensors(dtype, **shape)
     others, teacher, _ = tensors(dtype, d=teacher_depth, **shape)
     weight.requires_grad_(not frozen)
-    keywords = {"backward": backward}
+    keywords = {"backward": backward, "workspace_mb": workspace_mb}
     if hinted:
         keywords |= {"targets": targets, "old_logprobs": torch.full(targets.shape, -0.1)}
     if options:
@@ -259,6 +260,8 @@ def cases(everything):
                    workspace=size * 2**20, compiles=0, bound=sum(FROZEN) + ROW_CHUNKS)  # fmt: skip
     yield case("bfloat16 LoRA, bias, 2 MiB", None, logprobs, bf16, n=1500, lora=bf16, bias=True, workspace_mb=2,
                bound=FORWARD + EXACT + LORA + BIAS + ROW_CHUNKS)  # fmt: skip
+    yield case("bfloat16 divergence, 2 MiB", None, divergence, bf16, 1.0, n=1500, workspace_mb=2,
+               bound=PAIR + EXACT + ROW_CHUNKS)  # fmt: skip
     yield case("bfloat16, row chunks again", None, logprobs, bf16, n=1400, workspace_mb=1, compiles=0)
     yield case("bfloat16 twice the width", FORWARD + EXACT, logprobs, bf16, d=2 * D, compiles=0)
     yield case("bfloat16 ragged V", FORWARD + EXACT, logprobs, bf16, v=V + 1)
