@@ -38,13 +38,9 @@ from fastgrpo.kernels.common import (
     without_dust,
 )
 from fastgrpo.kernels.copies import gather_rows
+from fastgrpo.kernels.launches import Launch
 from fastgrpo.kernels.plan import positions_of
-from fastgrpo.kernels.products import (
-    add_product,
-    dbias_kernel,
-    dweight_kernel,
-    scatter,
-)
+from fastgrpo.kernels.products import Product, dbias_kernel, dweight_kernel, scatter
 from fastgrpo.kernels.row_terms import rates, row_terms
 from fastgrpo.kernels.tiles import cdiv
 from fastgrpo.kernels.work import Work, make_factors
@@ -148,7 +144,7 @@ def climb(problem, stats, grads, active, needs, make_plan, launcher=None):
     launcher = Launcher if launcher is None else launcher
     tile, described = pick_tile(launcher.kernel(problem, grads), problem)
     work = Work(problem, factors, plan, tile, described, spread)
-    launch = launcher(problem, stats, grads, plan, scale, work, tile, described)
+    launch = launcher(problem, stats, grads, plan, scale, work, tile, described, d_bias)
     launch.gather_all(0, work.n, a_chunk=False)
     rows_in_hand = chunk_in_hand = None
     for first_row, last_row, chunk in work:
@@ -157,16 +153,11 @@ def climb(problem, stats, grads, active, needs, make_plan, launcher=None):
             launch.gather_all(*rows, a_chunk=True)
             rows_in_hand = rows
         if chunk != chunk_in_hand:
-            work.panels.copy_chunk(problem.weight, chunk)
+            work.panels.copy_chunk(chunk)
             chunk_in_hand = chunk
         launch.dlogits(*rows, chunk)
-        for k, factor in enumerate(factors):
-            if factor.d_rows is not None:
-                launch.dhidden(k, *rows, chunk)
-            if factor.d_entries is not None:
-                launch.dweight(k, *rows, chunk)
-        if d_bias is not None:
-            launch.dbias(d_bias, *rows, chunk)
+        for product in launch.products:
+            product(first_row=first_row, last_row=last_row, chunk=chunk)
         if work.rows_outside and chunk == work.panels.chunks - 1:
             launch.scatter_all(*rows)
     if not work.rows_outside:
@@ -177,9 +168,13 @@ def climb(problem, stats, grads, active, needs, make_plan, launcher=None):
 
 
 class Launcher:
-    """Launches the backward's kernels over one chunk."""
+    """Launches the backward's kernels over one chunk.
 
-    def __init__(self, problem, stats, grads, plan, scale, work, tile, described):
+    Attributes:
+        products: of the chunk's dlogits, each launched by ``(first_row=, last_row=, chunk=)``.
+    """
+
+    def __init__(self, problem, stats, grads, plan, scale, work, tile, described, d_bias):
         self.problem, self.stats, self.grads, self.plan = problem, stats, grads, plan
         self.scale, self.work, self.tile = scale, work, tile
         self.head, self.logits, self.low_rank = logit_arguments(problem)
@@ -195,7 +190,7 @@ class Launcher:
         if described:
             x, weight = work.gathered[0], work.panels.described(problem.weight, True)
             self.operands = describe(x, tile.rows, tile.depth), describe(weight, tile.cols, tile.depth)
-        self.products = [self.dweight_tile(k) for k in range(len(work.factors))]
+        self.products = list(self.make_products(d_bias))
 
     def positions(self, targets):
         """Where each target's entry is in the plan's order; what is no entry stays as it is."""
@@ -226,9 +221,14 @@ class Launcher:
         return row_terms(self.problem, self.selection, self.stats, self.grads, self.scale, self.head.V, self.logits)
 
     def dlogits(self, first_row, last_row, chunk):
+        held = self.work.first_held(first_row, self.work.gathered[0])
+        self.dlogits_launch(first_row=first_row, last_row=last_row, first_held=held, chunk=chunk)
+
+    @functools.cached_property
+    def dlogits_launch(self):
         terms, lean, rate = self.terms
-        dlogits_kernel[(self.grid(self.tile),)](
-            **self.tile_arguments(first_row, last_row, chunk),
+        return self.tile_launch(
+            dlogits_kernel,
             rows_ptr=self.selection.rows_ptr,
             taken=self.taken,
             terms=terms,
@@ -236,8 +236,11 @@ class Launcher:
             rate_ptr=rate,
         )
 
-    def tile_arguments(self, first_row, last_row, chunk):
-        """What any kernel of dlogits takes, and the launch."""
+    def tile_launch(self, kernel, **arguments):
+        """Of a kernel of dlogits. arguments: beside those that all of them take."""
+        return functools.partial(Launch(kernel, **self.tile_arguments(), **arguments), self.grid(self.tile))
+
+    def tile_arguments(self):
         problem, work, tile = self.problem, self.work, self.tile
         x, panels = work.gathered[0], work.panels
         return {
@@ -252,10 +255,6 @@ class Launcher:
             "stops_ptr": panels.stops,
             "dlogits_ptr": panels.dlogits,
             "sums_ptr": panels.sums,
-            "first_row": first_row,
-            "last_row": last_row,
-            "first_held": work.first_held(first_row, x),
-            "chunk": chunk,
             "copied_rows": panels.copied_rows,
             "logits": self.logits,
             "WHOLE_D": x.shape[1] % tile.depth == 0,
@@ -276,20 +275,28 @@ class Launcher:
         spare = tile.group * panels.most * (width // tile.cols)  # a last group that is not full
         return min(units * (width // tile.rows) * (width // tile.cols) + spare, groups * spare)
 
-    def dhidden(self, k, first_row, last_row, chunk):
-        work, factor = self.work, self.work.factors[k]
-        total = work.row_sums[k]
-        add_product(
-            work.panels, factor.entries, total, self.plan.count, first_row, last_row, chunk,
-            first_held=work.first_held(first_row, total), mean=work.means[k], copied=k == 0,
-            ways=work.splits[k].ways,
-        )  # fmt: skip
+    def make_products(self, d_bias):
+        for k, factor in enumerate(self.work.factors):
+            if factor.d_rows is not None:
+                yield self.dhidden(k)
+            if factor.d_entries is not None:
+                yield self.dweight(k)
+        if d_bias is not None:
+            yield self.dbias(d_bias)
+
+    def dhidden(self, k):
+        work, entries, total = self.work, self.work.factors[k].entries, self.work.row_sums[k]
+        product = Product(work.panels, entries, total, self.plan.count, mean=work.means[k], copied=k == 0,
+                          ways=work.splits[k].ways)  # fmt: skip
+
+        def launch(first_row, last_row, chunk):
+            product(first_row, last_row, chunk, work.first_held(first_row, total))
+
+        return launch
 
     def dweight_tile(self, k):
         """-> Tile of dlogits times factor k's rows, descriptors of both or None."""
         work, x, dlogits = self.work, self.work.gathered[k], self.work.panels.dlogits
-        if work.factors[k].d_entries is None:
-            return None
         described = describable("dweight", work.device, dlogits.dtype, x)
         wide = described and work.entry_sums[k] is None  # sums that are read leave no room for wide tiles
         tile = tiles.for_tensor("dweight", dlogits.dtype, work.device, wide)
@@ -297,10 +304,12 @@ class Launcher:
             return tile, None, None
         return tile, describe(dlogits, tile.depth, tile.rows), describe(x, tile.depth, tile.cols)
 
-    def dweight(self, k, first_row, last_row, chunk):
+    def dweight(self, k):
         work, factor, x = self.work, self.work.factors[k], self.work.gathered[k]
-        panels, (tile, dlogits_desc, x_desc) = work.panels, self.products[k]
-        dweight_kernel[(panels.most * (tiles.WIDTH // tile.rows) * cdiv(factor.depth, tile.cols),)](
+        panels, (tile, dlogits_desc, x_desc) = work.panels, self.dweight_tile(k)
+        programs = panels.most * (tiles.WIDTH // tile.rows) * cdiv(factor.depth, tile.cols)
+        product = Launch(
+            dweight_kernel,
             dlogits_ptr=panels.dlogits,
             dlogits_desc=dlogits_desc,
             x_desc=x_desc,
@@ -311,11 +320,6 @@ class Launcher:
             scale_ptr=factor.entries_scale,
             sum_ptr=work.entry_sums[k],
             dweight_ptr=factor.d_entries,
-            first_row=first_row,
-            last_row=last_row,
-            first_held=work.first_held(first_row, x),
-            final=int(last_row == work.n),
-            chunk=chunk,
             V=panels.vocab,
             D=factor.depth,
             COMPUTE=self.compute,
@@ -326,23 +330,28 @@ class Launcher:
             **tile.options,
         )
 
-    def dbias(self, d_bias, first_row, last_row, chunk):
+        def launch(first_row, last_row, chunk):
+            held, final = work.first_held(first_row, x), int(last_row == work.n)
+            product(programs, first_row=first_row, last_row=last_row, first_held=held, final=final, chunk=chunk)
+
+        return launch
+
+    def dbias(self, d_bias):
         panels, block = self.work.panels, 64
-        dbias_kernel[(panels.most * (tiles.WIDTH // block),)](
+        launch = Launch(
+            dbias_kernel,
             dlogits_ptr=panels.dlogits,
             ids_ptr=panels.ids,
             cuts_ptr=panels.cuts,
             stops_ptr=panels.stops,
             scale_ptr=self.scale,
             dbias_ptr=d_bias,
-            first_row=first_row,
-            last_row=last_row,
-            chunk=chunk,
             V=panels.vocab,
             PANEL=tiles.WIDTH,
             BLOCK_N=32,
             BLOCK_V=block,
         )
+        return functools.partial(launch, panels.most * (tiles.WIDTH // block))
 
     def scatter_all(self, first_row, last_row):
         """The finished sums of some rows into their gradients, over what was gathered there."""

@@ -1,11 +1,14 @@
 """Dense copies of the rows and entries that the GEMMs read, in the order in which they are worked on."""
 
+import functools
+
 import triton
 import triton.language as tl
 
 from fastgrpo.kernels import grids, tiles
 from fastgrpo.kernels.arguments import row_strides
 from fastgrpo.kernels.common import row_offsets
+from fastgrpo.kernels.launches import Launch
 from fastgrpo.kernels.tiles import cdiv
 
 VALUES = 4096  # of a tile that is gathered: four or eight loads of 16 bytes a thread
@@ -59,19 +62,19 @@ def gather_kernel(
 
 def gather_rows(source, rows, count, out, first_row, last_row, first_held):
     """Rows ``rows[first_row:last_row]`` of a (B, T, D) source into out, whose first is ``first_held``."""
-    gather(source, rows, count, out, None, 0, first_row, last_row, first_held, last_row - first_row)
+    gatherer(source, rows, count, out, None, last_row - first_row, first_row, last_row, first_held)(chunk=0)
 
 
-def gather_entries(entries, ids, out, cuts, chunk, most):
-    """A chunk's entries (V, D), ``most`` at most, to the end of out, in the order of ids."""
-    gather(entries[None], ids, None, out, cuts, chunk, 0, ids.numel(), out.shape[0], most)
+def entries_gatherer(entries, ids, out, cuts, most):
+    """-> launch(chunk=): a chunk's entries (V, D), ``most`` at most, to the end of out, in the order of ids."""
+    return gatherer(entries[None], ids, None, out, cuts, most, 0, ids.numel(), out.shape[0])
 
 
-def gather(source, rows, count, out, cuts, chunk, first_row, last_row, first_held, most):
+def gatherer(source, rows, count, out, cuts, most, first_row, last_row, first_held):
     depth, by_cuts = source.shape[2], cuts is not None
     block_n, block_d = gather_tile(depth)
-    most_programs = PROGRAMS * grids.processor_count(source.device)  # what a chunk has is often a tenth of ``most``
-    gather_kernel[(min(cdiv(most, block_n) * cdiv(depth, block_d), most_programs),)](
+    launch = Launch(
+        gather_kernel,
         source_ptr=source,
         rows_ptr=rows,
         count_ptr=count,
@@ -80,7 +83,6 @@ def gather(source, rows, count, out, cuts, chunk, first_row, last_row, first_hel
         first_row=first_row,
         last_row=last_row,
         first_held=first_held,
-        chunk=chunk,
         D=depth,
         T=None if by_cuts else source.shape[1],
         strides=row_strides(source),
@@ -89,6 +91,8 @@ def gather(source, rows, count, out, cuts, chunk, first_row, last_row, first_hel
         BLOCK_D=block_d,
         num_warps=WARPS,
     )
+    at_once = PROGRAMS * grids.processor_count(source.device)  # what a chunk has is often a tenth of ``most``
+    return functools.partial(launch, min(cdiv(most, block_n) * cdiv(depth, block_d), at_once))
 
 
 def gather_tile(depth):

@@ -179,10 +179,11 @@ class PairLauncher(Launcher):
         weight = self.problem.teacher.weight
         return teacher_arguments(self.problem, self.tile, self.work.panels.described(weight, False))
 
-    def dlogits(self, first_row, last_row, chunk):
+    @functools.cached_property
+    def dlogits_launch(self):
         problem = self.problem
-        dlogits_pair_kernel[(self.grid(self.tile),)](
-            **self.tile_arguments(first_row, last_row, chunk),
+        return self.tile_launch(
+            dlogits_pair_kernel,
             selection=self.selection,
             temperature_ptr=problem.temperature,
             stats_ptr=self.stats,

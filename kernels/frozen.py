@@ -38,8 +38,9 @@ from fastgrpo.kernels.common import (
     without_dust,
 )
 from fastgrpo.kernels.copies import copy_tile, gather_rows
+from fastgrpo.kernels.launches import Launch
 from fastgrpo.kernels.panels import Cut, Panels
-from fastgrpo.kernels.products import add_product, spans
+from fastgrpo.kernels.products import Product, spans
 from fastgrpo.kernels.row_math import direction_factors
 from fastgrpo.kernels.tiles import cdiv
 
@@ -255,14 +256,14 @@ def frozen_forward(problem):
     directions = torch.empty(n, depth, dtype=torch.float32, device=problem.hidden.device)
     if n == 0:
         return stats, directions
-    launch = Launcher(problem, *compact_rows(problem.targets != IGNORE))
+    launch = Launcher(problem, *compact_rows(problem.targets != IGNORE), directions)
     for rows in spans(n, launch.panels.rows):
         gather_rows(problem.hidden, launch.selection.rows_ptr, launch.selection.count_ptr, launch.x, *rows, rows[0])
         for chunk, entries in enumerate(spans(vocab, launch.width)):
             launch.masses(*rows, *entries, chunk)
             launch.fold(*rows, *entries)
             launch.level(*rows, *entries, chunk)
-            launch.add_product(directions, *rows, chunk)
+            launch.product(*rows, chunk)
     combine(problem, launch.running[:, None], launch.selection, stats=stats)
     launch.directions(stats, directions)
     return stats, directions
@@ -271,7 +272,7 @@ def frozen_forward(problem):
 class Launcher:
     """Launches the kernels over one chunk, which it has the buffers of."""
 
-    def __init__(self, problem, rows, count):
+    def __init__(self, problem, rows, count, directions):
         self.problem, self.selection = problem, Selection(rows, count, problem.targets)
         self.head, self.logits, _ = logit_arguments(problem)
         dtype, device = problem.params.compute_dtype, problem.hidden.device
@@ -294,16 +295,25 @@ class Launcher:
         RowPartials(*self.running[: REFERENCE.value]).peak.fill_(FLOOR.value)
         self.running[REFERENCE.value].fill_(FLOOR.value)
         self.decay = torch.empty(n, **fp32)
+        self.product = Product(self.panels, problem.weight, directions, count, rows=rows, decay=self.decay)
+        self.masses_launch, self.fold_launch = self.make_masses(), self.make_fold()
+        self.level_launch = self.make_level()
 
     def tiles_v(self, first_v, last_v):
         """Of whole panels: dhidden's steps may be longer than a tile."""
         return cdiv(last_v - first_v, tiles.WIDTH) * (tiles.WIDTH // self.tile.cols)
 
     def masses(self, first_row, last_row, first_v, last_v, chunk):
-        problem, tile, panels = self.problem, self.tile, self.panels
-        blocks = cdiv(cdiv(last_row - first_row, tile.rows), tile.group) * tile.group
+        blocks = cdiv(cdiv(last_row - first_row, self.tile.rows), self.tile.group) * self.tile.group
         tiles_v = self.tiles_v(first_v, last_v)
-        masses_kernel[(blocks * tiles_v,)](
+        self.masses_launch(
+            blocks * tiles_v, first_row=first_row, last_row=last_row, first_v=first_v, tiles_v=tiles_v, chunk=chunk
+        )
+
+    def make_masses(self):
+        problem, tile, panels = self.problem, self.tile, self.panels
+        return Launch(
+            masses_kernel,
             x_ptr=self.x,
             x_desc=describe(self.x, tile.rows, tile.depth) if self.described else None,
             w_desc=describe(problem.weight, tile.cols, tile.depth) if self.described else None,
@@ -316,11 +326,6 @@ class Launcher:
             stops_ptr=panels.stops,
             masses_ptr=panels.dlogits,
             partials_ptr=self.partials,
-            first_row=first_row,
-            last_row=last_row,
-            first_v=first_v,
-            tiles_v=tiles_v,
-            chunk=chunk,
             logits=self.logits,
             ENTROPY=problem.params.entropy,
             WHOLE_D=problem.hidden.shape[2] % tile.depth == 0,
@@ -334,43 +339,39 @@ class Launcher:
         )
 
     def fold(self, first_row, last_row, first_v, last_v):
-        fold_kernel[(cdiv(last_row - first_row, tiles.COMBINE_BLOCK),)](
+        blocks, tiles_v = cdiv(last_row - first_row, tiles.COMBINE_BLOCK), self.tiles_v(first_v, last_v)
+        self.fold_launch(blocks, first_row=first_row, last_row=last_row, tiles_v=tiles_v)
+
+    def make_fold(self):
+        return Launch(
+            fold_kernel,
             partials_ptr=self.partials,
             running_ptr=self.running,
             decay_ptr=self.decay,
             count_ptr=self.selection.count_ptr,
-            first_row=first_row,
-            last_row=last_row,
             N=self.problem.targets.numel(),
-            tiles_v=self.tiles_v(first_v, last_v),
             logits=self.logits,
             RUNS=tiles.COMBINE_RUNS,
             BLOCK=tiles.COMBINE_BLOCK,
         )
 
     def level(self, first_row, last_row, first_v, last_v, chunk):
-        tiles_v, block = self.tiles_v(first_v, last_v), tiles.LEVEL_ROWS
-        level_kernel[(cdiv(last_row - first_row, block) * tiles_v,)](
+        blocks, tiles_v = cdiv(last_row - first_row, tiles.LEVEL_ROWS), self.tiles_v(first_v, last_v)
+        self.level_launch(blocks * tiles_v, first_row=first_row, last_row=last_row, tiles_v=tiles_v, chunk=chunk)
+
+    def make_level(self):
+        return Launch(
+            level_kernel,
             masses_ptr=self.panels.dlogits,
             partials_ptr=self.partials,
             running_ptr=self.running,
             count_ptr=self.selection.count_ptr,
             cuts_ptr=self.panels.cuts,
             stops_ptr=self.panels.stops,
-            first_row=first_row,
-            last_row=last_row,
             N=self.problem.targets.numel(),
-            tiles_v=tiles_v,
-            chunk=chunk,
             PANEL=tiles.WIDTH,
-            BLOCK_N=block,
+            BLOCK_N=tiles.LEVEL_ROWS,
             BLOCK_V=self.tile.cols,
-        )
-
-    def add_product(self, directions, first_row, last_row, chunk):
-        rows, count = self.selection.rows_ptr, self.selection.count_ptr
-        add_product(
-            self.panels, self.problem.weight, directions, count, first_row, last_row, chunk, rows=rows, decay=self.decay
         )
 
     def directions(self, stats, directions):

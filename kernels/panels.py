@@ -7,7 +7,7 @@ import triton.language as tl
 from fastgrpo.backends import staircase
 from fastgrpo.kernels import tiles
 from fastgrpo.kernels.arguments import describable, describe
-from fastgrpo.kernels.copies import gather_entries
+from fastgrpo.kernels.copies import entries_gatherer
 from fastgrpo.kernels.tiles import cdiv
 
 assert staircase.TILE == tiles.WIDTH  # stops are read by panel
@@ -94,7 +94,7 @@ class Panels:
         self.stops, self.stops_hidden = stops, stops if stops_hidden is None else stops_hidden
         rows = cut.room + cdiv(cut.copied, tiles.WIDTH)  # copies begin at whole entries
         self.dlogits = torch.empty(rows, tiles.WIDTH, dtype=dtype, device=device)
-        self.sums, self.sums_a_panel, self.copied, self.tiles = None, 1, None, {}
+        self.sums, self.sums_a_panel, self.copied = None, 1, None
         self.copied_rows = 0  # of self.copied; a chunk's are the last ones
         self.cuts = torch.empty(cut.chunks + 1, dtype=torch.int32, device=device) if cuts is None else cuts
         if cuts is None:
@@ -127,10 +127,11 @@ class Panels:
         depth, values = weight.shape[1], self.dlogits.view(-1)
         self.copied_rows = values.numel() // depth
         self.copied = values[: self.copied_rows * depth].view(self.copied_rows, depth)
+        self.gather = entries_gatherer(weight, self.ids, self.copied, self.cuts, self.most * tiles.WIDTH)
 
-    def copy_chunk(self, weight, chunk):
+    def copy_chunk(self, chunk):
         if self.copied is not None:
-            gather_entries(weight, self.ids, self.copied, self.cuts, chunk, self.most * tiles.WIDTH)
+            self.gather(chunk=chunk)
 
     def described(self, entries, copied):
         """What a descriptor reads of these entries; None: pointers have to. copied: whether they are those copied."""
@@ -139,12 +140,7 @@ class Panels:
         return self.copied if copied else None
 
     def product_tile(self, entries, copied):
-        """-> Tile of dlogits times entries, descriptors of both or None; made once of each entries."""
-        if id(entries) not in self.tiles:
-            self.tiles[id(entries)] = self.choose_tile(entries, copied)
-        return self.tiles[id(entries)]
-
-    def choose_tile(self, entries, copied):
+        """-> Tile of dlogits times entries, descriptors of both or None."""
         source, dtype, device = self.described(entries, copied), self.dlogits.dtype, self.dlogits.device
         if source is None or not describable("dhidden", device, dtype, source):
             return tiles.for_tensor("dhidden", dtype, device), None, None

@@ -15,6 +15,7 @@ from fastgrpo.kernels import tiles
 from fastgrpo.kernels.arguments import TO_TRITON
 from fastgrpo.kernels.common import chunk_panels, entry_ids
 from fastgrpo.kernels.copies import copy_tile
+from fastgrpo.kernels.launches import Launch
 from fastgrpo.kernels.tiles import cdiv
 
 
@@ -360,53 +361,60 @@ def dbias_kernel(
     tl.store(out, total, mask=mask_v)
 
 
-def add_product(panels, entries, total, count, first_row, last_row, chunk, first_held=0, rows=None, decay=None,
-                mean=None, copied=True, ways=1):  # fmt: skip
-    """total = decay * total + dlogits @ entries of a chunk, see :func:`dhidden_kernel`.
+class Product:
+    """total = decay * total + dlogits @ entries, a chunk a call: see :func:`dhidden_kernel`.
 
     Args:
-        ways: of :func:`ways_for`; the slabs stand at the end of total.
         panels: :class:`fastgrpo.kernels.panels.Panels`. copied: whether it copies these entries, if any.
+        ways: of :func:`ways_for`; the slabs stand at the end of total.
     """
-    depth, dlogits = entries.shape[1], panels.dlogits
-    tile, dlogits_desc, w_desc = panels.product_tile(entries, copied)
-    split, parts = split_blocks(ways)
-    unsplit = max(cdiv(min(last_row - first_row, panels.rows), tile.rows) - split, 0)
-    dhidden_kernel[((unsplit + parts) * cdiv(depth, tile.cols),)](
-        dlogits_ptr=dlogits,
-        dlogits_desc=dlogits_desc,
-        w_desc=w_desc,
-        entries_ptr=entries,
-        ids_ptr=panels.ids,
-        cuts_ptr=panels.cuts,
-        head_stops_ptr=panels.stops,
-        stops_ptr=panels.stops_hidden,
-        count_ptr=count,
-        rows_ptr=rows,
-        decay_ptr=decay,
-        sums_ptr=None if mean is None else panels.sums,
-        mean_ptr=mean,
-        sum_ptr=total,
-        held=len(total) - slab_rows(ways, tile),
-        unsplit=unsplit,
-        copied_rows=panels.copied_rows,
-        first_row=first_row,
-        last_row=last_row,
-        first_held=first_held,
-        chunk=chunk,
-        V=panels.vocab,
-        D=depth,
-        stride_v=entries.stride(0),
-        stride_d=entries.stride(1),
-        COMPUTE=TO_TRITON[str(dlogits.dtype)],
-        PANEL=tiles.WIDTH,
-        SUMS_A_PANEL=panels.sums_a_panel,
-        WAYS=ways,
-        BLOCK_N=tile.rows,
-        BLOCK_D=tile.cols,
-        BLOCK_V=tile.depth,
-        **tile.options,
-    )
+
+    def __init__(self, panels, entries, total, count, rows=None, decay=None, mean=None, copied=True, ways=1):
+        depth, dlogits, self.most = entries.shape[1], panels.dlogits, panels.rows
+        self.tile, dlogits_desc, w_desc = panels.product_tile(entries, copied)
+        self.across, (self.split, self.parts) = cdiv(depth, self.tile.cols), split_blocks(ways)
+        self.launch = Launch(
+            dhidden_kernel,
+            dlogits_ptr=dlogits,
+            dlogits_desc=dlogits_desc,
+            w_desc=w_desc,
+            entries_ptr=entries,
+            ids_ptr=panels.ids,
+            cuts_ptr=panels.cuts,
+            head_stops_ptr=panels.stops,
+            stops_ptr=panels.stops_hidden,
+            count_ptr=count,
+            rows_ptr=rows,
+            decay_ptr=decay,
+            sums_ptr=None if mean is None else panels.sums,
+            mean_ptr=mean,
+            sum_ptr=total,
+            held=len(total) - slab_rows(ways, self.tile),
+            copied_rows=panels.copied_rows,
+            V=panels.vocab,
+            D=depth,
+            stride_v=entries.stride(0),
+            stride_d=entries.stride(1),
+            COMPUTE=TO_TRITON[str(dlogits.dtype)],
+            PANEL=tiles.WIDTH,
+            SUMS_A_PANEL=panels.sums_a_panel,
+            WAYS=ways,
+            BLOCK_N=self.tile.rows,
+            BLOCK_D=self.tile.cols,
+            BLOCK_V=self.tile.depth,
+            **self.tile.options,
+        )
+
+    def __call__(self, first_row, last_row, chunk, first_held=0):
+        unsplit = max(cdiv(min(last_row - first_row, self.most), self.tile.rows) - self.split, 0)
+        self.launch(
+            (unsplit + self.parts) * self.across,
+            unsplit=unsplit,
+            first_row=first_row,
+            last_row=last_row,
+            first_held=first_held,
+            chunk=chunk,
+        )
 
 
 def scatter(total, split, rows, count, scale, out, first_row, last_row, first_held):

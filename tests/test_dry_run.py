@@ -26,8 +26,9 @@ def dry_run(monkeypatch):
 
 
 class Device:
-    def __init__(self, launches, compiles):
-        self.count = SimpleNamespace(launches=launches, compiles=compiles)
+    def __init__(self, launches, compiles, bound=0, hooked=None):
+        hooked = launches if hooked is None else hooked
+        self.count = SimpleNamespace(launches=launches, compiles=compiles, bound=bound, hooked=hooked)
 
     @contextlib.contextmanager
     def counting(self):
@@ -35,12 +36,19 @@ class Device:
 
 
 @pytest.mark.parametrize(
-    ("launches", "compiles", "wrong"),
-    [(7, 0, []), (6, 0, []), (8, 0, ["8 launches, documented 7"]), (7, 1, ["1 compilations, expected 0"])],
+    ("counts", "wrong"),
+    [
+        ((7, 0), []),
+        ((6, 0, 4, 6), []),
+        ((8, 0), ["8 launches, documented 7"]),
+        ((7, 1), ["1 compilations, expected 0"]),
+        ((7, 0, 5), ["5 launches bound, expected 4"]),
+        ((7, 0, 4, 4), ["4 of 7 launches seen by Triton's hook"]),
+    ],
 )
-def test_counts_are_judged(dry_run, launches, compiles, wrong):
-    case = SimpleNamespace(name="a", run=lambda: None, launches=7, compiles=0)
-    assert dry_run.judge(Device(launches, compiles), case)["wrong"] == wrong
+def test_counts_are_judged(dry_run, counts, wrong):
+    case = SimpleNamespace(name="a", run=lambda: None, launches=7, compiles=0, bound=4)
+    assert dry_run.judge(Device(*counts), case)["wrong"] == wrong
 
 
 def test_an_exception_is_a_failure(dry_run):

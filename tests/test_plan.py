@@ -192,9 +192,10 @@ def test_a_product_that_is_split(ways, device):
     for split in (1, ways):
         total = torch.zeros(n + (slabs if split > 1 else 0), depth, device=device)
         g = torch.Generator().manual_seed(1)
+        product = products.Product(panels, entries, total, stops[:1], ways=split)
         for chunk in range(5):
             panels.dlogits.copy_(torch.randn(panels.dlogits.shape, generator=g))
-            products.add_product(panels, entries, total, stops[:1], 0, n, chunk, ways=split)
+            product(0, n, chunk)
         split_up = total[n:].abs().sum(1).count_nonzero()
         made = torch.empty(n, depth, device=device)
         rows, scale = torch.arange(n, device=device), torch.ones(1, device=device)

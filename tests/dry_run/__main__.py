@@ -2,7 +2,8 @@
 
 ``make gpu-dry-run`` (``TRITON=3.6.0`` picks one version). Triton's own JIT runs over a libcuda that executes nothing,
 for each version of Triton and each compute capability, driven by the public functions. Fails on an exception, a
-launch too many, or a compilation where only the batch changed. The exit status is the verdict.
+launch too many, one bound again where only its chunk changed, one that Triton's launch hook does not see, or a
+compilation where only the batch changed. The exit status is the verdict.
 """
 
 import argparse
@@ -40,6 +41,10 @@ def judge(device, case):
             wrong.append(f"{count.launches} launches, documented {case.launches}")
         if case.compiles is not None and count.compiles > case.compiles:
             wrong.append(f"{count.compiles} compilations, expected {case.compiles}")
+        if case.bound is not None and count.bound > case.bound:
+            wrong.append(f"{count.bound} launches bound, expected {case.bound}")
+        if count.hooked != count.launches:
+            wrong.append(f"{count.hooked} of {count.launches} launches seen by Triton's hook")
     return {"case": case.name, "launches": count.launches, "compiles": count.compiles, "wrong": wrong}
 
 

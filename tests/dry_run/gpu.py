@@ -65,11 +65,33 @@ class Gpu:
                 return True
 
         triton.runtime.driver.set_active(Driver())
+        self.bound = self.hooked = 0
+        self.watch_launches()
         self.library = ctypes.CDLL("libcuda.so.1")
         for name in ("launches", "bad_launches"):
             getattr(self.library, f"dry_run_{name}").restype = ctypes.c_long
         self.kernels = {name: kernel for _, name, kernel in report.all_kernels()}
         self.patch(f"sm_{major}{minor}", DEVICES[capability][1])
+
+    def watch_launches(self):
+        """Count those whose arguments are bound, and those that a profiler would see."""
+        from triton import knobs
+        from triton.runtime.jit import JITFunction
+
+        run = JITFunction.run
+
+        def bind(kernel, *args, warmup, **kwargs):
+            self.bound += not warmup
+            return run(kernel, *args, warmup=warmup, **kwargs)
+
+        def hook(metadata):
+            self.hooked += 1
+
+        JITFunction.run = bind
+        if knobs.runtime.launch_enter_hook is None:  # Triton 3.4
+            knobs.runtime.launch_enter_hook = hook
+        else:
+            knobs.runtime.launch_enter_hook.add(hook)
 
     def patch(self, architecture, processors):
         """CPU tensors take the branches of CUDA ones, and a launch that does nothing leaves plausible results."""
@@ -118,8 +140,12 @@ class Gpu:
 
     @contextlib.contextmanager
     def counting(self):
-        """-> .launches, .compiles once left."""
-        before, count = (self.launches, sum(self.compiled.values())), types.SimpleNamespace()
+        """-> .launches, .compiles, .bound, .hooked once left."""
+        before, count = self.counts, types.SimpleNamespace()
         yield count
-        count.launches = self.launches - before[0]
-        count.compiles = sum(self.compiled.values()) - before[1]
+        vars(count).update({name: number - before[name] for name, number in self.counts.items()})
+
+    @property
+    def counts(self):
+        compiles = sum(self.compiled.values())
+        return {"launches": self.launches, "compiles": compiles, "bound": self.bound, "hooked": self.hooked}

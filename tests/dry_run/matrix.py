@@ -31,6 +31,7 @@ MIXTURE = 2 * ALONE + 2  # each model alone; rows gathered, the vocabulary
 LEGS = 11  # of a certified divergence, at most
 PAIR_CERTIFIED = 1 + 2 * LEGS  # rows gathered; each leg and its combination
 MIXTURE_CERTIFIED = 2 * ALONE + 1 + LEGS
+ROW_CHUNKS = 6  # at most, of those cases that have several: each gathers its rows
 HINT = 4  # of a certified divergence of two models' labels: rows gathered, logits
 
 
@@ -39,6 +40,7 @@ class Case(NamedTuple):
     run: object  # () -> None
     launches: int | None  # as documented; None: depends on what the certificate holds
     compiles: int | None = None  # None: any number
+    bound: int | None = None  # of the launches, whose arguments go through Triton's binder; None: any number
 
 
 def tensors(dtype, n=300, batch=1, v=V, d=D, view=False, columns_first=False):
@@ -130,12 +132,13 @@ def loss(config, gated=False, dtype=torch.bfloat16, n=64, batch=4):
     ).loss.backward()  # fmt: skip
 
 
-def divergence(dtype, beta, options=False, frozen=False, backward="exact", teacher_depth=D // 2, hinted=False, **shape):
+def divergence(dtype, beta, options=False, frozen=False, backward="exact", teacher_depth=D // 2, hinted=False,
+               workspace_mb=128, **shape):  # fmt: skip
     """One forward and backward of linear_divergence."""
     hidden, weight, targets = tensors(dtype, **shape)
     others, teacher, _ = tensors(dtype, d=teacher_depth, **shape)
     weight.requires_grad_(not frozen)
-    keywords = {"backward": backward}
+    keywords = {"backward": backward, "workspace_mb": workspace_mb}
     if hinted:
         keywords |= {"targets": targets, "old_logprobs": torch.full(targets.shape, -0.1)}
     if options:
@@ -176,8 +179,8 @@ def first_contact(step):
 def cases(everything):
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
 
-    def case(name, launches, function, *args, compiles=None, **kwargs):
-        return Case(name, lambda: function(*args, **kwargs), launches, compiles)
+    def case(name, launches, function, *args, compiles=None, bound=None, **kwargs):
+        return Case(name, lambda: function(*args, **kwargs), launches, compiles, bound)
 
     for dtype in (bf16, fp16, fp32):
         kind = str(dtype).removeprefix("torch.")
@@ -246,14 +249,19 @@ def cases(everything):
             yield case(name, launches, logprobs, bf16, compiles=0, **options, **shape)
         for workspace in (16, 2, 1):
             fresh = (2, 16) if "backward" in options else (2,)  # chunks of rows; no room to split chunks
+            bound = FORWARD + (CERTIFIED if "backward" in options else EXACT) + ROW_CHUNKS
             yield case(f"bfloat16 {options or ''} {workspace} MiB", None, logprobs, bf16, n=1500, **options,
-                       workspace_mb=workspace, compiles=None if workspace in fresh else 0)  # fmt: skip
+                       workspace_mb=workspace, compiles=None if workspace in fresh else 0, bound=bound)  # fmt: skip
     for shape in ({"n": 301}, {"n": 1}, {"n": 432, "batch": 3}, {"n": 404, "batch": 4, "view": True}):
         yield case(f"bfloat16 dX in forward {shape}", sum(FROZEN), dx_in_forward, bf16, compiles=0, **shape)
     for n, size, chunks in ((1500, 2, 16), (1400, 2, 16), (1500, 1, 32)):
         launches = chunks * FROZEN[0] + FROZEN[1]
         yield case(f"bfloat16 dX in forward, {n} rows, {size} MiB", launches, dx_in_forward, bf16, n=n,
-                   workspace=size * 2**20, compiles=0)  # fmt: skip
+                   workspace=size * 2**20, compiles=0, bound=sum(FROZEN) + ROW_CHUNKS)  # fmt: skip
+    yield case("bfloat16 LoRA, bias, 2 MiB", None, logprobs, bf16, n=1500, lora=bf16, bias=True, workspace_mb=2,
+               bound=FORWARD + EXACT + LORA + BIAS + ROW_CHUNKS)  # fmt: skip
+    yield case("bfloat16 divergence, 2 MiB", None, divergence, bf16, 1.0, n=1500, workspace_mb=2,
+               bound=PAIR + EXACT + ROW_CHUNKS)  # fmt: skip
     yield case("bfloat16, row chunks again", None, logprobs, bf16, n=1400, workspace_mb=1, compiles=0)
     yield case("bfloat16 twice the width", FORWARD + EXACT, logprobs, bf16, d=2 * D, compiles=0)
     yield case("bfloat16 ragged V", FORWARD + EXACT, logprobs, bf16, v=V + 1)
