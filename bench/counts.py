@@ -27,7 +27,7 @@ from fastgrpo.backends.problem import Gradients, HeadParams, HeadProblem
 from fastgrpo.inputs import IGNORE
 
 VIEWS = {
-    "view", "_unsafe_view", "slice", "select", "unsqueeze", "squeeze", "transpose", "t", "expand", "split", "detach",
+    "view", "_unsafe_view", "slice", "select", "unsqueeze", "squeeze", "transpose", "t", "expand", "split", "split_with_sizes", "detach",
     "alias", "as_strided", "permute", "unbind", "unflatten", "empty", "empty_like", "new_empty", "empty_strided",
     "scalar_tensor", "lift_fresh",
 }  # fmt: skip

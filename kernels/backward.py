@@ -143,7 +143,8 @@ def climb(problem, stats, grads, active, needs, make_plan, launcher=None):
     spread = plan.entries is not None and sums_to_0 and any(needs.of_rows)
     launcher = Launcher if launcher is None else launcher
     tile, described = pick_tile(launcher.kernel(problem, grads), problem)
-    work = Work(problem, factors, plan, tile, described, spread)
+    heads = (problem.weight, *launcher.beside(problem)) if described else ()
+    work = Work(problem, factors, plan, tile, heads, spread)
     launch = launcher(problem, stats, grads, plan, scale, work, tile, described, d_bias)
     launch.gather_all(0, work.n, a_chunk=False)
     rows_in_hand = chunk_in_hand = None
@@ -188,7 +189,7 @@ class Launcher:
             work.panels.sum_rows(tile)
         self.operands = None, None
         if described:
-            x, weight = work.gathered[0], work.panels.described(problem.weight, True)
+            x, weight = work.gathered[0], work.panels.described(problem.weight)
             self.operands = describe(x, tile.rows, tile.depth), describe(weight, tile.cols, tile.depth)
         self.products = list(self.make_products(d_bias))
 
@@ -209,6 +210,11 @@ class Launcher:
             if self.work.is_read(k) and self.work.copies_a_chunk(k) == a_chunk:
                 held = self.work.first_held(first_row, out)
                 gather_rows(factor.rows, self.plan.rows, self.plan.count, out, first_row, last_row, held)
+
+    @staticmethod
+    def beside(problem):
+        """Heads whose entries descriptors read beside the problem's own."""
+        return ()
 
     @staticmethod
     def kernel(problem, grads):
@@ -286,7 +292,7 @@ class Launcher:
 
     def dhidden(self, k):
         work, entries, total = self.work, self.work.factors[k].entries, self.work.row_sums[k]
-        product = Product(work.panels, entries, total, self.plan.count, mean=work.means[k], copied=k == 0,
+        product = Product(work.panels, entries, total, self.plan.count, mean=work.means[k],
                           ways=work.splits[k].ways)  # fmt: skip
 
         def launch(first_row, last_row, chunk):

@@ -23,7 +23,8 @@ def gather_kernel(
     rows_ptr,  # (N,) rows in the order they are worked on
     count_ptr,  # (1,) how many of them count; None: all
     cuts_ptr,  # (chunks + 1,) panels: the rows of chunk ``chunk``, not those from first_row on; or None
-    out_ptr,  # (held, D) out
+    out_ptr,  # (held, D) out, its rows
+    out_stride,  # so far apart
     first_row,
     last_row,
     first_held,  # the row that out's first one holds; with cuts the rows of out, whose last ones are written
@@ -56,7 +57,7 @@ def gather_kernel(
             pointers = source_ptr + row_offsets(rows, T, strides)[:, None]
         pointers += offs_d[None, :] * tl.cast(strides.d, tl.int64)
         x = tl.load(pointers, mask=mask_n[:, None] & mask_d, other=0.0)
-        out = out_ptr + (offs_n - first_held).to(tl.int64)[:, None] * D + offs_d[None, :]
+        out = out_ptr + (offs_n - first_held).to(tl.int64)[:, None] * out_stride + offs_d[None, :]
         tl.store(out, x, mask=(offs_n < stop)[:, None] & mask_d)
 
 
@@ -80,6 +81,7 @@ def gatherer(source, rows, count, out, cuts, most, first_row, last_row, first_he
         count_ptr=count,
         cuts_ptr=cuts,
         out_ptr=out,
+        out_stride=out.stride(0),
         first_row=first_row,
         last_row=last_row,
         first_held=first_held,

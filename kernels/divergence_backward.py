@@ -8,7 +8,7 @@ import triton.language as tl
 from fastgrpo.backends import staircase
 from fastgrpo.inputs import IGNORE, compact_rows
 from fastgrpo.kernels import certified, tiles
-from fastgrpo.kernels.arguments import row_strides
+from fastgrpo.kernels.arguments import describable, row_strides
 from fastgrpo.kernels.backward import Launcher, climb
 from fastgrpo.kernels.certified import SampleLauncher
 from fastgrpo.kernels.common import (
@@ -124,10 +124,6 @@ def dlogits_pair_kernel(
     offs_n = start + tl.arange(0, BLOCK_N)
     mask_n = offs_n < stop
     rows, _ = selected_rows(selection, offs_n, mask_n, head.V)
-    taught = teacher_raw(
-        teacher_ptr, teacher_strides, teacher.head, teacher_w_desc, teacher_bias_ptr, ids_ptr, rows, first_v, first_w,
-        T, TEACHER_COMPUTE, BLOCK_N, BLOCK_V, BLOCK_D,
-    )  # fmt: skip
     raw = raw_logits(
         x_ptr, x_desc, w_desc, head, bias_ptr, low_rank, ids_ptr, rows, start - first_held, stop - 1 - first_held,
         first_v, first_w, WHOLE_D, COMPUTE, BLOCK_N, BLOCK_V, BLOCK_D,
@@ -135,6 +131,10 @@ def dlogits_pair_kernel(
     inverse = inverse_temperatures(temperature_ptr, rows, mask_n, logits, BLOCK_N)
     grad = tl.load(grad_ptr + rows, mask=mask_n, other=0.0) * inverse * tl.load(scale_ptr)
     peak, offset, other_peak, gap, center = load_pair(stats_ptr, N, rows, mask_n)
+    taught = teacher_raw(
+        teacher_ptr, teacher_strides, teacher.head, teacher_w_desc, teacher_bias_ptr, ids_ptr, rows, first_v, first_w,
+        T, TEACHER_COMPUTE, BLOCK_N, BLOCK_V, BLOCK_D,
+    )  # fmt: skip
     raws, taughts = pieces_of(raw, CUTS), pieces_of(taught, CUTS)
     PIECE: tl.constexpr = BLOCK_V // 2**CUTS
     sums = tl.zeros((BLOCK_N,), tl.float32)
@@ -171,13 +171,19 @@ class PairLauncher(Launcher):
     """Launches the backward of divergences."""
 
     @staticmethod
+    def beside(problem):
+        weight, compute = problem.teacher.weight, problem.params.compute_dtype
+        apart = weight is not problem.weight and weight.shape[1] % 8 == 0  # copies stand side by side
+        return (weight,) if apart and describable("dlogits_pair", weight.device, compute, weight) else ()
+
+    @staticmethod
     def kernel(problem, grads):
         return mixed("dlogits_pair", problem)
 
     @functools.cached_property
     def teacher(self):
-        weight = self.problem.teacher.weight
-        return teacher_arguments(self.problem, self.tile, self.work.panels.described(weight, False))
+        entries = self.work.panels.described(self.problem.teacher.weight)
+        return teacher_arguments(self.problem, self.tile, entries)
 
     @functools.cached_property
     def dlogits_launch(self):

@@ -94,8 +94,9 @@ class Panels:
         self.stops, self.stops_hidden = stops, stops if stops_hidden is None else stops_hidden
         rows = cut.room + cdiv(cut.copied, tiles.WIDTH)  # copies begin at whole entries
         self.dlogits = torch.empty(rows, tiles.WIDTH, dtype=dtype, device=device)
-        self.sums, self.sums_a_panel, self.copied = None, 1, None
-        self.copied_rows = 0  # of self.copied; a chunk's are the last ones
+        self.sums, self.sums_a_panel, self.copies = None, 1, []
+        self.gathers = []
+        self.copied_rows = 0  # of copies; a chunk's are the last ones
         self.cuts = torch.empty(cut.chunks + 1, dtype=torch.int32, device=device) if cuts is None else cuts
         if cuts is None:
             cut_kernel[(1,)](
@@ -119,29 +120,32 @@ class Panels:
         count = self.dlogits.shape[0] * self.sums_a_panel
         self.sums = torch.empty(count, dtype=torch.float32, device=self.dlogits.device)
 
-    def copy_entries(self, weight):
+    def copy_entries(self, heads):
         """Have the entries of each chunk copied in the order of ids: tensor descriptors read no scattered rows.
 
-        The copies stand at the end of the buffer, so that a chunk may be of many entries or of many rows.
+        The copies stand at the end of the buffer, those of several heads side by side, so that a chunk may be of many
+        entries or of many rows.
         """
-        depth, values = weight.shape[1], self.dlogits.view(-1)
-        self.copied_rows = values.numel() // depth
-        self.copied = values[: self.copied_rows * depth].view(self.copied_rows, depth)
-        self.gather = entries_gatherer(weight, self.ids, self.copied, self.cuts, self.most * tiles.WIDTH)
+        widths, values = [head.shape[1] for head in heads], self.dlogits.view(-1)
+        self.copied_rows = values.numel() // sum(widths)
+        copies = values[: self.copied_rows * sum(widths)].view(self.copied_rows, -1).split(widths, 1)
+        self.copies = list(zip(heads, copies))
+        most = self.most * tiles.WIDTH
+        self.gathers = [entries_gatherer(head, self.ids, copy, self.cuts, most) for head, copy in self.copies]
 
     def copy_chunk(self, chunk):
-        if self.copied is not None:
-            self.gather(chunk=chunk)
+        for gather in self.gathers:
+            gather(chunk=chunk)
 
-    def described(self, entries, copied):
-        """What a descriptor reads of these entries; None: pointers have to. copied: whether they are those copied."""
+    def described(self, entries):
+        """What a descriptor reads of these entries, if it can; None: pointers have to."""
         if self.ids is None:
             return entries
-        return self.copied if copied else None
+        return next((copy for head, copy in self.copies if head is entries), None)
 
-    def product_tile(self, entries, copied):
+    def product_tile(self, entries):
         """-> Tile of dlogits times entries, descriptors of both or None."""
-        source, dtype, device = self.described(entries, copied), self.dlogits.dtype, self.dlogits.device
+        source, dtype, device = self.described(entries), self.dlogits.dtype, self.dlogits.device
         if source is None or not describable("dhidden", device, dtype, source):
             return tiles.for_tensor("dhidden", dtype, device), None, None
         tile = tiles.for_tensor("dhidden", dtype, device, described=True)

@@ -365,13 +365,13 @@ class Product:
     """total = decay * total + dlogits @ entries, a chunk a call: see :func:`dhidden_kernel`.
 
     Args:
-        panels: :class:`fastgrpo.kernels.panels.Panels`. copied: whether it copies these entries, if any.
+        panels: :class:`fastgrpo.kernels.panels.Panels`.
         ways: of :func:`ways_for`; the slabs stand at the end of total.
     """
 
-    def __init__(self, panels, entries, total, count, rows=None, decay=None, mean=None, copied=True, ways=1):
+    def __init__(self, panels, entries, total, count, rows=None, decay=None, mean=None, ways=1):
         depth, dlogits, self.most = entries.shape[1], panels.dlogits, panels.rows
-        self.tile, dlogits_desc, w_desc = panels.product_tile(entries, copied)
+        self.tile, dlogits_desc, w_desc = panels.product_tile(entries)
         self.across, (self.split, self.parts) = cdiv(depth, self.tile.cols), split_blocks(ways)
         self.launch = Launch(
             dhidden_kernel,

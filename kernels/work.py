@@ -52,6 +52,9 @@ def mean_entries(entries):
 class Work:
     """What one backward goes through: its panels, and its rows as the GEMMs read and write them.
 
+    Args:
+        heads: whose entries descriptors read.
+
     Attributes:
         gathered: of each factor that a GEMM reads rows of, (held, D): those rows, densely; None for the others. All
             rows' stand where their gradient will be written at the end, so that they need no memory of their own.
@@ -59,23 +62,23 @@ class Work:
             or None.
     """
 
-    def __init__(self, problem, factors, plan, tile, described, spread):
+    def __init__(self, problem, factors, plan, tile, heads, spread):
         self.problem, self.factors, self.spread = problem, factors, spread
         self.n, vocab, _ = problem.sizes
         self.device, dtype = problem.hidden.device, problem.params.compute_dtype
         # With a frozen head a row chunk is finished before the next: its fp32 sum is a chunk's, not (N, D). Entries in
         # an order of their own are copied chunk by chunk, and that not once more for each chunk of rows.
         self.rows_outside = plan.entries is None and all(f.d_entries is None for f in factors)
-        copies = plan.entries is not None and described
+        self.copied, described = heads if plan.entries is not None else (), len(heads) > 0
         cell = dtype.itemsize + (4 / tile.cols if spread else 0)
-        self.splits = [self.splits_of(k, copies, plan.entries is None) for k in range(len(factors))]
-        cut = self.cut(cell, copies, described)
+        self.splits = [self.splits_of(k, plan.entries is None) for k in range(len(factors))]
+        cut = self.cut(cell, described)
         if cut.rows < self.n:
             self.splits = [Split()] * len(factors)
-            cut = self.cut(cell, copies, described)
+            cut = self.cut(cell, described)
         self.panels = Panels(cut, vocab, dtype, self.device, plan.stops_head, plan.stops_hidden, plan.entries)
-        if copies:
-            self.panels.copy_entries(problem.weight)
+        if self.copied:
+            self.panels.copy_entries(self.copied)
         self.rows = min(cut.rows, self.n)
         self.gathered = [self.room_for_rows(k) for k in range(len(factors))]
         held = self.rows if self.rows_outside else self.n
@@ -89,10 +92,10 @@ class Work:
     def new(self, rows, cols, dtype=torch.float32):
         return torch.empty(rows, cols, dtype=dtype, device=self.device)
 
-    def splits_of(self, k, copies, exact):
+    def splits_of(self, k, exact):
         """:class:`Split` of factor k's sum, whose slabs may be a small part of the workspace."""
         depth, tile = self.factors[k].depth, tiles.for_tensor(
-            "dhidden", self.problem.params.compute_dtype, self.device, described=copies and k == 0)  # fmt: skip
+            "dhidden", self.problem.params.compute_dtype, self.device, described=k == 0 and self.copied != ())  # fmt: skip
         ways = ways_for(tile, depth, grids.processor_count(self.device))
         rows = slab_rows(ways, tile)
         if exact or self.factors[k].d_rows is None or 4 * rows * depth > SLABS_SHARE * self.problem.params.workspace:
@@ -104,13 +107,13 @@ class Work:
             return None
         return self.new(held + self.splits[k].rows, self.factors[k].depth)
 
-    def cut(self, cell, copies, described):
+    def cut(self, cell, described):
         factors, problem = self.factors, self.problem
         per_row = sum(f.depth * f.rows.element_size() for k, f in enumerate(factors) if self.copies_a_chunk(k))
         if self.rows_outside:
             per_row += sum(4 * f.depth for f in factors if f.d_rows is not None)
         summed = sum(4 * f.depth for f in factors if f.d_entries is not None)
-        copied = problem.weight.shape[1] if copies else 0  # each entry takes its width of a panel's rows
+        copied = sum(head.shape[1] for head in self.copied)  # each entry takes its width of a panel's rows
         slabs = sum(4 * split.rows * f.depth for split, f in zip(self.splits, factors))
         tile = tiles.for_tensor("dweight", problem.params.compute_dtype, self.device, described)
         each = [tiles.WIDTH // tile.rows * cdiv(f.depth, tile.cols) for f in factors if f.d_entries is not None]

@@ -131,7 +131,7 @@ def test_copies_of_rows_and_entries(depth, device, monkeypatch):
     ids, cuts = torch.randperm(1000, generator=g).to(device), torch.tensor([0, 3, 8], dtype=torch.int32, device=device)
     for chunk, (first, last) in enumerate(((0, 3), (3, 8))):
         out = torch.full((6 * panel, depth), torch.nan, device=device)
-        copies.gather_entries(entries, ids, out, cuts, chunk, 5 * panel)
+        copies.entries_gatherer(entries, ids, out, cuts, 5 * panel)(chunk=chunk)
         copied = out[(6 - last + first) * panel :]
         wanted = entries[ids[first * panel : last * panel]]
         assert torch.equal(copied[: len(wanted)], wanted)

@@ -25,12 +25,12 @@ AUDITED = 2  # of one gradient more: what is lost, errors
 TOPK = FORWARD - 1 + 3  # no labels; the targets' logits, and their part of dX and dW
 LORA = 4  # its pair's: gather, dX, dW, scatter
 BIAS, OBJECTIVE = 1, 1
-PAIR = 3  # of two models: rows gathered, the vocabulary, the combination of its runs
+PAIR = 4  # of two models: rows of both gathered, the vocabulary, the combination of its runs
 ALONE = FORWARD - 1  # of one model, without labels
-MIXTURE = 2 * ALONE + 2  # each model alone; rows gathered, the vocabulary
+MIXTURE = 2 * ALONE + 3  # each model alone; rows of both gathered, the vocabulary
 LEGS = 11  # of a certified divergence, at most
-PAIR_CERTIFIED = 1 + 2 * LEGS  # rows gathered; each leg and its combination
-MIXTURE_CERTIFIED = 2 * ALONE + 1 + LEGS
+PAIR_CERTIFIED = 2 + 2 * LEGS  # rows of both gathered; each leg and its combination
+MIXTURE_CERTIFIED = 2 * ALONE + 2 + LEGS
 ROW_CHUNKS = 6  # at most, of those cases that have several: each gathers its rows
 HINT = 4  # of a certified divergence of two models' labels: rows gathered, logits
 
