@@ -27,9 +27,9 @@ from fastgrpo.backends.problem import Gradients, HeadParams, HeadProblem
 from fastgrpo.inputs import IGNORE
 
 VIEWS = {
-    "view", "_unsafe_view", "slice", "select", "unsqueeze", "squeeze", "transpose", "t", "expand", "split", "split_with_sizes", "detach",
-    "alias", "as_strided", "permute", "unbind", "unflatten", "empty", "empty_like", "new_empty", "empty_strided",
-    "scalar_tensor", "lift_fresh",
+    "view", "_unsafe_view", "slice", "select", "unsqueeze", "squeeze", "transpose", "t", "expand", "split",
+    "split_with_sizes", "detach", "alias", "as_strided", "permute", "unbind", "unflatten", "empty", "empty_like",
+    "new_empty", "empty_strided", "scalar_tensor", "lift_fresh",
 }  # fmt: skip
 NEEDS = {"trained": Gradients(True, True), "frozen": Gradients(True, False)}
 PROCESSORS, RESIDENT = 132, {"dlogits": 2, "dhidden": 1, "dweight": 1}  # of an H200, and CTAs on each

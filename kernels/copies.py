@@ -11,8 +11,7 @@ from fastgrpo.kernels.common import row_offsets
 from fastgrpo.kernels.launches import Launch
 from fastgrpo.kernels.tiles import cdiv
 
-VALUES = 4096  # of a tile that is gathered: four or eight loads of 16 bytes a thread
-COLUMNS = 256, 1024  # of it, at least and at most
+VALUES, COLUMNS = 4096, 256  # of a tile that is gathered: four or eight loads of 16 bytes a thread
 WARPS = 4
 PROGRAMS = 8  # a processor, that go through all tiles
 
@@ -98,8 +97,8 @@ def gatherer(source, rows, count, out, cuts, most, first_row, last_row, first_he
 
 
 def gather_tile(depth):
-    """-> rows, columns: as wide as divides the width, VALUES in all."""
-    cols = min(max(depth & -depth, COLUMNS[0]), COLUMNS[1], triton.next_power_of_2(depth))
+    """-> rows, columns: VALUES in all, the same of every model's width."""
+    cols = min(COLUMNS, triton.next_power_of_2(depth))
     return VALUES // cols, cols
 
 

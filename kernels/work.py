@@ -94,8 +94,8 @@ class Work:
 
     def splits_of(self, k, exact):
         """:class:`Split` of factor k's sum, whose slabs may be a small part of the workspace."""
-        depth, tile = self.factors[k].depth, tiles.for_tensor(
-            "dhidden", self.problem.params.compute_dtype, self.device, described=k == 0 and self.copied != ())  # fmt: skip
+        depth, dtype = self.factors[k].depth, self.problem.params.compute_dtype
+        tile = tiles.for_tensor("dhidden", dtype, self.device, described=k == 0 and self.copied != ())
         ways = ways_for(tile, depth, grids.processor_count(self.device))
         rows = slab_rows(ways, tile)
         if exact or self.factors[k].d_rows is None or 4 * rows * depth > SLABS_SHARE * self.problem.params.workspace:

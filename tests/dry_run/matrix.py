@@ -20,7 +20,7 @@ PLAN = 8  # rows weighed, sorted out, counted, placed; entries' need, their offs
 AUDIT = 10 + TERMS  # samples' labels, rows gathered, dlogits; masses, shares, ranking; dlogits, lost, errors, choice
 ORDER = 1  # of the rows of a certified forward
 CERTIFIED = ORDER + EXACT + 1 + PLAN + AUDIT  # 1: entries copied in their order, where descriptors read them
-UNLABELLED = CERTIFIED - 2 * TERMS  # of a divergence
+UNLABELLED = CERTIFIED - 2 * TERMS + 1  # of a divergence; 1: the teacher's entries copied
 AUDITED = 2  # of one gradient more: what is lost, errors
 TOPK = FORWARD - 1 + 3  # no labels; the targets' logits, and their part of dX and dW
 LORA = 4  # its pair's: gather, dX, dW, scatter
@@ -199,7 +199,7 @@ def cases(everything):
                            backward="certified", frozen=True)  # fmt: skip
                 yield case(f"{name}, another batch", flagged + UNLABELLED, divergence, dtype, beta, compiles=0,
                            backward="certified", n=301)  # fmt: skip
-                yield case(f"{name}, hinted", flagged + CERTIFIED + HINT, divergence, dtype, beta,
+                yield case(f"{name}, hinted", flagged + UNLABELLED + HINT, divergence, dtype, beta,
                            backward="certified", hinted=True)  # fmt: skip
             if everything:
                 yield case(f"{name}, everything", flagged + UNLABELLED + BIAS + AUDITED, divergence, dtype, beta,
