@@ -16,6 +16,7 @@ from fastgrpo.backends import row_audit, staircase
 from fastgrpo.backends.certified import BLOCK, Certificate
 from fastgrpo.backends.pair import PairParams, PairProblem, PairStats
 from fastgrpo.backends.problem import Gradients
+from fastgrpo.divergence import tolerance_of
 from fastgrpo.inputs import IGNORE
 
 import problems
@@ -312,3 +313,18 @@ def test_the_plan_on_a_device(dtype):
         torch.testing.assert_close(staircase.cells(got, vocab).cpu(), want, atol=0.03, rtol=0)
     for cache in (row_audit.samples_on, row_audit.signs_on):
         cache.cache_clear()
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("trained", "hinted", "fast", "certified"),
+    [(False, False, False, True), (False, True, True, False), (True, True, True, True), (True, False, False, False)],
+)
+def test_what_auto_certifies(trained, hinted, fast, certified):
+    """What is asked for always, on either backend; of too few tokens, where there is no tolerance, nothing."""
+    for backend in ("torch", "triton"):
+        params = replace(problem_of(drawn(SIZES[backend], "cpu"), 1.0).params, tolerance=0.03, backend=backend)
+        chosen = tolerance_of(params, "auto", trained, hinted, fast)
+        assert chosen == (0.03 if certified else None)
+        assert tolerance_of(params, "certified", trained, hinted, fast) == 0.03
+        assert tolerance_of(replace(params, tolerance=None), "auto", trained, hinted, fast) is None
