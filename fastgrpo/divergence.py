@@ -66,9 +66,10 @@ def linear_divergence(
         temperature: a number > 0, or a float tensor of mask's shape. Divides both models' logits.
         return_entropy: also return the student's entropy, without a gradient.
         backend, backward, tolerance, workspace_mb, row_tolerance: see :func:`fastgrpo.linear_logprobs`. "auto" is
-            exact where the head is trained without a hint, and where it is frozen on AMD's CPUs from Zen 5 on. Where
-            hidden alone wants a gradient (a frozen head, no LoRA on it) the torch backend makes it in the forward, in
-            three GEMMs of one model's logits or less, mixtures too, and holds it until the backward, 4 N D bytes.
+            exact where the head is trained without a hint, of a mixture on the Triton backend, and where the head is
+            frozen on AMD's CPUs from Zen 5 on. Where hidden alone wants a gradient (a frozen head, no LoRA on it) the
+            torch backend makes it in the forward, in three GEMMs of one model's logits or less, mixtures too, and
+            holds it until the backward, 4 N D bytes.
         targets, old_logprobs: tokens that the student drew at the positions and the log-probs that it gave them then,
             of mask's shape; both or neither. A hint, which never changes the divergence: a certified backward orders
             its rows by it, and of a KL leaves out several times more, within the tolerance. A trained head's backward
@@ -223,7 +224,9 @@ def tolerance_of(params, backward, trained, hinted=False, fast=False):
         fast: whether GEMMs cost less than the passes over the terms.
     """
     # without a hint dW's rows need so many rows whole that nothing is saved, measured; asked for, it is done
-    pays = hinted if trained else not fast
+    # on a GPU a mixture's flags cost what they save, measured
+    flagged = params.backend == "torch" or params.beta in (0.0, 1.0)
+    pays = flagged and (hinted if trained else not fast)
     return params.tolerance if backward == "certified" or pays else None
 
 

@@ -89,7 +89,7 @@ TILES = {
     "forward_pair_certified": {2: {**SMALL, **PAIR, "sm_90": Tile(128, 64, 32, 8, 3)}, 4: FP32_NARROW},
     "forward_pair_certified_full": {2: {**SMALL, "gfx942": Tile(64, 32, 32, 4, 2)}, 4: FP32_NARROW},
     "forward_pair_mixture_certified": {
-        2: {**SMALL, "sm_90": Tile(128, 64, 32, 8, 3), TMA: Tile(128, 64, 32, 8, 6)},
+        2: {**SMALL, "sm_90": Tile(128, 64, 32, 8, 3), TMA: Tile(128, 64, 64, 8, 3)},
         4: FP32_NARROW,
     },
     # at 128 rows sm_100 spills

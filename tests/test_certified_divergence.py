@@ -328,3 +328,4 @@ def test_what_auto_certifies(trained, hinted, fast, certified):
         assert chosen == (0.03 if certified else None)
         assert tolerance_of(params, "certified", trained, hinted, fast) == 0.03
         assert tolerance_of(replace(params, tolerance=None), "auto", trained, hinted, fast) is None
+    assert tolerance_of(replace(params, beta=0.5), "auto", trained, hinted, fast) is None  # params: Triton's
