@@ -87,7 +87,7 @@ def numbers():
     name, theirs_frozen, theirs = quickest_other()
     head = f"{ours['shape']}'s head ({ours['V']} words, {ours['dtype']}), synthetic logits as peaked as in RL"
     lines = (
-        f"Measured on one {ours['device']}, with the kernels of then: {ours['N']} tokens, {head}.\n",
+        f"Measured on one {ours['device']}: {ours['N']} tokens, {head}.\n",
         f"- **{memory(ours)}** of scratch memory. Full logits under torch.compile take {memory(compiled)}, "
         f"TRL's op {memory(trl)}.",
         f"- **{milliseconds(frozen[0])}** forward and backward with a frozen head (LoRA), {milliseconds(ours)} with a "
