@@ -16,7 +16,8 @@ from fastgrpo import GRPOLossConfig
 from fastgrpo.integrations.transformers import fuse_lm_head
 from fastgrpo.trainer import DistillConfig, DistillTrainer, GRPOConfig, cli, examples
 from fastgrpo.trainer.distill import DistillLearner
-from fastgrpo.trainer.job import load_config, preset_names
+from fastgrpo.trainer.job import load_config
+from fastgrpo.trainer.job_file import preset_names
 from fastgrpo.trainer.learner import Episode, Learner
 
 import problems

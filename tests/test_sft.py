@@ -13,7 +13,8 @@ pytest.importorskip("accelerate")
 from safetensors.torch import load_file
 
 from fastgrpo.trainer import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer, cli, examples
-from fastgrpo.trainer.job import load_config, preset_names
+from fastgrpo.trainer.job import load_config
+from fastgrpo.trainer.job_file import preset_names
 from fastgrpo.trainer.supervised import encode_examples, load_examples
 
 import trainer_job

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import fastgrpo
-from fastgrpo.checks import MISTAKES, UserError
+from fastgrpo.checks import MISTAKES, UserError, need
 from fastgrpo.trainer import quiet_bitsandbytes
 
 USAGE = "any setting may follow as --key value, or --key alone for true; --resume goes on from the newest checkpoint"
@@ -99,6 +99,10 @@ def make_next(trainers, parser):
 
 def make_trainers(source, overrides, settings):
     """The trainers of a config and the command line's words, each made when the one before has been trained."""
+    need("yaml")
+    from fastgrpo.trainer.job_file import read_file
+
+    read_file(source, settings)  # before the packages, which take seconds
     from fastgrpo.trainer import GRPOTrainer  # noqa: F401 - first: where a package is missing, it names the extra
     from fastgrpo.trainer.job import trainers
 

@@ -13,7 +13,8 @@ from dataclasses import fields
 from typing import Annotated, Any, Literal, NamedTuple
 
 from fastgrpo.checks import Checked, annotations
-from fastgrpo.trainer.job import KINDS, preset_names
+from fastgrpo.trainer.job import KINDS
+from fastgrpo.trainer.job_file import preset_names
 from fastgrpo.trainer.judge import JudgeSettings
 from fastgrpo.trainer.rewards import SHIPPED
 

@@ -1,7 +1,5 @@
 """A job as a YAML file or preset and the command line's words say it."""
 
-import difflib
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,10 +10,9 @@ from fastgrpo.checks import Checked, annotations, fits, mistake, together
 from fastgrpo.trainer import arguments, distill, sft
 from fastgrpo.trainer.config import JOB, GRPOConfig
 from fastgrpo.trainer.data import load_rows
+from fastgrpo.trainer.job_file import Loader, as_mistake, read_file
 from fastgrpo.trainer.loop import GRPOTrainer
 from fastgrpo.trainer.supervised import load_examples
-
-PRESETS = Path(__file__).parent / "presets"
 
 
 class Kind(NamedTuple):
@@ -39,13 +36,6 @@ KINDS = {
 }
 
 
-class Loader(yaml.SafeLoader):
-    """YAML 1.2's numbers: 1e-6 is one."""
-
-
-Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d[\d.]*[eE][-+]?\d+$"), list("+-0123456789"))
-
-
 def trainers(source: str | Path, words: list[str], command: str = "train") -> Iterator[GRPOTrainer]:
     """A YAML file or preset and the command line's words -> the trainers they ask for, each made when the one before
     has been trained: an ``SFTTrainer`` for a job's ``sft`` section, then that of the ``command``.
@@ -53,10 +43,8 @@ def trainers(source: str | Path, words: list[str], command: str = "train") -> It
     Raises:
         ValueError, TypeError: all mistakes in the settings, the datasets and the rewards.
     """
-    try:
+    with as_mistake():
         settings = read(source, parse(words, command), command)
-    except yaml.YAMLError as error:
-        raise ValueError(f"this is not YAML: {error}") from error
     job, config = check(settings, command)
     if section := job.pop("sft", None):
         trainer, job["model"] = sft.before(section, job, config)
@@ -116,16 +104,7 @@ def load_config(
 
 def read(source: str | Path, overrides: dict[str, Any] | None = None, command: str = "train") -> dict[str, Any]:
     """The settings of a YAML file or preset, after those that go before its own."""
-    path = Path(source) if Path(source).is_file() else PRESETS / f"{source}.yaml"
-    if not path.is_file():
-        raise ValueError(no_such_config(str(source), command))
-    settings = read_yaml(path)
-    if not isinstance(settings, dict):
-        got = "nothing: it is empty" if settings is None else repr(settings)
-        raise ValueError(f"{path} must hold settings 'name: value', got {got}")
-    if path.parent == PRESETS and (other := meant_for(settings)) != command:
-        raise ValueError(f"{source} is a preset of another command: fastgrpo {other} {source}")
-    settings |= overrides or {}
+    settings = read_file(source, command) | (overrides or {})
     settings["resume_from_checkpoint"] = settings.pop("resume", settings.get("resume_from_checkpoint"))
     return settings
 
@@ -148,27 +127,3 @@ def parse(words: list[str], command: str = "train") -> dict[str, Any]:
 def is_flag(name, kind):
     """Whether a setting can be true; a name that is no setting is refused later, with what may be meant."""
     return name not in kind.job and fits(True, annotations(kind.config).get(name, bool))
-
-
-def no_such_config(source: str, command: str) -> str:
-    """What to say of a name that is no file and no preset."""
-    if source.endswith((".yaml", ".yml")):
-        return f"config must be a YAML file or a preset, got {source!r}, which does not exist"
-    close = difflib.get_close_matches(source, preset_names(command), n=1)
-    meant = f": did you mean {close[0]}?" if close else ""
-    return f"config must be a YAML file or a preset ({', '.join(preset_names(command))}), got {source!r}{meant}"
-
-
-def preset_names(command: str) -> list[str]:
-    """The presets that are for a command."""
-    return sorted(path.stem for path in PRESETS.glob("*.yaml") if meant_for(read_yaml(path)) == command)
-
-
-def meant_for(settings):
-    """The command that a preset is for."""
-    return "distill" if "teacher_model" in settings else "train" if "reward_funcs" in settings else "sft"
-
-
-def read_yaml(path):
-    with path.open(encoding="utf-8") as file:
-        return yaml.load(file, Loader)
