@@ -1,6 +1,8 @@
 """No module imports itself by way of others; imports inside functions count."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -90,3 +92,12 @@ def test_what_is_optional_is_imported_on_use():
     for module in (fastgrpo, fastgrpo.integrations):
         with pytest.raises(AttributeError, match="no attribute 'nothing'"):
             _ = module.nothing
+
+
+def test_a_preset_is_looked_up_before_the_packages_are_imported():
+    """They take seconds, after which a misspelt name would be refused."""
+    code = """import sys; from fastgrpo.trainer import cli
+try: cli.main(["train", "contdown"])
+finally: assert "transformers" not in sys.modules and "accelerate" not in sys.modules"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.strip().endswith("did you mean countdown?")
