@@ -100,4 +100,5 @@ def test_a_preset_is_looked_up_before_the_packages_are_imported():
 try: cli.main(["train", "contdown"])
 finally: assert "transformers" not in sys.modules and "accelerate" not in sys.modules"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.strip().endswith("did you mean countdown?")
+    assert done.returncode == 2
+    assert done.stderr.strip().endswith("did you mean countdown?")
