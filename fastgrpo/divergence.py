@@ -201,7 +201,7 @@ def head_divergence(hidden, weight, mask, teacher, beta, options, labels=None):
     trained = any(x is not None and x.requires_grad for x in (weight, options.bias, lora.B))
     hinted = options.old_logprobs is not None
     fast = products.makes_memory(hidden.new_empty(0, dtype=inputs.accumulator_dtype(hidden)))
-    params = replace(params, tolerance=tolerance_of(params, options.backward, trained, hinted, fast))
+    params = replace(params, tolerance=tolerance_of(params, beta, options.backward, trained, hinted, fast))
     strategy = choose_strategy(hidden, (weight, options.bias, lora.A, lora.B), params)
     given = NOTHING_GIVEN
     if labels is not None and strategy is strategies.DivergingCertified:
@@ -217,7 +217,7 @@ def choose_strategy(hidden, head, params):
     return strategies.Diverging if params.tolerance is None else strategies.DivergingCertified
 
 
-def tolerance_of(params, backward, trained, hinted=False, fast=False):
+def tolerance_of(params, beta, backward, trained, hinted=False, fast=False):
     """The tolerance, None where leaving entries out does not pay.
 
     Args:
@@ -225,7 +225,7 @@ def tolerance_of(params, backward, trained, hinted=False, fast=False):
     """
     # without a hint dW's rows need so many rows whole that nothing is saved, measured; asked for, it is done
     # on a GPU a mixture's flags cost what they save, measured
-    flagged = params.backend == "torch" or params.beta in (0.0, 1.0)
+    flagged = params.backend == "torch" or beta in (0.0, 1.0)
     pays = flagged and (hinted if trained else not fast)
     return params.tolerance if backward == "certified" or pays else None
 

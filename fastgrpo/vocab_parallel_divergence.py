@@ -193,7 +193,7 @@ def vocab_parallel_divergence(
     sizes = (targets.numel(), math.inf, weight.shape[1])  # shards differ, the decision may not
     params = options.params(hidden, weight, (hidden, weight, bias), sizes, hidden_grad=hidden_grad, shard=True)
     trained = any(x is not None and x.requires_grad for x in (weight, bias))
-    tolerance = divergence.tolerance_of(params, backward, trained)
+    tolerance = divergence.tolerance_of(params, beta, backward, trained)
     if tolerance is not None:
         tolerance /= dist.get_world_size(group) ** 0.5
     params = teacher.beside(replace(params, tolerance=tolerance), beta)

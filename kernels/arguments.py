@@ -119,9 +119,19 @@ def describe(x, rows, cols):
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, cols])
 
 
+def is_described(kernel, head):
+    """Whether descriptors bring a :class:`HeadProblem`'s operands, its rows being gathered."""
+    dtype, hidden = head.params.compute_dtype, head.hidden
+    dense = hidden.dtype == dtype and hidden.shape[2] % 8 == 0
+    return dense and describable(kernel, hidden.device, dtype, head.weight)
+
+
 def pick_tile(kernel, problem):
-    """-> Tile of a kernel that makes logits of dense rows, and whether its operands come by descriptors."""
-    device, dtype = problem.hidden.device, problem.params.compute_dtype
-    dense = problem.hidden.dtype == dtype and problem.hidden.shape[2] % 8 == 0
-    described = dense and describable(kernel, device, dtype, problem.weight)
-    return tiles.for_tensor(kernel, dtype, device, described), described
+    """-> Tile of a kernel that makes logits of dense rows, and whether its own head's operands come by descriptors."""
+    described = [is_described(kernel, head) for head in problem.heads]
+    return tiles.for_tensor(kernel, problem.tile_dtype, problem.hidden.device, all(described)), described[0]
+
+
+def is_same(a, b):
+    """Whether two tensors are one in memory."""
+    return a is b or (a.device.type != "meta" and a.is_set_to(b))

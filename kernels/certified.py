@@ -49,7 +49,7 @@ class SampleLauncher(Launcher):
     def __init__(self, work, problem, stats, grad_logp, scale):
         self.work, self.problem, self.stats, self.grads, self.scale = work, problem, stats, [grad_logp], scale
         samples, order = work.samples, work.order
-        self.tile = tiles.for_tensor(self.kernel(problem, self.grads), problem.params.compute_dtype, order.device)
+        self.tile = tiles.for_tensor(self.kernel(problem, self.grads), problem.tile_dtype, order.device)
         head, self.logits, self.low_rank = logit_arguments(problem)
         self.head, self.operands = head._replace(V=samples.ids.numel()), (None, None)
         self.compute = TO_TRITON[str(problem.params.compute_dtype)]

@@ -103,5 +103,5 @@ def gather_tile(depth):
 
 
 def copy_tile(depth):
-    """Of the kernels that only move rows: narrow ones for a narrow factor."""
+    """Of the kernels that scatter rows: narrow ones for a narrow factor."""
     return tiles.COPY._replace(cols=min(tiles.COPY.cols, triton.next_power_of_2(depth)))

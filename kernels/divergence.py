@@ -14,7 +14,7 @@ from fastgrpo.backends.pair import PairStats, mixture_stats
 from fastgrpo.backends.problem import RowPartials
 from fastgrpo.inputs import IGNORE, compact_rows
 from fastgrpo.kernels import tiles
-from fastgrpo.kernels.arguments import Selection, describe, has_extras
+from fastgrpo.kernels.arguments import Selection, describe, is_described
 from fastgrpo.kernels.common import (
     FLOOR,
     LOG2E,
@@ -31,7 +31,7 @@ from fastgrpo.kernels.pair import (
     difference,
     load_pair,
     log_of,
-    mixed,
+    pair_tile,
     teacher_arguments,
 )
 from fastgrpo.kernels.pair_math import (
@@ -402,10 +402,8 @@ class PairSweep(Sweep):
         teacher = problem.teacher
         super().__init__(problem, kernel, selection, beside=(teacher.hidden,))
         self.blocks, x = self.grid[0] // self.runs, self.gathered[1]
-        dense = x.dtype == teacher.params.compute_dtype and x.shape[1] % 8 == 0
-        self.teacher = teacher_arguments(problem, self.tile, teacher.weight if dense else None)
-        described = self.teacher["teacher_w_desc"] is not None
-        self.teacher |= {
+        described = is_described(kernel, teacher)
+        self.teacher = teacher_arguments(problem, self.tile, teacher.weight if described else None) | {
             "teacher_x_ptr": x,
             "teacher_x_desc": describe(x, self.tile.rows, self.tile.depth) if described else None,
             "TEACHER_WHOLE_D": x.shape[1] % self.tile.depth == 0,
@@ -454,8 +452,5 @@ def combine(problem, partials, selection, stats, span, known=None):
 
 def kernel_name(problem, certified):
     """Whose tile the forward takes."""
-    name = mixed("forward_pair", problem)
-    if not certified:
-        return name
-    full = not problem.is_mixture and (problem.params.entropy or has_extras(problem))
-    return f"{name}_certified_full" if full else f"{name}_certified"
+    entropy = problem.params.entropy and not problem.is_mixture  # a mixture's comes from its own model's forward
+    return pair_tile("forward_pair", problem, certified, entropy)

@@ -8,7 +8,7 @@ import triton.language as tl
 from fastgrpo.backends import staircase
 from fastgrpo.inputs import IGNORE, compact_rows
 from fastgrpo.kernels import certified, tiles
-from fastgrpo.kernels.arguments import describable, row_strides
+from fastgrpo.kernels.arguments import is_described, is_same, row_strides
 from fastgrpo.kernels.backward import Launcher, climb
 from fastgrpo.kernels.certified import SampleLauncher
 from fastgrpo.kernels.common import (
@@ -29,7 +29,7 @@ from fastgrpo.kernels.common import (
 from fastgrpo.kernels.pair import (
     difference,
     load_pair,
-    mixed,
+    pair_tile,
     teacher_arguments,
     transformed,
 )
@@ -172,17 +172,20 @@ class PairLauncher(Launcher):
 
     @staticmethod
     def beside(problem):
-        weight, compute = problem.teacher.weight, problem.params.compute_dtype
-        apart = weight is not problem.weight and weight.shape[1] % 8 == 0  # copies stand side by side
-        return (weight,) if apart and describable("dlogits_pair", weight.device, compute, weight) else ()
+        own, teacher = problem.heads
+        alike = own.params.compute_dtype == teacher.params.compute_dtype  # copies stand side by side
+        apart = alike and not is_same(own.weight, teacher.weight)
+        return (teacher.weight,) if apart and is_described(pair_tile("dlogits_pair", problem), teacher) else ()
 
     @staticmethod
     def kernel(problem, grads):
-        return mixed("dlogits_pair", problem)
+        return pair_tile("dlogits_pair", problem)
 
     @functools.cached_property
     def teacher(self):
-        entries = self.work.panels.described(self.problem.teacher.weight)
+        teacher = self.problem.teacher
+        described = is_described(self.kernel(self.problem, self.grads), teacher)
+        entries = self.work.panels.described(teacher.weight) if described else None
         return teacher_arguments(self.problem, self.tile, entries)
 
     @functools.cached_property

@@ -62,7 +62,7 @@ def see_terms(
     over the tile, then over what is not flagged.
     """
     W: tl.constexpr = FLAGS // 32
-    GROUPS: tl.constexpr = BLOCK_V // FLAGS  # 1 or 2
+    GROUPS: tl.constexpr = BLOCK_V // FLAGS
     EACH: tl.constexpr = 2**CUTS // GROUPS  # pieces of a group
     BITS: tl.constexpr = 32 // EACH  # of each word, that a piece has
     xx = tl.zeros((BLOCK_N,), tl.float32)
@@ -100,7 +100,7 @@ class FlagShape(NamedTuple):
 
 def flag_shape(problem, kernel):
     """Of what a certified forward flags. kernel: its name in :mod:`fastgrpo.kernels.tiles`."""
-    block = tiles.for_tensor(kernel, problem.params.compute_dtype, problem.hidden.device).rows
+    block = tiles.for_tensor(kernel, problem.tile_dtype, problem.hidden.device).rows
     return FlagShape(block, cdiv(problem.weight.shape[0], WIDEST.value) * (WIDEST.value // 32))
 
 

@@ -320,7 +320,7 @@ class Sweep:
         hidden = problem.hidden
         self.hiddens = (hidden, *beside)
         self.tile, self.described = pick_tile(kernel, problem)
-        self.parts = tiles.column_parts(self.tile, problem.params.compute_dtype.itemsize, hidden.device)
+        self.parts = tiles.column_parts(self.tile, problem.tile_dtype.itemsize, hidden.device)
         rows = self.tile.rows
         a_row = sum(x.shape[2] * x.element_size() for x in self.hiddens)
         held = min(max(problem.params.workspace // a_row // rows, 1) * rows, n)

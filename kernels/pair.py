@@ -9,7 +9,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from fastgrpo.kernels.arguments import TO_TRITON, describable, describe, logit_arguments
+from fastgrpo.kernels.arguments import TO_TRITON, describe, has_extras, logit_arguments
 from fastgrpo.kernels.common import NOTHING, cap, rounded_product
 from fastgrpo.kernels.pair_math import NEAR, expm1_near
 
@@ -53,20 +53,19 @@ def difference(first, second, d):
     return tl.where(near, first * expm1_near(tl.where(near, -d, 0.0)), second - first)
 
 
-def mixed(name, problem):
-    """Whose tile a kernel takes: a mixture's logarithms leave room for fewer cells."""
-    return f"{name}_mixture" if problem.is_mixture else name
+def pair_tile(kernel, problem, certified=False, entropy=False):
+    """Whose tile a kernel takes: a mixture's logarithms, flags and options leave room for fewer cells."""
+    parts = {"mixture": problem.is_mixture, "certified": certified, "full": entropy or has_extras(problem)}
+    return "_".join([kernel, *(name for name, is_so in parts.items() if is_so)])
 
 
 def teacher_arguments(problem, tile, entries=None):
     """What the kernels take of the teacher. entries: what a descriptor reads of its weight; None: pointers have to."""
     teacher = problem.teacher
     head, logits, _ = logit_arguments(teacher)
-    compute = teacher.params.compute_dtype
-    described = entries is not None and describable("dlogits_pair", entries.device, compute, entries)
     return {
         "teacher": Teacher(head, logits),
-        "teacher_w_desc": describe(entries, tile.cols, tile.depth) if described else None,
+        "teacher_w_desc": None if entries is None else describe(entries, tile.cols, tile.depth),
         "teacher_bias_ptr": teacher.bias,
-        "TEACHER_COMPUTE": TO_TRITON[str(compute)],
+        "TEACHER_COMPUTE": TO_TRITON[str(teacher.params.compute_dtype)],
     }

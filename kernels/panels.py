@@ -6,7 +6,7 @@ import triton.language as tl
 
 from fastgrpo.backends import staircase
 from fastgrpo.kernels import tiles
-from fastgrpo.kernels.arguments import describable, describe
+from fastgrpo.kernels.arguments import describable, describe, is_same
 from fastgrpo.kernels.copies import entries_gatherer
 from fastgrpo.kernels.tiles import cdiv
 
@@ -86,7 +86,7 @@ class Panels:
     Attributes:
         dlogits: (room, WIDTH). cuts: (chunks + 1,) int32. stops, stops_hidden: (panels,) int32 leading rows that the
             entries need, for anything and for their product with the entries. ids: (V,) the entry at each position, or
-            None. sums: fp32 of the rows of dlogits tiles, or None.
+            None. sums: fp32 of the rows of dlogits tiles, or None. copies: [(head, copies of its entries)].
     """
 
     def __init__(self, cut, vocab, dtype, device, stops, stops_hidden=None, ids=None, cuts=None):
@@ -138,10 +138,10 @@ class Panels:
             gather(chunk=chunk)
 
     def described(self, entries):
-        """What a descriptor reads of these entries, if it can; None: pointers have to."""
+        """What may be read in place of these entries, in the order of ids; None: nothing."""
         if self.ids is None:
             return entries
-        return next((copy for head, copy in self.copies if head is entries), None)
+        return next((copy for head, copy in self.copies if is_same(head, entries)), None)
 
     def product_tile(self, entries):
         """-> Tile of dlogits times entries, descriptors of both or None."""

@@ -54,6 +54,8 @@ WIDE = {TMA: Tile(128, 256, 64, 8, 3)}
 SMALL = {"default": Tile(64, 64, 32, 8, 3), "gfx942": Tile(64, 64, 32, 8, 2)}
 LOGITS = {**SQUARE, "sm_80": Tile(128, 128, 64, 8, 3)}
 PAIR = {TMA: Tile(128, 128, 64, 8, 4)}  # by pieces, see pair_cuts
+POINTERS = Tile(128, 64, 32, 8, 3)  # where descriptors cannot read one of two models
+FP32_PAIR = {"default": Tile(32, 32, 16, 8, 1)}
 TWO_AN_SM = {TMA: Tile(128, 128, 64, 4, 3)}  # one computes while the other stores
 TILES = {
     "forward": {2: {**LOGITS, **WIDE}, 4: {**FP32, **SPILLING}},
@@ -83,25 +85,31 @@ TILES = {
         2: {**NARROW, **dict.fromkeys(("sm_86", "sm_89", "sm_120"), Tile(64, 64, 32, 4, 3))},
         4: FP32_NARROW,
     },
-    "forward_pair": {2: {**NARROW, **PAIR}, 4: FP32_NARROW},  # of two models: two tiles of logits at once
+    # of two models: two tiles of logits at once
+    "forward_pair": {2: {**NARROW, **PAIR, **dict.fromkeys(("sm_90", "sm_100"), POINTERS)}, 4: FP32_NARROW},
+    "forward_pair_full": {2: NARROW, 4: FP32_NARROW},
     "forward_pair_mixture": {2: {**SMALL, **PAIR}, 4: FP32_NARROW},
+    "forward_pair_mixture_full": {2: SMALL, 4: FP32_NARROW},
     # a row's sums and moments take registers too
-    "forward_pair_certified": {2: {**SMALL, **PAIR, "sm_90": Tile(128, 64, 32, 8, 3)}, 4: FP32_NARROW},
-    "forward_pair_certified_full": {2: {**SMALL, "gfx942": Tile(64, 32, 32, 4, 2)}, 4: FP32_NARROW},
+    "forward_pair_certified": {2: {**SMALL, **PAIR, "sm_90": POINTERS}, 4: FP32_PAIR},
+    "forward_pair_certified_full": {2: {**SMALL, "gfx942": Tile(64, 32, 32, 4, 2)}, 4: FP32_PAIR},
     "forward_pair_mixture_certified": {
-        2: {**SMALL, "sm_90": Tile(128, 64, 32, 8, 3), TMA: Tile(128, 64, 64, 8, 3)},
-        4: FP32_NARROW,
+        2: {**SMALL, "sm_90": POINTERS._replace(stages=2), TMA: Tile(128, 64, 64, 8, 3)},
+        4: FP32_PAIR,
     },
+    "forward_pair_mixture_certified_full": {2: SMALL, 4: FP32_PAIR},
     # at 128 rows sm_100 spills
     "dlogits_pair": {2: {**NARROW, **PAIR, "sm_100": Tile(64, 64, 64, 8, 3)}, 4: FP32_NARROW},
+    "dlogits_pair_full": {2: {**NARROW, "sm_100": Tile(64, 64, 64, 8, 3)}, 4: FP32_NARROW},
     "dlogits_pair_mixture": {2: {**SMALL, **PAIR}, 4: FP32_NARROW},
+    "dlogits_pair_mixture_full": {2: SMALL, 4: FP32_NARROW},
     "masses": {2: {**LOGITS, **TWO_AN_SM}, 4: FP32},
     "masses_full": {2: NARROW, 4: FP32_NARROW},
     "dhidden": {2: {**SQUARE, **WIDE}, 4: {"default": Tile(64, 64, 16, 8, 2)}},
     "dweight": {2: {**SQUARE, **WIDE, "sm_100 TMA": WIDE[TMA]}, 4: FP32},
 }
 INTERPRETER = Tile(32, 64, 32, 4, 1, group=2)
-COPY = Tile(16, 256, 0, 4, 1)  # of rows that are only gathered or scattered
+COPY = Tile(16, 256, 0, 4, 1)  # of rows that are scattered, and of the directions
 LABELS = Tile(8, 256, 0, 4, 1)  # of the labels' logits
 AUDIT = {2: Tile(128, 128, 32, 8, 3), 4: Tile(64, 64, 16, 4, 2)}  # audited entries, columns; rows at once
 AUDIT_INTERPRETER = Tile(128, 128, 64, 4, 1)
@@ -177,7 +185,7 @@ def pair_cuts(tile):
         return 1
     if tile.rows * tile.cols > 32 * 32 * tile.warps:
         return 3
-    return int(tile.cols > PAIR_FLAGS)
+    return max(tile.cols // PAIR_FLAGS, 1).bit_length() - 1  # a piece's flags are of one group
 
 
 def flag_columns(kernel, tile):

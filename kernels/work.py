@@ -58,6 +58,7 @@ class Work:
     Attributes:
         gathered: of each factor that a GEMM reads rows of, (held, D): those rows, densely; None for the others. All
             rows' stand where their gradient will be written at the end, so that they need no memory of their own.
+        copied_heads: whose entries are copied chunk by chunk, in the order of the work.
         row_sums: of each factor whose rows have a gradient, (held, D) fp32. entry_sums: (entries of a chunk, D) fp32,
             or None.
     """
@@ -69,7 +70,7 @@ class Work:
         # With a frozen head a row chunk is finished before the next: its fp32 sum is a chunk's, not (N, D). Entries in
         # an order of their own are copied chunk by chunk, and that not once more for each chunk of rows.
         self.rows_outside = plan.entries is None and all(f.d_entries is None for f in factors)
-        self.copied, described = heads if plan.entries is not None else (), len(heads) > 0
+        self.copied_heads, described = heads if plan.entries is not None else (), len(heads) > 0
         cell = dtype.itemsize + (4 / tile.cols if spread else 0)
         self.splits = [self.splits_of(k, plan.entries is None) for k in range(len(factors))]
         cut = self.cut(cell, described)
@@ -77,8 +78,8 @@ class Work:
             self.splits = [Split()] * len(factors)
             cut = self.cut(cell, described)
         self.panels = Panels(cut, vocab, dtype, self.device, plan.stops_head, plan.stops_hidden, plan.entries)
-        if self.copied:
-            self.panels.copy_entries(self.copied)
+        if self.copied_heads:
+            self.panels.copy_entries(self.copied_heads)
         self.rows = min(cut.rows, self.n)
         self.gathered = [self.room_for_rows(k) for k in range(len(factors))]
         held = self.rows if self.rows_outside else self.n
@@ -95,7 +96,7 @@ class Work:
     def splits_of(self, k, exact):
         """:class:`Split` of factor k's sum, whose slabs may be a small part of the workspace."""
         depth, dtype = self.factors[k].depth, self.problem.params.compute_dtype
-        tile = tiles.for_tensor("dhidden", dtype, self.device, described=k == 0 and self.copied != ())
+        tile = tiles.for_tensor("dhidden", dtype, self.device, described=k == 0 and self.copied_heads != ())
         ways = ways_for(tile, depth, grids.processor_count(self.device))
         rows = slab_rows(ways, tile)
         if exact or self.factors[k].d_rows is None or 4 * rows * depth > SLABS_SHARE * self.problem.params.workspace:
@@ -113,7 +114,7 @@ class Work:
         if self.rows_outside:
             per_row += sum(4 * f.depth for f in factors if f.d_rows is not None)
         summed = sum(4 * f.depth for f in factors if f.d_entries is not None)
-        copied = sum(head.shape[1] for head in self.copied)  # each entry takes its width of a panel's rows
+        copied = sum(head.shape[1] for head in self.copied_heads)  # each entry takes its width of a panel's rows
         slabs = sum(4 * split.rows * f.depth for split, f in zip(self.splits, factors))
         tile = tiles.for_tensor("dweight", problem.params.compute_dtype, self.device, described)
         each = [tiles.WIDTH // tile.rows * cdiv(f.depth, tile.cols) for f in factors if f.d_entries is not None]

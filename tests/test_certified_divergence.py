@@ -324,8 +324,31 @@ def test_what_auto_certifies(trained, hinted, fast, certified):
     """What is asked for always, on either backend; of too few tokens, where there is no tolerance, nothing."""
     for backend in ("torch", "triton"):
         params = replace(problem_of(drawn(SIZES[backend], "cpu"), 1.0).params, tolerance=0.03, backend=backend)
-        chosen = tolerance_of(params, "auto", trained, hinted, fast)
+        chosen = tolerance_of(params, 1.0, "auto", trained, hinted, fast)
         assert chosen == (0.03 if certified else None)
-        assert tolerance_of(params, "certified", trained, hinted, fast) == 0.03
-        assert tolerance_of(replace(params, tolerance=None), "auto", trained, hinted, fast) is None
-    assert tolerance_of(replace(params, beta=0.5), "auto", trained, hinted, fast) is None  # params: Triton's
+        assert tolerance_of(params, 1.0, "certified", trained, hinted, fast) == 0.03
+        assert tolerance_of(replace(params, tolerance=None), 1.0, "auto", trained, hinted, fast) is None
+    assert tolerance_of(params, 0.5, "auto", trained, hinted, fast) is None  # params: Triton's
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_tiles_of_several_pieces_and_groups_of_flags(device, monkeypatch, beta):
+    """As Hopper's: wide tiles in eight pieces, whose flags are of two groups."""
+    tiles = pytest.importorskip("fastgrpo.kernels.tiles")
+    monkeypatch.setattr(tiles, "INTERPRETER", tiles.INTERPRETER._replace(cols=128))
+    monkeypatch.setattr(tiles, "pair_cuts", lambda tile: 3)
+    problem = problem_of(drawn(SIZES["triton"], device), beta, backend="triton")
+    module = backends.load("triton")
+    stats, certificate = module.certified_divergence_forward(problem)
+    torch.testing.assert_close(
+        PairStats(*stats)._replace(norm=None), PairStats(*module.divergence_forward(problem))._replace(norm=None)
+    )
+    assert 0 < check_certificate(problem, certificate, slopes(problem)) < 1
+
+
+def test_a_teacher_with_the_students_head_is_copied_once(device):
+    is_same = pytest.importorskip("fastgrpo.kernels.arguments").is_same
+    head = torch.randn(8, 4, device=device)
+    assert is_same(head, head.detach())
+    assert not is_same(head, head.clone())
+    assert not is_same(head, head[:, :2])

@@ -79,6 +79,10 @@ class PairProblem(HeadProblem):
         return HeadProblem(*head, self.targets, self.temperature, self.params.teacher)
 
     @property
+    def heads(self):
+        return self, self.teacher
+
+    @property
     def is_mixture(self):
         return 0.0 < self.beta < 1.0
 

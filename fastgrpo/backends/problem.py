@@ -115,6 +115,16 @@ class HeadProblem:
         return sum(entries.shape[1] for _, entries in self.factors)
 
     @property
+    def heads(self):
+        """Whose logits a kernel makes, this one's first."""
+        return (self,)
+
+    @property
+    def tile_dtype(self):
+        """Whose tiles a kernel of these logits takes: of the widest that is computed in."""
+        return max((head.params.compute_dtype for head in self.heads), key=lambda dtype: dtype.itemsize)
+
+    @property
     def tiles_alive(self):
         """Tiles that a tile's gradient takes, its own included."""
         return 1
