@@ -1,9 +1,10 @@
 """The first minutes on a GPU nobody has run this on: what is right, what is slow, in one command of under nine minutes.
 
-``python -m bench.first_contact --out FOLDER`` needs torch and triton alone. Every step is a process of its own, so that
-one that dies or hangs takes nothing with it, and every row is on disk as soon as it is known. FOLDER gets
-``first-contact.jsonl`` (rows that ``bench/results/`` takes as they are), ``tiles.json`` (the fastest tile measured of
-each kernel, for ``kernels/tiles.py``) and ``first-contact.log`` (tracebacks).
+``python -m bench.first_contact --out FOLDER`` needs torch and triton; for the trainer also what fastgrpo[train] and
+[peft] bring, and a step that misses a package says so. Every step is a process of its own, so that one that dies or
+hangs takes nothing with it, and every row is on disk as soon as it is known. FOLDER gets ``first-contact.jsonl`` (rows
+that ``bench/results/`` takes as they are), ``tiles.json`` (the fastest tile measured of each kernel, for
+``kernels/tiles.py``) and ``first-contact.log`` (tracebacks).
 """
 
 import argparse
@@ -26,6 +27,8 @@ from bench.contact.correct import correct, large
 from bench.contact.device import REAL, REHEARSAL, Contact, failure
 from bench.contact.distributions import distributions, divergence
 from bench.contact.kernels import compile_tiles, kernels, ncu, once, time_tiles
+from bench.contact.learner import learner
+from bench.contact.trainer import trainer
 from bench.contact.whole import ceilings, certified, exact, loss_step, versions
 
 TIME_LIMIT = 510  # seconds in all
@@ -47,11 +50,27 @@ STEPS = {
     "exact": Step(exact, 70),
     "loss_step": Step(loss_step, 30),
     "divergence": Step(divergence, 40),
+    "trainer": Step(trainer, 60, 5),
+    "learner": Step(learner, 50, 4),
     "compile_tiles": Step(compile_tiles, 60, 12),
     "tiles_timed": Step(time_tiles, 60),
     "certified": Step(certified, 50),
     "ncu": Step(ncu, 60),
     "once": Step(once, 60),
+}
+
+# what the summary prints every row of
+SHOWN = {
+    "versions",
+    "ceilings",
+    "large",
+    "kernels",
+    "exact",
+    "loss_step",
+    "divergence",
+    "trainer",
+    "learner",
+    "certified",
 }
 
 
@@ -126,7 +145,7 @@ def summary(folder, wrong):
             best[r["kernel"]] = {"tile": r["tile"], "ms": r["ms"], "tflops": r.get("tflops")}
     (folder / "tiles.json").write_text(json.dumps(best, indent=1))
     for r in rows:
-        if r["step"] in ("versions", "ceilings", "large", "kernels", "exact", "loss_step", "divergence", "certified"):
+        if r["step"] in SHOWN:
             print({k: v for k, v in r.items() if k not in ("suite", "device", "torch", "date", "ops")})
     for r in bad:
         print("WRONG", {k: v for k, v in r.items() if k not in ("suite", "device", "torch", "date")})
@@ -152,6 +171,7 @@ def main(argv=None):
         )
     options.out.mkdir(parents=True, exist_ok=True)
     if options.step:
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # peft would ask it
         contact = Contact(options.device, REHEARSAL if options.rehearsal else REAL)
         shard, shards = map(int, options.shard.split("/"))
         sharded = {"shard": shard, "shards": shards} if STEPS[options.step].shards > 1 else {}

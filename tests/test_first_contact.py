@@ -9,12 +9,13 @@ import torch
 
 pytest.importorskip("triton")
 from bench import first_contact
-from bench.contact import correct, kernels
+from bench.contact import correct, device, kernels, learner, trainer
 from bench.contact.device import REHEARSAL, Contact
 
 STEPS = (
     "versions", "ceilings", "large", "distributions", "kernels", "exact", "loss_step", "divergence", "certified", "ncu"
 )  # fmt: skip
+PARTS = {"trainer": trainer, "learner": learner}
 
 
 @pytest.fixture
@@ -97,8 +98,76 @@ def test_steps_are_processes_that_may_hang(tmp_path, monkeypatch, capsys):
     assert json.loads((tmp_path / "first-contact.jsonl").read_text().splitlines()[-1])["torch"] == torch.__version__
 
 
+class TestTrainer:
+    """What needs fastgrpo[train]: every row right, wrong where the trainer is, and none that hides another."""
+
+    @pytest.fixture(autouse=True)
+    def poisoned_memory(self):
+        """Real memory: transformers fills what it allocates."""
+        pytest.importorskip("accelerate")
+
+    @pytest.mark.parametrize("step", ["trainer", "learner"])
+    def test_every_row_is_right(self, rows, step):
+        status, found = rows(step)
+        assert status == 0
+        assert len(found) == len(PARTS[step].CASES)
+        assert all(row.get("ok") or row["what"] == "growth" for row in found), found
+
+    def test_a_resumed_job_without_its_random_numbers_is_seen(self, rows, monkeypatch):
+        from fastgrpo.trainer import checkpoint
+
+        plain = checkpoint.load
+        monkeypatch.setattr(checkpoint, "load", lambda *a: (plain(*a), torch.manual_seed(7))[0])
+        monkeypatch.setattr(PARTS["trainer"], "CASES", PARTS["trainer"].CASES[:1])
+        (row,) = rows("trainer")[1]
+        assert row["apart_again"] == 0 < row["apart_resumed"]
+        assert row["ok"] is False
+
+    def test_wrong_gradients_are_seen_beside_the_cpu_s(self, rows, monkeypatch):
+        part = PARTS["trainer"]
+        monkeypatch.setattr(part, "CASES", [case for case in part.CASES if case[0] == "GRPO beside the CPU"])
+        plain, asked = part.batch_of, []
+
+        def batch_of(trainer, episodes=None):
+            asked.append(episodes)
+            episodes, grads, scores = plain(trainer, episodes)
+            return episodes, grads if asked[-1] is None else 1.01 * grads, scores
+
+        monkeypatch.setattr(part, "batch_of", batch_of)
+        (row,) = rows("trainer")[1]
+        assert row["fp32"]["gradients"] == pytest.approx(0.01)
+        assert row["ok"] is False
+
+    def test_wrong_sums_are_seen_and_an_error_is_a_row(self, rows, monkeypatch):
+        from fastgrpo.inputs import Segments
+
+        part, plain = PARTS["learner"], Segments.sum
+
+        def broken(contact):
+            raise RuntimeError("an illegal memory access was encountered")
+
+        cases = [(broken, {}), *(case for case in part.CASES if case[0] in part.PLAIN)]
+        monkeypatch.setattr(part, "CASES", cases)
+        monkeypatch.setattr(Segments, "sum", lambda self, x: plain(self, 2 * x))
+        status, found = rows("learner")
+        assert status == 0
+        assert "illegal memory access" in found[0]["error"]
+        wrong = [row for row in found[1:] if row["ok"] is False]
+        assert {row["what"] for row in wrong} == {"segment_sums", "packed_losses"}
+        assert len(found) == len(cases)
+
+    def test_a_package_that_is_missing_is_said_and_not_wrong(self, rows, monkeypatch, tmp_path):
+        plain = device.find_spec
+        monkeypatch.setattr(device, "find_spec", lambda name: None if name in ("rich", "matplotlib") else plain(name))
+        monkeypatch.setattr(PARTS["learner"], "CASES", PARTS["learner"].CASES[:2])
+        (row,) = rows("trainer")[1]
+        assert row["skipped"] == "needs matplotlib, rich"
+        assert [row["skipped"] for row in rows("learner")[1][1:]] == ["needs matplotlib"] * 2
+        assert first_contact.summary(tmp_path, {}) == 0
+
+
 @pytest.mark.quick
 def test_it_fits_nine_minutes():
     """Even if every step takes all it may, the parent stops in time."""
     assert first_contact.TIME_LIMIT + 10 < 540
-    assert sum(step.seconds for name, step in first_contact.STEPS.items() if name != "once") < 800
+    assert sum(step.seconds for name, step in first_contact.STEPS.items() if name != "once") < 900

@@ -2,6 +2,7 @@
 
 import statistics
 import time
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
@@ -106,3 +107,9 @@ def attempt(function, *arguments, **keywords):
 
 def failure(error):
     return {"error": f"{type(error).__name__}: {str(error)[:400]}", "ok": False}
+
+
+def absent(*packages):
+    """A row that says which packages the rest needs and this machine has not; None: all are there."""
+    missing = [name for name in packages if find_spec(name) is None]
+    return {"skipped": f"needs {', '.join(missing)}"} if missing else None
