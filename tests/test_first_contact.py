@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("triton")
 from bench import first_contact
-from bench.contact import correct, kernels
+from bench.contact import correct, kernels, launches
 from bench.contact.device import REHEARSAL, Contact
 
 STEPS = (
@@ -36,6 +36,8 @@ def test_a_step_runs_small(rows, step):
     assert status == 0
     assert found
     assert all(row["step"] == step and row.get("ok", True) for row in found), found
+    if step == "kernels":
+        assert {row["kernel"] for row in found if "tflops" in row} == {*launches.SOURCES}
 
 
 def test_every_kind_of_comparison_passes_and_can_fail(rows, monkeypatch):
@@ -55,7 +57,7 @@ def test_tiles_are_timed_and_the_fastest_written(rows, tmp_path, monkeypatch, ca
     tile = tiles.INTERPRETER
     monkeypatch.setattr(tiles, "architecture", lambda device: "sm_90")
     monkeypatch.setattr(kernels, "candidates", lambda kernel, architecture: [tile, tile._replace(depth=16)])
-    monkeypatch.setattr(kernels, "TUNED", ("forward", "dweight"))
+    monkeypatch.setattr(kernels, "ONE", ("forward", "dweight"))
     small = REHEARSAL._replace(vocab=64)
     assert rows("compile_tiles", small)[0] == 0
     status, found = rows("tiles_timed", small)
