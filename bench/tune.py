@@ -343,22 +343,33 @@ class Run:
         rows = self.rows.finished("time")
         return {key: row for key, row in rows.items() if row["shipped"] == shipped[row["kernel"]]}
 
-    def winners(self):
-        """{kernel: (tile, {D: row})} of those that are enough faster and compile in every variant."""
+    def winners(self, but=frozenset()):
+        """{kernel: (tile, {D: row})} of those that are enough faster and compile in every variant.
+
+        but: {(kernel, tile)} not to take either.
+        """
         bad = {key[:2] for key, row in self.rows.finished("variants").items() if not row["ok"]}
-        return pick(self.timed().values(), self.contact.sizes.widths, bad, GAIN)
+        return pick(self.timed().values(), self.contact.sizes.widths, bad | but, GAIN)
+
+    def unsettled(self):
+        """Jobs to compile next: of kernels whose winner has not been yet; the runners-up too where
+        processors would be idle, since half of two models' tiles spill in some variant."""
+        known, jobs = self.rows.finished("variants"), {}
+        open_kernels = {
+            k for k, (tile, _) in self.winners().items() if job_of({"kernel": k, "tile": tile}) not in known
+        }
+        for _ in range(max(COMPILERS // len(open_kernels), 1) if open_kernels else 0):
+            found = self.winners(but=frozenset(jobs))
+            jobs |= dict.fromkeys((k, tile) for k, (tile, _) in found.items() if k in open_kernels)
+        return [job for k, tile in jobs if job_of(job := {"kernel": k, "tile": list(tile)}) not in known]
 
     def settle(self):
         """Winners whose every variant has been compiled; -> as :meth:`winners`."""
-        while True:
-            found, known = self.winners(), self.rows.finished("variants")
-            jobs = [{"kernel": kernel, "tile": list(tile)} for kernel, (tile, _) in found.items()]
-            jobs = [job for job in jobs if job_of(job) not in known]
-            if not jobs:
-                return found
+        while jobs := self.unsettled():
             if not self.do("variants", jobs, COMPILERS, self.left(0.4 * min(RESERVED, self.left()))):
-                known = self.rows.finished("variants")
-                return {k: w for k, w in found.items() if known.get((k, tuple(w[0]), None, None), {"ok": False})["ok"]}
+                break
+        found, known = self.winners(), self.rows.finished("variants")
+        return {k: w for k, w in found.items() if known.get((k, tuple(w[0]), None, None), {"ok": False})["ok"]}
 
     def content(self, found):
         from fastgrpo.kernels import tiles

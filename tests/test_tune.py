@@ -244,6 +244,40 @@ def test_a_winner_is_two_per_cent_faster_over_the_widths():
     assert math.isclose(tune.speedup(dict(enumerate(both[0]))), 1.1)
 
 
+@pytest.mark.quick
+def test_idle_processors_compile_the_runners_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(tune, "COMPILERS", 4)
+    options = types.SimpleNamespace(out=tmp_path, time_limit=60, kernels=["one"], device="cpu", rehearsal=True)
+    run = tune.Run(options, tune.Contact("cpu", tune.REHEARSAL))
+    tried = [tiles.INTERPRETER._replace(stages=k) for k in range(2, 8)]
+    for kernel in ("forward", "dweight"):
+        for k, tile in enumerate(tried):
+            row = {"kernel": kernel, "tile": list(tile), "D": 32, "ok": True, "ms": 1.0 + k, "shipped_ms": 5.5}
+            run.rows.write(step="time", shipped=list(tiles.INTERPRETER), **row)
+    rounds, spilling = [], {("forward", 2), ("forward", 3), ("forward", 4)}
+
+    def do(step, jobs, shards, seconds):
+        rounds.append([(job["kernel"], job["tile"][4]) for job in jobs])
+        for job in jobs:
+            run.rows.write(step=step, **job, ok=(job["kernel"], job["tile"][4]) not in spilling)
+        return True
+
+    run.do = do
+    found = run.settle()
+    assert {kernel: winner[0].stages for kernel, winner in found.items()} == {"forward": 5, "dweight": 2}
+    assert [set(x) for x in rounds] == [
+        {("forward", 2), ("forward", 3), ("dweight", 2), ("dweight", 3)},  # two kernels, two tiles each
+        {("forward", 4), ("forward", 5), ("forward", 6)},  # all that are fast enough
+    ]
+    assert run.settle() == found
+    assert len(rounds) == 2
+    run.do = lambda *_: False  # the time is up
+    spilling = set()
+    run.rows.write(step="variants", kernel="forward", tile=list(tried[3]), ok=False)
+    run.rows.write(step="variants", kernel="dweight", tile=list(tried[0]), ok=False)
+    assert {kernel: winner[0].stages for kernel, winner in run.settle().items()} == {"forward": 6, "dweight": 3}
+
+
 @pytest.fixture
 def rehearse(tmp_path, capsys):
     """-> run the command small; its status, its rows, its file, what it said."""
