@@ -46,7 +46,7 @@ STEPS = {
     "correct": Step(correct, 150, 8),
     "distributions": Step(distributions, 90, 8),
     "large": Step(large, 40),
-    "kernels": Step(kernels, 60),
+    "kernels": Step(kernels, 75),
     "exact": Step(exact, 70),
     "loss_step": Step(loss_step, 30),
     "divergence": Step(divergence, 40),

@@ -1,10 +1,10 @@
 """Measure the tiles of the GPU at hand, inside eight minutes, for kernels/tiles.py to read.
 
-``python -m bench.tune`` compiles the candidates in parallel and drops those that spill or do not fit; times the others
-in turns with the tile shipped; compiles each winner in every variant of its kernel; checks what the winners compute
-against float64; and writes OUT/<device>.json. Everything measured is in OUT/<device>.jsonl as soon as it is known: a
-second run of the same device, versions, sources and sizes goes on from there. Steps are processes of their own, so
-that a kernel that hangs or dies costs its own row.
+``python -m bench.tune`` goes over groups of kernels, see bench/candidates.py: it compiles a group's candidates in
+parallel and drops those that spill or do not fit; times the others in turns with the tile shipped; compiles each winner
+in every variant of its kernel. It then checks what the winners compute against float64, and writes OUT/<device>.json.
+Everything measured is in OUT/<device>.jsonl as soon as it is known: a second run of the same device, versions, sources
+and sizes goes on from there. Steps are processes of their own, so that a kernel that hangs or dies costs its own row.
 """
 
 import argparse
@@ -23,24 +23,39 @@ from pathlib import Path
 
 import torch
 
-from bench.candidates import TUNED, candidates, compile_tile, key_of, using
+from bench.candidates import GROUPS, TUNED, candidates, compile_tile, key_of, names_on, using
 from bench.contact.correct import compare
-from bench.contact.device import REAL, REHEARSAL, Contact, attempt
-from bench.contact.launches import speed, with_tile
+from bench.contact.device import REAL, REHEARSAL, Contact, attempt, padded
+from bench.contact.distributions import compare_divergence
+from bench.contact.launches import beside_teacher, speed, with_tile
 
 ROOT = Path(__file__).resolve().parents[1]
 TIME_LIMIT = 470  # seconds in all, after the imports
-RESERVED = 70  # of them for the winners' other variants and their numbers
-STALL = 45  # seconds without a row after which a step's processes are ended
+RESERVED = 100  # of them for the winners' other variants and their numbers
+STALL = 45  # seconds without a row after which the processes that time are ended
+COMPILING = 120  # and those that compile
 GAIN = 1.02  # how much faster than the tile shipped, over the widths
 NEAR = 0.97  # of its speed at the first width, to be timed at the others
 ROUNDS = 7
 COMPILERS = min(len(os.sched_getaffinity(0)), 16)
-CHECKS = {
+WEIGHTS = (1, 4)  # of what a timed source is given
+ROWS_FP32 = 4  # an fp32 product takes twenty times as long: of so many times fewer rows
+ONE = {
     "exact": {},
     "certified": {"backward": "certified"},
     "certified, hint": {"backward": "certified", "hint": True},
     "frozen head": {"frozen": True},
+}
+TWO = {
+    f"beta {beta}, {backward}": {"beta": beta, "backward": backward, "entropy": False, "wider": 0}
+    for beta in (0.0, 0.5, 1.0)
+    for backward in ("exact", "certified")
+}
+CHECKS = {  # {group: {case: keywords}}
+    "one": ONE,
+    "two": TWO,
+    "pointers": {name: {**keywords, "apart": True} for name, keywords in TWO.items()},
+    "fp32": ONE,
 }
 ORIGIN = ("device", "architecture", "torch", "triton", "source", "tokens", "vocab", "widths")
 
@@ -108,6 +123,17 @@ def job_of(row):
     return tuple(tuple(x) if isinstance(x, list) else x for x in (row.get(k) for k in ("kernel", "tile", "D", "case")))
 
 
+def by_group(names):
+    """-> [[name]], in the order of the groups."""
+    wanted = [[name for name in group if name in names] for group in GROUPS.values()]
+    return [group for group in wanted if group]
+
+
+def dtype_of(contact, size):
+    """Of operands of so many bytes; the interpreter's bfloat16 is wrong."""
+    return torch.float32 if size == 4 else torch.bfloat16 if contact.cuda else torch.float16
+
+
 def jobs_for(kernel, architecture):
     """-> the tile shipped, [Tile] to compare it with."""
     from fastgrpo.kernels import tiles
@@ -142,29 +168,36 @@ class Timer:
     def __call__(self, contact, job, architecture):
         from fastgrpo.kernels import tiles
 
-        kernel, depth = job["kernel"], job["D"]
-        if depth not in self.data:
-            self.data[depth] = contact.head(
-                contact.sizes.tokens, depth, torch.bfloat16 if contact.cuda else torch.float16
-            )
-        if (kernel, depth) not in self.shipped:
-            self.shipped = {(kernel, depth): with_tile(kernel, tiles.Tile(*job["shipped"]), self.data[depth])}
-        ours = self.shipped[kernel, depth]
-        launch = with_tile(kernel, tiles.Tile(*job["tile"]), self.data[depth])
+        name, depth = job["kernel"], job["D"]
+        kernel, size, apart = TUNED[name]
+        data = self.operands(contact, depth, size, apart, "pair" in kernel)
+        if (name, depth) not in self.shipped:
+            self.shipped = {(name, depth): with_tile(kernel, tiles.Tile(*job["shipped"]), data)}
+        ours = self.shipped[name, depth]
+        launch = with_tile(kernel, tiles.Tile(*job["tile"]), data)
         turns = [ours.run, launch.run]
         contact.interleaved(turns, 2)
         shipped_ms, ms = contact.interleaved(turns, ROUNDS if contact.cuda else 1)
         return {"ok": True, "ms": round(ms, 5), "shipped_ms": round(shipped_ms, 5), **speed(launch, ms)}
+
+    def operands(self, contact, *kind):
+        if kind not in self.data:
+            depth, size, apart, pair = kind
+            rows = contact.sizes.tokens // (ROWS_FP32 if size == 4 else 1)
+            data = (beside_teacher if pair else Contact.head)(contact, rows, depth, dtype_of(contact, size))
+            self.data[kind] = [padded(x) if apart and k in WEIGHTS else x for k, x in enumerate(data)]
+        return self.data[kind]
 
 
 def run_check(contact, job, architecture):
     """A small problem, of sizes for which nothing is compiled again, against float64."""
     from fastgrpo.kernels import tiles
 
+    group, case = job["case"].split(": ")
+    keywords, dtype = CHECKS[group][case], dtype_of(contact, 4 if group == "fp32" else 2)
+    against = compare_divergence if "beta" in keywords else compare
     with using(tiles.read_measured(job["file"]).table):
-        if contact.cuda:
-            return compare(contact, torch.bfloat16, (300, 5008, 256), **CHECKS[job["case"]])
-        return compare(contact, torch.float16, (8, 160, 32), **CHECKS[job["case"]])
+        return against(contact, dtype, (300, 5008, 256) if contact.cuda else (8, 160, 32), **keywords)
 
 
 def work(step, jobs, contact, rows):
@@ -191,6 +224,8 @@ class Run:
 
         self.architecture, self.name = known["architecture"], tiles.slug(known["device"])
         self.rows = Rows(rows_path(options.out, known), known)
+        asked = [name for kernel in options.kernels for name in GROUPS.get(kernel, [kernel])]
+        self.kernels = [name for name in names_on(self.architecture) if name in asked]
         self.failed = []
 
     def left(self, reserve=0.0):
@@ -243,7 +278,7 @@ class Run:
 
     def watch(self, step, processes, deadline, total):
         size, moved, told = -1, time.monotonic(), time.monotonic()
-        outcome = None
+        outcome, stall = None, STALL if step == "time" else COMPILING
         while any(p.poll() is None for p in processes):
             time.sleep(0.05)
             now, current = time.monotonic(), self.rows.path.stat().st_size if self.rows.path.exists() else 0
@@ -252,8 +287,8 @@ class Run:
             if now - told > 10:
                 told = now
                 self.say(f"{step}: {sum(r['step'] == step and not r.get('begun') for r in self.rows.read())} rows")
-            if now > deadline or now - moved > STALL:
-                outcome = "time is up" if now > deadline else f"was silent for {STALL} s"
+            if now > deadline or now - moved > stall:
+                outcome = "time is up" if now > deadline else f"was silent for {stall} s"
                 break
         for process in processes:
             if process.poll() is None:
@@ -262,10 +297,10 @@ class Run:
         statuses = sorted({p.returncode for p in processes} - {0})
         return outcome or (f"ended with status {statuses[0]}" if statuses else "ended")
 
-    def compile(self):
+    def compile(self, kernels):
         """Drop what spills or does not fit. What compiled is done again: its time is the cache's."""
         known, timed, jobs = self.rows.finished("compile"), self.timed(), []
-        for kernel in self.options.kernels:
+        for kernel in kernels:
             shipped, others = jobs_for(kernel, self.architecture)
             for tile in [shipped, *others]:
                 job = {"kernel": kernel, "tile": list(tile)}
@@ -275,12 +310,12 @@ class Run:
                     jobs.append(job)
         self.do("compile", jobs, COMPILERS, 0.5 * self.left())
 
-    def time(self):
+    def time(self, kernels):
         """All at the middle width, those that keep up at the others."""
         widths = self.contact.sizes.widths
         first = widths[len(widths) // 2]
         compiled, wanted = self.rows.finished("compile"), []
-        for kernel in self.options.kernels:
+        for kernel in kernels:
             shipped, others = jobs_for(kernel, self.architecture)
             for tile in others:
                 job = {"kernel": kernel, "tile": list(tile), "shipped": list(shipped)}
@@ -308,22 +343,33 @@ class Run:
         rows = self.rows.finished("time")
         return {key: row for key, row in rows.items() if row["shipped"] == shipped[row["kernel"]]}
 
-    def winners(self):
-        """{kernel: (tile, {D: row})} of those that are enough faster and compile in every variant."""
+    def winners(self, but=frozenset()):
+        """{kernel: (tile, {D: row})} of those that are enough faster and compile in every variant.
+
+        but: {(kernel, tile)} not to take either.
+        """
         bad = {key[:2] for key, row in self.rows.finished("variants").items() if not row["ok"]}
-        return pick(self.timed().values(), self.contact.sizes.widths, bad, GAIN)
+        return pick(self.timed().values(), self.contact.sizes.widths, bad | but, GAIN)
+
+    def unsettled(self):
+        """Jobs to compile next: of kernels whose winner has not been yet; the runners-up too where
+        processors would be idle, since half of two models' tiles spill in some variant."""
+        known, jobs = self.rows.finished("variants"), {}
+        open_kernels = {
+            k for k, (tile, _) in self.winners().items() if job_of({"kernel": k, "tile": tile}) not in known
+        }
+        for _ in range(max(COMPILERS // len(open_kernels), 1) if open_kernels else 0):
+            found = self.winners(but=frozenset(jobs))
+            jobs |= dict.fromkeys((k, tile) for k, (tile, _) in found.items() if k in open_kernels)
+        return [job for k, tile in jobs if job_of(job := {"kernel": k, "tile": list(tile)}) not in known]
 
     def settle(self):
         """Winners whose every variant has been compiled; -> as :meth:`winners`."""
-        while True:
-            found, known = self.winners(), self.rows.finished("variants")
-            jobs = [{"kernel": kernel, "tile": list(tile)} for kernel, (tile, _) in found.items()]
-            jobs = [job for job in jobs if job_of(job) not in known]
-            if not jobs:
-                return found
+        while jobs := self.unsettled():
             if not self.do("variants", jobs, COMPILERS, self.left(0.4 * min(RESERVED, self.left()))):
-                known = self.rows.finished("variants")
-                return {k: w for k, w in found.items() if known.get((k, tuple(w[0]), None, None), {"ok": False})["ok"]}
+                break
+        found, known = self.winners(), self.rows.finished("variants")
+        return {k: w for k, w in found.items() if known.get((k, tuple(w[0]), None, None), {"ok": False})["ok"]}
 
     def content(self, found):
         from fastgrpo.kernels import tiles
@@ -344,36 +390,46 @@ class Run:
         return json.dumps({**self.rows.origin, "date": today, "tiles": entries}, indent=1) + "\n"
 
     def write(self, found):
-        """The file, once its tiles compute what they should; -> whether they do."""
-        from fastgrpo.kernels import tiles
-
-        target, text = self.options.out / f"{self.name}.json", self.content(found)
+        """The file, of the groups whose tiles compute what they should; -> whether all do."""
+        target = self.options.out / f"{self.name}.json"
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / target.name
-            path.write_text(text)
-            tiles.read_measured(path)
-            if found and not self.check(path, hashlib.sha256(json.dumps(table_of(found)).encode()).hexdigest()[:12]):
-                return False
-            target.write_text(text)
-        self.say(f"{target}: {len(found)} tiles")
-        return True
+            self.put(path, found)
+            wrong = self.check(path, found) if found else []
+            for group in wrong:  # "one" has a part in all the others' checks
+                found = {name: x for name, x in found.items() if name not in GROUPS[group] and "one" not in wrong}
+            if wrong:
+                self.say(f"left out for its checks: {', '.join(wrong)}")
+            if found or not wrong:
+                self.put(path, found)
+                target.write_text(path.read_text())
+                self.say(f"{target}: {len(found)} tiles")
+        return not wrong
 
-    def check(self, path, table):
-        jobs = [{"case": case, "file": str(path), "table": table} for case in CHECKS]
+    def put(self, path, found):
+        from fastgrpo.kernels import tiles
+
+        path.write_text(self.content(found))
+        tiles.read_measured(path)
+
+    def check(self, path, found):
+        """-> the groups of which a check has failed or was not made."""
+        table = hashlib.sha256(json.dumps(table_of(found)).encode()).hexdigest()[:12]
+        cases = {f"{group}: {case}": group for group in GROUPS if {*GROUPS[group]} & {*found} for case in CHECKS[group]}
+        jobs = [{"case": case, "file": str(path), "table": table} for case in cases]
         before = len(self.rows.read())
-        self.do("check", jobs, len(jobs), self.left(3))
+        self.do("check", jobs, min(len(jobs), COMPILERS), self.left(3))
         rows = [row for row in self.rows.read()[before:] if row["step"] == "check" and not row.get("begun")]
-        wrong = [row for row in rows if not row["ok"]]
-        for row in wrong:
-            self.say(f"WRONG {row['case']}: {row.get('error') or row['errors']}")
-        if len({row["case"] for row in rows}) < len(CHECKS):
-            self.say("not every check was made: nothing is written")
-        return not wrong and len({row["case"] for row in rows}) == len(CHECKS)
+        for row in rows:
+            if not row["ok"]:
+                self.say(f"WRONG {row['case']}: {row.get('error') or row['errors']}")
+        right = {row["case"] for row in rows if row["ok"]}
+        return list(dict.fromkeys(group for case, group in cases.items() if case not in right))
 
     def table(self, found):
         """What was measured, as lines."""
         best = pick(self.timed().values(), self.contact.sizes.widths, (), 0.0)
-        for kernel in self.options.kernels:
+        for kernel in self.kernels:
             if kernel not in best:
                 self.say(f"{kernel}: no tile was timed at every width")
                 continue
@@ -424,8 +480,10 @@ def verify(folder):
 
 def measure_all(options, contact):
     run = Run(options, contact)
-    run.compile()
-    run.time()
+    for kernels in by_group(run.kernels):  # one after the other: what the time does not suffice for costs its own group
+        run.compile(kernels)
+        run.time(kernels)
+        run.settle()
     found = run.settle()
     right = run.write(found)
     run.table(found)
@@ -438,7 +496,11 @@ def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m bench.tune", description=__doc__)
     parser.add_argument("--out", type=Path, default=ROOT / "kernels" / "measured", help="folder of the two files")
     parser.add_argument("--time-limit", type=float, default=TIME_LIMIT, help="seconds")
-    parser.add_argument("--kernels", nargs="+", choices=TUNED, default=list(TUNED))
+    parser.add_argument(
+        "--kernels", nargs="+", choices=[*GROUPS, *TUNED], default=list(GROUPS), metavar="NAME",
+        help=f"groups, gone over in this order: {', '.join(GROUPS)}; or some of {', '.join(TUNED)}. The file has no "
+        "others, unless they were measured before under the same versions, sources and sizes",
+    )  # fmt: skip
     parser.add_argument("--widths", nargs="+", type=int, help="of hidden states")
     parser.add_argument("--tokens", type=int)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")

@@ -187,8 +187,11 @@ def recording(architecture, launches=None):
             setattr(tiles, name, function)
 
 
-def recorded_launches(architecture, depths=DEPTHS):
-    """-> (label, kernel, arguments) of everything the launchers would run, duplicates left out later."""
+def recorded_launches(architecture, depths=DEPTHS, only=None):
+    """-> (label, kernel, arguments) of everything the launchers would run, duplicates left out later.
+
+    only: label of the one of :func:`problems` that is wanted, with its :func:`pairs`.
+    """
     import torch
 
     from fastgrpo import support
@@ -206,7 +209,10 @@ def recorded_launches(architecture, depths=DEPTHS):
     from fastgrpo.kernels import support as support_kernels
 
     with recording(architecture) as launches:
-        for label, problem, needs in (p for depth in depths for p in problems(depth, architecture, depth == depths[0])):
+        found = (p for depth in depths for p in problems(depth, architecture, depth == depths[0]))
+        for label, problem, needs in found:
+            if only not in (None, label):
+                continue
             del launches[:]
             forward.forward(problem)
             forward.partial_forward(problem)

@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("triton")
 from bench import first_contact
-from bench.contact import correct, device, kernels, learner, trainer
+from bench.contact import correct, device, kernels, launches, learner, trainer
 from bench.contact.device import REHEARSAL, Contact
 
 STEPS = (
@@ -37,6 +37,8 @@ def test_a_step_runs_small(rows, step):
     assert status == 0
     assert found
     assert all(row["step"] == step and row.get("ok", True) for row in found), found
+    if step == "kernels":
+        assert {row["kernel"] for row in found if "tflops" in row} == {*launches.SOURCES}
 
 
 def test_every_kind_of_comparison_passes_and_can_fail(rows, monkeypatch):
@@ -56,7 +58,7 @@ def test_tiles_are_timed_and_the_fastest_written(rows, tmp_path, monkeypatch, ca
     tile = tiles.INTERPRETER
     monkeypatch.setattr(tiles, "architecture", lambda device: "sm_90")
     monkeypatch.setattr(kernels, "candidates", lambda kernel, architecture: [tile, tile._replace(depth=16)])
-    monkeypatch.setattr(kernels, "TUNED", ("forward", "dweight"))
+    monkeypatch.setattr(kernels, "ONE", ("forward", "dweight"))
     small = REHEARSAL._replace(vocab=64)
     assert rows("compile_tiles", small)[0] == 0
     status, found = rows("tiles_timed", small)
@@ -170,4 +172,4 @@ class TestTrainer:
 def test_it_fits_nine_minutes():
     """Even if every step takes all it may, the parent stops in time."""
     assert first_contact.TIME_LIMIT + 10 < 540
-    assert sum(step.seconds for name, step in first_contact.STEPS.items() if name != "once") < 900
+    assert sum(step.seconds for name, step in first_contact.STEPS.items() if name != "once") < 910

@@ -1,6 +1,7 @@
 """The tiles measured on a device: read, refused, chosen; and the command that measures them, rehearsed on a CPU."""
 
 import importlib.metadata
+import itertools
 import json
 import math
 import subprocess
@@ -12,6 +13,7 @@ import torch
 
 pytest.importorskip("triton")
 from bench import candidates, tune
+from bench.contact import distributions, launches
 from fastgrpo.kernels import report, tiles
 
 GPU = torch.device("cuda", 0)
@@ -88,6 +90,8 @@ def test_without_a_file_the_defaults_serve(folder, monkeypatch):
         ({"kernel": "dhidden", "tile": {**TILE, "depth": 256}}, "dhidden: depth must divide 128"),
         ({"kernel": "dweight", "tile": {**TILE, "rows": 256}}, "dweight: rows must divide 128"),
         ({"kernel": "forward_certified", "tile": {**TILE, "rows": 64}}, "must not depend .*64, 128"),
+        ({"kernel": "forward_pair_certified", "tile": {**TILE, "rows": 64}}, r"must not depend .*\(64, 64\)"),
+        ({"kernel": "forward_pair_certified", "tile": {**TILE, "cols": 256}}, r"cols must be in \[32, 128\], got 256"),
     ],
     ids=str,
 )  # fmt: skip
@@ -125,16 +129,73 @@ def test_malformed_files_are_refused(folder):
 @pytest.mark.quick
 def test_every_candidate_may_be_written():
     for architecture in tiles.ARCHITECTURES:
-        for kernel in candidates.TUNED:
-            shipped, *others = candidates.candidates(kernel, architecture)
+        keys = [candidates.key_of(name, architecture) for name in candidates.names_on(architecture)]
+        assert len({*keys}) == len(keys)
+        for name, key in zip(candidates.names_on(architecture), keys):
+            shipped, *others = candidates.candidates(name, architecture)
             assert len(others) > 5
             assert len({shipped, *others}) == 1 + len(others)
-            key = candidates.key_of(kernel, architecture)
             for tile in others:
                 sizes = {name: getattr(tile, name) for name in tiles.SIZES}
                 entry = dict(zip(tiles.ENTRY, (*key, sizes)))
                 assert tiles.read_entry(entry, architecture) == (key, tile)
                 tiles.check_table({key: tile}, architecture)
+
+
+@pytest.mark.quick
+def test_a_certified_divergence_is_tuned_both_ways_without_its_flags_changing():
+    for architecture in tiles.ARCHITECTURES:
+        for kernel in ("forward_pair_certified", "forward_pair_mixture_certified"):
+            names = [name for name in (kernel, f"{kernel}:pointers") if name in candidates.names_on(architecture)]
+            keys = [candidates.key_of(name, architecture) for name in names]
+            for tried in itertools.product(*(candidates.candidates(name, architecture) for name in names)):
+                tiles.check_table(dict(zip(keys, tried)), architecture)
+
+
+@pytest.mark.quick
+def test_every_kernel_is_tuned_or_left_out_for_a_reason():
+    names = {f"{kernel}{kind}" for kernel in tiles.TILES for kind in ("", ":pointers", ":fp32")}
+    assert {*candidates.TUNED} | {*candidates.LEFT_OUT} == names
+    assert not {*candidates.TUNED} & {*candidates.LEFT_OUT}
+    assert all(candidates.LEFT_OUT.values())
+    assert {tuned.kernel for tuned in candidates.TUNED.values()} == {*launches.SOURCES}
+    assert candidates.names_on("sm_90") == [*candidates.TUNED]
+    assert not any(candidates.TUNED[name].padded for name in candidates.names_on("sm_80"))
+    assert [name for group in tune.by_group(candidates.TUNED) for name in group] == [*candidates.TUNED]
+    assert {*tune.CHECKS} == {*candidates.GROUPS}
+
+
+@pytest.mark.quick
+def test_what_the_report_launches_without_options_takes_each_tile():
+    """What a candidate is compiled for is found among the recorded launches, by descriptors or without."""
+    for architecture in ("sm_90", "sm_80"):
+        last = {candidates.key_of(x, architecture): candidates.candidates(x, architecture)[-1] for x in
+                candidates.names_on(architecture)}  # fmt: skip
+        plain = {candidates.plain_operands(key, architecture) for key in last}
+        with candidates.using(last):
+            launched = {only: list(report.recorded_launches(architecture, (64,), only)) for only in plain}
+        for key, tile in last.items():
+            kernel, size, described = key
+            seen = launched[candidates.plain_operands(key, architecture)]
+            found = [arguments for label, one, arguments in seen
+                     if candidates.takes(one, arguments, kernel, tile) and "teacher" not in label]  # fmt: skip
+            assert found, key
+            if "pair" in kernel:
+                assert all((x["w_desc"] is not None) == (x["teacher_w_desc"] is not None) == described for x in found)
+                assert {x["beta"] for x in found} == ({0.3} if "mixture" in kernel else {0.0, 1.0})
+            if kernel.startswith("forward"):
+                assert {x["COMPUTE"].primitive_bitwidth for x in found} == {8 * size}
+
+
+def test_a_certified_divergence_is_timed_over_all_its_legs():
+    """Two tiles cut the vocabulary into other legs, but both are timed over all of it."""
+    contact = tune.Contact("cpu", tune.REHEARSAL)
+    data = launches.beside_teacher(contact, 8, 32, torch.float16)
+    kernel, shipped = "forward_pair_certified", tiles.INTERPRETER
+    for tile in (shipped, shipped._replace(cols=32)):
+        launch = launches.with_tile(kernel, tile, data)
+        assert launch.flops == 2 * 8 * contact.sizes.vocab * (32 + 32)
+        launch.run()
 
 
 @pytest.mark.quick
@@ -184,12 +245,46 @@ def test_a_winner_is_two_per_cent_faster_over_the_widths():
     assert math.isclose(tune.speedup(dict(enumerate(both[0]))), 1.1)
 
 
+@pytest.mark.quick
+def test_idle_processors_compile_the_runners_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(tune, "COMPILERS", 4)
+    options = types.SimpleNamespace(out=tmp_path, time_limit=60, kernels=["one"], device="cpu", rehearsal=True)
+    run = tune.Run(options, tune.Contact("cpu", tune.REHEARSAL))
+    tried = [tiles.INTERPRETER._replace(stages=k) for k in range(2, 8)]
+    for kernel in ("forward", "dweight"):
+        for k, tile in enumerate(tried):
+            row = {"kernel": kernel, "tile": list(tile), "D": 32, "ok": True, "ms": 1.0 + k, "shipped_ms": 5.5}
+            run.rows.write(step="time", shipped=list(tiles.INTERPRETER), **row)
+    rounds, spilling = [], {("forward", 2), ("forward", 3), ("forward", 4)}
+
+    def do(step, jobs, shards, seconds):
+        rounds.append([(job["kernel"], job["tile"][4]) for job in jobs])
+        for job in jobs:
+            run.rows.write(step=step, **job, ok=(job["kernel"], job["tile"][4]) not in spilling)
+        return True
+
+    run.do = do
+    found = run.settle()
+    assert {kernel: winner[0].stages for kernel, winner in found.items()} == {"forward": 5, "dweight": 2}
+    assert [set(x) for x in rounds] == [
+        {("forward", 2), ("forward", 3), ("dweight", 2), ("dweight", 3)},  # two kernels, two tiles each
+        {("forward", 4), ("forward", 5), ("forward", 6)},  # all that are fast enough
+    ]
+    assert run.settle() == found
+    assert len(rounds) == 2
+    run.do = lambda *_: False  # the time is up
+    spilling = set()
+    run.rows.write(step="variants", kernel="forward", tile=list(tried[3]), ok=False)
+    run.rows.write(step="variants", kernel="dweight", tile=list(tried[0]), ok=False)
+    assert {kernel: winner[0].stages for kernel, winner in run.settle().items()} == {"forward": 6, "dweight": 3}
+
+
 @pytest.fixture
 def rehearse(tmp_path, capsys):
     """-> run the command small; its status, its rows, its file, what it said."""
 
-    def run(*arguments):
-        status = tune.main(["--rehearsal", "--out", str(tmp_path), "--kernels", "forward", "dweight", *arguments])
+    def run(*kernels):
+        status = tune.main(["--rehearsal", "--out", str(tmp_path), "--kernels", *(kernels or ("forward", "dweight"))])
         files = list(tmp_path.glob("*.json"))
         rows = [json.loads(line) for path in tmp_path.glob("*.jsonl") for line in path.read_text().splitlines()]
         return status, rows, files, capsys.readouterr().out
@@ -197,8 +292,20 @@ def rehearse(tmp_path, capsys):
     return run
 
 
+@pytest.fixture
+def in_process(monkeypatch):
+    """Steps run in this process, which has imported everything; whatever the clock says, the other tile wins."""
+
+    def children(self, step, jobs, shards, deadline, total):
+        tune.work(step, jobs, self.contact, self.rows)
+        return "ended"
+
+    monkeypatch.setattr(tune.Run, "children", children)
+    monkeypatch.setattr(tune, "GAIN", 0.0)
+
+
 def test_the_command_end_to_end_and_a_second_run_times_nothing(rehearse, monkeypatch):
-    monkeypatch.setattr(tune, "CHECKS", {name: tune.CHECKS[name] for name in ("exact", "certified, hint")})
+    monkeypatch.setattr(tune, "CHECKS", {"one": {name: tune.ONE[name] for name in ("exact", "certified, hint")}})
     monkeypatch.setattr(tune, "GAIN", 0.0)  # whatever the clock says, both tiles win
     status, rows, files, said = rehearse()
     assert status == 0, said
@@ -210,11 +317,38 @@ def test_the_command_end_to_end_and_a_second_run_times_nothing(rehearse, monkeyp
     for entry in content["tiles"]:
         assert set(entry["milliseconds"]) == set(entry["shipped_milliseconds"]) == {"32"}
         assert entry["shipped"]["depth"] == 2 * entry["tile"]["depth"] == 32
-    assert {row["case"] for row in rows if row["step"] == "check"} == set(tune.CHECKS)
+    assert {row["case"] for row in rows if row["step"] == "check"} == {"one: exact", "one: certified, hint"}
     status, again, files, said = rehearse()
     assert status == 0, said
     assert {row["step"] for row in again[len(rows) :]} == {"check"}
     assert json.loads(files[0].read_text())["tiles"] == content["tiles"]
+
+
+def test_two_models_and_fp32_end_to_end_group_by_group(rehearse, in_process, monkeypatch):
+    cases = {"two": ("beta 0.5, certified",), "fp32": ("exact",), "one": ()}
+    checks = {group: {name: tune.CHECKS[group][name] for name in names} for group, names in cases.items()}
+    monkeypatch.setattr(tune, "CHECKS", checks)
+    names = "dweight:fp32", "dlogits_pair", "forward_pair_mixture_certified", "forward_pair:pointers"
+    status, rows, files, said = rehearse(*names)
+    assert status == 0, said
+    table = tiles.read_measured(*files).table
+    assert {*table} == {(n.split(":")[0], 2 + 2 * (n == names[0]), False) for n in names[:3]}
+    assert {row["case"] for row in rows if row["step"] == "check"} == {"two: beta 0.5, certified", "fp32: exact"}
+    order = [row["kernel"] for row in rows if row["step"] == "time" and not row.get("begun")]
+    assert order == ["dlogits_pair", "forward_pair_mixture_certified", "dweight:fp32"]  # the groups' order, not ours
+
+
+@pytest.mark.parametrize("case", ["two: beta 1.0, exact", "two: beta 0.5, certified", "pointers: beta 0.0, certified"])
+def test_a_check_of_two_models_takes_the_tiles_measured(tmp_path, monkeypatch, case):
+    kernels = [name for name in candidates.TWO if "certified" not in name or "certified" in case]
+    smaller = {**TILE, "rows": 32, "cols": 32, "depth": 16, "group": 2}
+    entries = [{**ENTRY, "kernel": kernel, "described": False, "tile": smaller} for kernel in kernels]
+    monkeypatch.setattr(tiles, "check_table", lambda table, architecture: None)  # other flags than a device's
+    put(tmp_path, *entries, name="x.json", device="x", architecture="cpu")
+    job, contact = {"case": case, "file": str(tmp_path / "x.json")}, tune.Contact("cpu", tune.REHEARSAL)
+    assert tune.run_check(contact, job, "cpu")["ok"]
+    monkeypatch.setattr(distributions, "relative", lambda x, truth: 0.1)
+    assert not tune.run_check(contact, job, "cpu")["ok"]
 
 
 @pytest.mark.quick
@@ -234,30 +368,36 @@ def test_rows_of_other_sources_or_sizes_do_not_count(tmp_path):
     assert list(rows.finished("time")) == [tune.job_of(job)]
 
 
-def test_a_wrong_tile_is_not_written(rehearse, monkeypatch, tmp_path):
+@pytest.mark.parametrize(("wrong", "written"), [("one: exact", set()), ("fp32: exact", {"dweight"})])
+def test_a_wrong_tile_is_not_written(rehearse, in_process, monkeypatch, wrong, written):
     """A child compares; here one that finds an error stands in."""
-    monkeypatch.setattr(tune, "GAIN", 0.0)
-    plain = tune.Run.do
 
-    def do(self, step, jobs, shards, seconds):
-        if step != "check":
-            return plain(self, step, jobs, shards, seconds)
-        for job in jobs:
-            wrong = job["case"] == "exact"
-            self.rows.write(step=step, **job, ok=not wrong, errors={"hidden": 0.3 if wrong else 0.0})
-        return True
+    def check(contact, job, architecture):
+        return {"ok": job["case"] != wrong, "errors": {"hidden": 0.3 if job["case"] == wrong else 0.0}}
 
-    monkeypatch.setattr(tune.Run, "do", do)
-    status, _, files, said = rehearse()
+    monkeypatch.setattr(tune, "run_check", check)
+    status, _, files, said = rehearse("dweight", "dweight:fp32")
     assert status == 1
-    assert not files
-    assert "WRONG exact: {'hidden': 0.3}" in said
+    assert {kernel for path in files for kernel, *_ in tiles.read_measured(path).table} == written
+    assert f"WRONG {wrong}: {{'hidden': 0.3}}" in said
+
+
+def test_a_check_that_was_not_made_is_not_passed(rehearse, in_process, monkeypatch):
+    plain = tune.Run.children
+
+    def children(self, step, jobs, *arguments):
+        return "time is up" if step == "check" else plain(self, step, jobs, *arguments)
+
+    monkeypatch.setattr(tune.Run, "children", children)
+    status, _, files, said = rehearse("dweight")
+    assert (status, files) == (1, [])
+    assert "left out for its checks: one" in said
 
 
 def test_a_check_notices_a_tile_that_computes_something_else(tmp_path, monkeypatch):
     put(tmp_path, {**ENTRY, "described": False}, name="x.json", device="x", architecture="cpu")
     contact = types.SimpleNamespace(cuda=False, device="cpu", head=tune.Contact("cpu", tune.REHEARSAL).head)
-    job = {"case": "exact", "file": str(tmp_path / "x.json")}
+    job = {"case": "one: exact", "file": str(tmp_path / "x.json")}
     right = tune.run_check(contact, job, "cpu")
     assert right["ok"]
     plain = tune.compare

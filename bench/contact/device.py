@@ -77,6 +77,11 @@ class Contact:
         return hidden, weight, targets
 
 
+def padded(x):
+    """The same (n, m) matrix with rows that descriptors cannot read."""
+    return torch.nn.functional.pad(x, (0, 1))[:, :-1]
+
+
 def draw(dtype, generator):
     """-> random(*shape, dtype): normal numbers."""
     return lambda *shape, dtype=dtype: torch.randn(shape, generator=generator, device=generator.device).to(dtype)

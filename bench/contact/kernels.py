@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from bench.candidates import TUNED, candidates, compile_tile, key_of
+from bench.candidates import ONE, candidates, compile_tile, key_of
 from bench.contact.device import attempt, failure
 from bench.contact.launches import exact, launches, speed, with_tile
 
@@ -31,7 +31,7 @@ def kernels(contact):
 
 
 def tile_jobs(architecture):
-    return [(kernel, tile) for kernel in TUNED for tile in candidates(kernel, architecture)[:FEW]]
+    return [(kernel, tile) for kernel in ONE for tile in candidates(kernel, architecture)[:FEW]]
 
 
 def compile_tiles(contact, shard=0, shards=1):
