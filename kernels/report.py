@@ -102,8 +102,8 @@ def pairs(label, problem):
         pair = PairParams(**params, **alike, beta=beta)
         yield f"{label}, beta {beta}", PairProblem(**own, params=pair, **teacher, teacher_bias=problem.bias)
         if label == "bfloat16":  # a teacher that descriptors cannot read, one of another dtype
-            odd = {name: x[..., 1:] for name, x in teacher.items()}
-            yield f"{label}, beta {beta}, odd teacher", PairProblem(**own, params=pair, **odd)
+            padded = teacher | {"teacher_weight": problem.weight.new_empty(V, half + 1)[:, :half]}
+            yield f"{label}, beta {beta}, padded teacher", PairProblem(**own, params=pair, **padded)
             wide = {name: x.float() for name, x in teacher.items()}
             pair = dataclasses.replace(pair, teacher_compute_dtype=wide["teacher_weight"].dtype)
             yield f"{label}, beta {beta}, float32 teacher", PairProblem(**own, params=pair, **wide)
