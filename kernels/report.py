@@ -90,6 +90,7 @@ def problems(depth, architecture, chunked):
 def pairs(label, problem):
     """-> label, PairProblem: of what is compiled for one head, a choice beside a teacher of half the width."""
     from fastgrpo.backends.pair import PairParams, PairProblem
+    from fastgrpo.kernels import tiles
 
     own, half = {f.name: getattr(problem, f.name) for f in dataclasses.fields(problem)}, problem.hidden.shape[-1] // 2
     params = vars(own.pop("params"))
@@ -103,7 +104,8 @@ def pairs(label, problem):
         yield f"{label}, beta {beta}", PairProblem(**own, params=pair, **teacher, teacher_bias=problem.bias)
         if label == "bfloat16":  # a teacher that descriptors cannot read, one of another dtype
             padded = teacher | {"teacher_weight": problem.weight.new_empty(V, half + 1)[:, :half]}
-            yield f"{label}, beta {beta}, padded teacher", PairProblem(**own, params=pair, **padded)
+            if tiles.has_descriptors(problem.weight.device, "forward_pair"):
+                yield f"{label}, beta {beta}, padded teacher", PairProblem(**own, params=pair, **padded)
             wide = {name: x.float() for name, x in teacher.items()}
             pair = dataclasses.replace(pair, teacher_compute_dtype=wide["teacher_weight"].dtype)
             yield f"{label}, beta {beta}, float32 teacher", PairProblem(**own, params=pair, **wide)
