@@ -134,4 +134,6 @@ def pick_tile(kernel, problem):
 
 def is_same(a, b):
     """Whether two tensors are one in memory."""
-    return a is b or (a.device.type != "meta" and a.is_set_to(b))
+    if a is b or a.device.type == "meta":
+        return a is b
+    return a.data_ptr() == b.data_ptr() and (a.dtype, a.shape, a.stride()) == (b.dtype, b.shape, b.stride())
