@@ -11,8 +11,6 @@ from fastgrpo.kernels.common import row_offsets
 from fastgrpo.kernels.launches import Launch
 from fastgrpo.kernels.tiles import cdiv
 
-VALUES, COLUMNS = 4096, 256  # of a tile that is gathered: four or eight loads of 16 bytes a thread
-WARPS = 4
 PROGRAMS = 8  # a processor, that go through all tiles
 
 
@@ -72,7 +70,7 @@ def entries_gatherer(entries, ids, out, cuts, most):
 
 def gatherer(source, rows, count, out, cuts, most, first_row, last_row, first_held):
     depth, by_cuts = source.shape[2], cuts is not None
-    block_n, block_d = gather_tile(depth)
+    tile = copy_tile(depth)
     launch = Launch(
         gather_kernel,
         source_ptr=source,
@@ -88,20 +86,14 @@ def gatherer(source, rows, count, out, cuts, most, first_row, last_row, first_he
         T=None if by_cuts else source.shape[1],
         strides=row_strides(source),
         PANEL=tiles.WIDTH,
-        BLOCK_N=block_n,
-        BLOCK_D=block_d,
-        num_warps=WARPS,
+        BLOCK_N=tile.rows,
+        BLOCK_D=tile.cols,
+        num_warps=tile.warps,
     )
     at_once = PROGRAMS * grids.processor_count(source.device)  # what a chunk has is often a tenth of ``most``
-    return functools.partial(launch, min(cdiv(most, block_n) * cdiv(depth, block_d), at_once))
-
-
-def gather_tile(depth):
-    """-> rows, columns: VALUES in all, the same of every model's width."""
-    cols = min(COLUMNS, triton.next_power_of_2(depth))
-    return VALUES // cols, cols
+    return functools.partial(launch, min(cdiv(most, tile.rows) * cdiv(depth, tile.cols), at_once))
 
 
 def copy_tile(depth):
-    """Of the kernels that scatter rows: narrow ones for a narrow factor."""
+    """Of the kernels that only move rows: narrow ones for a narrow factor."""
     return tiles.COPY._replace(cols=min(tiles.COPY.cols, triton.next_power_of_2(depth)))

@@ -399,7 +399,7 @@ class PairSweep(Sweep):
     """A forward's way over rows and vocabulary with the teacher beside it."""
 
     def __init__(self, problem, kernel, selection):
-        teacher = problem.teacher
+        self.kernel, teacher = kernel, problem.teacher
         super().__init__(problem, kernel, selection, beside=(teacher.hidden,))
         self.blocks, x = self.grid[0] // self.runs, self.gathered[1]
         described = is_described(kernel, teacher)
@@ -425,7 +425,7 @@ class PairSweep(Sweep):
             STUDENT_FIRST=problem.beta == 1.0,
             ENTROPY=problem.params.entropy and stats is None,
             CUTS=tiles.pair_cuts(self.tile),
-            FLAGS=min(self.tile.cols, tiles.PAIR_FLAGS),
+            FLAGS=tiles.flag_columns(self.kernel, self.tile),
             **self.teacher,
         )
 

@@ -94,8 +94,7 @@ class Panels:
         self.stops, self.stops_hidden = stops, stops if stops_hidden is None else stops_hidden
         rows = cut.room + cdiv(cut.copied, tiles.WIDTH)  # copies begin at whole entries
         self.dlogits = torch.empty(rows, tiles.WIDTH, dtype=dtype, device=device)
-        self.sums, self.sums_a_panel, self.copies = None, 1, []
-        self.gathers = []
+        self.sums, self.sums_a_panel, self.copies, self.gathers = None, 1, [], []
         self.copied_rows = 0  # of copies; a chunk's are the last ones
         self.cuts = torch.empty(cut.chunks + 1, dtype=torch.int32, device=device) if cuts is None else cuts
         if cuts is None:

@@ -109,7 +109,7 @@ TILES = {
     "dweight": {2: {**SQUARE, **WIDE, "sm_100 TMA": WIDE[TMA]}, 4: FP32},
 }
 INTERPRETER = Tile(32, 64, 32, 4, 1, group=2)
-COPY = Tile(16, 256, 0, 4, 1)  # of rows that are scattered, and of the directions
+COPY = Tile(16, 256, 0, 4, 1)  # of rows that are only gathered or scattered
 LABELS = Tile(8, 256, 0, 4, 1)  # of the labels' logits
 AUDIT = {2: Tile(128, 128, 32, 8, 3), 4: Tile(64, 64, 16, 4, 2)}  # audited entries, columns; rows at once
 AUDIT_INTERPRETER = Tile(128, 128, 64, 4, 1)
