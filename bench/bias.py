@@ -180,17 +180,18 @@ def read(path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=16)
+    parser.add_argument("--seeds", type=int, help="of each task; 64 and 16 if not given")
     parser.add_argument("--tokens", type=int, default=102400, help="of the second study")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--only-training", action="store_true", help="keep the other studies' rows as they are")
     options = parser.parse_args()
     about = measure.machine("cpu", " ".join(["python -m bench.bias", *sys.argv[1:]]))
     options.output.mkdir(parents=True, exist_ok=True)
-    path, tasks = options.output / "bias-cpu.jsonl", (Partners(), Demo())
+    path = options.output / "bias-cpu.jsonl"
+    tasks = {task: options.seeds or task.seeds for task in (Partners(), Demo())}
     others = ("the rest", "bias over tokens") if options.only_training else ()
-    rows = [r for r in read(path) if r["study"] in others or any(is_run(r, task, options.seeds) for task in tasks)]
-    studies = [training_runs(task, options.seeds, rows) for task in tasks]
+    rows = [r for r in read(path) if r["study"] in others or any(is_run(r, *known) for known in tasks.items())]
+    studies = [training_runs(task, seeds, rows) for task, seeds in tasks.items()]
     if not options.only_training:
         studies = [study_of_the_rest(), bias_over_tokens(options.tokens), *studies]
     for row in itertools.chain(*studies):
