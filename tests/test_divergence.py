@@ -264,6 +264,25 @@ def test_hinted(device, beta, monkeypatch, torch_mm):
     assert visited[1] < 0.6 * visited[0]
 
 
+@pytest.mark.quick
+@pytest.mark.parametrize("beta", BETAS)
+def test_groups_that_keep_nothing(device, beta, monkeypatch):
+    """The teacher agrees with the rows of whole blocks, which then leave out every entry."""
+    plans, plain = [], certified_backward.make_plan
+    monkeypatch.setattr(certified_backward, "make_plan", lambda *a: plans.append(plain(*a)) or plans[-1])
+    tensors, same = near_pair(1024, 16384, 16, device), torch.arange(1024, device=device) < 512
+    tensors["teacher_hidden"] = torch.where(same[:, None], tensors["hidden"], tensors["teacher_hidden"])
+    known = {"targets": torch.zeros_like(same, dtype=torch.int64), "old_logprobs": torch.where(same, -0.1, -3.0)}
+    chosen = {"beta": beta, "backend": "torch", "row_tolerance": 1.0}
+    upstream = torch.randn(1024, device=device)
+    exact = run(linear_divergence, tensors, upstream, backward="exact", **chosen, **known)
+    ours = run(linear_divergence, tensors, upstream, backward="certified", **chosen, **known)
+    assert any(group.entries.numel() == 0 for group in plans[0].groups)
+    torch.testing.assert_close(ours[0], exact[0], rtol=1e-5, atol=1e-6)
+    for name, want in exact[2].items():
+        assert problems.relative_error(ours[2][name], want) < 0.005, name
+
+
 @pytest.mark.parametrize("beta", BETAS)
 def test_certified_rows_of_a_trained_head(device, beta):
     """95 % of the rows of dW within 10 %, half within 2 %, as linear_logprobs promises."""

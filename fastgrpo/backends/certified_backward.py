@@ -239,7 +239,7 @@ class GroupSums:
     def pieces(self, span, workspace):
         """The group's entries inside the span, in pieces whose gathered rows and logits fit half the workspace."""
         entries = self.entries
-        if span.start > 0 or span.stop <= int(entries[-1]):
+        if entries.numel() and (span.start > 0 or span.stop <= int(entries[-1])):
             bounds = torch.tensor([span.start, span.stop], device=entries.device)
             first, last = torch.searchsorted(entries, bounds).tolist()
             entries = entries[first:last]
