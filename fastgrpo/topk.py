@@ -153,11 +153,12 @@ def forward_rest(problem, backend, label, hint, shard):
         return shard.merge(backend.partial_forward(problem)), None
     own, certificate = backend.certified_partial_forward(problem, label, hint)
     partials = shard.merge(own)
-    total, fall = RowPartials(*partials).total, (own[0] - partials[0]).exp()
+    merged, fall = RowPartials(*partials), (own[0] - partials[0]).exp()
+    total = merged.total
     share = torch.where(total == 0, 0.0, fall / total)
     dropped = certificate.dropped * share[certificate.order]
     if backend.GUESSES_PEAKS:
-        bad = certified.find_untrusted(total) & (problem.targets != IGNORE)
+        bad = certified.find_untrusted(total, merged.spread) & (problem.targets != IGNORE)
         if bad.any():
             again = replace(problem, targets=torch.where(bad, problem.targets, IGNORE))
             partials = torch.where(bad, shard.merge(backend.partial_forward(again)), partials)

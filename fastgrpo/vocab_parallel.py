@@ -167,7 +167,7 @@ def certified_forward(problem, known, hint, group):
     dropped = certified.distrust(dropped, known_rows.logp, None if hint is None else hint[rows])
     certificate = replace(certificate, dropped=dropped)
     if backend.GUESSES_PEAKS:
-        repair(problem, known, stats, certificate, certified.find_untrusted(merged[1]) & (entries != IGNORE), group)
+        repair(problem, known, stats, certificate, certified.find_untrusted(*merged[1:3]) & (entries != IGNORE), group)
     return stats, certificate
 
 

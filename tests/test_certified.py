@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import profiles
-from fastgrpo import linear_logprobs
+from fastgrpo import linear_logprobs, reference
 from fastgrpo.backends import certified_backward, dense, grouping, row_audit
 
 import problems
@@ -127,6 +127,25 @@ def test_a_bad_hint_costs_time_only(backend, device, hint):
     old = p["old_logprobs"]
     p["old_logprobs"] = 30 * torch.randn_like(old) if hint == "random" else torch.full_like(old, hint)
     compare(p, backend, limit=1.2e-4)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("hinted", [True, False])
+def test_logits_that_rise_late(backend, device, trained, hinted):
+    """Far above all before, by steps over the range in which one of a row's sums overflows and the other does not."""
+    rises = torch.linspace(60, 110, 101, device=device)
+    weight = torch.zeros(64 if backend == "triton" else 5000, 1, device=device)
+    weight[-40], weight[-1] = 1.0, 1.02
+    leaf = {"hidden": rises[:, None].requires_grad_(), "weight": weight.requires_grad_(trained)}
+    targets = torch.ones(101, dtype=torch.int64, device=device)
+    truth = reference.linear_logprobs(*(x.double() for x in leaf.values()), targets, return_entropy=True)
+    known = {"old_logprobs": truth.logprobs.detach().float() + 30} if hinted else {}
+    ours = linear_logprobs(
+        **leaf, targets=targets, backend=backend, backward="certified", workspace_mb=0.02, return_entropy=True, **known
+    )
+    torch.testing.assert_close(ours.logprobs.double(), truth.logprobs, rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(ours.entropy.double(), truth.entropy, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("hint", [True, False])

@@ -89,7 +89,7 @@ def forward(problem, hint=None):
     fold = fold_vocabulary(problem, rows, label, hint)
     stats[:, rows] = dense.combine((fold.shift, fold.total, fold.spread), label)
     dropped = fold.certificate(stats[:, rows])
-    repair(problem, stats, rows, dropped, fold.total)
+    repair(problem, stats, rows, dropped, fold)
     return stats, Certificate(rows, fold.flags, dropped, BLOCK)
 
 
@@ -241,13 +241,14 @@ def distrust(dropped, logp, hint):
     return dropped if hint is None else torch.where((logp - hint > HINT_SLACK) & (dropped > 0), torch.inf, dropped)
 
 
-def find_untrusted(total):
-    return ~((total > TRUSTED[0]) & (total < TRUSTED[1]))
+def find_untrusted(total, spread):
+    """Where a sum is out of range, or was on its way here: the spread overflows first and stays NaN."""
+    return ~((total > TRUSTED[0]) & (total < TRUSTED[1]) & spread.isfinite())
 
 
-def repair(problem, stats, rows, dropped, total):
+def repair(problem, stats, rows, dropped, fold):
     """Rows whose shift was so far off that their sums left the trusted range go through the plain forward."""
-    bad = find_untrusted(total)
+    bad = find_untrusted(fold.total, fold.spread)
     if bad.any():
         targets = torch.full_like(problem.targets, IGNORE)
         targets[rows[bad]] = problem.targets[rows[bad]]

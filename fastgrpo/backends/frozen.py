@@ -87,7 +87,7 @@ def certified_forward(problem, rows, sums, stats, hint):
     stats[:, rows] = dense.combine((fold.shift, fold.total, fold.spread), label)
     dropped = fold.certificate(stats[:, rows])
     sums.finish(fold.total, stats)
-    certified.repair(problem, stats, rows, dropped, fold.total)
+    certified.repair(problem, stats, rows, dropped, fold)
     return dropped[: len(sums.rows)]
 
 
