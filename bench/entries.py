@@ -38,6 +38,7 @@ class Entry:
     # GEMMs of 2 N V D in the forward, in the backward with a trained head, with a frozen one
     passes: tuple[float, float, float] = (1, 2, 1)
     mixture: float = 0  # GEMMs more in the forward of a JSD
+    on_cpu: tuple[float, float, float] | None = None  # in the place of both, there
     trips: float = 0  # times an (N, V) array crosses memory in forward and backward, in the inputs' dtype
 
     def why_not(self, case, device):
@@ -64,10 +65,12 @@ class Entry:
             return self.loss(p)
         return objective(p, *self.logprobs(p, needs_entropy(p.case)))
 
-    def model(self, case):
+    def model(self, case, device):
         """-> (FLOPs, bytes) of forward and backward, by design: GEMMs; operands once a GEMM plus logits' trips."""
-        gemms = self.passes[0] + self.passes[1 if case.head == "trained" else 2]
-        gemms += self.mixture if case.is_divergence and 0 < case.beta < 1 else 0
+        there = self.on_cpu is not None and device == "cpu"
+        forward, *backward = self.on_cpu if there else self.passes
+        gemms = forward + backward[0 if case.head == "trained" else 1]
+        gemms += self.mixture if case.is_divergence and 0 < case.beta < 1 and not there else 0
         return gemms * case.gemm_flops, gemms * case.input_bytes + self.trips * case.N * case.V * case.itemsize
 
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 
 from fastgrpo import head_op, inputs, strategies
-from fastgrpo.backends import frozen, products
+from fastgrpo.backends import divergence_panels, frozen, products
 from fastgrpo.backends.pair import PairParams, PairProblem, PairStats
 from fastgrpo.config import settings_go_in_config
 from fastgrpo.head import HeadOptions, compute_dtype
@@ -66,14 +66,18 @@ def linear_divergence(
         temperature: a number > 0, or a float tensor of mask's shape. Divides both models' logits.
         return_entropy: also return the student's entropy, without a gradient.
         backend, backward, tolerance, workspace_mb, row_tolerance: see :func:`fastgrpo.linear_logprobs`. "auto" is
-            exact where the head is trained without a hint, of a mixture on the Triton backend, and where the head is
-            frozen on AMD's CPUs from Zen 5 on. Where hidden alone wants a gradient (a frozen head, no LoRA on it) the
-            torch backend makes it in the forward, in three GEMMs of one model's logits or less, mixtures too, and
-            holds it until the backward, 4 N D bytes.
+            exact where the head is trained without a hint or its gradient is made in the forward, of a mixture on the
+            Triton backend, and where the head is frozen on AMD's CPUs from Zen 5 on. Where hidden alone wants a
+            gradient (a frozen head, no LoRA on it) the torch backend makes it in the forward, in three GEMMs of one
+            model's logits or less, mixtures too, and holds it until the backward, 4 N D bytes. So it does, exactly,
+            with a trained fp32 head without LoRA where the workspace has 1.7 KB for each entry of the vocabulary (128
+            MiB serve 78 000; half of that for a mixture): four GEMMs, and the head's gradient, 4 V D bytes, is there
+            from the forward on. That takes a loss in which all tokens weigh alike, as in a sum or a mean; where the
+            gradients that come in differ, the backward makes the head's anew, in three GEMMs more.
         targets, old_logprobs: tokens that the student drew at the positions and the log-probs that it gave them then,
             of mask's shape; both or neither. A hint, which never changes the divergence: a certified backward orders
             its rows by it, and of a KL leaves out several times more, within the tolerance. A trained head's backward
-            is certified under "auto" because of it. Where a target is no id nothing is known.
+            may be certified under "auto" because of it. Where a target is no id nothing is known.
 
     Returns:
         ``Divergence(divergence, entropy)``, float32 (float64 for float64 input), of mask's shape, >= 0 up to rounding
@@ -198,11 +202,13 @@ def head_divergence(hidden, weight, mask, teacher, beta, options, labels=None):
     )
     params = teacher.beside(params, beta)
     tensors = pair_tensors(hidden, weight, targets, teacher, options, lora)
-    trained = any(x is not None and x.requires_grad for x in (weight, options.bias, lora.B))
+    head = weight, options.bias, lora.A, lora.B
+    trained, in_forward = wants_gradient(head), divergence_panels.applies_to_head(hidden, head, params)
     hinted = options.old_logprobs is not None
     fast = products.makes_memory(hidden.new_empty(0, dtype=inputs.accumulator_dtype(hidden)))
-    params = replace(params, tolerance=tolerance_of(params, beta, options.backward, trained, hinted, fast))
-    strategy = choose_strategy(hidden, (weight, options.bias, lora.A, lora.B), params)
+    tolerance = tolerance_of(params, beta, options.backward, trained, hinted, fast, in_forward)
+    params = replace(params, tolerance=tolerance)
+    strategy = choose_strategy(hidden, head, params)
     given = NOTHING_GIVEN
     if labels is not None and strategy is strategies.DivergingCertified:
         given = strategies.Given(options.flat_hint(hidden), None, (labels.reshape(-1).to(torch.int64).clone(),))
@@ -214,19 +220,28 @@ def choose_strategy(hidden, head, params):
     """head: weight, bias and LoRA's A and B, or None. params: whose tolerance is None where nothing is left out."""
     if params.backend == "torch" and frozen.applies(hidden, head, params):
         return strategies.DivergingFrozen
+    if params.tolerance is None and divergence_panels.applies_to_head(hidden, head, params):
+        return strategies.DivergingTrained
     return strategies.Diverging if params.tolerance is None else strategies.DivergingCertified
 
 
-def tolerance_of(params, beta, backward, trained, hinted=False, fast=False):
+def wants_gradient(head):
+    """head: as :func:`choose_strategy`'s, whose LoRA's A is hidden's affair."""
+    weight, bias, _, lora_b = head
+    return any(x is not None and x.requires_grad for x in (weight, bias, lora_b))
+
+
+def tolerance_of(params, beta, backward, trained, hinted=False, fast=False, in_forward=False):
     """The tolerance, None where leaving entries out does not pay.
 
     Args:
-        fast: whether GEMMs cost less than the passes over the terms.
+        fast: whether GEMMs cost less than the passes over the terms. in_forward: whether a trained head's gradient is
+            made in the forward where every entry counts.
     """
     # without a hint dW's rows need so many rows whole that nothing is saved, measured; asked for, it is done
     # on a GPU a mixture's flags cost what they save, measured
     flagged = params.backend == "torch" or beta in (0.0, 1.0)
-    pays = flagged and (hinted if trained else not fast)
+    pays = flagged and (hinted and not in_forward if trained else not fast)
     return params.tolerance if backward == "certified" or pays else None
 
 

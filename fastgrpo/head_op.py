@@ -70,8 +70,9 @@ class OnHead(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.kind, ctx.params, ctx.strategy = kind, params, strategy
         stats, kept = run_forward(tensors, given, params, strategy)
-        ctx.save_for_backward(stats, *tensors, *given.entries, *kept)
-        ctx.entries = len(given.entries)
+        saved = len(kept) - strategy.hands_over
+        ctx.save_for_backward(stats, *tensors, *given.entries, *kept[:saved])
+        ctx.entries, ctx.handed = len(given.entries), kept[saved:]
         entropy = entropy_of(kind, params, stats)
         if not strategy.entropy_grad and entropy is not None:
             ctx.mark_non_differentiable(entropy)
@@ -83,6 +84,7 @@ class OnHead(torch.autograd.Function):
         grads = (None,) * DIFFERENTIABLE
         if grad_logp is not None or grad_entropy is not None:
             stats, tensors, support, kept = unpack_saved(ctx)
+            kept, ctx.handed = (*kept, *ctx.handed), (None,) * len(ctx.handed)
             needs = ctx.needs_input_grad[4 : 4 + DIFFERENTIABLE]
             grads = run_backward(
                 tensors, support, ctx.params, ctx.strategy, stats, kept, grad_logp, grad_entropy, needs
@@ -165,6 +167,8 @@ class HeadOp:
             grad_entropy = None  # AOT autograd makes zeros of what nobody differentiated
         kept = iter(kept)
         kept = [None if x is None else next(kept) for x in kept_like(tensors, support, params, strategy)]
+        for k in range(len(kept) - strategy.hands_over, len(kept)):  # a graph's tensors are not to be overwritten
+            kept[k] = None if kept[k] is None else kept[k].clone()
         grads = run_backward(tensors, support, params, strategy, stats, kept, grad_logp, grad_entropy, needs)
         return [x for x, need in zip(grads, needs) if need]
 

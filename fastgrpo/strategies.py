@@ -6,6 +6,7 @@ which returns the shapes and dtypes of these, at the most rows that they can hav
 entries, stats, kept, grad_logp, grad_entropy, needs)``, which returns :class:`fastgrpo.backends.problem.Gradients`.
 ``grad_entropy`` may be None. What the call returns is a log-prob a row, unless a strategy has ``logprobs(stats,
 kept)`` and its ``shape(rows, entries)``. ``entropy_grad``: whether the entropy that it returns has a gradient.
+``hands_over``: how many of the last tensors kept the backward may overwrite; a second one finds None in their place.
 """
 
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from fastgrpo import support, topk
-from fastgrpo.backends import frozen
+from fastgrpo.backends import divergence_panels, frozen
 from fastgrpo.inputs import accumulator_dtype
 
 
@@ -31,6 +32,7 @@ class OneTarget:
     """Of every row."""
 
     entropy_grad = True
+    hands_over = 0
 
     @staticmethod
     def logprobs(stats, kept):
@@ -148,10 +150,35 @@ class DivergingFrozen(Frozen):
         return order, values, ((problem.targets.numel(),), values[1])  # rows that are given up are told by it
 
 
+class DivergingTrained(DivergingFrozen):
+    """A divergence whose gradients of hidden and head are made in the forward, see
+    :mod:`fastgrpo.backends.divergence_panels`."""
+
+    hands_over = 2
+
+    @staticmethod
+    def forward(problem, backend, given):
+        stats, slopes, sums = backend.trained_divergence_forward(problem)
+        return stats, (*slopes, sums.weight, sums.bias)
+
+    @classmethod
+    def kept_like(cls, problem, backend, entries):
+        dtype, bias = accumulator_dtype(problem.hidden), problem.bias
+        head = (problem.weight.shape, dtype), None if bias is None else (bias.shape, dtype)
+        return *DivergingFrozen.kept_like(problem, backend, entries), *head
+
+    @staticmethod
+    def backward(problem, backend, entries, stats, kept, grad_logp, grad_entropy, needs):
+        *slopes, weight, bias = kept
+        sums = None if weight is None else (weight, bias)
+        return divergence_panels.backward(problem, stats, frozen.Slopes(*slopes), sums, grad_logp, needs)
+
+
 class TopK:
     """Several targets a row, see :mod:`fastgrpo.topk`; their ids are the one tensor of the entries."""
 
     entropy_grad = True
+    hands_over = 0
 
     @staticmethod
     def forward(problem, backend, given):
@@ -176,7 +203,7 @@ class TopK:
         return topk.backward(problem, entries[0], backend, of_rest, stats, kept, grad_logp, grad_entropy, needs)
 
 
-ALL = (Exact, Certified, Frozen, Supported, TopK, Diverging, DivergingCertified, DivergingFrozen)
+ALL = (Exact, Certified, Frozen, Supported, TopK, Diverging, DivergingCertified, DivergingFrozen, DivergingTrained)
 
 
 def find(name):

@@ -24,7 +24,7 @@ from fastgrpo.pair_math import move_terms, scale_terms
 
 
 class Ranks:
-    """Of the group, for :func:`fastgrpo.backends.frozen_divergence.forward` too."""
+    """Of the group, for :func:`fastgrpo.backends.divergence_panels.forward` too."""
 
     def __init__(self, group):
         self.group = group
@@ -192,12 +192,12 @@ def vocab_parallel_divergence(
     hidden_grad = inputs.accumulator_dtype(hidden) if reduce_hidden_grad else None
     sizes = (targets.numel(), math.inf, weight.shape[1])  # shards differ, the decision may not
     params = options.params(hidden, weight, (hidden, weight, bias), sizes, hidden_grad=hidden_grad, shard=True)
-    trained = any(x is not None and x.requires_grad for x in (weight, bias))
-    tolerance = divergence.tolerance_of(params, beta, backward, trained)
+    head = weight, bias, None, None
+    tolerance = divergence.tolerance_of(params, beta, backward, divergence.wants_gradient(head))
     if tolerance is not None:
         tolerance /= dist.get_world_size(group) ** 0.5
     params = teacher.beside(replace(params, tolerance=tolerance), beta)
-    strategy = divergence.choose_strategy(hidden, (weight, bias, None, None), params)
+    strategy = divergence.choose_strategy(hidden, head, params)
     tensors = divergence.pair_tensors(hidden, weight, targets, teacher, options)
     share = vocab_parallel.Share(group, bool(reduce_hidden_grad))
     value, entropy = VocabParallelDivergence.apply(*tensors, params, strategy, share)

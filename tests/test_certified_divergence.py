@@ -329,6 +329,8 @@ def test_what_auto_certifies(trained, hinted, fast, certified):
         assert tolerance_of(params, 1.0, "certified", trained, hinted, fast) == 0.03
         assert tolerance_of(replace(params, tolerance=None), 1.0, "auto", trained, hinted, fast) is None
     assert tolerance_of(params, 0.5, "auto", trained, hinted, fast) is None  # params: Triton's
+    if trained:
+        assert tolerance_of(params, 1.0, "auto", trained, hinted, fast, in_forward=True) is None
 
 
 @pytest.mark.parametrize("beta", BETAS)

@@ -10,7 +10,7 @@ from ranks import Ranks
 
 from bench import profiles
 from fastgrpo import linear_divergence, reference, strategies, vocab_parallel_divergence
-from fastgrpo.backends import certified_backward, frozen_divergence, torch_backend
+from fastgrpo.backends import certified_backward, dense_backward, divergence_panels, torch_backend
 from fastgrpo.divergence import TeacherHead, check, pair_tensors
 from fastgrpo.head import HeadOptions
 
@@ -363,6 +363,75 @@ def test_frozen_head(device, beta, options, shape, workspace, in_forward):
     assert (got[2][~tensors["mask"]] == 0).all()
 
 
+TRAINED = FROZEN | {"temperature": {"temperature": 0.7, "logit_scale": -1.1}}
+
+
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("options", TRAINED.values(), ids=TRAINED)
+def test_trained_head_in_the_forward(device, beta, options, in_forward):
+    """Of a sum, over several panels; a second backward, and rows that weigh differently, make the head's anew."""
+    tensors = pair(300, 700, 24, 16, device)
+    tensors["hidden"][::7] *= 5
+    chosen = {"beta": beta, "backend": "torch", "workspace_mb": 1.3, **options}
+    leaf = problems.with_grad(tensors, ("hidden", "weight", "bias"))
+
+    def found(upstream, *seen):
+        truth = run(reference.linear_divergence, in_double(tensors), upstream.double(), beta=beta, **options)
+        naive = run(reference.linear_divergence, tensors, upstream, beta=beta, **options)
+        for got in seen:
+            torch.testing.assert_close(got[0].double(), truth[0], rtol=1e-5, atol=1e-5)
+            for name, want in truth[2].items():
+                error = problems.relative_error(naive[2][name], want)
+                assert problems.relative_error(got[2][name], want) < 2 * error + 1e-6, name
+
+    alike, random = torch.full((300,), 1 / 7, device=device), torch.randn(300, device=device)
+    found(random, run(linear_divergence, tensors, random, **chosen))
+    given = dict(chosen)
+    heads = {k: leaf[k] for k in ("bias",)} | {"teacher_bias": leaf["teacher_bias"]} if given.pop("bias", False) else {}
+    if given.get("temperature") == "tensor":
+        given["temperature"] = torch.linspace(0.6, 1.4, 300, device=device)
+    out = linear_divergence(
+        *(leaf[k] for k in ("hidden", "weight", "teacher_hidden", "teacher_weight", "mask")), **given, **heads
+    )
+    wanted = {k: leaf[k] for k in ("hidden", "weight", *(("bias",) if heads else ()))}
+    loss = (out.divergence * alike).sum()
+    again = [dict(zip(wanted, torch.autograd.grad(loss, list(wanted.values()), retain_graph=True))) for _ in range(2)]
+    (alone,) = torch.autograd.grad(loss, leaf["hidden"], retain_graph=True)
+    torch.testing.assert_close(alone, again[0]["hidden"], rtol=0, atol=0)
+    found(alike, *((out.divergence.detach(), None, grads) for grads in again))
+    in_forward()
+    found(alike, run(linear_divergence, tensors, alike, **chosen))
+
+
+def test_a_trained_heads_sums_go_before_others_are_made(device, monkeypatch):
+    held, makers = [], (divergence_panels.trained_forward, dense_backward.backward)
+
+    def forward(problem):
+        stats, slopes, sums = makers[0](problem)
+        held.append(sums.weight)
+        return stats, slopes, sums
+
+    def backward(*arguments):
+        held.append(held[0].untyped_storage().nbytes())
+        return makers[1](*arguments)
+
+    monkeypatch.setattr(torch_backend, "trained_divergence_forward", forward)
+    monkeypatch.setattr(dense_backward, "backward", backward)
+    tensors = pair(40, 60, 8, 8, device)
+    run(linear_divergence, tensors, torch.randn(40, device=device), backend="torch")
+    assert held[1:] == [0]
+
+
+@pytest.mark.parametrize("beta", [0.3, 1.0])
+def test_a_trained_head_whose_panel_is_given_up(device, beta, monkeypatch):
+    monkeypatch.setattr(divergence_panels.PanelMaker, "fit", lambda self, share: 300)
+    tensors, upstream = pair(300, 700, 24, 16, device), torch.ones(300, device=device)
+    _, _, grads = run(linear_divergence, tensors, upstream, beta=beta, backend="torch", workspace_mb=1.3)
+    truth = run(reference.linear_divergence, in_double(tensors), upstream.double(), beta=beta)[2]
+    for name, want in truth.items():
+        assert problems.relative_error(grads[name], want) < 1e-5, name
+
+
 @pytest.mark.parametrize("beta", BETAS)
 def test_frozen_head_gradcheck(device, beta, in_forward):
     tensors = in_double(pair(5, 23, 4, 3, device))
@@ -471,9 +540,9 @@ def test_frozen_shards_in_panels(device, beta, monkeypatch):
     """Of different height, were it for the ranks alone: their parts of dX add up to all of it."""
     tensors = in_double(pair(300, 700, 24, 16, device))
     upstream, shards = torch.rand(300, device=device).double(), frozen_shards(tensors, beta, (0.9, 0.9), "exact")
-    panels, plain = [], frozen_divergence.PanelMaker.make
+    panels, plain = [], divergence_panels.PanelMaker.make
     monkeypatch.setattr(
-        frozen_divergence.PanelMaker, "make", lambda self, *a: panels.append(self.height) or plain(self, *a)
+        divergence_panels.PanelMaker, "make", lambda self, *a: panels.append(self.height) or plain(self, *a)
     )
     found = on_ranks(monkeypatch, shards)
     assert len(panels) >= 4
@@ -490,7 +559,7 @@ def test_frozen_shards_in_panels(device, beta, monkeypatch):
 
 def test_a_panel_that_does_not_fit_is_given_up(device, monkeypatch):
     """Its rows are done by the backward."""
-    monkeypatch.setattr(frozen_divergence.PanelMaker, "fit", lambda self, share: 256)
+    monkeypatch.setattr(divergence_panels.PanelMaker, "fit", lambda self, share: 256)
     tensors, upstream = near_pair(768, 8192, 64, device), torch.rand(768, device=device)
     exact = freeze(tensors, backend="torch", backward="exact", workspace_mb=128, upstream=upstream)
     for bw in ("exact", "certified"):

@@ -13,7 +13,7 @@ import torch
 from stand_in_cuda import StandInCuda
 
 from bench import profiles
-from fastgrpo import linear_logprobs
+from fastgrpo import linear_divergence, linear_logprobs
 from fastgrpo.backends import row_audit
 from fastgrpo.backends.problem import Gradients, HeadParams, HeadProblem
 
@@ -69,6 +69,27 @@ def test_torch_backend(backward, frozen, lora, dtype):
         assert all(g.inner.isfinite().all() and g.inner.count_nonzero() for g in grads)
     bound = bound_memory(n, vocab, depth, workspace, lora_columns=rank * vocab if lora else 0)
     assert live.peak - kept <= bound, (live.peak - kept) / bound
+
+
+@pytest.mark.parametrize("beta", [1.0, 0.3])
+def test_a_trained_heads_divergence(beta):
+    """Its gradient is held from the forward on, and then it is the gradient."""
+    n, vocab, depth, workspace = 512, 2048, 128, 4 * MIB
+    p = draw_peaked(n, vocab, depth, torch.float32)
+    with StandInCuda() as cuda:
+        hidden, weight, others = (cuda.put(x) for x in (p["hidden"], p["weight"], p["hidden"] + 0.05))
+        leaves = [hidden.requires_grad_(), weight.requires_grad_()]
+        upstream = torch.ones_like(p["upstream"])
+        with Live() as live:
+            out = linear_divergence(
+                hidden, weight, others, weight, beta=beta, backend="torch", workspace_mb=workspace / MIB
+            )
+            held = live.live
+            grads = torch.autograd.grad(out.divergence, leaves, cuda.put(upstream))
+        kept = sum(x.inner.untyped_storage().nbytes() for x in grads)
+        assert all(g.inner.isfinite().all() and g.inner.count_nonzero() for g in grads)
+    assert held > 4 * vocab * depth
+    assert live.peak - kept <= bound_memory(n, vocab, depth, workspace)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

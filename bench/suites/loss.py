@@ -169,7 +169,7 @@ def run_case(case, data, options, show):
     for name, entry in entries.items():
         show.status(f"{case.suite}: {case.title}: {name}")
         found, reason = measure.attempt(measure.errors, entry, p, want)
-        flops, moved = entry.model(case)
+        flops, moved = entry.model(case, options.device)
         rows[name] = {**common, "entry": name, "model_flops": flops, "model_bytes": moved}
         rows[name] |= {"reason": reason} if reason else found
         if found and found["correct"]:

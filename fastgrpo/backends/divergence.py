@@ -18,7 +18,7 @@ from fastgrpo.pair_math import NEAR, finish_sums, mixture_logs, move_peaks, move
 from fastgrpo.row_math import rescale
 
 NOISE, NOTHING_SEEN = 9.0, 2.0**-20  # see near_rows
-PIECE = 2**16  # cells of what is made of fresh memory at once, so that its pages are the same ones
+PIECE = 2**17  # cells of what is made of fresh memory at once, so that its pages are the same ones
 
 
 def forward(problem):
@@ -270,8 +270,8 @@ class MixtureFold:
         p = dense.exp_(log_p)
         mine = log_s.mul_(1.0 - beta).mul_(p)
         self.stats.center[part] += mine.sum(1)
-        theirs = dense.exp_(log_q).mul_(beta).mul_(log_t)
-        self.stats.divergence[part] += theirs.add_(mine).sum(1)
+        q = dense.exp_(log_q)
+        self.stats.divergence[part] += torch.addcmul(mine, q, log_t, value=beta, out=q).sum(1)
         if self.witness is not None:
             self.mass[part] += p.sum(1)
             center = self.stats.center[part] / self.mass[part].clamp(min=dense.negligible(p.dtype))

@@ -2,7 +2,7 @@
 
 import torch
 
-from fastgrpo.backends import certified, dense, dense_backward, divergence, frozen, frozen_divergence, kept
+from fastgrpo.backends import certified, dense, dense_backward, divergence, divergence_panels, frozen, kept
 from fastgrpo.backends import certified_backward as _certified_backward
 from fastgrpo.inputs import accumulator_dtype
 from fastgrpo.objective import token_objective
@@ -20,7 +20,8 @@ divergence_partials = divergence.divergence_partials
 mixture_sums = divergence.mixture_sums
 certified_partials = divergence.certified_partials
 certified_divergence_forward = divergence.certified_forward
-frozen_divergence_forward = frozen_divergence.forward
+frozen_divergence_forward = divergence_panels.forward
+trained_divergence_forward = divergence_panels.trained_forward
 backward = dense_backward.backward
 
 

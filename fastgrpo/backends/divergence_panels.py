@@ -1,23 +1,29 @@
-"""The gradient of a frozen student head from a divergence: made in the forward, where both models' logits are.
+"""Gradients of a divergence made in the forward, where both models' logits are: hidden's, and a trained head's.
 
 ``d divergence / d logits`` of a row is ``(x - center y) / unit``, see :class:`fastgrpo.backends.witness.Witness`:
 the terms x and y are at hand tile by tile, center and unit when the vocabulary is over. So the rows go through it
 panel by panel, a panel being what the workspace holds the terms of, and one GEMM more makes dX. A mixture's panel
 holds both models' logits first, for its terms want the log-sum-exps: its second pass over the heads is saved too.
 
-With a tolerance each block of rows keeps the entries whose terms may matter, and of these, once all is known, as few
-columns as the error budget allows, the largest. What a row leaves out is its certificate, as a norm, and is put back
-as if spread evenly; rows that leave out too much are done again by the backward.
+A trained head's gradient is a sum over rows, which the forward can only make as if all weighed alike. In a mean they
+do, and the backward has nothing but to scale it; where they do not, it makes the head's gradient anew.
+
+With a tolerance, which hidden's gradient alone takes, each block of rows keeps the entries whose terms may matter, and
+of these, once all is known, as few columns as the error budget allows, the largest. What a row leaves out is its
+certificate, as a norm, and is put back as if spread evenly; rows that leave out too much are done again by the
+backward.
 
 Where ranks hold parts of the vocabulary they do the same panels together, for center and unit are of all of it: each
 makes its own entries' part of dX, and sees to its own error.
 """
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 
-from fastgrpo.backends import dense, divergence
+from fastgrpo import lora
+from fastgrpo.backends import dense, dense_backward, divergence, frozen
 from fastgrpo.backends.certified import BLOCK, CROWDED
 from fastgrpo.backends.divergence import KLFold, MixtureFold, kl_stats
 from fastgrpo.backends.frozen import Slopes
@@ -33,7 +39,10 @@ SHARE = 0.6  # of the error budget that the forward spends, before it knows the 
 SAFE = 0.5  # of the size of a column that the last panel could leave out: below it none is kept to be looked at
 LEAST_ROWS, MOST_ROWS = 16, 1024  # of a panel
 ROOMIER = 1.5  # how much more of its terms a panel may keep than the one before
-ROOM = 0.7  # of the workspace for the terms
+ROOM, ROOM_OF_ALL = 0.7, 0.6  # of the workspace for the terms: those that are kept, or all; the rest is for tiles
+# Rows of a panel from which on a head's gradient is made in it: each panel goes through the gradient's memory once, and
+# a mixture saves twice the products. Measured.
+TRAINED_ROWS, TRAINED_ROWS_MIXTURE = 128, 64
 
 
 class Alone:
@@ -53,12 +62,53 @@ class Alone:
         return number
 
 
-def forward(problem, ranks=None):
+def applies_to_head(hidden, head, params):
+    """Whether a trained head's gradient can be made here too, from every entry, in panels that pay.
+
+    Args:
+        head: weight, bias and LoRA's A and B, or None.
+    """
+    weight, _, lora_a, _ = head
+    dtype = accumulator_dtype(hidden)
+    native = lora.has_native(hidden) and params.compute_dtype.itemsize == 2  # whose dlogits are scaled by the gradients
+    trained = torch.is_grad_enabled() and hidden.requires_grad and weight.requires_grad and lora_a is None
+    # a sum that is wider than the head's gradient would be memory beside it
+    if not trained or weight.dtype != dtype or params.backend != "torch" or native or params.shard:
+        return False
+    params = replace(params, tolerance=None)
+    cells = int(room(params) * params.workspace) // dtype.itemsize
+    least = TRAINED_ROWS_MIXTURE if 0.0 < params.beta < 1.0 else TRAINED_ROWS
+    return cells >= least * cells_of_row(params, weight.shape[0])
+
+
+def room(params):
+    return ROOM_OF_ALL if params.tolerance is None else ROOM
+
+
+def held_logits(params, vocab):
+    """Cells of a row's logits, and softcap's slopes, that a panel holds between a mixture's passes."""
+    return (3 if params.softcap is not None else 2) * vocab if 0.0 < params.beta < 1.0 else 0
+
+
+def cells_of_row(params, vocab, share=1.0):
+    """What a panel needs of a row. share: of its terms, two a cell, those that are kept; all of a mixture's take the
+    place of its logits."""
+    held, terms = held_logits(params, vocab), 2 * share * vocab
+    return max(held, terms) if params.tolerance is None else held + terms
+
+
+def trained_forward(problem):
+    """As :func:`forward`, and the :class:`HeadSums` of all rows."""
+    sums = HeadSums(problem)
+    return *forward(problem, head=sums), sums
+
+
+def forward(problem, ranks=None, head=None):
     """-> (8, N) :class:`PairStats`, :class:`fastgrpo.backends.frozen.Slopes` of the divergence.
 
     Args:
         ranks: as :class:`Alone`, of those that hold parts of the vocabulary; the statistics are of all of it then, the
-            slopes the rank's own.
+            slopes the rank's own. head: :class:`HeadSums` that the rows' part is added to, or None.
     """
     ranks = Alone() if ranks is None else ranks
     rows, dtype = dense.counted_rows(problem.targets), accumulator_dtype(problem.hidden)
@@ -68,9 +118,66 @@ def forward(problem, ranks=None):
     dropped = torch.zeros_like(values[:, 0])
     while first < rows.numel():
         part = slice(first, min(first + ranks.least(maker.height, rows.device), rows.numel()))
-        stats[:, rows[part]], dropped[part] = maker.make(rows[part], values[part])
+        stats[:, rows[part]], dropped[part] = maker.make(rows[part], values[part], head)
         first = part.stop
     return stats, Slopes(rows, values, dropped)
+
+
+def backward(problem, stats, slopes, sums, grad, needs):
+    """Gradients as :func:`fastgrpo.backends.dense_backward.backward`'s; sums: (dW, db) of :class:`HeadSums`, which are
+    overwritten, or None where they are gone."""
+    of_rows = needs._replace(weight=False, bias=False)
+    out = frozen.backward(problem, stats, slopes, grad, of_rows)
+    if not (needs.weight or needs.bias):
+        return out
+    if sums is None or not weigh_alike(slopes, grad):
+        for x in sums or ():
+            if x is not None:
+                x.untyped_storage().resize_(0)  # callers hold it too, and another is to come
+        anew = dense_backward.backward(problem, stats, grad, None, needs._replace(hidden=False))
+        return out._replace(weight=anew.weight, bias=anew.bias)
+    weight, bias = sums
+    factor = grad[slopes.rows[0]]
+    if needs.weight:
+        out = out._replace(weight=weight.mul_(factor))
+    if needs.bias:
+        out = out._replace(bias=bias.mul_(factor).to(problem.bias.dtype))
+    return out
+
+
+def weigh_alike(slopes, grad):
+    """Whether the rows' divergences have one gradient, and none was given up."""
+    weights = grad[slopes.rows]
+    return weights.numel() > 0 and bool((weights == weights[0]).all() & (slopes.dropped == 0).all())
+
+
+class HeadSums:
+    """A head's gradient while the rows go by, each row's divergence weighing 1.
+
+    Attributes:
+        weight: (V, D) in the accumulator's dtype. bias: (V,), or None without one.
+    """
+
+    def __init__(self, problem):
+        dtype = accumulator_dtype(problem.hidden)
+        self.reader, self.hidden, self.chain, self.fresh = Reader(problem), None, None, True
+        self.weight = torch.empty(problem.weight.shape, dtype=dtype, device=problem.weight.device)
+        self.bias = None if problem.bias is None else self.weight.new_zeros(len(self.weight))
+
+    def start(self, rows, chain):
+        """A panel. chain: (n, 1) d logits / d raw logits, softcap's slope aside."""
+        self.fresh = self.hidden is None
+        self.hidden, self.chain = self.reader.hidden(rows) * chain, chain[:, 0]
+
+    def add(self, piece):
+        """A piece of the panel that has every entry of its span; the first of a span overwrites what stands there."""
+        terms, total = piece.x.t(), self.weight[piece.span]
+        if self.fresh and piece.rows.start == 0:
+            self.reader.mm(terms, self.hidden[piece.rows], total)
+        else:
+            self.reader.add_mm(total, terms, self.hidden[piece.rows])
+        if self.bias is not None:
+            self.bias[piece.span] += torch.mv(terms, self.chain[piece.rows])
 
 
 def leaves_out(problem):
@@ -98,10 +205,11 @@ class PanelMaker:
 
     def __init__(self, problem, rows, ranks):
         workspace, dtype, self.ranks = problem.params.workspace, accumulator_dtype(problem.hidden), ranks
-        self.problem, vocab = problem.within(int((1 - ROOM) * workspace)), problem.weight.shape[0]
+        share, vocab = room(problem.params), problem.weight.shape[0]
+        self.problem = problem.within(int((1 - share) * workspace))
         capped = problem.params.softcap is not None
-        self.held = (3 if capped else 2) * vocab if problem.is_mixture else 0  # cells of a row
-        cells = min(int(ROOM * workspace) // dtype.itemsize, max(rows, LEAST_ROWS) * (self.held + 2 * vocab))
+        most = max(rows, LEAST_ROWS) * int(cells_of_row(problem.params, vocab))
+        cells = min(int(share * workspace) // dtype.itemsize, most)
         self.pool = Pool(cells, dtype, problem.hidden.device)
         self.spread = leaves_out(problem) and not capped and not problem.params.shard
         self.every = sum_entries(problem.weight, dtype) if self.spread else None
@@ -109,18 +217,23 @@ class PanelMaker:
 
     def fit(self, share):
         """Rows that fit if so many of the terms are kept."""
-        rows = int(self.pool.memory.numel() / (self.held + 2 * share * self.problem.weight.shape[0]))
+        rows = int(self.pool.memory.numel() / cells_of_row(self.problem.params, self.problem.weight.shape[0], share))
         multiple = BLOCK if rows >= BLOCK else LEAST_ROWS
         return min(max(rows // multiple * multiple, LEAST_ROWS), MOST_ROWS)
 
-    def make(self, rows, out):
-        """-> (8, n) statistics, (n,) norms of what is left out. out: (n, D) the gradients, zeros."""
+    def make(self, rows, out, head):
+        """-> (8, n) statistics, (n,) norms of what is left out. out: (n, D) the gradients, zeros. head:
+        :class:`HeadSums` or None."""
         self.pool.used = 0
         terms = Terms(self.problem, rows.numel(), self.pool, self.budget, self.ranks.add_up)
         stats = (self.fold_mixture if self.problem.is_mixture else self.fold)(rows, terms)
-        dropped = terms.finish(out, self.every)
         inverse = row_inverse_temperature(self.problem, rows)
-        out *= self.problem.params.logit_scale * (1.0 if inverse is None else inverse)
+        chain = out.new_full((len(out), 1), self.problem.params.logit_scale)
+        chain *= 1.0 if inverse is None else inverse
+        if head is not None:
+            head.start(rows, chain)
+        dropped = terms.finish(out, self.every, head)
+        out *= chain
         self.height = self.fit(min(ROOMIER * terms.share + 0.02, 1.0))
         return torch.stack(stats._replace(norm=terms.norms)), dropped
 
@@ -135,7 +248,8 @@ class PanelMaker:
 
     def fold_mixture(self, rows, terms):
         """-> :class:`PairStats` of a mixture. Its logits are made once and held between its passes, where they fit."""
-        held = [] if rows.numel() * self.held <= self.pool.memory.numel() else None
+        cells = rows.numel() * held_logits(self.problem.params, self.problem.weight.shape[0])
+        held = [] if cells <= self.pool.memory.numel() else None
         levels = KLFold(self.problem, rows)
         for tile, other in self.tiles(rows):
             if held is not None:
@@ -144,8 +258,9 @@ class PanelMaker:
         merged = self.ranks.merge(levels.partials(), levels.student_first)
         known = divergence.without_divergence(kl_stats(*merged, levels.student_first))
         fold = MixtureFold(self.problem, known, terms)
-        for pair in self.tiles(rows) if held is None else held:
-            fold.add(*pair)
+        for tile, other in self.tiles(rows) if held is None else held:
+            terms.spare = None if held is None else other
+            fold.add(tile, other)
         total, center = self.ranks.add_up(torch.stack((known.divergence, known.center)))
         still = torch.ones_like(center)
         terms.settle((still, still, torch.zeros_like(still)), (center, still))
@@ -222,6 +337,7 @@ class Terms:
 
     Attributes:
         norms: (rows,) of what is kept: less than all; once finished.
+        spare: memory of a tile that x may be left in, where y is the pool's already; or None.
     """
 
     def __init__(self, problem, rows, pool, budget, add_up):
@@ -235,6 +351,7 @@ class Terms:
         self.left = torch.zeros(2, rows, dtype=dtype, device=device)  # norms of what is not kept: x, y
         self.seen = torch.zeros(rows, dtype=dtype, device=device)  # of all of it, about
         self.norms, self.slack = None, 1 + ROUNDING * torch.finfo(dtype).eps
+        self.spare = None
 
     def look(self, tile, x, y, move, frame, later):
         """As :meth:`Witness.look`'s; nothing is expected here."""
@@ -244,7 +361,9 @@ class Terms:
                 z.mul_(tile.slope[: len(z)])
         self.move(part, move)
         self.center[part], self.unit[part] = frame
-        if not leaves_out(self.problem):
+        if not leaves_out(self.problem) and self.spare is not None:
+            self.pieces.append(Piece(part, tile.chunk.span, None, self.spare.copy_(x), y, self.moves.shape[1] - 1))
+        elif not leaves_out(self.problem):
             self.keep(part, tile.chunk.span, None, x, y)
         elif not self.full:
             self.look_closely(part, tile.chunk.span, x, y)
@@ -319,11 +438,12 @@ class Terms:
         cells = self.moves.shape[2] * self.problem.weight.shape[0]
         return 1.0 if self.full or not cells else sum(p.x.numel() for p in self.pieces) / cells
 
-    def finish(self, out, every):
+    def finish(self, out, every, head=None):
         """-> (n,) norms of what the rows leave out, inf where they were given up.
 
         Args:
             out: (n, D) the gradients, zeros. every: (D,) the sum of all entries, if what is left out is put back.
+            head: :class:`HeadSums` of the panel, where nothing is left out, or None.
         """
         dropped = (self.left[0] + self.center.abs() * self.left[1]) / self.unit
         if self.full:
@@ -343,6 +463,8 @@ class Terms:
                 torch.index_select(piece.x, 1, chosen, out=values)
                 squares[piece.rows] += torch.mv(piece.x.square_(), absent(chosen, piece.x))
             adder.add(piece, values, chosen)
+            if head is not None:
+                head.add(piece)
         adder.finish()
         return squares.sqrt_()
 
