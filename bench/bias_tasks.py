@@ -124,7 +124,12 @@ class Partners:
 
         The seed draws prompts and answers; with ``luck``, a number, answers are drawn from a stream of its own.
         """
-        policy, g, (ids, right, _) = copy.deepcopy(policy), torch.Generator().manual_seed(seed), self.partners()
+        # a frozen head leaves out less where oneDNN multiplies: 39 % of the cells on a Zen 5, 80 % on other CPUs
+        with torch.backends.mkldnn.flags(enabled=head == "trained"):
+            return self.train_policy(copy.deepcopy(policy), seed, head, luck, how)
+
+    def train_policy(self, policy, seed, head, luck, how):
+        g, (ids, right, _) = torch.Generator().manual_seed(seed), self.partners()
         dice = g if luck is None else torch.Generator().manual_seed(1000 * (luck + 1) + seed)
         trained = [policy.head, *policy.rnn.parameters()] if head == "trained" else [policy.lora_a, policy.lora_b]
         for parameter in policy.parameters():

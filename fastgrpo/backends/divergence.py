@@ -99,10 +99,10 @@ def fold_vocabulary(problem, rows, fold, **options):
 def differences(u, v, d, scratch):
     """v - u of exponentials whose logs differ by -d: of d where that is small. Overwrites nothing it is given."""
     near = torch.clamp(d, -NEAR, NEAR, out=scratch.like(u, "near"))
-    far = torch.ne(near, d, out=scratch.like(u, "far", torch.bool))
+    far = torch.ne(near, d, out=scratch.like(u, "far"))  # 0 or 1: bools and where take four times as long on a CPU
     near.neg_().expm1_().mul_(u)
     apart = torch.sub(v, u, out=scratch.like(u, "apart"))
-    return torch.where(far, apart, near, out=near)
+    return torch.lerp(near, apart, far, out=near)
 
 
 def near_rows(leant, d, mass, total, scratch):

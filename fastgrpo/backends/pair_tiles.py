@@ -60,8 +60,8 @@ class Scratch:
     def __init__(self):
         self.held = {}
 
-    def like(self, x, key, dtype=None):
+    def like(self, x, key):
         """Memory of x's shape, by a key of its own."""
         if key not in self.held or self.held[key].numel() < x.numel():
-            self.held[key] = torch.empty(x.numel(), dtype=dtype or x.dtype, device=x.device)
+            self.held[key] = torch.empty(x.numel(), dtype=x.dtype, device=x.device)
         return self.held[key][: x.numel()].view(x.shape)
