@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from fastgrpo import backends, inputs
+from fastgrpo.backends import products
 from fastgrpo.backends.problem import HeadParams
 
 TOLERANCE = 0.005  # adds less than a quarter of what bf16 GEMMs add to the gradients' errors anyway
@@ -14,6 +15,7 @@ AUTO_FP32_TOLERANCE = 0.0007  # the most that keeps both gradients within 1e-4 o
 ROW_TOLERANCE = 0.1
 # Tokens, vocabulary and width from which "auto" certifies; on a GPU launches cost more than a small case's GEMMs.
 CERTIFIED_FROM = {"cpu": (256, 4096, 256), "cuda": (4096, 32768, 512)}
+CERTIFIED_CELLS_ONEDNN = 512 * 8192  # tokens times vocabulary, too, where GEMMs take half of a CPU's usual time
 
 
 @dataclass(frozen=True)
@@ -118,5 +120,7 @@ def certified_tolerance(backward, tolerance, compute, sizes, with_grad, device):
 def is_worthwhile(compute, sizes, device):
     """Whether "auto" certifies."""
     least = CERTIFIED_FROM.get(device.type, CERTIFIED_FROM["cuda"])
+    cells = CERTIFIED_CELLS_ONEDNN if device.type == "cpu" and products.onednn_is_faster() else 0
     # tokens last: a graph is bound to the answer
-    return compute != torch.float64 and all(a >= b for a, b in zip(sizes[::-1], least[::-1]))
+    large = compute != torch.float64 and all(a >= b for a, b in zip(sizes[::-1], least[::-1]))
+    return large and sizes[0] * sizes[1] >= cells

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import profiles
 from fastgrpo import linear_logprobs, reference
-from fastgrpo.backends import certified_backward, dense, grouping, row_audit
+from fastgrpo.backends import certified_backward, dense, grouping, products, row_audit
 
 import problems
 
@@ -229,8 +229,11 @@ def test_padded_batch_and_fp64(device):
     compare(double, "torch", limit=1.2e-4)
 
 
-def test_auto_certifies_where_it_pays():
+@pytest.mark.parametrize("fast", [True, False])
+def test_auto_certifies_where_it_pays(fast, monkeypatch):
     from fastgrpo.head import certified_tolerance
+
+    monkeypatch.setattr(products, "FASTER_ONEDNN", fast)
 
     def tolerance(
         backward="auto", value=None, compute=torch.float32, sizes=(2048, 32768, 1024), with_grad=True, device="cpu"
@@ -245,6 +248,8 @@ def test_auto_certifies_where_it_pays():
     small += [{"sizes": s, "device": "cuda"} for s in ((1024, 151936, 1536), (8192, 8192, 1536), (8192, 151936, 256))]
     for exact in (*small, {"with_grad": False}, {"compute": torch.float64}):
         assert tolerance(**exact) is None
+    assert (tolerance(sizes=(512, 4096, 256)) is None) == fast
+    assert tolerance(sizes=(512, 8192, 256)) == tolerance(sizes=(256, 16384, 256)) == 0.0007
     assert tolerance(compute=torch.bfloat16, sizes=(8192, 151936, 1536), device="cuda") == 0.005
     assert tolerance("certified", sizes=(8, 100, 8)) == 0.005
     assert tolerance("certified", device="cuda") == 0.005
