@@ -41,7 +41,12 @@ def arguments(argv):
         "--groups", nargs="+", choices=loss.GROUPS, default=[], help="of the loss suite's cases; base: the headline"
     )
     parser.add_argument("--repeats", type=int, help="default: the suite's own")
-    parser.add_argument("--output", type=Path, default=RESULTS, help=f"default: {os.path.relpath(RESULTS)}")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=RESULTS,
+        help=f"default: {os.path.relpath(RESULTS)}; rows of some --entries, --case or --groups go beside what is there",
+    )
     parser.add_argument("--tag", default="", help="added to the names of the files")
     parser.add_argument(
         "--time-limit", type=float, help="seconds; cases not begun by then say so; default: 540 on a GPU, 600 elsewhere"
@@ -49,6 +54,7 @@ def arguments(argv):
     options = parser.parse_args(argv)
     if unknown := [e for e in options.entries if e not in NAMES]:
         parser.error(f"--entries: expected some of {', '.join(NAMES)}; got {', '.join(unknown)}")
+    options.some = bool(options.case or options.groups or set(options.entries) != set(NAMES))
     if options.time_limit is None:
         options.time_limit = 540.0 if options.device == "cuda" else 600.0
     if options.repeats is not None and options.repeats < 1:
@@ -92,14 +98,29 @@ def run_suites(chosen):
                 continue
             if not rows:  # of the cases asked for none is this suite's
                 continue
+            failed += [r for r in rows if r["entry"].startswith("fastgrpo") and not fine(r)]
+            if chosen.some:
+                rows = beside(path, rows)
             path.write_text("".join(json.dumps(row) + "\n" for row in rows))
             written = [path, *map(Path, suite.charts(rows, str(stem)))]
             show.console.print("written:", ", ".join(os.path.relpath(x) for x in written))
-            failed += [r for r in rows if r["entry"].startswith("fastgrpo") and not fine(r)]
         for row in failed:
             why = row.get("reason", "wrong")
             show.console.print(f"{row['suite']}: {row['entry']}: {row['title']}: {why}", style="red")
     return 1 if failed else 0
+
+
+def beside(path, rows):
+    """The rows of some cases or entries, and those of the others that the file has, in its order."""
+
+    def key(row):
+        return row["title"], row["entry"], row.get("group")
+
+    known = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    fresh, order = {key(row) for row in rows}, list(dict.fromkeys(map(key, known)))
+    place = {k: i for i, k in enumerate(order)}
+    rows = [row for row in known if key(row) not in fresh] + rows
+    return sorted(rows, key=lambda row: place.get(key(row), len(place)))
 
 
 def append(path, about, rows):

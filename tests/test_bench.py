@@ -198,6 +198,16 @@ def test_loss_suite_end_to_end(tmp_path, monkeypatch, capsys):
     assert "bare logits GEMM" in capsys.readouterr().out
 
 
+@pytest.mark.quick
+def test_rows_of_some_cases_go_beside_the_others(tmp_path):
+    path = tmp_path / "loss-cpu.jsonl"
+    rows = [{"title": t, "entry": e, "group": g, "n": 0} for t, e, g in ("aAx", "aBx", "bAx", "aAy")]
+    assert command.beside(path, rows[:1]) == rows[:1]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    more = [{**rows[2], "n": 1}, {**rows[0], "title": "c"}, {**rows[0], "n": 2}]
+    assert command.beside(path, more) == [more[2], rows[1], more[0], rows[3], more[1]]
+
+
 def test_divergence_suite(options, tmp_path):
     """Rows of what computes one, of no other; memory as a fresh process takes it; a picture and README's table."""
     pytest.importorskip("trl")
