@@ -112,13 +112,13 @@ def run_suites(chosen):
 
 def beside(path, rows):
     """The rows of some cases or entries, and those of the others that the file has, in its order."""
+    from bench import measure
 
     def key(row):
         return row["title"], row["entry"], row.get("group")
 
-    known = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    fresh, order = {key(row) for row in rows}, list(dict.fromkeys(map(key, known)))
-    place = {k: i for i, k in enumerate(order)}
+    known, fresh = measure.read_rows(path), {key(row) for row in rows}
+    place = {k: i for i, k in enumerate(dict.fromkeys(map(key, known)))}
     rows = [row for row in known if key(row) not in fresh] + rows
     return sorted(rows, key=lambda row: place.get(key(row), len(place)))
 

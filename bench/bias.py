@@ -174,7 +174,7 @@ def plot(rows, path):
 
 def read(path):
     """The rows of a run before; those of trainings that were there before there were tasks are the first one's."""
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    rows = measure.read_rows(path)
     return [{"task": "partners", **row} if row["study"] == "training" else row for row in rows]
 
 

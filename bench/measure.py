@@ -81,6 +81,11 @@ def reason_of(error):
     return f"failed: {type(error).__name__}: {text[:100]}"
 
 
+def read_rows(path):
+    """Those of a file of results, none where there is none."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
 def attempt(function, *arguments, catch=Exception):
     """-> (result, None) or (None, why not): another project's code may raise anything, and its row then says so."""
     try:

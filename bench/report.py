@@ -1,17 +1,15 @@
 """The tables of figures, made from bench/results/ so that none is typed by hand (bench/pages.py puts them in place)."""
 
-import json
 import re
 
-from bench import draw
+from bench import draw, measure
 from bench.suites import accuracy, loss
 
 KINDS = {"cuda": "GPU", "cpu": "CPU"}
 
 
 def load(folder, suite, kind):
-    path = folder / f"{suite}-{kind}.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return measure.read_rows(folder / f"{suite}-{kind}.jsonl")
 
 
 def markdown(columns, rows):

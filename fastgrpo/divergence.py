@@ -208,7 +208,7 @@ def head_divergence(hidden, weight, mask, teacher, beta, options, labels=None):
     fast = products.makes_memory(hidden.new_empty(0, dtype=inputs.accumulator_dtype(hidden)))
     tolerance = tolerance_of(params, beta, options.backward, trained, hinted, fast, in_forward)
     params = replace(params, tolerance=tolerance)
-    strategy = choose_strategy(hidden, head, params)
+    strategy = choose_strategy(hidden, head, params, in_forward)
     given = NOTHING_GIVEN
     if labels is not None and strategy is strategies.DivergingCertified:
         given = strategies.Given(options.flat_hint(hidden), None, (labels.reshape(-1).to(torch.int64).clone(),))
@@ -216,11 +216,12 @@ def head_divergence(hidden, weight, mask, teacher, beta, options, labels=None):
     return Divergence(divergence.view(targets.shape), None if entropy is None else entropy.view(targets.shape))
 
 
-def choose_strategy(hidden, head, params):
-    """head: weight, bias and LoRA's A and B, or None. params: whose tolerance is None where nothing is left out."""
+def choose_strategy(hidden, head, params, in_forward=False):
+    """head: weight, bias and LoRA's A and B, or None. params: whose tolerance is None where nothing is left out.
+    in_forward: as :func:`tolerance_of`'s."""
     if params.backend == "torch" and frozen.applies(hidden, head, params):
         return strategies.DivergingFrozen
-    if params.tolerance is None and divergence_panels.applies_to_head(hidden, head, params):
+    if params.tolerance is None and in_forward:
         return strategies.DivergingTrained
     return strategies.Diverging if params.tolerance is None else strategies.DivergingCertified
 

@@ -55,7 +55,7 @@ def project(hidden, a, params, rows=None):
     """(B, T, D), (r, D) -> low (B, T, r) in the accumulator's dtype; rows: (n,) those to do, None: all; 0 elsewhere."""
     accumulate, cast = inputs.accumulator_dtype(hidden), params.lora_dtype
     low = torch.zeros(*hidden.shape[:-1], a.shape[0], dtype=accumulate, device=hidden.device)
-    if has_native(hidden) and params.compute_dtype.itemsize == 2:  # 16-bit GEMMs lose nothing, whatever TF32 is set to
+    if is_native(hidden, params.compute_dtype):  # 16-bit GEMMs lose nothing, whatever TF32 is set to
         scale = power_of_two(a) if params.compute_dtype == torch.float16 else None
         parts = split(a if scale is None else a * scale, params.compute_dtype, 1 if cast.itemsize == 2 else PARTS)
 
@@ -164,6 +164,11 @@ def power_of_two(x):
 def has_native(hidden):
     """Whether a 16-bit GEMM can return its fp32 accumulator: not on AMD, whose tensors are on "cuda" too."""
     return hidden.is_cuda and torch.version.hip is None
+
+
+def is_native(hidden, compute):
+    """Whether products in this dtype are such GEMMs."""
+    return compute.itemsize == 2 and has_native(hidden)
 
 
 def mm16(a, b):

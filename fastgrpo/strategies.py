@@ -161,8 +161,8 @@ class DivergingTrained(DivergingFrozen):
         stats, slopes, sums = backend.trained_divergence_forward(problem)
         return stats, (*slopes, sums.weight, sums.bias)
 
-    @classmethod
-    def kept_like(cls, problem, backend, entries):
+    @staticmethod
+    def kept_like(problem, backend, entries):
         dtype, bias = accumulator_dtype(problem.hidden), problem.bias
         head = (problem.weight.shape, dtype), None if bias is None else (bias.shape, dtype)
         return *DivergingFrozen.kept_like(problem, backend, entries), *head

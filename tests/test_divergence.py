@@ -56,17 +56,22 @@ def pair(n, vocab, depth, teacher_depth, device="cpu", dtype=torch.float32, peak
     }
 
 
+def call(op, tensors, **options):
+    """The op's result; options: its own, or words for what the tensors have."""
+    hidden = tensors["hidden"]
+    if options.pop("bias", False):
+        options |= {"bias": tensors["bias"], "teacher_bias": tensors["teacher_bias"]}
+    if options.pop("lora", False):
+        options["lora"] = tensors["A"], tensors["B"], 0.5
+    if options.get("temperature") == "tensor":
+        options["temperature"] = torch.linspace(0.6, 1.4, len(hidden), device=hidden.device, dtype=hidden.dtype)
+    return op(hidden, *(tensors[k] for k in ("weight", "teacher_hidden", "teacher_weight", "mask")), **options)
+
+
 def run(op, tensors, upstream, **options):
     """-> divergence, entropy, gradients by name."""
-    options, leaf = dict(options), problems.with_grad(tensors, GRADS)
-    if options.pop("bias", False):
-        options |= {"bias": leaf["bias"], "teacher_bias": leaf["teacher_bias"]}
-    if options.pop("lora", False):
-        options["lora"] = leaf["A"], leaf["B"], 0.5
-    if options.get("temperature") == "tensor":
-        options["temperature"] = torch.linspace(0.6, 1.4, len(upstream), device=upstream.device, dtype=upstream.dtype)
-    heads = [leaf[k] for k in ("hidden", "weight", "teacher_hidden", "teacher_weight", "mask")]
-    out = op(*heads, **options)
+    leaf = problems.with_grad(tensors, GRADS)
+    out = call(op, leaf, **options)
     (out.divergence * upstream).sum().backward()
     grads = {k: leaf[k].grad for k in GRADS if leaf[k] is not None and leaf[k].grad is not None}
     return out.divergence.detach(), out.entropy, grads
@@ -221,15 +226,21 @@ def near_pair(n, vocab, depth, device):
     return tensors | {"bias": 0.1 * tensors["bias"], "teacher_bias": 0.1 * tensors["bias"]}
 
 
+@pytest.fixture
+def plans(monkeypatch):
+    """Those of the certified backwards."""
+    made, plain = [], certified_backward.make_plan
+    monkeypatch.setattr(certified_backward, "make_plan", lambda *a: made.append(plain(*a)) or made[-1])
+    return made
+
+
 CERTIFIED = {"plain": {}, "lora": {"lora": True, "bias": True, "temperature": "tensor"}, "softcap": {"softcap": 80.0}}
 
 
 @pytest.mark.parametrize("beta", BETAS)
 @pytest.mark.parametrize("options", CERTIFIED.values(), ids=CERTIFIED)
-def test_certified(torch_mm, device, beta, options, monkeypatch):
+def test_certified(torch_mm, device, beta, options, plans):
     """Within the tolerance, and with entries left out; a second backward path, not the exact one's."""
-    plans, plain = [], certified_backward.make_plan
-    monkeypatch.setattr(certified_backward, "make_plan", lambda *a: plans.append(plain(*a)) or plans[-1])
     tensors = near_pair(768, 8192, 64, device)
     upstream = torch.randn(768, device=device)
     chosen = {"beta": beta, "backend": "torch", "workspace_mb": 4, **options}
@@ -243,10 +254,8 @@ def test_certified(torch_mm, device, beta, options, monkeypatch):
 
 
 @pytest.mark.parametrize("beta", [0.0, 1.0])
-def test_hinted(device, beta, monkeypatch, torch_mm):
+def test_hinted(device, beta, plans, torch_mm):
     """What the student drew and how likely: the same divergence, gradients within the tolerance, much more left out."""
-    plans, plain = [], certified_backward.make_plan
-    monkeypatch.setattr(certified_backward, "make_plan", lambda *a: plans.append(plain(*a)) or plans[-1])
     tensors, student = near_pair(768, 8192, 64, device), rl_student(768, 8192, 64)
     hint = {k: student[k].to(device) for k in ("targets", "old_logprobs")}
     hint["old_logprobs"][::50] = torch.nan
@@ -266,10 +275,8 @@ def test_hinted(device, beta, monkeypatch, torch_mm):
 
 @pytest.mark.quick
 @pytest.mark.parametrize("beta", BETAS)
-def test_groups_that_keep_nothing(device, beta, monkeypatch):
+def test_groups_that_keep_nothing(device, beta, plans):
     """The teacher agrees with the rows of whole blocks, which then leave out every entry."""
-    plans, plain = [], certified_backward.make_plan
-    monkeypatch.setattr(certified_backward, "make_plan", lambda *a: plans.append(plain(*a)) or plans[-1])
     tensors, same = near_pair(1024, 16384, 16, device), torch.arange(1024, device=device) < 512
     tensors["teacher_hidden"] = torch.where(same[:, None], tensors["hidden"], tensors["teacher_hidden"])
     known = {"targets": torch.zeros_like(same, dtype=torch.int64), "old_logprobs": torch.where(same, -0.1, -3.0)}
@@ -321,14 +328,8 @@ FROZEN = {
 
 def freeze(tensors, op=linear_divergence, **options):
     """:func:`run` with a gradient of hidden alone -> divergence, entropy, d hidden."""
-    options, hidden = dict(options), tensors["hidden"].clone().requires_grad_()
-    upstream = options.pop("upstream")
-    if options.pop("bias", False):
-        options |= {"bias": tensors["bias"], "teacher_bias": tensors["teacher_bias"]}
-    if options.get("temperature") == "tensor":
-        options["temperature"] = torch.linspace(0.6, 1.4, len(upstream), device=upstream.device, dtype=upstream.dtype)
-    rest = [tensors[k] for k in ("weight", "teacher_hidden", "teacher_weight", "mask")]
-    out = op(hidden, *rest, **options)
+    hidden, upstream = tensors["hidden"].clone().requires_grad_(), options.pop("upstream")
+    out = call(op, tensors | {"hidden": hidden}, **options)
     (grad,) = torch.autograd.grad((out.divergence * upstream).sum(), hidden)
     return out.divergence.detach(), out.entropy, grad
 
@@ -386,14 +387,8 @@ def test_trained_head_in_the_forward(device, beta, options, in_forward):
 
     alike, random = torch.full((300,), 1 / 7, device=device), torch.randn(300, device=device)
     found(random, run(linear_divergence, tensors, random, **chosen))
-    given = dict(chosen)
-    heads = {k: leaf[k] for k in ("bias",)} | {"teacher_bias": leaf["teacher_bias"]} if given.pop("bias", False) else {}
-    if given.get("temperature") == "tensor":
-        given["temperature"] = torch.linspace(0.6, 1.4, 300, device=device)
-    out = linear_divergence(
-        *(leaf[k] for k in ("hidden", "weight", "teacher_hidden", "teacher_weight", "mask")), **given, **heads
-    )
-    wanted = {k: leaf[k] for k in ("hidden", "weight", *(("bias",) if heads else ()))}
+    out = call(linear_divergence, leaf, **chosen)
+    wanted = {k: leaf[k] for k in ("hidden", "weight", *(("bias",) if "bias" in options else ()))}
     loss = (out.divergence * alike).sum()
     again = [dict(zip(wanted, torch.autograd.grad(loss, list(wanted.values()), retain_graph=True))) for _ in range(2)]
     (alone,) = torch.autograd.grad(loss, leaf["hidden"], retain_graph=True)

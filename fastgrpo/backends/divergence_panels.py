@@ -70,14 +70,14 @@ def applies_to_head(hidden, head, params):
     """
     weight, _, lora_a, _ = head
     dtype = accumulator_dtype(hidden)
-    native = lora.has_native(hidden) and params.compute_dtype.itemsize == 2  # whose dlogits are scaled by the gradients
+    native = lora.is_native(hidden, params.compute_dtype)  # whose dlogits are scaled by the gradients
     trained = torch.is_grad_enabled() and hidden.requires_grad and weight.requires_grad and lora_a is None
     # a sum that is wider than the head's gradient would be memory beside it
-    if not trained or weight.dtype != dtype or params.backend != "torch" or native or params.shard:
+    if not trained or weight.dtype != dtype or params.backend != "torch" or native:
         return False
     params = replace(params, tolerance=None)
     cells = int(room(params) * params.workspace) // dtype.itemsize
-    least = TRAINED_ROWS_MIXTURE if 0.0 < params.beta < 1.0 else TRAINED_ROWS
+    least = TRAINED_ROWS_MIXTURE if params.is_mixture else TRAINED_ROWS
     return cells >= least * cells_of_row(params, weight.shape[0])
 
 
@@ -87,7 +87,7 @@ def room(params):
 
 def held_logits(params, vocab):
     """Cells of a row's logits, and softcap's slopes, that a panel holds between a mixture's passes."""
-    return (3 if params.softcap is not None else 2) * vocab if 0.0 < params.beta < 1.0 else 0
+    return (3 if params.softcap is not None else 2) * vocab if params.is_mixture else 0
 
 
 def cells_of_row(params, vocab, share=1.0):
@@ -361,12 +361,14 @@ class Terms:
                 z.mul_(tile.slope[: len(z)])
         self.move(part, move)
         self.center[part], self.unit[part] = frame
-        if not leaves_out(self.problem) and self.spare is not None:
-            self.pieces.append(Piece(part, tile.chunk.span, None, self.spare.copy_(x), y, self.moves.shape[1] - 1))
-        elif not leaves_out(self.problem):
-            self.keep(part, tile.chunk.span, None, x, y)
-        elif not self.full:
-            self.look_closely(part, tile.chunk.span, x, y)
+        span = tile.chunk.span
+        if leaves_out(self.problem):
+            if not self.full:
+                self.look_closely(part, span, x, y)
+        elif self.spare is None:
+            self.keep(part, span, None, x, y)
+        else:
+            self.note(part, span, None, self.spare.copy_(x), y)
 
     def move(self, part, move):
         """The peaks have risen: what that makes of the tiles before."""
@@ -430,7 +432,11 @@ class Terms:
             return
         for mine, z in zip(kept, (x, y)):
             mine.copy_(z) if ids is None else torch.index_select(z, 1, ids, out=mine)
-        self.pieces.append(Piece(rows, span, ids, *kept, self.moves.shape[1] - 1))
+        self.note(rows, span, ids, *kept)
+
+    def note(self, rows, span, ids, x, y):
+        """Terms that stand in memory of their own now."""
+        self.pieces.append(Piece(rows, span, ids, x, y, self.moves.shape[1] - 1))
 
     @property
     def share(self):

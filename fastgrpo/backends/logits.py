@@ -25,7 +25,7 @@ class Reader:
         self.accumulate = accumulator_dtype(problem.hidden)
         self.compute = problem.params.compute_dtype
         # On CUDA a 16-bit GEMM can return its fp32 accumulator; elsewhere the operands are widened first, exactly.
-        self.native = lora.has_native(problem.hidden) and self.compute in (torch.bfloat16, torch.float16)
+        self.native = lora.is_native(problem.hidden, self.compute)
         self.operand = self.compute if self.native else self.accumulate
         self.own_memory = self.native or products.makes_memory(problem.hidden.new_empty(0, dtype=self.operand))
         self.lora = None if problem.low is None else self.lora_operands(problem)
@@ -138,7 +138,7 @@ def fit_tile(problem, rows, buffers, held=0):
     budget, per_row, cell = problem.params.workspace - held, size * depth, size * buffers
     if problem.taken is not None:
         per_row += 32 * problem.taken.shape[1]  # their places, and what stands there
-    if problem.params.compute_dtype.itemsize == 2 and lora.has_native(problem.hidden):
+    if lora.is_native(problem.hidden, problem.params.compute_dtype):
         cell, per_row = cell + 2, per_row + 2 * depth  # the tile and its rows once more, in 16 bits
     per_entry = 2 * size * depth
     if products.makes_memory(problem.hidden.new_empty(0, dtype=accumulator_dtype(problem.hidden))):

@@ -47,6 +47,10 @@ class PairParams(HeadParams):
     beta: float = 1.0
 
     @property
+    def is_mixture(self):
+        return 0.0 < self.beta < 1.0
+
+    @property
     def teacher(self):
         own = {f.name: getattr(self, f.name) for f in fields(HeadParams)}
         differ = {
@@ -84,7 +88,7 @@ class PairProblem(HeadProblem):
 
     @property
     def is_mixture(self):
-        return 0.0 < self.beta < 1.0
+        return self.params.is_mixture
 
     @property
     def depth(self):
