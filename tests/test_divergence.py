@@ -16,6 +16,7 @@ from fastgrpo.head import HeadOptions
 
 import problems
 from processes import run_ranks
+from watchers import Gemms
 
 BETAS = (0.0, 1.0, 0.3)
 GRADS = ("hidden", "weight", "bias", "A", "B")
@@ -396,6 +397,22 @@ def test_trained_head_in_the_forward(device, beta, options, in_forward):
     found(alike, *((out.divergence.detach(), None, grads) for grads in again))
     in_forward()
     found(alike, run(linear_divergence, tensors, alike, **chosen))
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("op", [run, freeze], ids=["trained", "frozen"])
+def test_no_denormal_reaches_a_product(device, beta, op):
+    """Peaked rows and a teacher that hardly differs: their terms are products of two small numbers."""
+    tensors, drawn = pair(256, 2048, 64, 64, device), profiles.problem(256, 2048, 64)
+    tensors |= {k: drawn[k].to(device) for k in ("hidden", "weight")}
+    near = tensors["hidden"] + 1e-5 * torch.randn(256, 64, device=device)
+    tensors |= {"teacher_hidden": near, "teacher_weight": tensors["weight"], "mask": None}
+    alike = torch.full((256,), 1 / 256, device=device)
+    with Gemms() as gemms:
+        op(op=linear_divergence, tensors=tensors, upstream=alike, beta=beta, backend="torch", backward="exact")
+    assert gemms.products > 0
+    assert gemms.denormals == 0
 
 
 def test_a_trained_heads_sums_go_before_others_are_made(device, monkeypatch):

@@ -460,6 +460,7 @@ class Terms:
         for piece in self.pieces:
             t, rows = piece.tile, piece.rows
             piece.x.mul_(ahead[t, rows, None]).addcmul_(behind[t, rows, None], piece.y, value=-1)
+            dense.without_denormals(piece.x)
         squares, self.norms = dropped.square(), self.all_norms()
         adder = Adder(self.problem, out, every)
         for piece, chosen in zip(self.pieces, self.choose(squares)):
