@@ -73,7 +73,8 @@ def linear_divergence(
             with a trained fp32 head without LoRA where the workspace has 1.7 KB for each entry of the vocabulary (128
             MiB serve 78 000; half of that for a mixture): four GEMMs, and the head's gradient, 4 V D bytes, is there
             from the forward on. That takes a loss in which all tokens weigh alike, as in a sum or a mean; where the
-            gradients that come in differ, the backward makes the head's anew, in three GEMMs more.
+            gradients that come in differ, the backward makes the head's anew, in three GEMMs more. On a CPU 0.7
+            of the workspace at most stay allocated for the next call whose gradients are made in the forward.
         targets, old_logprobs: tokens that the student drew at the positions and the log-probs that it gave them then,
             of mask's shape; both or neither. A hint, which never changes the divergence: a certified backward orders
             its rows by it, and of a KL leaves out several times more, within the tolerance. A trained head's backward

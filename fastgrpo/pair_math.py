@@ -12,11 +12,11 @@ y = e^u of the student; of KL(teacher || student) x = e^u_second - e^u_first and
 
 import torch
 
-from fastgrpo.torch_tl import split_sides, tl
+from fastgrpo.torch_tl import tl
 
 # the kernels have their own: of [-1/2, 1/2] and [-1/2, 1], of what is not above 0 in either case
 expm1, log1p = torch.expm1, torch.log1p
-expm1_down, log1p_down = torch.expm1, torch.log1p
+expm1_down, log1p_down = torch.Tensor.expm1_, torch.Tensor.log1p_
 NEAR = 0.5  # |d| up to which a difference of exponentials is made of d
 
 
@@ -56,14 +56,22 @@ def finish_sums(total, other, tilt, excess):
     return tilt / total + gap, tl.log(total), gap
 
 
-def mixture_logs(delta, beta):
-    """-> log(p_s / m), log(p_t / m) with m = (1 - beta) p_s + beta p_t, of delta = log p_s - log p_t.
+def mixture_logs(above, below, apart, share):
+    """-> log(p_s / m), log(m / p_t) with m = (1 - beta) p_s + beta p_t.
 
-    Without a difference that cancels: the larger of p_s and p_t is compared with m by log1p.
+    Without a difference that cancels: the larger of p_s and p_t is compared with m by log1p. Torch's tensors are
+    overwritten.
+
+    Args:
+        above, below, apart: of delta = log p_s - log p_t its part above 0, its part below, and -|delta|.
+        share: beta where delta > 0, 1 - beta where it is not, at 0 either.
     """
-    above, below, share = split_sides(delta, beta)
-    log = -log1p_down(expm1_down(below - above) * share)
-    return log + below, log - above
+    apart = expm1_down(apart)
+    apart *= share
+    apart = log1p_down(apart)
+    below -= apart
+    above += apart
+    return below, above
 
 
 def scale_terms(total, other, tilt, excess, student_first):

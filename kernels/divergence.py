@@ -42,6 +42,7 @@ from fastgrpo.kernels.pair_math import (
     move_peaks,
     move_terms,
     scale_terms,
+    split_sides,
 )
 from fastgrpo.kernels.row_math import rescale
 from fastgrpo.kernels.tiles import cdiv
@@ -173,11 +174,12 @@ def forward_pair_kernel(
             xs, ys, students, taughts = (), (), pieces_of(student, CUTS), pieces_of(taught, CUTS)
             for k in tl.static_range(2**CUTS):
                 u, v = students[k] - known_peak[:, None], taughts[k] - known_other[:, None]
-                log_s, log_t = mixture_logs(u - v - gap[:, None], beta)
+                above, below, apart, share = split_sides(u - v - gap[:, None], beta)
+                log_s, minus_log_t = mixture_logs(above, below, apart, share)
                 y = tl.math.exp2((u - offset[:, None]) * LOG2E)
                 x = (1.0 - beta) * y * log_s
-                theirs = beta * tl.math.exp2((v + (gap - offset)[:, None]) * LOG2E) * log_t
-                total += tl.sum(x + theirs, axis=1)
+                theirs = beta * tl.math.exp2((v + (gap - offset)[:, None]) * LOG2E) * minus_log_t
+                total += tl.sum(x - theirs, axis=1)
                 other += tl.sum(x, axis=1)
                 xs, ys = xs + (x,), ys + (y,)
         else:

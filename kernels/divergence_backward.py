@@ -33,7 +33,7 @@ from fastgrpo.kernels.pair import (
     teacher_arguments,
     transformed,
 )
-from fastgrpo.kernels.pair_math import mixture_logs
+from fastgrpo.kernels.pair_math import mixture_logs, split_sides
 
 
 @triton.jit
@@ -147,7 +147,8 @@ def dlogits_pair_kernel(
             dz = -difference(p, tl.math.exp2((v + (gap - offset)[:, None]) * LOG2E), delta)
         else:
             if KIND == 2:
-                log_s, _log_t = mixture_logs(delta, beta)
+                above, below, apart, share = split_sides(delta, beta)
+                log_s, _minus_log_t = mixture_logs(above, below, apart, share)
                 delta = (1.0 - beta) * log_s
             dz = p * (delta - center[:, None])
         dz = without_dust(dz * (grad[:, None] * cap_slope(raws[k], logits)))

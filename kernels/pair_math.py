@@ -33,14 +33,14 @@ def log1p_down(x):
 
 
 @triton.jit
-def split_sides(x, share):
-    above = x > 0
-    return tl.where(above, x, 0.0), tl.where(above, 0.0, x), tl.where(above, share, 1.0 - share)
+def split_sides(delta, beta):
+    """What ``mixture_logs`` takes."""
+    side = delta > 0
+    above, below = tl.where(side, delta, 0.0), tl.where(side, 0.0, delta)
+    return above, below, below - above, tl.where(side, beta, 1.0 - beta)
 
 
-_functions = rebind(
-    source, log1p=log1p_unit, expm1=expm1_near, log1p_down=log1p_down, expm1_down=expm1_down, split_sides=split_sides
-)
+_functions = rebind(source, log1p=log1p_unit, expm1=expm1_near, log1p_down=log1p_down, expm1_down=expm1_down)
 move_peaks = _functions["move_peaks"]
 join_sums = _functions["join_sums"]
 finish_sums = _functions["finish_sums"]

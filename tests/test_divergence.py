@@ -1,6 +1,7 @@
 """linear_divergence: values and gradients on both backends against plain autograd over full logits in fp64."""
 
 import functools
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import divergence_job
@@ -413,6 +414,31 @@ def test_no_denormal_reaches_a_product(device, beta, op):
         op(op=linear_divergence, tensors=tensors, upstream=alike, beta=beta, backend="torch", backward="exact")
     assert gemms.products > 0
     assert gemms.denormals == 0
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_memory_kept_between_calls_changes_nothing(device, beta):
+    """Whatever the call before was, and where two go at once."""
+    upstream, settings = torch.ones(300, device=device), {"beta": beta, "backend": "torch", "backward": "exact"}
+    made = [pair(300, 700, 24, 16, device, seed=k) for k in range(4)]
+    pool = divergence_panels.Pool
+
+    def gradients(tensors):
+        found = freeze(tensors, upstream=upstream, workspace_mb=1.3, **settings)
+        return found[0], found[2]
+
+    pool.kept.clear()
+    alone = []
+    for tensors in made:
+        alone.append(gradients(tensors))
+        freeze(made[0], upstream=upstream, workspace_mb=1.8, **settings)  # leaves more
+        assert len(pool.kept) == (device == "cpu")
+    with ThreadPoolExecutor(4) as threads:
+        together = list(threads.map(gradients, made * 3))
+    for want, got in zip(alone * 3, together):
+        assert torch.equal(want[0], got[0])
+        assert torch.equal(want[1], got[1])
+    assert sum(memory.nbytes for memory in pool.kept) <= 1.8 * 2**20
 
 
 def test_a_trained_heads_sums_go_before_others_are_made(device, monkeypatch):

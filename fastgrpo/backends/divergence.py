@@ -18,7 +18,6 @@ from fastgrpo.pair_math import NEAR, finish_sums, mixture_logs, move_peaks, move
 from fastgrpo.row_math import rescale
 
 NOISE, NOTHING_SEEN = 9.0, 2.0**-20  # see near_rows
-PIECE = 2**17  # cells of what is made of fresh memory at once, so that its pages are the same ones
 
 
 def forward(problem):
@@ -140,6 +139,48 @@ def sum_differences(u, v, d, near, plain, out, scratch):
     return exact.sum(1)
 
 
+class LevelsFold:
+    """Both log-sum-exps, and no divergence: what a mixture's terms want to know.
+
+    Their rounding does not reach it: a mixture moves with one of them by that model's divergence from the mixture times
+    as much. So nothing is summed from differences here.
+    """
+
+    student_first = True
+
+    def __init__(self, problem, rows):
+        self.entropy = problem.params.entropy
+        dtype, device = accumulator_dtype(problem.hidden), rows.device
+        self.peaks = torch.full((2, rows.numel()), FLOOR, dtype=dtype, device=device)
+        self.totals, self.spreads = torch.zeros(2, 2, rows.numel(), dtype=dtype, device=device)
+
+    def add(self, tile, other, rooms=(None, None)):
+        """Overwrites both tiles' logits.
+
+        Args:
+            rooms: memory where the student's and the teacher's are to stay, beside the peaks so far, or None twice.
+        """
+        part, pair = tile.part, (tile.z, other)
+        known, high = self.peaks[:, part], torch.stack([z.amax(1) for z in pair])
+        high = torch.maximum(known, high)
+        totals, spreads, _ = rescale(known, self.totals[:, part], self.spreads[:, part], high)
+        beside = [torch.sub(z, peak[:, None], out=room) for z, peak, room in zip(pair, high, rooms)]
+        if self.entropy:
+            spreads[0] += spread_of(beside[0])
+        masses = [dense.exp_(z, out=made).sum(1) for z, made in zip(beside, pair)]
+        self.peaks[:, part], self.spreads[:, part] = high, spreads
+        self.totals[:, part] = totals + torch.stack(masses)
+
+    def partials(self):
+        """(7, n) of :func:`divergence_partials`, the student first; no tilt."""
+        own, other = self.totals
+        return torch.stack((*self.peaks, own, other, torch.zeros_like(own), other - own, self.spreads[0]))
+
+    def finish(self):
+        """The rows of :class:`PairStats`, the divergence's aside."""
+        return without_divergence(kl_stats(self.peaks, self.partials()[2:6], self.spreads[0], self.student_first))
+
+
 class KLFold:
     """Folds tiles into the running sums of :mod:`fastgrpo.pair_math`.
 
@@ -164,12 +205,11 @@ class KLFold:
         for z, peak in zip((u, v), self.peaks):
             z -= peak[part, None]
         if self.problem.params.entropy:
-            own = tile.z.clamp(min=dense.FAR)
-            self.spread[part] -= (own * dense.exp_(own.clone())).sum(1)
+            self.spread[part] += spread_of(tile.z)
+        x, y = rooms_of(self.witness, u)
         d = torch.sub(u, v, out=self.scratch.like(u, "d"))
-        for z in (u, v):
-            dense.exp_(z)
-        leant = torch.mul(d, u, out=self.scratch.like(u, "leant"))
+        u, v = dense.exp_(u, out=y), dense.exp_(v)
+        leant = torch.mul(d, u, out=self.room("leant", u, x if self.student_first else None))
         sums = self.sums[:, part]
         mass, other_mass = u.sum(1), v.sum(1)
         sums[0] += mass
@@ -178,11 +218,15 @@ class KLFold:
         near = near_rows(leant, d, mass, sums[0], self.scratch)
         apart = None
         if self.witness is not None and not self.student_first:
-            apart = torch.sub(v, u, out=self.scratch.like(u, "difference"))
+            apart = torch.sub(v, u, out=self.room("difference", u, x))
         sums[3] += sum_differences(u, v, d, near, other_mass - mass, apart, self.scratch)
         if self.witness is not None:
             motion = move_terms(*rise, self.student_first)
-            self.witness.look(tile, leant if apart is None else apart, u, motion, *self.frames(part))
+            frames = self.frames(part) if self.witness.chooses else (None, None)
+            self.witness.look(tile, leant if apart is None else apart, u, motion, *frames)
+
+    def room(self, key, like, room):
+        return self.scratch.like(like, key) if room is None else room
 
     def frames(self, part):
         """-> center and unit of the rows' terms, of the entries so far; the same as they are to be expected."""
@@ -213,6 +257,17 @@ class KLFold:
         return stats if self.witness is None else stats._replace(norm=self.witness.row_norms())
 
 
+def spread_of(z):
+    """(n,) a tile's part of an entropy's sum. z: (n, C) beside the peaks."""
+    z = z.clamp(min=dense.FAR)
+    return -(z * dense.exp_(z.clone())).sum(1)
+
+
+def rooms_of(witness, like):
+    """-> memory that the witness wants the terms x and y of a tile in, or None twice."""
+    return (None, None) if witness is None else witness.rooms(like.shape)
+
+
 def beside_peaks(partials, top, student_first):
     """-> the sums and the spread of :func:`divergence_partials` beside peaks (2, ...), none of them lower."""
     peaks, sums, spread, own = partials[:2], partials[2:6], partials[6], 0 if student_first else 1
@@ -234,9 +289,9 @@ def kl_stats(peaks, sums, spread, student_first):
 
 def know_both(problem, rows):
     """:class:`PairStats` of some rows with what a pass over both models' logits tells, the divergence aside."""
-    levels = KLFold(problem, rows)
+    levels = LevelsFold(problem, rows)
     fold_vocabulary(problem, rows, levels)
-    return without_divergence(levels.finish())
+    return levels.finish()
 
 
 def without_divergence(stats):
@@ -245,14 +300,15 @@ def without_divergence(stats):
     return stats._replace(divergence=none, center=none.clone())
 
 
-def mixture_terms(delta, beta, scratch):
-    """:func:`fastgrpo.pair_math.mixture_logs` in kept memory, on a CPU made in pieces, whose memory is used again."""
-    out = [scratch.like(delta, key) for key in ("log_s", "log_t")]
-    pieces = (x.view(-1).split(PIECE if delta.device.type == "cpu" else max(x.numel(), 1)) for x in (delta, *out))
-    for piece, *into in zip(*pieces):
-        for x, made in zip(into, mixture_logs(piece, beta)):
-            x.copy_(made)
-    return out
+def split_sides(delta, beta, scratch):
+    """What :func:`fastgrpo.pair_math.mixture_logs` takes, over delta and in kept memory: ``where`` takes many times as
+    long on a CPU."""
+    share = beta
+    if beta != 0.5:
+        share = torch.sign(delta, out=scratch.like(delta, "share")).mul_(beta - 0.5).add_(0.5)
+    above = torch.clamp(delta, min=0.0, out=scratch.like(delta, "above"))
+    below = delta.clamp_(max=0.0)
+    return above, below, torch.sub(below, above, out=scratch.like(delta, "apart")), share
 
 
 class MixtureFold:
@@ -262,37 +318,51 @@ class MixtureFold:
         self.problem, self.stats, self.witness, self.scratch = problem, stats, witness, Scratch()
         self.mass = torch.zeros_like(stats.divergence)  # of the student's entries so far
 
-    def add(self, tile, other):
-        """Overwrites both tiles' logits."""
+    def add(self, tile, other, beside=None):
+        """Overwrites both tiles' logits. beside: as in :func:`log_ratios`."""
         part, beta = tile.part, self.problem.beta
-        log_p, delta, log_q = log_ratios(PairStats(*(x[part] for x in self.stats)), tile.z, other, self.scratch)
-        log_s, log_t = mixture_terms(delta, beta, self.scratch)
-        p = dense.exp_(log_p)
-        mine = log_s.mul_(1.0 - beta).mul_(p)
+        known = PairStats(*(x[part] for x in self.stats))
+        log_p, delta, log_q = log_ratios(known, tile.z, other, self.scratch, beside)
+        log_s, minus_log_t = mixture_logs(*split_sides(delta, beta, self.scratch))
+        x, y = rooms_of(self.witness, delta)
+        p, q = dense.exp_(log_p, out=y), dense.exp_(log_q)
+        theirs = minus_log_t.mul_(q)
+        mine = torch.mul(log_s.mul_(1.0 - beta), p, out=log_s if x is None else x)
         self.stats.center[part] += mine.sum(1)
-        q = dense.exp_(log_q)
-        self.stats.divergence[part] += torch.addcmul(mine, q, log_t, value=beta, out=q).sum(1)
+        self.stats.divergence[part] += torch.sub(mine, theirs, alpha=beta, out=theirs).sum(1)
         if self.witness is not None:
-            self.mass[part] += p.sum(1)
-            center = self.stats.center[part] / self.mass[part].clamp(min=dense.negligible(p.dtype))
-            still = torch.ones_like(center)
-            frame = center, still
+            still = torch.ones_like(known.center)
+            frame = self.frame(part, p) if self.witness.chooses else None
             self.witness.look(tile, mine, p, (still, still, torch.zeros_like(still)), frame, frame)
+
+    def frame(self, part, p):
+        """-> center and unit of the rows' terms, of the entries so far."""
+        self.mass[part] += p.sum(1)
+        center = self.stats.center[part] / self.mass[part].clamp(min=dense.negligible(p.dtype))
+        return center, torch.ones_like(center)
 
     def finish(self):
         return self.stats if self.witness is None else self.stats._replace(norm=self.witness.row_norms())
 
 
-def log_ratios(known, z, other, scratch):
+def log_ratios(known, z, other, scratch, beside=None):
     """-> log p of the student, its difference to the teacher's, and the teacher's: (n, C) each.
 
-    The first and the last over the tiles' memory; none is made of the others, for one may be -1e30. known: of these
-    rows.
+    The first and the last over the tiles' memory; none is made of the others, for one may be -1e30.
+
+    Args:
+        known: of these rows. beside: (2, n) the student's and the teacher's peaks that z and other are beside already,
+            or None.
     """
-    z -= known.peak[:, None]
-    other -= known.other_peak[:, None]
-    delta = torch.sub(z, other, out=scratch.like(z, "delta")).sub_(known.gap[:, None])
-    return z.sub_(known.offset[:, None]), delta, other.add_((known.gap - known.offset)[:, None])
+    own, theirs, gap = known.offset, known.offset - known.gap, known.gap
+    if beside is None:
+        z -= known.peak[:, None]
+        other -= known.other_peak[:, None]
+    else:
+        rise, other_rise = known.peak - beside[0], known.other_peak - beside[1]
+        own, theirs, gap = own + rise, theirs + other_rise, gap + (rise - other_rise)
+    delta = torch.sub(z, other, out=scratch.like(z, "delta")).sub_(gap[:, None])
+    return z.sub_(own[:, None]), delta, other.sub_(theirs[:, None])
 
 
 def logits_gradient(problem, z, bias, index, other, stats, grad, scratch=None):
@@ -314,7 +384,7 @@ def logits_gradient(problem, z, bias, index, other, stats, grad, scratch=None):
         dz = differences(dense.exp_(log_p), dense.exp_(log_q), delta, scratch).neg_()
     else:
         if problem.is_mixture:
-            delta = mixture_terms(delta, problem.beta, scratch)[0].mul_(1.0 - problem.beta)
+            delta = mixture_logs(*split_sides(delta, problem.beta, scratch))[0].mul_(1.0 - problem.beta)
         dz = delta.sub_(known.center[:, None]).mul_(dense.exp_(log_p))
     dz = dz.mul_(grad[:, None] * chain)
     dz = z.copy_(dz if slope is None else dz.mul_(slope))

@@ -18,14 +18,14 @@ makes its own entries' part of dX, and sees to its own error.
 """
 
 from dataclasses import replace
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 
 from fastgrpo import lora
 from fastgrpo.backends import dense, dense_backward, divergence, frozen
 from fastgrpo.backends.certified import BLOCK, CROWDED
-from fastgrpo.backends.divergence import KLFold, MixtureFold, kl_stats
+from fastgrpo.backends.divergence import KLFold, LevelsFold, MixtureFold, kl_stats
 from fastgrpo.backends.frozen import Slopes
 from fastgrpo.backends.logits import Chunk, Reader, Tile, row_inverse_temperature
 from fastgrpo.backends.pair import PairStats
@@ -120,6 +120,7 @@ def forward(problem, ranks=None, head=None):
         part = slice(first, min(first + ranks.least(maker.height, rows.device), rows.numel()))
         stats[:, rows[part]], dropped[part] = maker.make(rows[part], values[part], head)
         first = part.stop
+    maker.pool.keep()
     return stats, Slopes(rows, values, dropped)
 
 
@@ -185,10 +186,23 @@ def leaves_out(problem):
 
 
 class Pool:
-    """Memory of the terms, given out piece by piece and taken back at once: fresh pages cost more than the work."""
+    """Memory of the terms, given out piece by piece and taken back at once: fresh pages cost more than the work.
+
+    So a CPU's stays for the next call, as on a GPU, where torch sees to it. No two calls have it at once.
+    """
+
+    kept: ClassVar[list] = []  # of the last call
 
     def __init__(self, cells, dtype, device):
-        self.memory, self.used = torch.empty(cells, dtype=dtype, device=device), 0
+        last = Pool.kept.pop() if device.type == "cpu" and Pool.kept else None
+        fits = last is not None and last.dtype == dtype and cells <= last.numel() <= ROOMIER * cells
+        self.whole = last if fits else torch.empty(cells, dtype=dtype, device=device)
+        self.memory, self.used = self.whole[:cells], 0
+
+    def keep(self):
+        """For the next call."""
+        if self.whole.device.type == "cpu" and not self.whole.is_inference():
+            Pool.kept[:] = [self.whole]
 
     def take(self, shape):
         """None where there is no more."""
@@ -250,29 +264,34 @@ class PanelMaker:
         """-> :class:`PairStats` of a mixture. Its logits are made once and held between its passes, where they fit."""
         cells = rows.numel() * held_logits(self.problem.params, self.problem.weight.shape[0])
         held = [] if cells <= self.pool.memory.numel() else None
-        levels = KLFold(self.problem, rows)
+        levels = LevelsFold(self.problem, rows)
         for tile, other in self.tiles(rows):
-            if held is not None:
-                held.append(self.hold(tile, other))
-            levels.add(tile, other)
+            if held is None:
+                levels.add(tile, other)
+            else:
+                rooms = self.pool.take(tile.z.shape), self.pool.take(other.shape)
+                levels.add(tile, other, rooms)
+                held.append(self.hold(tile, rooms, levels.peaks[:, tile.part].clone()))
         merged = self.ranks.merge(levels.partials(), levels.student_first)
         known = divergence.without_divergence(kl_stats(*merged, levels.student_first))
+        if held is not None:
+            held.sort(key=lambda pair: -pair[0].chunk.span.start)  # the last is still in the cache
         fold = MixtureFold(self.problem, known, terms)
-        for tile, other in self.tiles(rows) if held is None else held:
-            terms.spare = None if held is None else other
-            fold.add(tile, other)
+        for tile, other, beside in ((*pair, None) for pair in self.tiles(rows)) if held is None else held:
+            terms.lent = None if held is None or terms.chooses else (other, tile.z)
+            fold.add(tile, other, beside)
         total, center = self.ranks.add_up(torch.stack((known.divergence, known.center)))
-        still = torch.ones_like(center)
-        terms.settle((still, still, torch.zeros_like(still)), (center, still))
+        terms.settle(None, (center, torch.ones_like(center)))
         return known._replace(divergence=total, center=center)
 
     def tiles(self, rows):
         return pair_tiles(self.problem, rows, with_slope=True)
 
-    def hold(self, tile, other):
-        """The pair in the pool's memory."""
-        z, slope, other = (None if x is None else self.pool.take(x.shape).copy_(x) for x in (tile.z, tile.slope, other))
-        return Tile(z, slope, tile.rows, tile.part, [], Chunk(tile.chunk.span, [], None)), other
+    def hold(self, tile, rooms, peaks):
+        """What a second pass wants of a pair whose logits stand in the pool's memory, beside the peaks."""
+        slope = None if tile.slope is None else self.pool.take(tile.slope.shape).copy_(tile.slope)
+        chunk = Chunk(tile.chunk.span, [], None)
+        return Tile(rooms[0], slope, tile.rows, tile.part, [], chunk), rooms[1], peaks
 
 
 class Budget:
@@ -337,21 +356,29 @@ class Terms:
 
     Attributes:
         norms: (rows,) of what is kept: less than all; once finished.
-        spare: memory of a tile that x may be left in, where y is the pool's already; or None.
+        chooses: whether only some columns are kept. lent: memory of the next tile's x and y that is the pool's
+            already, or None.
     """
 
     def __init__(self, problem, rows, pool, budget, add_up):
         self.problem, self.pool, self.budget, self.scratch = problem, pool, budget, Scratch()
         self.add_up = add_up
         dtype, device = accumulator_dtype(problem.hidden), problem.hidden.device
-        self.pieces, self.full = [], False
+        self.pieces, self.full, self.tiles = [], False, 0
         self.moves = torch.zeros(3, 0, rows, dtype=dtype, device=device)  # lead, trail, lean of each tile until now
         self.center = torch.zeros(rows, dtype=dtype, device=device)
         self.unit = torch.ones_like(self.center)
         self.left = torch.zeros(2, rows, dtype=dtype, device=device)  # norms of what is not kept: x, y
         self.seen = torch.zeros(rows, dtype=dtype, device=device)  # of all of it, about
         self.norms, self.slack = None, 1 + ROUNDING * torch.finfo(dtype).eps
-        self.spare = None
+        self.chooses, self.lent = leaves_out(problem), None
+
+    def rooms(self, shape):
+        """Where x and y can stay, or None twice: of some only columns are kept."""
+        if self.lent is None and not (self.chooses or self.full):
+            rooms = self.pool.take(shape), self.pool.take(shape)
+            self.lent = None if rooms[1] is None else rooms
+        return self.lent or (None, None)
 
     def look(self, tile, x, y, move, frame, later):
         """As :meth:`Witness.look`'s; nothing is expected here."""
@@ -359,16 +386,19 @@ class Terms:
         if tile.slope is not None:
             for z in (x, y):
                 z.mul_(tile.slope[: len(z)])
-        self.move(part, move)
-        self.center[part], self.unit[part] = frame
+        self.tiles += part.start == 0
+        if not self.problem.is_mixture:
+            self.move(part, move)
         span = tile.chunk.span
-        if leaves_out(self.problem):
+        if self.chooses:
+            self.center[part], self.unit[part] = frame
             if not self.full:
                 self.look_closely(part, span, x, y)
-        elif self.spare is None:
-            self.keep(part, span, None, x, y)
+        elif self.lent is None:
+            self.give_up()
         else:
-            self.note(part, span, None, self.spare.copy_(x), y)
+            self.note(part, span, None, *self.lent)
+            self.lent = None
 
     def move(self, part, move):
         """The peaks have risen: what that makes of the tiles before."""
@@ -391,7 +421,8 @@ class Terms:
 
     def settle(self, move, frame):
         """What more entries, looked at elsewhere, make of these: the last center and unit."""
-        self.carry(self.moves, slice(None), move)
+        if not self.problem.is_mixture:
+            self.carry(self.moves, slice(None), move)
         self.center, self.unit = frame
 
     def look_closely(self, part, span, x, y):
@@ -428,20 +459,23 @@ class Terms:
             return
         kept = [self.pool.take(shape) for _ in range(2)]
         if kept[1] is None:
-            self.full, self.pieces = True, []
+            self.give_up()
             return
         for mine, z in zip(kept, (x, y)):
             mine.copy_(z) if ids is None else torch.index_select(z, 1, ids, out=mine)
         self.note(rows, span, ids, *kept)
 
+    def give_up(self):
+        self.full, self.pieces = True, []
+
     def note(self, rows, span, ids, x, y):
         """Terms that stand in memory of their own now."""
-        self.pieces.append(Piece(rows, span, ids, x, y, self.moves.shape[1] - 1))
+        self.pieces.append(Piece(rows, span, ids, x, y, self.tiles - 1))
 
     @property
     def share(self):
         """Of all terms, those that were kept."""
-        cells = self.moves.shape[2] * self.problem.weight.shape[0]
+        cells = self.center.numel() * self.problem.weight.shape[0]
         return 1.0 if self.full or not cells else sum(p.x.numel() for p in self.pieces) / cells
 
     def finish(self, out, every, head=None):
@@ -455,11 +489,13 @@ class Terms:
         if self.full:
             self.norms = self.all_norms()
             return torch.full_like(dropped, torch.inf)
-        leads, trails, leans = self.moves
-        ahead, behind = leads / self.unit, (leans + self.center * trails) / self.unit
+        ahead, behind = self.factors()
+        self.pieces.sort(key=lambda piece: -piece.tile)  # the last is still in the cache
         for piece in self.pieces:
             t, rows = piece.tile, piece.rows
-            piece.x.mul_(ahead[t, rows, None]).addcmul_(behind[t, rows, None], piece.y, value=-1)
+            if ahead is not None:
+                piece.x.mul_(ahead[t, rows, None])
+            piece.x.addcmul_(behind[t, rows, None], piece.y, value=-1)
             dense.without_denormals(piece.x)
         squares, self.norms = dropped.square(), self.all_norms()
         adder = Adder(self.problem, out, every)
@@ -475,10 +511,17 @@ class Terms:
         adder.finish()
         return squares.sqrt_()
 
+    def factors(self):
+        """-> (tiles, n) of x, None where it is 1, and of -y in a row's gradient."""
+        if self.problem.is_mixture:
+            return None, self.center.expand(self.tiles, -1)
+        leads, trails, leans = self.moves
+        return leads / self.unit, (leans + self.center * trails) / self.unit
+
     def all_norms(self):
         """(n,) of what is kept of each row, on all ranks; 0 without a tolerance, where nobody asks."""
         squares = torch.zeros_like(self.center)
-        if leaves_out(self.problem):
+        if self.chooses:
             for piece in self.pieces:
                 squares[piece.rows] += row_squares(piece.x)
             squares = self.add_up(squares)
@@ -486,7 +529,7 @@ class Terms:
 
     def choose(self, squares):
         """Of each piece the columns that are kept, or None for all: the largest, as many as the budget wants."""
-        if not leaves_out(self.problem) or not self.pieces:
+        if not self.chooses or not self.pieces:
             return [None] * len(self.pieces)
         sizes = [column_sums(torch.square(p.x, out=p.y)) for p in self.pieces]
         norms, gone = (float(x.nan_to_num(nan=0.0, posinf=0.0).sum()) for x in (self.norms.square(), squares))

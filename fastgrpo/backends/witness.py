@@ -60,7 +60,10 @@ class Witness:
 
     Attributes:
         flags: (blocks, V) bool.
+        chooses: whether entries are left out, for which it wants to know center and unit so far.
     """
+
+    chooses = True
 
     def __init__(self, problem, n, device):
         dtype = accumulator_dtype(problem.hidden)
@@ -69,6 +72,10 @@ class Witness:
         self.center, self.unit = torch.zeros(n, dtype=dtype, device=device), torch.ones(n, dtype=dtype, device=device)
         self.scale = torch.ones_like(self.unit)  # the unit that is to be expected
         self.seen, self.left = torch.zeros(2, 3, n, dtype=dtype, device=device)  # sums of x^2, x y, y^2
+
+    def rooms(self, shape):
+        """None twice: the terms may stand anywhere."""
+        return None, None
 
     def look(self, tile, x, y, motion, frame, later):
         """x, y: (n, C), overwritten. motion: since these rows' last tile. frame: center and unit with this tile's
