@@ -183,8 +183,9 @@ def join(rest, z):
     stats = dense.combine((top, total + e.sum(1), spread), label[:, 0])
     rows, offset = RowStats(*stats), rest.total.log()
     logp = (z - rows.peak[:, None] - rows.offset[:, None]).scatter(1, at, rows.logp[:, None])
-    # the taken entries' log-sum-exp minus the rest's
-    gap = label[:, 0] - rest.peak + ((z - label).exp().sum(1).log() - offset)
+    # the taken entries' log-sum-exp minus the rest's; -inf where none of them has any mass
+    taken = torch.where(z == -torch.inf, 0.0, (z - label).exp()).sum(1).log()
+    gap = label[:, 0] - rest.peak + (taken - offset)
     return stats, torch.stack((rest.peak, offset)), torch.cat((logp, -softplus(gap)[:, None]), 1)
 
 
