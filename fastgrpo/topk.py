@@ -82,7 +82,8 @@ def make_pairs(ids, vocab, with_order=False):
     """:class:`fastgrpo.support.Support` of all (N, K) slots, those without an id reading entry 0 for nothing."""
     n, k = ids.shape
     flat = torch.where(is_valid(ids, vocab), ids, 0).flatten()
-    rows = torch.arange(n, device=ids.device)[:, None].expand(n, k).reshape(-1)
+    # of one row the expanded numbers would be a view whose stride is 0
+    rows = torch.arange(n, device=ids.device)[:, None].expand(n, k).reshape(-1).contiguous()
     offsets = torch.arange(n + 1, device=ids.device) * k
     return Support(flat, rows, offsets, flat.argsort(stable=True) if with_order else None, None)
 

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from fastgrpo import LogProbs, grpo_loss, linear_logprobs, reference, vocab_parallel
+from fastgrpo import LogProbs, grpo_loss, linear_logprobs, reference, topk, vocab_parallel
 from fastgrpo.backends import torch_backend
 
 import problems
@@ -250,6 +250,14 @@ def test_targets_without_any_mass(backend, device, backward):
         torch.testing.assert_close(getattr(out, name).double(), getattr(want, name), rtol=1e-5, atol=1e-5)
     for mine, theirs in zip(grads, true_grads):
         assert problems.relative_error(mine, theirs) < 2e-6
+
+
+@pytest.mark.parametrize("backward", ["exact", "certified"])
+def test_a_single_position(backend, device, backward):
+    tensors, ids = draw(1, 60, 16, 5, device=device)
+    assert topk.make_pairs(ids, 60).rows.is_contiguous()  # kernels know of no stride
+    got = run(linear_logprobs, tensors, ids, backend=backend, backward=backward, tolerance=1e-5)
+    check(got, run(reference.linear_logprobs, widen(tensors), ids), 3e-6)
 
 
 def test_slots_without_an_id_are_not_read(backend, device):
