@@ -82,7 +82,8 @@ def make_pairs(ids, vocab, with_order=False):
     """:class:`fastgrpo.support.Support` of all (N, K) slots, those without an id reading entry 0 for nothing."""
     n, k = ids.shape
     flat = torch.where(is_valid(ids, vocab), ids, 0).flatten()
-    rows = torch.arange(n, device=ids.device)[:, None].expand(n, k).reshape(-1)
+    # of one row the expanded numbers would be a view whose stride is 0
+    rows = torch.arange(n, device=ids.device)[:, None].expand(n, k).reshape(-1).contiguous()
     offsets = torch.arange(n + 1, device=ids.device) * k
     return Support(flat, rows, offsets, flat.argsort(stable=True) if with_order else None, None)
 
@@ -183,8 +184,9 @@ def join(rest, z):
     stats = dense.combine((top, total + e.sum(1), spread), label[:, 0])
     rows, offset = RowStats(*stats), rest.total.log()
     logp = (z - rows.peak[:, None] - rows.offset[:, None]).scatter(1, at, rows.logp[:, None])
-    # the taken entries' log-sum-exp minus the rest's
-    gap = label[:, 0] - rest.peak + ((z - label).exp().sum(1).log() - offset)
+    # the taken entries' log-sum-exp minus the rest's; -inf where none of them has any mass
+    taken = torch.where(z == -torch.inf, 0.0, (z - label).exp()).sum(1).log()
+    gap = label[:, 0] - rest.peak + (taken - offset)
     return stats, torch.stack((rest.peak, offset)), torch.cat((logp, -softplus(gap)[:, None]), 1)
 
 

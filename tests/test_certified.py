@@ -217,6 +217,22 @@ def test_16_bit(backend, device, dtype):
         assert ours[name].dtype == dtype
 
 
+@pytest.mark.parametrize("names", [("hidden", "bias"), ("bias",)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_16_bit_bias_of_a_frozen_head(backend, device, dtype, names):
+    """db is summed in fp32 where dW, which would be summed beside it, is not asked for."""
+    p = draw_peaked(backend, device, dtype)
+    p["bias"] = torch.randn(p["weight"].shape[0], device=device).to(dtype) / 4
+    p["upstream"] = p["upstream"] * 100
+    double = {k: problems.cast(v, torch.float64, device) for k, v in p.items()}
+    _, truth = gradients(double, "torch", "exact", names=names)
+    _, exact = gradients(p, backend, "exact", names=names)
+    _, ours = gradients(p, backend, "certified", names=names)
+    for name in names:
+        floor, mine = (problems.relative_error(g[name], truth[name]) for g in (exact, ours))
+        assert mine < 1.25 * floor + 6e-4, (name, floor, mine)
+
+
 def test_padded_batch_and_fp64(device):
     p = draw_peaked("torch")
     flat = compare(p, "torch", limit=1.2e-4)

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from fastgrpo import LogProbs, grpo_loss, linear_logprobs, reference, vocab_parallel
+from fastgrpo import LogProbs, grpo_loss, linear_logprobs, reference, topk, vocab_parallel
 from fastgrpo.backends import torch_backend
 
 import problems
@@ -225,6 +225,39 @@ def test_the_whole_vocabulary(backend, device, bias):
     torch.testing.assert_close(out.logprobs.double(), p, rtol=1e-5, atol=1e-5)
     for mine, theirs in zip(grads, want):
         assert problems.relative_error(mine, theirs) < 2e-6
+
+
+@pytest.mark.parametrize("backward", ["exact", "certified"])
+def test_targets_without_any_mass(backend, device, backward):
+    """A bias of -inf rules out all targets of some rows: the rest is everything there, in its gradients too."""
+    n, vocab = 9, 70
+    hidden, weight, *_ = problems.head(n, vocab, 16, torch.float32, device)
+    bias = torch.zeros(vocab, device=device).index_fill_(0, torch.arange(8, device=device), -torch.inf)
+    ids = torch.arange(3, device=device).repeat(n, 1)
+    ids[::2, 1:], ids[4, 2] = torch.tensor([6, 40], device=device), -100  # 40 has some
+    leaf = [x.requires_grad_() for x in (hidden, weight)]
+    true = [x.detach().double().requires_grad_() for x in leaf]
+    results = []
+    for tensors, b, op, options in (
+        (leaf, bias, linear_logprobs, {"backend": backend, "backward": backward}),
+        (true, bias.double(), reference.linear_logprobs, {}),
+    ):
+        out = op(*tensors, ids, b, return_entropy=True, **options)
+        total = (out.rest * torch.linspace(0.5, 2.0, n, device=device)).sum() + out.entropy.sum()
+        results.append((out, torch.autograd.grad(total, tensors)))
+    (out, grads), (want, true_grads) = results
+    for name in ("logprobs", "rest", "entropy"):
+        torch.testing.assert_close(getattr(out, name).double(), getattr(want, name), rtol=1e-5, atol=1e-5)
+    for mine, theirs in zip(grads, true_grads):
+        assert problems.relative_error(mine, theirs) < 2e-6
+
+
+@pytest.mark.parametrize("backward", ["exact", "certified"])
+def test_a_single_position(backend, device, backward):
+    tensors, ids = draw(1, 60, 16, 5, device=device)
+    assert topk.make_pairs(ids, 60).rows.is_contiguous()  # kernels know of no stride
+    got = run(linear_logprobs, tensors, ids, backend=backend, backward=backward, tolerance=1e-5)
+    check(got, run(reference.linear_logprobs, widen(tensors), ids), 3e-6)
 
 
 def test_slots_without_an_id_are_not_read(backend, device):
