@@ -24,6 +24,7 @@ import fastgrpo
 from bench.cases import Case, problem, truth
 from bench.divergences import entries_of
 from bench.entries import needs_entropy, version
+from fastgrpo.backends.divergence_panels import Pool
 
 MIB = 2**20
 # glibc keeps freed blocks and fragments them, up to 13 times a layer's true memory; this gives each back at once
@@ -334,6 +335,7 @@ def child_peaks(name, path):
             continue
         small = p.part(1)
         step(entry, small)
+        Pool.kept.clear()  # what ours keeps from call to call counts
         found.append(attempt(peak_cpu, functools.partial(step, entry, p))[0])
     return found
 
