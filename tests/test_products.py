@@ -67,6 +67,8 @@ def test_counted_where_it_is_faster(monkeypatch):
         for x, y, onednn in (
             (a, b, faster), (a[:2, :2], b[:2], False), (a.double(), b.double(), False),
             (a.bfloat16(), b.bfloat16(), False), (a.clone().requires_grad_(), b, False),
+            (a, b.t().contiguous().t(), faster), (a.t().contiguous().t(), b, faster), (a[:, ::2], b[::2], False),
+            (a, torch.randn(128, 300)[:, :256], False), (a, torch.randn(256, 200)[:, :128].t(), False),
         ):  # fmt: skip
             with Gemms() as gemms:
                 product = products.mm(x, y)
