@@ -619,6 +619,22 @@ def test_a_bad_row_of_a_frozen_head_stays_alone(device, beta, bw):
     assert problems.relative_error(dirty[2][good], clean[2][good]) < (1e-5 if bw == "exact" else 0.01)
 
 
+@pytest.mark.parametrize("beta", [0.3, 0.5])
+@pytest.mark.parametrize("who", [("bias",), ("teacher_bias",), ("bias", "teacher_bias")], ids="+".join)
+def test_whole_tiles_may_be_ruled_out(device, who, beta):
+    """A mixture's first ones, whose peaks in its first pass are no model's."""
+    tensors, upstream = pair(64, 5000, 16, 16, device), torch.ones(64, device=device)
+    true = in_double(tensors)
+    for name in who:
+        tensors[name][:3000] = -torch.inf
+        true[name][:3000] = -300.0  # autograd makes NaN of infinities
+    options = {"bias": True, "beta": beta}
+    got = freeze(tensors, upstream=upstream, backend="torch", workspace_mb=16, **options)
+    want = freeze(true, reference.linear_divergence, upstream=upstream.double(), **options)
+    torch.testing.assert_close(got[0].double(), want[0], rtol=1e-5, atol=1e-5)
+    assert problems.relative_error(got[2], want[2]) < 5e-6
+
+
 @pytest.mark.parametrize("who", ["bias", "teacher_bias"])
 def test_entry_0_may_be_a_models_only_one(backend, device, who):
     """All other logits -inf: its log-sum-exp is that logit, the JSD finite."""

@@ -164,7 +164,8 @@ class LevelsFold:
         known, high = self.peaks[:, part], torch.stack([z.amax(1) for z in pair])
         high = torch.maximum(known, high)
         totals, spreads, _ = rescale(known, self.totals[:, part], self.spreads[:, part], high)
-        beside = [torch.sub(z, peak[:, None], out=room) for z, peak, room in zip(pair, high, rooms)]
+        into = [z if room is None else room for z, room in zip(pair, rooms)]
+        beside = [torch.sub(z, peak[:, None], out=room) for z, peak, room in zip(pair, high, into)]
         if self.entropy:
             spreads[0] += spread_of(beside[0])
         masses = [dense.exp_(z, out=made).sum(1) for z, made in zip(beside, pair)]
@@ -326,7 +327,7 @@ class MixtureFold:
         log_s, minus_log_t = mixture_logs(*split_sides(delta, beta, self.scratch))
         x, y = rooms_of(self.witness, delta)
         p, q = dense.exp_(log_p, out=y), dense.exp_(log_q)
-        theirs = minus_log_t.mul_(q)
+        theirs = minus_log_t.mul_(q)  # first: x may be in q's memory
         mine = torch.mul(log_s.mul_(1.0 - beta), p, out=log_s if x is None else x)
         self.stats.center[part] += mine.sum(1)
         self.stats.divergence[part] += torch.sub(mine, theirs, alpha=beta, out=theirs).sum(1)
