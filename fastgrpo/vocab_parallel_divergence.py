@@ -50,7 +50,7 @@ class Ranks:
 def merge_mixture(problem, backend, ranks):
     """(8, N) :class:`PairStats` of a mixture: what both models' log-sum-exps tell, divergence and center 0."""
     top, sums, spread = ranks.merge(backend.divergence_partials(problem), False)
-    return torch.stack(divergence_fold.without_divergence(kl_stats(top, sums, spread, False)))
+    return torch.stack(divergence_fold.level_stats(top, sums, spread, False))
 
 
 def add_sums(stats, sums, ranks):

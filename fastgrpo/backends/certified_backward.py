@@ -24,11 +24,11 @@ def backward(problem, stats, certificate, grad_logp, needs):
     if not plan.groups:
         dense_backward.add_exact_rows(problem, stats, plan.whole, [grad_logp], out)
         return out
-    half = problem.within(problem.params.workspace // 2)
-    if all(x is None or x.dtype == stats.dtype for x in (*out.of_head, out.bias)):
+    half, of_entries = problem.within(problem.params.workspace // 2), [*out.of_head, out.bias]
+    if all(x is None or x.dtype == stats.dtype for x in of_entries):
         dense_backward.add_exact_rows(problem, stats, plan.whole, [grad_logp], out)
         work = LeftOut(SparseRows(half, stats, plan.groups, grad_logp, out), TailRows(half, stats, plan, grad_logp))
-        work.add(slice(0, problem.weight.shape[0]), [*out.of_head, out.bias])
+        work.add(slice(0, problem.weight.shape[0]), of_entries)
     else:  # dW or db needs an fp32 sum of every chunk: all kinds of rows go through the vocabulary together
         quarter = half.within(half.params.workspace // 2)
         work = LeftOut(

@@ -179,7 +179,7 @@ class LevelsFold:
 
     def finish(self):
         """The rows of :class:`PairStats`, the divergence's aside."""
-        return without_divergence(kl_stats(self.peaks, self.partials()[2:6], self.spreads[0], self.student_first))
+        return level_stats(self.peaks, self.partials()[2:6], self.spreads[0], self.student_first)
 
 
 class KLFold:
@@ -295,10 +295,10 @@ def know_both(problem, rows):
     return levels.finish()
 
 
-def without_divergence(stats):
-    """What a KL's :class:`PairStats` tell of both models alone."""
-    none = torch.zeros_like(stats.divergence)
-    return stats._replace(divergence=none, center=none.clone())
+def level_stats(peaks, sums, spread, student_first):
+    """:func:`kl_stats` with what they tell of both models alone: a mixture's divergence and center are summed later."""
+    none = torch.zeros_like(spread)
+    return kl_stats(peaks, sums, spread, student_first)._replace(divergence=none, center=none.clone())
 
 
 def split_sides(delta, beta, scratch):

@@ -17,6 +17,7 @@ Where ranks hold parts of the vocabulary they do the same panels together, for c
 makes its own entries' part of dX, and sees to its own error.
 """
 
+import contextlib
 from dataclasses import replace
 from typing import ClassVar, NamedTuple
 
@@ -194,7 +195,10 @@ class Pool:
     kept: ClassVar[list] = []  # of the last call
 
     def __init__(self, cells, dtype, device):
-        last = Pool.kept.pop() if device.type == "cpu" and Pool.kept else None
+        last = None
+        if device.type == "cpu":
+            with contextlib.suppress(IndexError):  # were it asked first, another thread could take it meanwhile
+                last = Pool.kept.pop()
         fits = last is not None and last.dtype == dtype and cells <= last.numel() <= ROOMIER * cells
         self.whole = last if fits else torch.empty(cells, dtype=dtype, device=device)
         self.memory, self.used = self.whole[:cells], 0
@@ -273,7 +277,7 @@ class PanelMaker:
                 levels.add(tile, other, rooms)
                 held.append(self.hold(tile, rooms, levels.peaks[:, tile.part].clone()))
         merged = self.ranks.merge(levels.partials(), levels.student_first)
-        known = divergence.without_divergence(kl_stats(*merged, levels.student_first))
+        known = divergence.level_stats(*merged, levels.student_first)
         if held is not None:
             held.sort(key=lambda pair: -pair[0].chunk.span.start)  # the last is still in the cache
         fold = MixtureFold(self.problem, known, terms)
