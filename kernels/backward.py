@@ -28,6 +28,8 @@ from fastgrpo.kernels.arguments import (
 from fastgrpo.kernels.common import (
     cap,
     cap_slope,
+    chunk_panels,
+    chunk_tiles,
     count_taken,
     dlogits_tile,
     has_label,
@@ -38,6 +40,7 @@ from fastgrpo.kernels.common import (
     without_dust,
 )
 from fastgrpo.kernels.copies import gather_rows
+from fastgrpo.kernels.grids import slots
 from fastgrpo.kernels.launches import Launch
 from fastgrpo.kernels.plan import positions_of
 from fastgrpo.kernels.products import Product, dbias_kernel, dweight_kernel, scatter
@@ -78,39 +81,43 @@ def dlogits_kernel(
     BLOCK_D: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    block, tile, height, start, stop, first_v, first_w = dlogits_tile(
-        cuts_ptr, stops_ptr, ids_ptr, chunk, first_row, last_row, copied_rows, PANEL, BLOCK_N, BLOCK_V, GROUP
-    )
-    if stop == 0:
-        return
-    tl.assume(head.D > 0)
-    offs_n = start + tl.arange(0, BLOCK_N)
-    mask_n = offs_n < stop
-    rows = tl.load(rows_ptr + offs_n, mask=mask_n, other=0)
-    value = raw_logits(
-        x_ptr, x_desc, w_desc, head, bias_ptr, low_rank, ids_ptr, rows, start - first_held, stop - 1 - first_held,
-        first_v, first_w, WHOLE_D, COMPUTE, BLOCK_N, BLOCK_V, BLOCK_D,
-    )  # fmt: skip
-    rate = rates(rate_ptr, offs_n, logits, BLOCK_N)
-    base, factor = tl.load(terms.base_ptr + offs_n), tl.load(terms.factor_ptr + offs_n)[:, None]
-    exponent = tl.fma(cap(value, logits), rate[:, None], -base[:, None])
-    slope = cap_slope(value, logits)
-    if lean_ptr is not None:
-        factor = tl.fma(tl.load(lean_ptr + offs_n)[:, None], exponent, factor)
-    dz = tl.math.exp2(exponent) * factor * slope
-    if lean_ptr is not None or logits.softcap is not None:
-        dz = without_dust(dz)
-    local = tl.load(terms.label_ptr + offs_n) - first_v
-    offs_v = tl.arange(0, BLOCK_V)
-    if has_label(local, BLOCK_V) | (first_v + BLOCK_V > head.V) | (start + BLOCK_N > stop):
-        at_label = tl.load(terms.at_label_ptr + offs_n)
-        dz = tl.where(offs_v[None, :] == local[:, None], at_label[:, None] * slope, dz)
-        dz = tl.where((first_v + offs_v < head.V)[None, :] & mask_n[:, None], dz, 0.0)  # the GEMMs read whole tiles
-    if taken is not None:
-        count = count_taken(taken, rows, mask_n, first_v)
-        upcoming = load_taken(taken, rows, mask_n, count)
-        dz, count, upcoming = hide_taken(dz, 0.0, taken, rows, mask_n, count, upcoming, first_v, BLOCK_V)
-    store_dlogits(dz, dlogits_ptr, sums_ptr, block, tile, height, PANEL, BLOCK_N, BLOCK_V)
+    first, last, height = chunk_panels(cuts_ptr, stops_ptr, chunk, first_row, last_row, PANEL)
+    total = chunk_tiles(first, last, height, PANEL, BLOCK_N, BLOCK_V)
+    for number in range(tl.program_id(0), total, tl.num_programs(0)):
+        block, tile, start, stop, first_v, first_w = dlogits_tile(
+            number, first, last, height, stops_ptr, ids_ptr, first_row, last_row, copied_rows,
+            PANEL, BLOCK_N, BLOCK_V, GROUP,
+        )  # fmt: skip
+        if stop > 0:
+            tl.assume(head.D > 0)
+            offs_n = start + tl.arange(0, BLOCK_N)
+            mask_n = offs_n < stop
+            rows = tl.load(rows_ptr + offs_n, mask=mask_n, other=0)
+            value = raw_logits(
+                x_ptr, x_desc, w_desc, head, bias_ptr, low_rank, ids_ptr, rows, start - first_held,
+                stop - 1 - first_held, first_v, first_w, WHOLE_D, COMPUTE, BLOCK_N, BLOCK_V, BLOCK_D,
+            )  # fmt: skip
+            rate = rates(rate_ptr, offs_n, logits, BLOCK_N)
+            base, factor = tl.load(terms.base_ptr + offs_n), tl.load(terms.factor_ptr + offs_n)[:, None]
+            exponent = tl.fma(cap(value, logits), rate[:, None], -base[:, None])
+            slope = cap_slope(value, logits)
+            if lean_ptr is not None:
+                factor = tl.fma(tl.load(lean_ptr + offs_n)[:, None], exponent, factor)
+            dz = tl.math.exp2(exponent) * factor * slope
+            if lean_ptr is not None or logits.softcap is not None:
+                dz = without_dust(dz)
+            local = tl.load(terms.label_ptr + offs_n) - first_v
+            offs_v = tl.arange(0, BLOCK_V)
+            if has_label(local, BLOCK_V) | (first_v + BLOCK_V > head.V) | (start + BLOCK_N > stop):
+                at_label = tl.load(terms.at_label_ptr + offs_n)
+                dz = tl.where(offs_v[None, :] == local[:, None], at_label[:, None] * slope, dz)
+                inside = (first_v + offs_v < head.V)[None, :] & mask_n[:, None]
+                dz = tl.where(inside, dz, 0.0)  # the GEMMs read whole tiles
+            if taken is not None:
+                count = count_taken(taken, rows, mask_n, first_v)
+                upcoming = load_taken(taken, rows, mask_n, count)
+                dz, count, upcoming = hide_taken(dz, 0.0, taken, rows, mask_n, count, upcoming, first_v, BLOCK_V)
+            store_dlogits(dz, dlogits_ptr, sums_ptr, block, tile, height, PANEL, BLOCK_N, BLOCK_V)
 
 
 def backward(problem, stats, grad_logp, grad_entropy, needs):
@@ -274,12 +281,14 @@ class Launcher:
         }
 
     def grid(self, tile):
-        """Programs for the most tiles that a chunk can have, in whole groups of row blocks."""
+        """Programs that go through a chunk's tiles: as many as run at once, for most chunks can be empty."""
+        return min(self.most_tiles(tile), slots(tile, self.problem.hidden.device))
+
+    def most_tiles(self, tile):
+        """That a chunk can have."""
         panels, width = self.work.panels, tiles.WIDTH
         units = min(panels.dlogits.shape[0] // width, panels.rows // width * panels.most)
-        groups = cdiv(panels.rows // tile.rows, tile.group)
-        spare = tile.group * panels.most * (width // tile.cols)  # a last group that is not full
-        return min(units * (width // tile.rows) * (width // tile.cols) + spare, groups * spare)
+        return units * (width // tile.rows) * (width // tile.cols)
 
     def make_products(self, d_bias):
         for k, factor in enumerate(self.work.factors):
@@ -313,7 +322,8 @@ class Launcher:
     def dweight(self, k):
         work, factor, x = self.work, self.work.factors[k], self.work.gathered[k]
         panels, (tile, dlogits_desc, x_desc) = work.panels, self.dweight_tile(k)
-        programs = panels.most * (tiles.WIDTH // tile.rows) * cdiv(factor.depth, tile.cols)
+        most = panels.most * (tiles.WIDTH // tile.rows) * cdiv(factor.depth, tile.cols)
+        programs = min(most, slots(tile, work.device))
         product = Launch(
             dweight_kernel,
             dlogits_ptr=panels.dlogits,

@@ -179,6 +179,12 @@ def has_label(local, BLOCK_V: tl.constexpr):
 
 
 @triton.jit
+def next_from(label, first):
+    """The least label from an entry on; one that is no entry's where there is none."""
+    return tl.min(tl.where(label >= first, label, NOWHERE), axis=0)
+
+
+@triton.jit
 def in_parts(x, PARTS: tl.constexpr):
     """(n, V) as (n, V // (2 * PARTS), PARTS, 2): a thread of the tensor cores' layout has all columns of a part."""
     return tl.reshape(x, (x.shape[0], x.shape[1] // (2 * PARTS), PARTS, 2))
@@ -330,26 +336,35 @@ def without_dust(x):
 
 
 @triton.jit
+def chunk_tiles(first, last, height, PANEL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr):
+    """How many tiles of dlogits a chunk has, see :func:`chunk_panels`."""
+    return height // BLOCK_N * (last - first) * (PANEL // BLOCK_V)
+
+
+@triton.jit
 def dlogits_tile(
-    cuts_ptr, stops_ptr, ids_ptr, chunk, first_row, last_row, copied_rows,
+    number, first, last, height, stops_ptr, ids_ptr, first_row, last_row, copied_rows,
     PANEL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """This program's tile of a chunk's dlogits.
+    """The ``number``-th tile of a chunk's dlogits, of :func:`chunk_tiles`; GROUP blocks of rows share entries in L2.
 
-    -> its block of rows, its tile of columns, rows that each panel holds; its first row, the row after its panel's last
-    (0 where there is nothing to do); its first entry, and where a descriptor reads it.
+    -> its block of rows, its tile of columns; its first row, the row after its panel's last (0 where there is nothing
+    to do); its first entry, and where a descriptor reads it.
     """
-    first, last, height = chunk_panels(cuts_ptr, stops_ptr, chunk, first_row, last_row, PANEL)
     across = (last - first) * (PANEL // BLOCK_V)
-    block, tile = group_blocks(tl.program_id(0), tl.maximum(across, 1), GROUP)
+    in_group = GROUP * tl.maximum(across, 1)
+    first_block, in_group = number // in_group * GROUP, number % in_group
+    together = tl.maximum(tl.minimum(height // BLOCK_N - first_block, GROUP), 1)
+    block, tile = first_block + in_group % together, in_group // together
     local_v = tile * BLOCK_V
     start = first_row + block * BLOCK_N
-    stop = tl.load(stops_ptr + first + local_v // PANEL, mask=block * BLOCK_N < height, other=0)
+    is_there = (block * BLOCK_N < height) & (tile < across)
+    stop = tl.load(stops_ptr + first + local_v // PANEL, mask=is_there, other=0)
     stop = tl.minimum(stop, last_row)
     stop = tl.where(first_row + block * BLOCK_N // PANEL * PANEL < stop, stop, 0)  # the GEMMs read PANELs of rows
     first_v = first * PANEL + local_v
     first_w = first_v if ids_ptr is None else copied_rows - (last - first) * PANEL + local_v
-    return block, tile, height, start, stop, first_v, first_w
+    return block, tile, start, stop, first_v, first_w
 
 
 @triton.jit

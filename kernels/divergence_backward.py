@@ -15,6 +15,7 @@ from fastgrpo.kernels.common import (
     LOG2E,
     NOTHING,
     cap_slope,
+    chunk_panels,
     dlogits_tile,
     entry_ids,
     inverse_temperatures,
@@ -116,9 +117,12 @@ def dlogits_pair_kernel(
     BLOCK_D: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    block, tile, height, start, stop, first_v, first_w = dlogits_tile(
-        cuts_ptr, stops_ptr, ids_ptr, chunk, first_row, last_row, copied_rows, PANEL, BLOCK_N, BLOCK_V, GROUP
-    )
+    first, last, height = chunk_panels(cuts_ptr, stops_ptr, chunk, first_row, last_row, PANEL)
+    # one tile a program: for a loop over them a mixture has no registers left
+    block, tile, start, stop, first_v, first_w = dlogits_tile(
+        tl.program_id(0), first, last, height, stops_ptr, ids_ptr, first_row, last_row, copied_rows,
+        PANEL, BLOCK_N, BLOCK_V, GROUP,
+    )  # fmt: skip
     if stop == 0:
         return
     offs_n = start + tl.arange(0, BLOCK_N)
@@ -188,6 +192,9 @@ class PairLauncher(Launcher):
         described = is_described(self.kernel(self.problem, self.grads), teacher)
         entries = self.work.panels.described(teacher.weight) if described else None
         return teacher_arguments(self.problem, self.tile, entries)
+
+    def grid(self, tile):
+        return self.most_tiles(tile)
 
     @functools.cached_property
     def dlogits_launch(self):

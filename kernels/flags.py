@@ -21,33 +21,47 @@ def either(a, b):
 
 
 @triton.jit
-def pack_flags(hit, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, PARTS: tl.constexpr = 1):
+def pack_flags(hit, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, PARTS: tl.constexpr, FLAGS: tl.constexpr):
     """(BLOCK_V // 32,) int32: of each column of the tile whether some row hits it.
 
-    Column c is bit c // W of word c % W, W the number of words: the bits of a word are in one thread's registers.
+    FLAGS columns share W words: column c of theirs is bit c // W of word c % W, so that a thread has most of the bits
+    of its words in its registers.
     """
-    W: tl.constexpr = BLOCK_V // 32
-    if PARTS > 1:  # a thread has two rows of each piece
-        hit = tl.reduce(tl.reshape(hit, (BLOCK_N // 16, 2, 8, BLOCK_V)), 1, either)
-    rows: tl.constexpr = BLOCK_N // 2 if PARTS > 1 else BLOCK_N
-    bits = tl.where(tl.reshape(hit, (rows, 32, W)), (1 << tl.arange(0, 32))[None, :, None], 0)
-    return tl.reduce(tl.reshape(bits, (rows * 32, W)), 0, either)  # rows and bits at once: threads before lanes
+    W: tl.constexpr = FLAGS // 32
+    if BLOCK_V > FLAGS:  # bits first: they are then in few registers
+        bits = (1 << tl.arange(0, 32))[None, None, :, None]
+        bits = tl.where(tl.reshape(hit, (BLOCK_N, BLOCK_V // FLAGS, 32, W)), bits, 0)
+        words = tl.reshape(tl.reduce(tl.reduce(bits, 2, either), 0, either), (BLOCK_V // 32,))
+    else:
+        if PARTS > 1:  # a thread has two rows of each piece
+            hit = tl.reduce(tl.reshape(hit, (BLOCK_N // 16, 2, 8, BLOCK_V)), 1, either)
+        rows: tl.constexpr = BLOCK_N // 2 if PARTS > 1 else BLOCK_N
+        bits = tl.where(tl.reshape(hit, (rows, 32, W)), (1 << tl.arange(0, 32))[None, :, None], 0)
+        words = tl.reduce(tl.reshape(bits, (rows * 32, W)), 0, either)  # at once: threads before lanes
+    return words
 
 
 @triton.jit
-def label_flags(local, BLOCK_V: tl.constexpr):
+def label_flags(local, BLOCK_V: tl.constexpr, FLAGS: tl.constexpr):
     """As :func:`pack_flags`, of the labels, counted from the tile's first column."""
-    W: tl.constexpr = BLOCK_V // 32
+    W: tl.constexpr = FLAGS // 32
     inside = (local >= 0) & (local < BLOCK_V)
-    own = inside[:, None] & ((local % W)[:, None] == tl.arange(0, W)[None, :])
-    return tl.reduce(tl.where(own, (1 << (local // W))[:, None], 0), 0, either)
+    word = local // FLAGS * W + local % W
+    own = inside[:, None] & (word[:, None] == tl.arange(0, BLOCK_V // 32)[None, :])
+    return tl.reduce(tl.where(own, (1 << (local % FLAGS // W))[:, None], 0), 0, either)
 
 
 @triton.jit
-def sum_unflagged(e, words):
-    """As :func:`sum_parts`, over the columns that are not flagged in (W,) words."""
-    flagged = (words[None, None, :] & (1 << tl.arange(0, 32))[None, :, None]) != 0
-    left = tl.reshape(e, (e.shape[0], 32, words.shape[0])) * tl.where(flagged, 0.0, 1.0)
+def sum_unflagged(e, words, FLAGS: tl.constexpr):
+    """As :func:`sum_parts`, over the columns that are not flagged in the words of :func:`pack_flags`."""
+    W: tl.constexpr = FLAGS // 32
+    bits = (1 << tl.arange(0, 32))[None, :, None]
+    if words.shape[0] > W:
+        GROUPS: tl.constexpr = words.shape[0] // W
+        flagged = tl.reshape((tl.reshape(words, (GROUPS, 1, W)) & bits) != 0, (1, GROUPS * 32, W))
+    else:
+        flagged = (words[None, None, :] & bits) != 0
+    left = tl.reshape(e, (e.shape[0], flagged.shape[1], W)) * tl.where(flagged, 0.0, 1.0)
     return sum_parts(tl.reshape(left, e.shape))
 
 

@@ -28,12 +28,12 @@ from fastgrpo.kernels.common import (
     cap,
     count_taken,
     group_blocks,
-    has_label,
     hide_taken,
     in_parts,
     inverse_temperatures,
     load_taken,
     low_values,
+    next_from,
     raw_logits,
     rounded_product,
     selected_rows,
@@ -158,6 +158,7 @@ def forward_kernel(
     WHOLE_D: tl.constexpr,
     COMPUTE: tl.constexpr,
     PARTS: tl.constexpr,  # of a tile's columns, see tiles.column_parts
+    FLAGS: tl.constexpr,  # columns that share their words of flags
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -181,6 +182,7 @@ def forward_kernel(
     dropped = tl.zeros((BLOCK_N, PARTS), tl.float32)
     threshold = tl.zeros((BLOCK_N,), tl.float32)
     W: tl.constexpr = BLOCK_V // 32
+    next_label = next_from(label, this_run * run)
     if taken is not None:
         count = count_taken(taken, rows, mask_n, this_run * run)
         upcoming = load_taken(taken, rows, mask_n, count)
@@ -200,22 +202,25 @@ def forward_kernel(
             value, count, upcoming = hide_taken(value, NOTHING, taken, rows, mask_n, count, upcoming, first_v, BLOCK_V)
         local, offs_v = label - first_v, tl.arange(0, BLOCK_V)
         if flags_ptr is not None:
-            words = pack_flags(value >= threshold[:, None], BLOCK_N, BLOCK_V, PARTS)
-        if has_label(local, BLOCK_V) | (first_v + BLOCK_V > head.V):
+            words = pack_flags(value >= threshold[:, None], BLOCK_N, BLOCK_V, PARTS, FLAGS)
+        if (next_label < first_v + BLOCK_V) | (first_v + BLOCK_V > head.V):
+            next_label = next_from(label, first_v + BLOCK_V)
             is_label = offs_v[None, :] == local[:, None]
             if flags_ptr is not None:
-                words |= label_flags(local, BLOCK_V)
+                words |= label_flags(local, BLOCK_V, FLAGS)
             value = tl.where(is_label | (first_v + offs_v >= head.V)[None, :], NOTHING, value)
         if flags_ptr is not None:
             at_words = block_words(head.V, start // BLOCK_N, first_v, BLOCK_V)
             tl.store(flags_ptr + at_words + tl.arange(0, W), words)
         e, peak, total, spread, decay = add_tile(value, peak, total, spread, unit, ENTROPY, PARTS)
         if flags_ptr is not None:
-            dropped = dropped * decay + sum_unflagged(e, words)
-            if hint_ptr is None:  # the running value serves
-                top, factor = join_parts(peak, unit)
-                known = (top + tl.log(tl.sum(total * factor, axis=1)) + log_cutoff) / unit
-                threshold = tl.maximum(threshold, known)
+            dropped = dropped * decay + sum_unflagged(e, words, FLAGS)
+            if hint_ptr is None:  # the running value serves, made anew where it may have doubled
+                done = (first_v - this_run * run) // BLOCK_V
+                if (done & (done + 1)) == 0:
+                    top, factor = join_parts(peak, unit)
+                    known = (top + tl.log(tl.sum(total * factor, axis=1)) + log_cutoff) / unit
+                    threshold = tl.maximum(threshold, known)
 
     out = partials_ptr + this_run.to(tl.int64) * N + offs_n
     step = tl.cast(runs, tl.int64) * N
@@ -320,6 +325,7 @@ class Sweep:
         hidden = problem.hidden
         self.hiddens = (hidden, *beside)
         self.tile, self.described = pick_tile(kernel, problem)
+        self.flagged = tiles.flag_columns(kernel, self.tile)
         self.parts = tiles.column_parts(self.tile, problem.tile_dtype.itemsize, hidden.device)
         rows = self.tile.rows
         a_row = sum(x.shape[2] * x.element_size() for x in self.hiddens)
@@ -416,5 +422,6 @@ def run_forward(problem, rows, count, hint=None, flags=None, dropped=None, label
             log_cutoff=0.0 if flags is None else math.log(cutoff(problem.params.tolerance)),
             ENTROPY=problem.params.entropy,
             PARTS=sweep.parts,
+            FLAGS=sweep.flagged,
         )
     combine(problem, partials, selection, dropped, merged, stats, hint)

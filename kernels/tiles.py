@@ -67,7 +67,7 @@ TILES = {
     "forward_certified": {
         2: {
             **LOGITS,
-            **TWO_AN_SM,
+            **WIDE,
             **dict.fromkeys(("sm_80", "sm_90"), Tile(128, 128, 32, 8, 4)),
             "sm_100": Tile(128, 64, 64, 4, 3),  # two an SM; 128 columns spill
         },
@@ -190,7 +190,7 @@ def pair_cuts(tile):
 
 def flag_columns(kernel, tile):
     """Entries that share their words of a certified forward's flags."""
-    return min(tile.cols, PAIR_FLAGS) if "pair" in kernel else tile.cols
+    return min(tile.cols, PAIR_FLAGS if "pair" in kernel else ONE_FLAGS)
 
 
 def parts_of(tile, bytes_per_value, architecture):
@@ -217,7 +217,7 @@ IN_PANELS = {
     **dict.fromkeys(("dlogits", "dlogits_pair", "dlogits_pair_mixture", "masses"), ("rows", "cols")),
     **dict.fromkeys(("dhidden", "dweight"), ("rows", "depth")),
 }
-PAIR_FLAGS = 64  # entries that share their words of flags in a pair of models' forward, at most
+PAIR_FLAGS, ONE_FLAGS = 64, 128  # entries that share their words of flags in two models' forward, in one's, at most
 FLAGGED = 32, 256  # columns of a forward's tile at least, a word of flags, and at most
 NOTES = ("device", "architecture", "torch", "triton", "date")  # of a measured file, beside its tiles
 ENTRY = {"kernel": str, "bytes": int, "described": bool, "tile": dict}
