@@ -322,8 +322,7 @@ class Launcher:
     def dweight(self, k):
         work, factor, x = self.work, self.work.factors[k], self.work.gathered[k]
         panels, (tile, dlogits_desc, x_desc) = work.panels, self.dweight_tile(k)
-        most = panels.most * (tiles.WIDTH // tile.rows) * cdiv(factor.depth, tile.cols)
-        programs = min(most, slots(tile, work.device))
+        programs = panels.most * (tiles.WIDTH // tile.rows) * cdiv(factor.depth, tile.cols)
         product = Launch(
             dweight_kernel,
             dlogits_ptr=panels.dlogits,

@@ -274,7 +274,8 @@ def certified_forward(problem: HeadProblem, hint):
     """The statistics and a :class:`fastgrpo.backends.certified.Certificate`; no waiting either.
 
     Args:
-        hint: (N,) float32 log-probs <= 0 near the current ones, or None. Rows are sorted by it.
+        hint: (N,) float32 log-probs <= 0 near the current ones, or None. Rows are sorted by it, or by their labels'
+            logits: that of a sure token is high.
     """
     stats = problem.new_stats(torch.float32)
     return stats, run_certified(problem, hint, stats=stats)
@@ -290,14 +291,17 @@ def certified_partial_forward(problem: HeadProblem, label, hint):
     return merged, run_certified(problem, hint, label=label, merged=merged)
 
 
-def run_certified(problem, hint, **arguments):
+def run_certified(problem, hint, label=None, **arguments):
     n = problem.targets.numel()
     device = problem.hidden.device
+    if hint is None and label is None and problem.taken is None:
+        as_they_come, _, count = order_rows(None, problem.targets)
+        label = label_logits(problem, as_they_come, count, problem.targets)
     # a permutation of all rows, the ignored ones last: the backward looks at every position
-    rows, _, count = order_rows(hint, problem.targets)
+    rows, _, count = order_rows(label if hint is None else hint, problem.targets)
     name = forward_name(problem, certified=True)
     flags, dropped = new_flags(problem, name), torch.zeros(n, dtype=torch.float32, device=device)
-    run_forward(problem, rows, count, hint, flags, dropped, **arguments)
+    run_forward(problem, rows, count, hint, flags, dropped, label, **arguments)
     return certificate(problem, name, rows, flags, dropped)
 
 

@@ -280,51 +280,53 @@ def dweight_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """dweight of the chunk's entries += dlogits.T @ x; a program takes every so many-th tile."""
+    """dweight of the chunk's entries += dlogits.T @ x."""
     tiles_d = tl.cdiv(D, BLOCK_D)
+    local = tl.program_id(0) // tiles_d * BLOCK_V
+    first_d = tl.program_id(0) % tiles_d * BLOCK_D
     first, last, height = chunk_panels(cuts_ptr, stops_ptr, chunk, first_row, last_row, PANEL)
+    panel = local // PANEL
+    if first + panel >= last:
+        return
+    length = tl.minimum(tl.load(stops_ptr + first + panel), last_row) - first_row
     at_x = first_row - first_held
+    offs_d = first_d + tl.arange(0, BLOCK_D)
     offs_v = tl.arange(0, BLOCK_V)
-    for number in range(tl.program_id(0), (last - first) * (PANEL // BLOCK_V) * tiles_d, tl.num_programs(0)):
-        local = number // tiles_d * BLOCK_V
-        panel = local // PANEL
-        length = tl.minimum(tl.load(stops_ptr + first + panel), last_row) - first_row
-        first_d = number % tiles_d * BLOCK_D
-        offs_d = first_d + tl.arange(0, BLOCK_D)
-        mask = (first * PANEL + local + offs_v < V)[:, None] & (offs_d < D)[None, :]
-        if sum_ptr is not None:
+    mask = (first * PANEL + local + offs_v < V)[:, None] & (offs_d < D)[None, :]
+    if sum_ptr is not None:
+        sum_ptrs = sum_ptr + tl.cast(local, tl.int64) * D + offs_v[:, None] * D + offs_d[None, :]
+        acc = tl.load(sum_ptrs, mask=mask & (first_row > 0), other=0.0)
+    else:
+        acc = tl.zeros((BLOCK_V, BLOCK_D), dtype=tl.float32)
+    if x_desc is not None:
+        for n in range(0, length, BLOCK_N):
+            dz = dlogits_desc.load([panel * height + n, local % PANEL])
+            x = x_desc.load([at_x + n, first_d])
+            acc = tl.dot(dz.T, x, acc)
+    else:
+        offs_n = tl.arange(0, BLOCK_N)
+        dz_ptrs = dlogits_ptr + panel * tl.cast(height, tl.int64) * PANEL
+        dz_ptrs = dz_ptrs + tl.multiple_of(local % PANEL, BLOCK_V)
+        dz_ptrs = dz_ptrs + tl.arange(0, BLOCK_V)[:, None] + offs_n[None, :] * PANEL
+        x_ptrs = x_ptr + (at_x + offs_n).to(tl.int64)[:, None] * D + offs_d[None, :]
+        for n in range(0, length, BLOCK_N):
+            mask_n = n + offs_n < length
+            x = tl.load(x_ptrs, mask=mask_n[:, None] & (offs_d < D)[None, :], other=0.0)
+            dz = tl.load(dz_ptrs, mask=mask_n[None, :], other=0.0)
+            acc = tl.dot(dz, x.to(COMPUTE), acc, input_precision="ieee")
+            dz_ptrs += BLOCK_N * PANEL
+            x_ptrs += BLOCK_N * tl.cast(D, tl.int64)
+    if sum_ptr is not None:  # noqa: SIM102
+        if final == 0:
             sum_ptrs = sum_ptr + tl.cast(local, tl.int64) * D + offs_v[:, None] * D + offs_d[None, :]
-            acc = tl.load(sum_ptrs, mask=mask & (first_row > 0), other=0.0)
-        else:
-            acc = tl.zeros((BLOCK_V, BLOCK_D), dtype=tl.float32)
-        if x_desc is not None:
-            for n in range(0, length, BLOCK_N):
-                dz = dlogits_desc.load([panel * height + n, local % PANEL])
-                x = x_desc.load([at_x + n, first_d])
-                acc = tl.dot(dz.T, x, acc)
-        else:
-            offs_n = tl.arange(0, BLOCK_N)
-            dz_ptrs = dlogits_ptr + panel * tl.cast(height, tl.int64) * PANEL
-            dz_ptrs = dz_ptrs + tl.multiple_of(local % PANEL, BLOCK_V)
-            dz_ptrs = dz_ptrs + tl.arange(0, BLOCK_V)[:, None] + offs_n[None, :] * PANEL
-            x_ptrs = x_ptr + (at_x + offs_n).to(tl.int64)[:, None] * D + offs_d[None, :]
-            for n in range(0, length, BLOCK_N):
-                mask_n = n + offs_n < length
-                x = tl.load(x_ptrs, mask=mask_n[:, None] & (offs_d < D)[None, :], other=0.0)
-                dz = tl.load(dz_ptrs, mask=mask_n[None, :], other=0.0)
-                acc = tl.dot(dz, x.to(COMPUTE), acc, input_precision="ieee")
-                dz_ptrs += BLOCK_N * PANEL
-                x_ptrs += BLOCK_N * tl.cast(D, tl.int64)
-        if sum_ptr is not None:
-            sum_ptrs = sum_ptr + tl.cast(local, tl.int64) * D + offs_v[:, None] * D + offs_d[None, :]
-            tl.store(sum_ptrs, acc, mask=mask & (final == 0))
-            mask = mask & (final != 0)
-        acc = acc / tl.load(scale_ptr)
-        if ids_ptr is not None:
-            out = dweight_ptr + entry_ids(ids_ptr, first * PANEL + local, offs_v, V)[:, None] * D + offs_d[None, :]
-        else:
-            out = dweight_ptr + tl.cast(first * PANEL + local, tl.int64) * D + offs_v[:, None] * D + offs_d[None, :]
-        tl.store(out, acc.to(dweight_ptr.dtype.element_ty), mask=mask)
+            tl.store(sum_ptrs, acc, mask=mask)
+            return
+    acc = acc / tl.load(scale_ptr)
+    if ids_ptr is not None:
+        out = dweight_ptr + entry_ids(ids_ptr, first * PANEL + local, offs_v, V)[:, None] * D + offs_d[None, :]
+    else:
+        out = dweight_ptr + tl.cast(first * PANEL + local, tl.int64) * D + offs_v[:, None] * D + offs_d[None, :]
+    tl.store(out, acc.to(dweight_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["first_row", "last_row", "chunk", "V"])

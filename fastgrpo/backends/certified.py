@@ -84,8 +84,7 @@ def forward(problem, hint=None):
             do not depend on it.
     """
     stats = problem.new_stats(accumulator_dtype(problem.hidden))
-    rows = sorted_rows(problem, hint)
-    label = label_logits(problem, rows)
+    rows, label = labelled_rows(problem, hint)
     fold = fold_vocabulary(problem, rows, label, hint)
     stats[:, rows] = dense.combine((fold.shift, fold.total, fold.spread), label)
     dropped = fold.certificate(stats[:, rows])
@@ -104,16 +103,27 @@ def partial_forward(problem, label, hint=None):
         still to be divided: a sum of exp(z - peak).
     """
     partials = problem.new_partials(accumulator_dtype(problem.hidden))
-    rows = sorted_rows(problem, hint)
+    rows = sorted_rows(problem, label if hint is None else hint)
     fold = fold_vocabulary(problem, rows, label[rows], hint)
     partials[:, rows] = torch.stack((fold.shift, fold.total, fold.spread, label_logits(problem, rows)))
     return partials, Certificate(rows, fold.flags, fold.dropped, BLOCK)
 
 
-def sorted_rows(problem, hint):
-    """The counted rows, alike ones next to each other."""
+def sorted_rows(problem, keys):
+    """The counted rows by rising key, (N,) or None, so that alike ones stand next to each other."""
     rows = dense.counted_rows(problem.targets)
-    return rows if hint is None else rows[hint[rows].argsort(stable=True)]
+    return rows if keys is None else rows[keys[rows].argsort(stable=True)]
+
+
+def labelled_rows(problem, hint):
+    """-> the counted rows, alike ones next to each other, and their labels' logits, which order them without a hint:
+    that of a sure token is high."""
+    rows = sorted_rows(problem, hint)
+    label = label_logits(problem, rows)
+    if hint is not None:
+        return rows, label
+    order = label.argsort(stable=True)
+    return rows[order], label[order]
 
 
 def fold_vocabulary(problem, rows, label, hint):

@@ -45,7 +45,7 @@ def forward(problem, hint=None, moving=None):
         hint: (N,) as :func:`fastgrpo.backends.certified.forward`'s. moving: (N,) bool, rows whose log-prob may have a
             gradient; None: all. A row that is not and has one all the same costs more time, nothing else.
     """
-    rows = certified.sorted_rows(problem, hint if leaves_out(problem) else None)
+    rows = certified.labelled_rows(problem, hint)[0] if leaves_out(problem) else dense.counted_rows(problem.targets)
     count = rows.numel()
     if moving is not None:
         rows = rows[(~moving[rows]).to(torch.int8).argsort(stable=True)]
