@@ -239,8 +239,8 @@ def check_per_sequence(name, value, targets, sequences):
 
 
 def is_per_sequence(value, targets, sequences):
-    """(B,) and (B, 1) are one value a sequence; a shape that is also that of the targets is one a token."""
-    return value.shape in ((sequences,), (sequences, 1)) and value.shape != targets.shape
+    """(B,) and (B, 1) are one value a sequence; a shape that is also that of the targets, flat or not, one a token."""
+    return value.shape in ((sequences,), (sequences, 1)) and value.shape not in (targets.shape, (targets.numel(),))
 
 
 def zero_dim(value):

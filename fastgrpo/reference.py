@@ -191,7 +191,7 @@ def loss_of_logprobs(
     def split(x) -> list[Any]:  # -> list over sequences of (length,) tensors, or of 0-dim ones for per-sequence input
         if x is None:
             return [None] * (len(bounds) - 1)
-        if x.shape != shape and x.numel() == len(bounds) - 1:
+        if x.shape not in (shape, (shape.numel(),)) and x.numel() == len(bounds) - 1:
             return list(x.reshape(-1))
         return [x.reshape(-1)[a:b] for a, b in itertools.pairwise(bounds)]
 

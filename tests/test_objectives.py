@@ -230,3 +230,16 @@ def test_empty_batches():
             assert weight.grad.count_nonzero() == 0
     packed = grpo_loss(hidden[0, :0], weight, targets[0, :0], advantages[:0], config, cu_seqlens=torch.tensor([0]))
     assert packed.loss == 0
+
+
+@pytest.mark.parametrize("shape", [(3,), (1, 3)])
+@pytest.mark.parametrize("loss", [grpo_loss, reference.grpo_loss])
+def test_a_flat_packed_tensor_is_one_value_a_token_also_where_there_are_as_many_sequences(loss, shape):
+    hidden, weight = torch.randn(*shape, 8), torch.randn(16, 8)
+    targets, offsets = torch.tensor([1, 2, 3]).view(shape), torch.tensor([0, 2, 2, 3])
+    values, config = torch.tensor([1.0, -2.0, 3.0]), GRPOLossConfig(loss_type="dapo")
+    tokens, sequences = (
+        loss(hidden, weight, targets, a, config, cu_seqlens=offsets).loss for a in (values, values[:, None])
+    )
+    torch.testing.assert_close(tokens, torch.tensor(-(1 - 2 + 3) / 3))  # the ratio is 1
+    torch.testing.assert_close(sequences, torch.tensor(-(1 + 1 + 3) / 3))
