@@ -217,7 +217,7 @@ def forward_kernel(
             dropped = dropped * decay + sum_unflagged(e, words, FLAGS)
             if hint_ptr is None:  # the running value serves, made anew where it may have doubled
                 done = (first_v - this_run * run) // BLOCK_V
-                if (done & (done + 1)) == 0:
+                for _ in range(((done & (done + 1)) == 0).to(tl.int32)):  # an `if`, which AMD's compiler does not take
                     top, factor = join_parts(peak, unit)
                     known = (top + tl.log(tl.sum(total * factor, axis=1)) + log_cutoff) / unit
                     threshold = tl.maximum(threshold, known)
