@@ -106,9 +106,9 @@ def using(table):
 
     plain = tiles.for_tensor
 
-    def for_tensor(kernel, dtype, device, described=False):
+    def for_tensor(kernel, dtype, device, described=False, depth=0):
         tile = table.get((kernel, dtype.itemsize, described))
-        return plain(kernel, dtype, device, described) if tile is None else tile
+        return plain(kernel, dtype, device, described, depth) if tile is None else tile
 
     tiles.for_tensor = for_tensor
     try:

@@ -129,7 +129,8 @@ def is_described(kernel, head):
 def pick_tile(kernel, problem):
     """-> Tile of a kernel that makes logits of dense rows, and whether its own head's operands come by descriptors."""
     described = [is_described(kernel, head) for head in problem.heads]
-    return tiles.for_tensor(kernel, problem.tile_dtype, problem.hidden.device, all(described)), described[0]
+    tile = tiles.for_tensor(kernel, problem.tile_dtype, problem.hidden.device, all(described), problem.sizes[2])
+    return tile, described[0]
 
 
 def is_same(a, b):

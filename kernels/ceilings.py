@@ -34,6 +34,8 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
+from fastgrpo.kernels import tiles
+
 COMMITTED = Path(__file__).with_name("ceilings.json")
 DEPTHS = (896, 1536, 4096)
 CHUNK = 4096  # entries that dhidden sums over, of 16384 rows in 128 MiB
@@ -210,7 +212,8 @@ def hot_launch(kernel, label, arguments):
     if kernel == "forward_kernel" and a["flags_ptr"] is None:
         return "forward", depth, depth
     if kernel == "forward_kernel" and a["hint_ptr"] is not None:
-        return "forward certified", depth, depth
+        deep = a["w_desc"] is not None and depth >= tiles.DEEP  # which has a tile of its own
+        return "forward certified deep" if deep else "forward certified", depth, depth
     if kernel in ("masses_kernel", "dlogits_kernel") and a.get("ids_ptr") is None:
         return kernel.removesuffix("_kernel"), depth, depth
     if kernel == "dhidden_kernel" and a["decay_ptr"] is None and a["ids_ptr"] is None:

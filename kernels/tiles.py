@@ -32,7 +32,8 @@ class Tile(NamedTuple):
 
 
 # {kernel: {operand bytes: {architecture: Tile}}}; "default" serves architectures without a line of their own, and
-# "sm_90 TMA" Hopper where both operands come by tensor descriptors: measured on an H200; "sm_100 TMA" was not.
+# "sm_90 TMA" Hopper where both operands come by tensor descriptors, "sm_90 TMA deep" there from D = DEEP on: measured
+# on an H200; "sm_100 TMA" was not.
 # sm_86, sm_89 and sm_120 have 99 KB of shared memory; fp32 runs in IEEE fp32, whose register tile is smaller.
 FP32 = {"default": Tile(64, 64, 32, 4, 2)}
 FP32_NARROW = {"default": Tile(64, 32, 16, 4, 1)}  # with LoRA 64 x 64 spills 16-56 bytes on sm_80, 90, 100 and 120
@@ -49,7 +50,7 @@ NARROW = {
     "sm_100": Tile(128, 64, 64, 8, 3),
     "gfx942": Tile(128, 64, 32, 8, 2),
 }
-TMA = "sm_90 TMA"
+TMA, DEEP_TMA, DEEP = "sm_90 TMA", "sm_90 TMA deep", 2048
 WIDE = {TMA: Tile(128, 256, 64, 8, 3)}
 SMALL = {"default": Tile(64, 64, 32, 8, 3), "gfx942": Tile(64, 64, 32, 8, 2)}
 LOGITS = {**SQUARE, "sm_80": Tile(128, 128, 64, 8, 3)}
@@ -62,12 +63,13 @@ TILES = {
     # bias, softcap, LoRA, per-token temperature or entropy: more values live at once (sm_100 spills at 128 columns)
     "forward_full": {
         2: {**SQUARE, TMA: SQUARE["sm_90"], **dict.fromkeys(("sm_90", "sm_100"), Tile(128, 64, 64, 8, 3))},
-        4: {**FP32_NARROW, "sm_100": Tile(64, 32, 16, 4, 2)},  # without a second buffer Triton 3.6 spills
+        4: {**FP32_NARROW, "sm_100": Tile(64, 32, 16, 8, 2)},  # with four warps it spills
     },
     "forward_certified": {
         2: {
             **LOGITS,
-            **WIDE,
+            **TWO_AN_SM,
+            DEEP_TMA: WIDE[TMA],  # its epilogue is short beside the products, and L2 what two an SM wait for
             **dict.fromkeys(("sm_80", "sm_90"), Tile(128, 128, 32, 8, 4)),
             "sm_100": Tile(128, 64, 64, 4, 3),  # two an SM; 128 columns spill
         },
@@ -78,7 +80,7 @@ TILES = {
         4: {**FP32_NARROW, "sm_90": Tile(32, 32, 16, 4, 2)},
     },
     "dlogits": {
-        2: {**LOGITS, **TWO_AN_SM},
+        2: {**LOGITS, **TWO_AN_SM, "sm_100": TWO_AN_SM[TMA]},
         4: {"default": Tile(64, 64, 16, 8, 2)},
     },
     "dlogits_full": {
@@ -132,11 +134,12 @@ def cdiv(a, b):
 DESCRIBED = {"sm_90": tuple(TILES), "sm_100": ("dweight",)}
 
 
-def lookup(kernel, bytes_per_value, architecture, described=False):
+def lookup(kernel, bytes_per_value, architecture, described=False, depth=0):
     table = TILES[kernel][bytes_per_value]
     tile = table.get(architecture, table["default"])
     if described:
         tile = table.get(f"{architecture} TMA", tile)
+        tile = table.get(f"{architecture} TMA deep", tile) if depth >= DEEP else tile
     return capped(kernel, bytes_per_value, architecture, tile)
 
 
@@ -160,12 +163,12 @@ def architecture(device):
     )
 
 
-def for_tensor(kernel, dtype, device, described=False):
-    """The tile a launcher uses. described: whether both operands come by tensor descriptors."""
+def for_tensor(kernel, dtype, device, described=False, depth=0):
+    """The tile a launcher uses. described: whether both operands come by tensor descriptors. depth: D of logits."""
     if interpreting():
         return INTERPRETER
     tile = measured(device).get((kernel, dtype.itemsize, described))
-    return lookup(kernel, dtype.itemsize, architecture(device), described) if tile is None else tile
+    return lookup(kernel, dtype.itemsize, architecture(device), described, depth) if tile is None else tile
 
 
 def for_audit(dtype):
