@@ -323,6 +323,7 @@ def table(rows):
     for name in (*columns, *(f"D {depth}" for depth in DEPTHS)):
         out.add_column(name, justify="left" if name in columns[:3] else "right")
     for row in rows:
-        shares = (f"{100 * row['ceiling'][d]:.0f} / {100 * row['fed'][d]:.0f}" for d in map(str, DEPTHS))
+        both = [(row["ceiling"].get(d), row["fed"].get(d)) for d in map(str, DEPTHS)]
+        shares = ("" if fed is None else f"{100 * share:.0f} / {100 * fed:.0f}" for share, fed in both)
         out.add_row(*(str(row[name]) for name in columns), *shares)
     return out

@@ -4,6 +4,8 @@ A Kullback-Leibler divergence takes one pass over the vocabulary, a mixture's (J
 log-sum-exps must be known. ``fastgrpo/pair_math.py`` has the rows' formulas.
 """
 
+import math
+
 import torch
 
 from fastgrpo.backends import certified, dense
@@ -158,7 +160,8 @@ class LevelsFold:
         """Overwrites both tiles' logits.
 
         Args:
-            rooms: memory where the student's and the teacher's are to stay, beside the peaks so far, or None twice.
+            rooms: memory where the student's and the teacher's are to stay, as :func:`in_bits` of the peaks so far, or
+                None twice.
         """
         part, pair = tile.part, (tile.z, other)
         known, high = self.peaks[:, part], torch.stack([z.amax(1) for z in pair])
@@ -168,7 +171,7 @@ class LevelsFold:
         beside = [torch.sub(z, peak[:, None], out=room) for z, peak, room in zip(pair, high, into)]
         if self.entropy:
             spreads[0] += spread_of(beside[0])
-        masses = [dense.exp_(z, out=made).sum(1) for z, made in zip(beside, pair)]
+        masses = [torch.exp2(in_bits(z), out=made).sum(1) for z, made in zip(beside, pair)]
         self.peaks[:, part], self.spreads[:, part] = high, spreads
         self.totals[:, part] = totals + torch.stack(masses)
 
@@ -312,6 +315,16 @@ def split_sides(delta, beta, scratch):
     return above, below, torch.sub(below, above, out=scratch.like(delta, "apart")), share
 
 
+# Of e^z, z in bits beside its row's peak: that even times its log is negligible, so many bits below that; and how far
+# such a z may sink until e^z is denormal.
+DEEPER, SINKS = 8, 12
+
+
+def in_bits(z):
+    """z, beside its row's peak, in units of log 2 and no lower than matters: exp2 is quick then. In place."""
+    return z.mul_(dense.LOG2_E).clamp_(min=math.log2(dense.negligible(z.dtype)) - DEEPER)
+
+
 class MixtureFold:
     """The generalised JSD. stats: of the rows, both log-sum-exps known."""
 
@@ -320,13 +333,25 @@ class MixtureFold:
         self.mass = torch.zeros_like(stats.divergence)  # of the student's entries so far
 
     def add(self, tile, other, beside=None):
-        """Overwrites both tiles' logits. beside: as in :func:`log_ratios`."""
+        """Overwrites both tiles' logits.
+
+        Args:
+            beside: (2, n) the student's and the teacher's peaks that both are :func:`in_bits` of already, or None.
+        """
         part, beta = tile.part, self.problem.beta
         known = PairStats(*(x[part] for x in self.stats))
-        log_p, delta, log_q = log_ratios(known, tile.z, other, self.scratch, beside)
+        peaks = (known.peak, known.other_peak)
+        logs = known.offset, known.offset - known.gap  # of both models' sums, beside the peaks
+        if beside is None:
+            for z, peak in zip((tile.z, other), peaks):
+                in_bits(z.sub_(peak[:, None]))
+        else:
+            logs = [log + (peak - before) for log, peak, before in zip(logs, peaks, beside)]
+        log_p, log_q = (sink(z, log * dense.LOG2_E) for z, log in zip((tile.z, other), logs))
+        delta = torch.sub(log_p, log_q, out=self.scratch.like(log_p, "delta")).mul_(math.log(2.0))
         log_s, minus_log_t = mixture_logs(*split_sides(delta, beta, self.scratch))
         x, y = rooms_of(self.witness, delta)
-        p, q = dense.exp_(log_p, out=y), dense.exp_(log_q)
+        p, q = torch.exp2(log_p, out=log_p if y is None else y), log_q.exp2_()
         theirs = minus_log_t.mul_(q)  # first: x may be in q's memory
         mine = torch.mul(log_s.mul_(1.0 - beta), p, out=log_s if x is None else x)
         self.stats.center[part] += mine.sum(1)
@@ -346,24 +371,26 @@ class MixtureFold:
         return self.stats if self.witness is None else self.stats._replace(norm=self.witness.row_norms())
 
 
-def log_ratios(known, z, other, scratch, beside=None):
+def sink(z, depth):
+    """z (n, C) - depth (n,) in place, of :func:`in_bits`: an exp2 of it is not denormal."""
+    z -= depth[:, None]
+    if z.device.type != "cpu" or (depth > SINKS).any():
+        z.clamp_(min=math.log2(dense.negligible(z.dtype)) - DEEPER - SINKS)
+    return z
+
+
+def log_ratios(known, z, other, scratch):
     """-> log p of the student, its difference to the teacher's, and the teacher's: (n, C) each.
 
     The first and the last over the tiles' memory; none is made of the others, for one may be -1e30.
 
     Args:
-        known: of these rows. beside: (2, n) the student's and the teacher's peaks that z and other are beside already,
-            or None.
+        known: of these rows.
     """
-    own, theirs, gap = known.offset, known.offset - known.gap, known.gap
-    if beside is None:
-        z -= known.peak[:, None]
-        other -= known.other_peak[:, None]
-    else:
-        rise, other_rise = known.peak - beside[0], known.other_peak - beside[1]
-        own, theirs, gap = own + rise, theirs + other_rise, gap + (rise - other_rise)
-    delta = torch.sub(z, other, out=scratch.like(z, "delta")).sub_(gap[:, None])
-    return z.sub_(own[:, None]), delta, other.sub_(theirs[:, None])
+    z -= known.peak[:, None]
+    other -= known.other_peak[:, None]
+    delta = torch.sub(z, other, out=scratch.like(z, "delta")).sub_(known.gap[:, None])
+    return z.sub_(known.offset[:, None]), delta, other.sub_((known.offset - known.gap)[:, None])
 
 
 def logits_gradient(problem, z, bias, index, other, stats, grad, scratch=None):
