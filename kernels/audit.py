@@ -34,7 +34,7 @@ def sampled(dlogits_ptr, states_ptr, places, columns, height, mask_n, PANEL: tl.
 
 @triton.jit
 def keeps(flags_ptr, blocks, words, ids, mask_n, TILE: tl.constexpr):
-    """(n, C) whether blocks of the certificate keep entries; columns as in forward.pack_flags."""
+    """(n, C) whether blocks of the certificate keep entries; columns as in flags.pack_flags."""
     W: tl.constexpr = TILE // 32
     column = ids % TILE
     at = (ids // TILE * W + column % W)[None, :] + blocks.to(tl.int64)[:, None] * words

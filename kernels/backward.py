@@ -281,8 +281,9 @@ class Launcher:
         }
 
     def grid(self, tile):
-        """Programs that go through a chunk's tiles: as many as run at once, for most chunks can be empty."""
-        return min(self.most_tiles(tile), slots(tile, self.problem.hidden.device))
+        """Programs that go through a chunk's tiles: twice as many as :func:`slots` has, which some kernels fit, and no
+        more, for most chunks can be empty."""
+        return min(self.most_tiles(tile), 2 * slots(tile, self.problem.hidden.device))
 
     def most_tiles(self, tile):
         """That a chunk can have."""

@@ -90,7 +90,7 @@ def place_rows_kernel(
 
 @triton.jit(do_not_specialize=["blocks", "V"])
 def need_kernel(
-    flags_ptr,  # (blocks, words) int32, columns as in forward.pack_flags
+    flags_ptr,  # (blocks, words) int32, columns as in flags.pack_flags
     ends_ptr,  # (3, 1 + blocks) int32
     needs_ptr,  # (V,) int32 out: leading rows that each entry needs, see staircase.rows_needed
     buckets_ptr,  # (V,) int32 out: these numbered, 0 .. 2 blocks

@@ -167,7 +167,8 @@ def for_tensor(kernel, dtype, device, described=False, depth=0):
     """The tile a launcher uses. described: whether both operands come by tensor descriptors. depth: D of logits."""
     if interpreting():
         return INTERPRETER
-    tile = measured(device).get((kernel, dtype.itemsize, described))
+    deep = described and depth >= DEEP and f"{architecture(device)} TMA deep" in TILES[kernel][dtype.itemsize]
+    tile = None if deep else measured(device).get((kernel, dtype.itemsize, described))
     return lookup(kernel, dtype.itemsize, architecture(device), described, depth) if tile is None else tile
 
 

@@ -34,14 +34,14 @@ def wheel(tmp_path_factory):
 
 
 def copy_sources(target):
-    """The tree without build leftovers, so that a stale build/ cannot hide a missing file."""
-    target.mkdir()
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, target)
-    for name in ("fastgrpo", "kernels"):
-        shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
+    """What git has or is to have: neither a stale build/ nor an empty folder can hide a missing file."""
+    listed = ("git", "ls-files", "--cached", "--others", "--exclude-standard", "--deduplicate", "fastgrpo", "kernels")
+    files = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")[:-1]
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", *files):
+        if (ROOT / name).is_file():  # not deleted since
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, target / name)
     measured = target / "kernels" / "measured"
-    measured.mkdir(exist_ok=True)
     for name in ("some-gpu.json", "some-gpu.jsonl"):  # tiles are shipped, the rows they come from are not
         (measured / name).write_text("{}")
 

@@ -10,6 +10,7 @@ pytest.importorskip("triton")
 
 from test_staircase import BIAS_ALONE, FROZEN, ROW_TOLERANCE, TRAINED, VOCAB, certify, drawn, pack, problem_of
 
+from fastgrpo.backends import certified as plain
 from fastgrpo.backends import row_audit, staircase
 from fastgrpo.backends.certified import Certificate
 from fastgrpo.backends.certified_backward import within_tolerance
@@ -223,3 +224,43 @@ def test_the_forwards_order_and_certificate(device):
     assert (dropped.isinf() | (dropped == 0)).all()
     assert dropped.isinf().sum() > 20
     assert certificate.dropped[~astray].isfinite().all()
+
+
+def test_without_a_hint_the_labels_logits_order_the_rows(device):
+    """Ignored rows last, as torch has them; from a vocabulary's part too."""
+    p = {k: v[:N] if k != "weight" else v[:500] for k, v in drawn().items()}
+    p["targets"] = torch.where(p["targets"] == IGNORE, IGNORE, p["targets"] % 500)
+    problem = replace(problem_of(p), params=replace(problem_of(p).params, backend="triton"))
+    problem = replace(problem, **{k: getattr(problem, k).to(device) for k in ("hidden", "weight", "targets")})
+    counted = problem.targets != IGNORE
+    label = plain.label_logits(problem, torch.arange(N, device=device)).float()
+    wanted = torch.where(counted, label, torch.inf).argsort(stable=True)
+    parts = plain.partial_forward(problem, label)[1], forward.certified_partial_forward(problem, label, None)[1]
+    for found in (plain.forward(problem)[1], forward.certified_forward(problem, None)[1], *parts):
+        ordered = found.order[: counted.sum()]
+        torch.testing.assert_close(label[ordered], label[wanted[: counted.sum()]], rtol=0, atol=1e-4)
+        assert (label[ordered].diff() > -1e-4).all()
+        assert len(ordered.unique()) == len(ordered)
+
+
+@pytest.mark.skipif(not tiles.interpreting(), reason="sets the tile")
+@pytest.mark.parametrize("vocab", [500, 257, 31])
+@pytest.mark.parametrize("hinted", [True, False])
+def test_flags_of_tiles_wider_than_their_groups(monkeypatch, hinted, vocab):
+    """256 columns, whose flags stand as 128 would have them: what a row leaves out is all that is not kept."""
+    monkeypatch.setattr(tiles, "INTERPRETER", tiles.INTERPRETER._replace(cols=256))
+    p = {k: v[:N] if k != "weight" else v[:vocab] for k, v in drawn().items()}
+    p["targets"] = torch.where(p["targets"] == IGNORE, IGNORE, p["targets"] % vocab)
+    problem = replace(problem_of(p), params=replace(problem_of(p).params, backend="triton", tolerance=0.001))
+    mass = (p["hidden"].double() @ p["weight"].double().T).softmax(1)
+    hint = mass.gather(1, p["targets"].clamp(min=0)[:, None])[:, 0].log().float() if hinted else None
+    certificate = forward.certified_forward(problem, hint)[1]
+    assert certificate.tile == 128
+    order = certificate.order[: (p["targets"] != IGNORE).sum()]
+    target, mass = p["targets"][order, None], mass[order]
+    kept = certificate.keeps(torch.arange(vocab))[torch.arange(len(order)) // certificate.block]
+    assert kept.gather(1, target).all()
+    if vocab == 500:
+        assert not kept.all()
+    left = (mass.scatter(1, target, 0.0) * ~kept).sum(1)
+    torch.testing.assert_close(certificate.dropped[: len(order)].double(), left, rtol=1e-3, atol=1e-8)

@@ -45,13 +45,20 @@ def forward(problem, hint=None, moving=None):
         hint: (N,) as :func:`fastgrpo.backends.certified.forward`'s. moving: (N,) bool, rows whose log-prob may have a
             gradient; None: all. A row that is not and has one all the same costs more time, nothing else.
     """
-    rows = certified.labelled_rows(problem, hint)[0] if leaves_out(problem) else dense.counted_rows(problem.targets)
+    if leaves_out(problem):
+        rows, label = certified.labelled_rows(problem, hint)
+    else:
+        rows, label = dense.counted_rows(problem.targets), None
     count = rows.numel()
     if moving is not None:
-        rows = rows[(~moving[rows]).to(torch.int8).argsort(stable=True)]
+        order = (~moving[rows]).to(torch.int8).argsort(stable=True)
+        rows, label = rows[order], None if label is None else label[order]
         count = int(moving[rows].sum())
     stats, sums = problem.new_stats(accumulator_dtype(problem.hidden)), Sums(problem, rows[:count])
-    dropped = (certified_forward if leaves_out(problem) else exact_forward)(problem, rows, sums, stats, hint)
+    if label is None:
+        dropped = exact_forward(problem, rows, sums, stats)
+    else:
+        dropped = certified_forward(problem, rows, label, sums, stats, hint)
     return stats, Slopes(rows[:count], sums.values, dropped)
 
 
@@ -67,7 +74,7 @@ def slopes_like(problem):
     return ((n,), torch.int64), ((n, depth), accumulate), dropped
 
 
-def exact_forward(problem, rows, sums, stats, hint):
+def exact_forward(problem, rows, sums, stats):
     running, label = dense.start_running(problem, rows)
     for tile in LogitTiles(problem, rows, buffers=2 + sums.capped, with_slope=sums.capped):
         local = problem.targets[tile.rows] - tile.chunk.span.start
@@ -79,10 +86,9 @@ def exact_forward(problem, rows, sums, stats, hint):
     sums.finish(running[1], stats)
 
 
-def certified_forward(problem, rows, sums, stats, hint):
-    """-> (n,) probability left out of each of the rows in ``sums``."""
-    label, hint = certified.label_logits(problem, rows), None if hint is None else hint[rows]
-    fold = FrozenFold(problem, label, hint, sums)
+def certified_forward(problem, rows, label, sums, stats, hint):
+    """-> (n,) probability left out of each of the rows in ``sums``. label: (n,) their labels' logits."""
+    fold = FrozenFold(problem, label, None if hint is None else hint[rows], sums)
     certified.fold_tiles(problem, rows, fold, buffers=2 + sums.capped)
     stats[:, rows] = dense.combine((fold.shift, fold.total, fold.spread), label)
     dropped = fold.certificate(stats[:, rows])
