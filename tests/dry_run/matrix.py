@@ -19,6 +19,7 @@ EXACT = 6 + TERMS  # chunks cut, rows gathered; dlogits, dX, dW of the one chunk
 PLAN = 8  # rows weighed, sorted out, counted, placed; entries' need, their offsets, places, the labels' places
 AUDIT = 10 + TERMS  # samples' labels, rows gathered, dlogits; masses, shares, ranking; dlogits, lost, errors, choice
 ORDER = 1  # of the rows of a certified forward
+UNHINTED = 2  # of one without a hint: an order and rows gathered for the labels' logits, which order the rows
 CERTIFIED = ORDER + EXACT + 1 + PLAN + AUDIT  # 1: entries copied in their order, where descriptors read them
 UNLABELLED = CERTIFIED - 2 * TERMS + 1  # of a divergence; 1: the teacher's entries copied
 AUDITED = 2  # of one gradient more: what is lost, errors
@@ -219,12 +220,12 @@ def cases(everything):
             yield case(f"{name}, frozen head", FORWARD + EXACT - 1 + LORA, logprobs, dtype, lora=lora, frozen=True)
             yield case(f"{name}, everything", FORWARD + EXACT + LORA + BIAS, logprobs, dtype, lora=lora, bias=True,
                        options=True, entropy=True)  # fmt: skip
-            yield case(f"{name}, certified", FORWARD + CERTIFIED + LORA + AUDITED, logprobs, dtype, lora=lora,
-                       backward="certified")  # fmt: skip
+            yield case(f"{name}, certified", FORWARD + UNHINTED + CERTIFIED + LORA + AUDITED, logprobs, dtype,
+                       lora=lora, backward="certified")  # fmt: skip
             yield case(f"{name}, support", None, logprobs, dtype, lora=lora, support=True, options=True, bias=True)
         for frozen, hint in itertools.product((False, True), (False, True)):
             name = f"{kind} certified{', hint' if hint else ''}{', frozen head' if frozen else ''}"
-            launches = FORWARD + CERTIFIED - (1 + AUDIT) * frozen
+            launches = FORWARD + UNHINTED * (not hint) + CERTIFIED - (1 + AUDIT) * frozen
             yield case(name, launches, logprobs, dtype, backward="certified", hint=hint,
                        frozen=frozen)  # fmt: skip
         yield case(f"{kind} certified, everything", FORWARD + CERTIFIED + BIAS + AUDITED, logprobs, dtype,
@@ -239,7 +240,7 @@ def cases(everything):
         yield case(f"{kind} top-k of another batch", None, logprobs, dtype, topk=5, n=99, batch=3, compiles=0)
         yield case(f"{kind} shard", FORWARD, partial, dtype, certified=False)
         yield case(f"{kind} shard, certified", FORWARD + ORDER, partial, dtype, certified=True)
-        yield case(f"{kind} audit by torch", FORWARD + ORDER, audit_by_torch, dtype)
+        yield case(f"{kind} audit by torch", FORWARD + UNHINTED + ORDER, audit_by_torch, dtype)
     # Nothing is compiled again when only the batch changes.
     for options in ({}, {"frozen": True}, {"backward": "certified", "hint": True}):
         launches = FORWARD + CERTIFIED if "backward" in options else None
