@@ -139,8 +139,13 @@ def lookup(kernel, bytes_per_value, architecture, described=False, depth=0):
     tile = table.get(architecture, table["default"])
     if described:
         tile = table.get(f"{architecture} TMA", tile)
-        tile = table.get(f"{architecture} TMA deep", tile) if depth >= DEEP else tile
+    tile = deep_tile(kernel, bytes_per_value, architecture, described, depth) or tile
     return capped(kernel, bytes_per_value, architecture, tile)
+
+
+def deep_tile(kernel, bytes_per_value, architecture, described, depth):
+    """The one that logits of such a D have instead of the others', or None."""
+    return TILES[kernel][bytes_per_value].get(f"{architecture} TMA deep") if described and depth >= DEEP else None
 
 
 def capped(kernel, bytes_per_value, architecture, tile):
@@ -167,9 +172,10 @@ def for_tensor(kernel, dtype, device, described=False, depth=0):
     """The tile a launcher uses. described: whether both operands come by tensor descriptors. depth: D of logits."""
     if interpreting():
         return INTERPRETER
-    deep = described and depth >= DEEP and f"{architecture(device)} TMA deep" in TILES[kernel][dtype.itemsize]
-    tile = None if deep else measured(device).get((kernel, dtype.itemsize, described))
-    return lookup(kernel, dtype.itemsize, architecture(device), described, depth) if tile is None else tile
+    size, name = dtype.itemsize, architecture(device)
+    deep = deep_tile(kernel, size, name, described, depth)
+    tile = measured(device).get((kernel, size, described)) if deep is None else None
+    return lookup(kernel, size, name, described, depth) if tile is None else tile
 
 
 def for_audit(dtype):

@@ -207,12 +207,17 @@ def test_a_product_that_is_split(ways, device):
     torch.testing.assert_close(out[1], out[0], rtol=1e-5, atol=1e-4)
 
 
+def small(vocab, device):
+    """-> what :func:`drawn` has of N rows and so many entries, the problem of it on the Triton backend."""
+    p = {k: v[:N] if k != "weight" else v[:vocab] for k, v in drawn().items()}
+    p["targets"] = torch.where(p["targets"] == IGNORE, IGNORE, p["targets"] % vocab)
+    problem = replace(problem_of(p), params=replace(problem_of(p).params, backend="triton"))
+    return p, replace(problem, **{k: getattr(problem, k).to(device) for k in ("hidden", "weight", "targets")})
+
+
 def test_the_forwards_order_and_certificate(device):
     """Ignored rows last, the hint's order before; rows whose hint was far too low keep everything."""
-    p = {k: v[:N] if k != "weight" else v[:500] for k, v in drawn().items()}
-    p["targets"] = torch.where(p["targets"] == IGNORE, IGNORE, p["targets"] % 500)
-    problem = replace(problem_of(p), params=replace(problem_of(p).params, backend="triton"))
-    problem = replace(problem, **{k: getattr(problem, k).to(device) for k in ("hidden", "weight", "targets")})
+    p, problem = small(500, device)
     hint = p["old_logprobs"].to(device).clone()
     hint[:40] -= 50.0
     stats, certificate = forward.certified_forward(problem, hint)
@@ -228,10 +233,7 @@ def test_the_forwards_order_and_certificate(device):
 
 def test_without_a_hint_the_labels_logits_order_the_rows(device):
     """Ignored rows last, as torch has them; from a vocabulary's part too."""
-    p = {k: v[:N] if k != "weight" else v[:500] for k, v in drawn().items()}
-    p["targets"] = torch.where(p["targets"] == IGNORE, IGNORE, p["targets"] % 500)
-    problem = replace(problem_of(p), params=replace(problem_of(p).params, backend="triton"))
-    problem = replace(problem, **{k: getattr(problem, k).to(device) for k in ("hidden", "weight", "targets")})
+    problem = small(500, device)[1]
     counted = problem.targets != IGNORE
     label = plain.label_logits(problem, torch.arange(N, device=device)).float()
     wanted = torch.where(counted, label, torch.inf).argsort(stable=True)
@@ -249,9 +251,8 @@ def test_without_a_hint_the_labels_logits_order_the_rows(device):
 def test_flags_of_tiles_wider_than_their_groups(monkeypatch, hinted, vocab):
     """256 columns, whose flags stand as 128 would have them: what a row leaves out is all that is not kept."""
     monkeypatch.setattr(tiles, "INTERPRETER", tiles.INTERPRETER._replace(cols=256))
-    p = {k: v[:N] if k != "weight" else v[:vocab] for k, v in drawn().items()}
-    p["targets"] = torch.where(p["targets"] == IGNORE, IGNORE, p["targets"] % vocab)
-    problem = replace(problem_of(p), params=replace(problem_of(p).params, backend="triton", tolerance=0.001))
+    p, problem = small(vocab, "cpu")
+    problem = replace(problem, params=replace(problem.params, tolerance=0.001))
     mass = (p["hidden"].double() @ p["weight"].double().T).softmax(1)
     hint = mass.gather(1, p["targets"].clamp(min=0)[:, None])[:, 0].log().float() if hinted else None
     certificate = forward.certified_forward(problem, hint)[1]

@@ -322,7 +322,11 @@ DEEPER, SINKS = 8, 12
 
 def in_bits(z):
     """z, beside its row's peak, in units of log 2 and no lower than matters: exp2 is quick then. In place."""
-    return z.mul_(dense.LOG2_E).clamp_(min=math.log2(dense.negligible(z.dtype)) - DEEPER)
+    return z.mul_(dense.LOG2_E).clamp_(min=lowest_bits(z.dtype))
+
+
+def lowest_bits(dtype):
+    return math.log2(dense.negligible(dtype)) - DEEPER
 
 
 class MixtureFold:
@@ -375,17 +379,15 @@ def sink(z, depth):
     """z (n, C) - depth (n,) in place, of :func:`in_bits`: an exp2 of it is not denormal."""
     z -= depth[:, None]
     if z.device.type != "cpu" or (depth > SINKS).any():
-        z.clamp_(min=math.log2(dense.negligible(z.dtype)) - DEEPER - SINKS)
+        z.clamp_(min=lowest_bits(z.dtype) - SINKS)
     return z
 
 
 def log_ratios(known, z, other, scratch):
     """-> log p of the student, its difference to the teacher's, and the teacher's: (n, C) each.
 
-    The first and the last over the tiles' memory; none is made of the others, for one may be -1e30.
-
-    Args:
-        known: of these rows.
+    The first and the last over the tiles' memory; none is made of the others, for one may be -1e30. known: of these
+    rows.
     """
     z -= known.peak[:, None]
     other -= known.other_peak[:, None]
