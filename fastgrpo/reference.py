@@ -4,6 +4,7 @@ Give it float64 tensors for the truth, the training dtype for what a naive imple
 """
 
 import itertools
+import math
 from typing import Any
 
 import torch
@@ -197,15 +198,15 @@ def loss_of_logprobs(
 
     keep = counted
     if config.top_entropy_quantile < 1.0:
-        if entropy_threshold is None:
+        if entropy_threshold is None and counted.any():
             entropy_threshold = torch.quantile(entropy[counted].detach(), 1 - config.top_entropy_quantile)
-        keep = counted & (entropy.detach() >= entropy_threshold)
+        keep = counted & (entropy.detach() >= (0.0 if entropy_threshold is None else entropy_threshold))
     old = logp.detach() if old_logprobs is None else old_logprobs
     columns = logp, old, ref_logprobs, sampling_logprobs, importance_weights, advantages, counted, keep, full_kl
     sequences = zip(*map(split, columns))
     token_losses = [sequence_losses(config, *s) for s in sequences]
     masks = [m.to(logp.dtype) for m in split(counted)]
-    loss = reduce(config, token_losses, masks, num_items, shape)
+    loss = reduce(config, token_losses, masks, num_items, shape) if token_losses else logp.sum()
     if config.entropy_coef:
         loss = loss - config.entropy_coef * (entropy * keep).sum() / keep.sum().clamp(min=1)
     return loss
@@ -276,7 +277,8 @@ def trust_region(config, logp, old, adv):
     if config.divergence_mask == "tv":
         up, down = p - q > config.divergence_high, q - p > config.divergence_low
     else:
-        divergence = q * (old - logp) + (1 - q) * ((1 - q) / (1 - p)).log()
+        rest = (1 - q) * ((1 - q) / (1 - p)).log()
+        divergence = q * (old - logp) + rest.where(q < 1, 0.0)
         up = (divergence > config.divergence_high) & (p > q)
         down = (divergence > config.divergence_low) & (p < q)
     return ~torch.where(adv > 0, up, down)
@@ -321,19 +323,20 @@ def linear_divergence(
     if lora is not None:
         a, b, scaling = lora
         weight = weight + scaling * b @ a
-    log_s = F.log_softmax(logits(hidden, weight, bias, temperature, softcap, logit_scale), dim=-1)
+    lowest = -1e30  # in place of the -inf of an entry that cannot be: 0 times it is 0, and so is its gradient
+    log_s = F.log_softmax(logits(hidden, weight, bias, temperature, softcap, logit_scale), dim=-1).clamp(min=lowest)
     z = logits(teacher_hidden.detach(), teacher_weight.detach(), teacher_bias, temperature, teacher_softcap,
                teacher_logit_scale)  # fmt: skip
-    log_t = F.log_softmax(z, dim=-1).detach()
+    log_t = F.log_softmax(z, dim=-1).clamp(min=lowest).detach()
 
     def kl(first, second):
-        return (first.exp() * (first - second)).nan_to_num(nan=0.0).sum(-1)
+        return (first.exp() * (first - second)).sum(-1)
 
     if beta in (0.0, 1.0):
         value = kl(log_s, log_t) if beta == 1.0 else kl(log_t, log_s)
     else:
-        mixture = torch.log((1 - beta) * log_s.exp() + beta * log_t.exp())
+        mixture = torch.logaddexp(log_s + math.log(1 - beta), log_t + math.log(beta))
         value = beta * kl(log_t, mixture) + (1 - beta) * kl(log_s, mixture)
-    entropy = -(log_s.exp() * log_s.masked_fill(log_s == -torch.inf, 0.0)).sum(-1).detach()
+    entropy = -(log_s.exp() * log_s).sum(-1).detach()
     counted = torch.ones_like(value, dtype=torch.bool) if mask is None else mask.reshape(value.shape) != 0
     return Divergence(value.where(counted, 0.0), entropy.where(counted, 0.0) if return_entropy else None)

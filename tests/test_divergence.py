@@ -205,12 +205,10 @@ def test_teachers_that_rule_tokens_out(backend, device, beta):
         tensors[name][::7] = -torch.inf
     upstream = torch.ones(9, device=device)
     value, _, grads = run(linear_divergence, tensors, upstream, beta=beta, backend=backend, bias=True)
-    kept = torch.arange(60, device=device) % 7 != 0
-    short = {k: v[kept] if v is not None and len(v) == 60 else v for k, v in tensors.items()}
-    truth = run(reference.linear_divergence, in_double(short), upstream.double(), beta=beta, bias=True)
+    truth = run(reference.linear_divergence, in_double(tensors), upstream.double(), beta=beta, bias=True)
     torch.testing.assert_close(value.double(), truth[0], rtol=1e-5, atol=1e-6)
-    assert (grads["weight"][~kept] == 0).all()
-    assert problems.relative_error(grads["weight"][kept], truth[2]["weight"]) < 1e-5
+    assert (grads["weight"][::7] == 0).all()
+    assert all(problems.relative_error(grads[name], want) < 1e-5 for name, want in truth[2].items())
 
 
 @functools.cache
@@ -624,13 +622,11 @@ def test_a_bad_row_of_a_frozen_head_stays_alone(device, beta, bw):
 def test_whole_tiles_may_be_ruled_out(device, who, beta):
     """A mixture's first ones, whose peaks in its first pass are no model's."""
     tensors, upstream = pair(64, 5000, 16, 16, device), torch.ones(64, device=device)
-    true = in_double(tensors)
     for name in who:
         tensors[name][:3000] = -torch.inf
-        true[name][:3000] = -300.0  # autograd makes NaN of infinities
     options = {"bias": True, "beta": beta}
     got = freeze(tensors, upstream=upstream, backend="torch", workspace_mb=16, **options)
-    want = freeze(true, reference.linear_divergence, upstream=upstream.double(), **options)
+    want = freeze(in_double(tensors), reference.linear_divergence, upstream=upstream.double(), **options)
     torch.testing.assert_close(got[0].double(), want[0], rtol=1e-5, atol=1e-5)
     assert problems.relative_error(got[2], want[2]) < 5e-6
 
@@ -642,16 +638,10 @@ def test_entry_0_may_be_a_models_only_one(backend, device, who):
     tensors[who][1:] = -torch.inf
     upstream = torch.ones(9, device=device)
     value, _, grads = run(linear_divergence, tensors, upstream, beta=0.5, backend=backend, bias=True)
-    hidden, weight, others, head = (
-        tensors[k].double() for k in ("hidden", "weight", "teacher_hidden", "teacher_weight")
-    )
-    s, t = hidden @ weight.T + tensors["bias"].double(), others @ head.T + tensors["teacher_bias"].double()
-    s, t = s.softmax(1).requires_grad_(), t.softmax(1)
-    m = (s + t) / 2
-    want = (torch.xlogy(s, s) + torch.xlogy(t, t) - 2 * torch.xlogy(m, m)).sum(1) / 2
-    want = torch.where(tensors["mask"], want.detach(), 0.0)
-    torch.testing.assert_close(value.double(), want, rtol=1e-5, atol=1e-6)
-    assert all(x.isfinite().all() for x in grads.values())
+    truth = run(reference.linear_divergence, in_double(tensors), upstream.double(), beta=0.5, bias=True)
+    torch.testing.assert_close(value.double(), truth[0], rtol=1e-5, atol=1e-6)
+    for name, want in truth[2].items():
+        torch.testing.assert_close(grads[name].double(), want, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.quick

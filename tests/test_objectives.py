@@ -215,7 +215,8 @@ def test_zero_advantage_tokens_are_skipped():
 
 
 @pytest.mark.quick
-def test_empty_batches():
+@pytest.mark.parametrize("loss", [grpo_loss, reference.grpo_loss])
+def test_empty_batches(loss):
     config = GRPOLossConfig(loss_type="grpo", entropy_coef=0.1, top_entropy_quantile=0.5)
     arguments = problems.batch()
     for n in (0, 1):
@@ -224,12 +225,24 @@ def test_empty_batches():
         advantages = torch.randn(n, dtype=torch.float64)
         for empty in (hidden, hidden[:, :0]):
             weight = arguments["weight"].clone().requires_grad_()
-            result = grpo_loss(empty, weight, targets[:, : empty.shape[1]], advantages, config)
+            result = loss(empty, weight, targets[:, : empty.shape[1]], advantages, config)
             result.loss.backward()
             assert result.loss == 0
             assert weight.grad.count_nonzero() == 0
-    packed = grpo_loss(hidden[0, :0], weight, targets[0, :0], advantages[:0], config, cu_seqlens=torch.tensor([0]))
+    packed = loss(hidden[0, :0], weight, targets[0, :0], advantages[:0], config, cu_seqlens=torch.tensor([0]))
     assert packed.loss == 0
+
+
+def test_a_token_that_was_certain_has_a_trust_region_too():
+    arguments = problems.batch()
+    arguments["old_logprobs"] = torch.where(arguments["advantages"][:, None] > 0, -0.5, 0.0).expand_as(
+        arguments["targets"]
+    )
+    for settings in ({}, {"divergence_low": 1e9}):
+        config = GRPOLossConfig(divergence_mask="kl", **settings)
+        truth = reference.grpo_loss(**arguments, config=config).loss
+        assert truth.isfinite()
+        torch.testing.assert_close(grpo_loss(**arguments, config=config).loss, truth)
 
 
 @pytest.mark.parametrize("shape", [(3,), (1, 3)])
