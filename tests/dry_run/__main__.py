@@ -22,7 +22,7 @@ import gpu
 
 from fastgrpo.kernels.report import triton_folder
 
-VERSIONS = ("3.4.0", "3.5.1", "3.6.0", "3.7.1")
+VERSIONS = ("3.4.0", "3.5.1", "3.6.0", "3.7.1", "3.8.0", "3.9.0")
 FOLDER = Path(__file__).parents[2] / "build" / "dry-run"
 
 

@@ -32,6 +32,9 @@ int cuCtxGetCurrent(void **context) { *context = (void *)1; return SUCCESS; }
 int cuCtxSetCurrent(void *context) { (void)context; return SUCCESS; }
 int cuCtxGetLimit(size_t *value, int limit) { (void)limit; *value = 1 << 20; return SUCCESS; }
 int cuCtxSetLimit(int limit, size_t value) { (void)limit; (void)value; return SUCCESS; }
+int cuCtxGetDevice(int *device) { *device = 0; return SUCCESS; }
+int cuStreamIsCapturing(void *stream, int *status) { (void)stream; *status = 0; return SUCCESS; }
+int cuModuleUnload(void *module) { (void)module; return SUCCESS; }
 int cuDeviceGet(int *device, int ordinal) { *device = ordinal; return SUCCESS; }
 int cuDevicePrimaryCtxRetain(void **context, int device) { (void)device; *context = (void *)1; return SUCCESS; }
 
