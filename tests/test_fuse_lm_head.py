@@ -176,10 +176,46 @@ def test_every_adapter_on_the_head_takes_part(options):
     assert seen[0][1]["lora"][0].shape[0] == 6
 
 
-def test_dora_on_the_head_is_refused():
-    model = fuse_lm_head(lora(make(), target_modules=["lm_head"], use_dora=True))
-    with pytest.raises(ValueError, match="LoRA on lm_head must be plain"):
-        model(input_ids=tokens(), labels=tokens(), fastgrpo=True)
+ADAPTERS = {
+    "DoraLinearVariant": ("LoraConfig", {"use_dora": True}),
+    "peft.tuners.ia3.layer.Linear": ("IA3Config", {"feedforward_modules": ["lm_head"]}),
+    "peft.tuners.loha.layer.Linear": ("LoHaConfig", {}),
+    "peft.tuners.adalora.layer.SVDLinear": ("AdaLoraConfig", {"total_step": 9}),
+}
+
+
+@pytest.mark.parametrize(("name", "config"), ADAPTERS.items(), ids=ADAPTERS)
+def test_an_adapter_that_is_not_plain_lora_is_refused(name, config):
+    peft = pytest.importorskip("peft")
+    config = getattr(peft, config[0])(target_modules=["lm_head"], **config[1])
+    refusal = pytest.raises(ValueError, match=f"adapter on lm_head must be plain LoRA, got {name}")
+    with refusal:
+        fuse_lm_head(peft.get_peft_model(make(), config))
+    later = peft.get_peft_model(fuse_lm_head(make()), config)
+    with refusal:
+        later(input_ids=tokens(), labels=tokens(), fastgrpo=True)
+    with later.disable_adapter():
+        assert later(input_ids=tokens(), labels=tokens(), fastgrpo=True).logprobs.isfinite().all()
+
+
+def test_a_head_called_with_more_than_hidden_states_is_refused():
+    model = lora(make(), target_modules=["lm_head"]).eval()
+    model.add_adapter("other", model.peft_config["default"])
+    fuse_lm_head(model)
+    with pytest.raises(ValueError, match="must be called with hidden states alone, got adapter_names"):
+        model(input_ids=tokens(), labels=tokens(), fastgrpo=True, adapter_names=["default", "other"])
+
+
+def test_a_head_with_a_forward_of_its_own_is_refused():
+    model = make()
+    model.lm_head.forward = lambda x: 2 * torch.nn.functional.linear(x, model.lm_head.weight)
+    with pytest.raises(ValueError, match="LM head must have the forward of its class, got <function"):
+        fuse_lm_head(model)
+
+
+def test_labels_of_one_dimension_are_refused():
+    with pytest.raises(ValueError, match=r"labels must be a tensor \(B, T\) with fastgrpo=True, got \(5,\)"):
+        fuse_lm_head(make())(input_ids=tokens(), labels=torch.arange(5), fastgrpo=True)
 
 
 def test_what_is_no_model_and_no_function_is_refused():

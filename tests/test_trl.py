@@ -304,7 +304,7 @@ def test_adapters_that_would_not_be_trained_are_refused(tmp_path, models):
     import peft
 
     ia3 = peft.IA3Config(target_modules=["k_proj", "lm_head"], feedforward_modules=["lm_head"], task_type="CAUSAL_LM")
-    for adapter, name in ((ia3, "Linear"), (lora("lm_head", use_dora=True), "DoraLinearVariant")):
+    for adapter, name in ((ia3, "peft.tuners.ia3"), (lora("lm_head", use_dora=True), "DoraLinearVariant")):
         with pytest.raises(ValueError, match=f"adapter on lm_head must be plain LoRA, got {name}"):
             grpo(FastGRPOTrainer, tmp_path, models(), peft_config=adapter)
     with pytest.raises(ValueError, match="cast_lm_head_to_fp32 must be False with a LoRA adapter on lm_head"):

@@ -56,7 +56,7 @@ def fuse_lm_head(model: Model) -> Model:
     Raises:
         TypeError: what is given is no model.
         ValueError: the model has no LM head, its head is not a linear layer, its forward does more with the head's
-            output than scale, softcap or cut it, or a LoRA variant (DoRA) on the head is not a sum of matrices.
+            output than scale, softcap or cut it, or the adapter on the head is another than plain LoRA (DoRA, IA3 ...).
     """
     base = causal_lm(model)
     if not hasattr(base, "get_output_embeddings"):
@@ -133,9 +133,10 @@ def fuse_head(model):
     for module in head_modules(model):
         slot = "_old_forward" if hasattr(module, "_hf_hook") else "forward"  # accelerate moves devices around it
         if find_fused(getattr(module, slot)) is None:
-            check_linear(module)
+            check_linear(module, getattr(module, slot))
             module._fastgrpo = None
             setattr(module, slot, FusedHead(module, getattr(module, slot)))
+        check_adapter(module)
     return model.get_output_embeddings()
 
 
@@ -146,10 +147,27 @@ def head_modules(model):
     return (head,) if copies is None else (head.original_module, *copies.values())
 
 
-def check_linear(module):
+def check_linear(module, forward):
     layer = getattr(module, "base_layer", module)
     if type(layer).forward is not torch.nn.Linear.forward:
         raise ValueError(f"model's LM head must be a torch.nn.Linear, got {type(layer).__name__}")
+    if getattr(forward, "__func__", None) is not type(module).forward:
+        raise ValueError(f"model's LM head must have the forward of its class, got {forward!r:.80}")
+
+
+def check_adapter(head):
+    """ValueError where what is active on a head is not LoRA as a sum of matrices."""
+    if not is_adapted(head):
+        return
+    variants = sorted({type(x).__name__ for x in getattr(head, "lora_variant", {}).values()})
+    if variants or not isinstance(getattr(head, "lora_A", None), torch.nn.ModuleDict):
+        kinds = ", ".join(variants) or f"{type(head).__module__}.{type(head).__name__}"
+        raise ValueError(f"the adapter on lm_head must be plain LoRA, got {kinds}")
+
+
+def is_adapted(head):
+    """Whether one of PEFT's layers around a head does something."""
+    return hasattr(head, "base_layer") and not (head.disable_adapters or head.merged)
 
 
 class FusedCausalLM(FusedForward):
@@ -192,8 +210,9 @@ def run_function(forward, function, *args, **kwargs):
 
 def run_labelled(forward, _, *args, labels=None, **kwargs):
     kind = type(forward.module)
-    if not isinstance(labels, torch.Tensor):
-        raise ValueError(f"labels must be a tensor (B, T) with fastgrpo=True, got {labels!r}")
+    if not isinstance(labels, torch.Tensor) or labels.ndim != 2:
+        got = tuple(labels.shape) if isinstance(labels, torch.Tensor) else repr(labels)
+        raise ValueError(f"labels must be a tensor (B, T) with fastgrpo=True, got {got}")
     targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)
     keep = kwargs.get("logits_to_keep", 0)
     if not isinstance(keep, int) or (keep and "logits_to_keep" not in inspect.signature(kind.forward).parameters):
@@ -262,6 +281,9 @@ class FusedHead(FusedForward):
         module, scorer = self.module, self.module._fastgrpo
         if scorer is None:
             return self.plain(hidden, *args, **kwargs)
+        if args or kwargs:
+            names = ", ".join(kwargs) or f"{len(args)} more"
+            raise ValueError(f"the LM head must be called with hidden states alone, got {names} beside them")
         if scorer.results is None:
             return untraced_score(module, scorer, hidden)  # pyright: ignore[reportCallIssue]
         scorer.results.append(score(module, scorer, hidden))
@@ -296,10 +318,8 @@ def without_logits(outputs):
 
 def lora_options(head):
     """``lora=`` of the adapters that are active on the head, side by side, and the bias that they change."""
-    if not hasattr(head, "lora_A") or head.disable_adapters or head.merged:
+    if not is_adapted(head):
         return {}
-    if getattr(head, "lora_variant", None):
-        raise ValueError(f"LoRA on lm_head must be plain, got {sorted(map(str, head.lora_variant.values()))}")
     active = [name for name in head.active_adapters if name in head.lora_A]
     if not active:
         return {}

@@ -19,7 +19,7 @@ from fastgrpo.checks import need
 from fastgrpo.diagnostics import NAMES, token_diagnostics
 from fastgrpo.divergence import linear_divergence
 from fastgrpo.inputs import IGNORE, Backend, Backward
-from fastgrpo.integrations.transformers import check_fused, fuse_lm_head
+from fastgrpo.integrations.transformers import check_adapter, check_fused, fuse_lm_head
 from fastgrpo.logprobs import LogProbs, linear_logprobs
 
 trl = need("trl", "trl")
@@ -242,7 +242,7 @@ class FastGRPOTrainer(trl.GRPOTrainer):
         self.backward_mode, self.near_logps = backward, None
         with adapters_on_head():
             super().__init__(*args, **kwargs)
-        check_adapter(self.model.get_output_embeddings(), self.args.cast_lm_head_to_fp32)
+        check_head(self.model.get_output_embeddings(), self.args.cast_lm_head_to_fp32)
         for model in (self.model, self.ref_model):
             if model is not None:
                 fuse_lm_head(self.accelerator.unwrap_model(model))
@@ -296,14 +296,10 @@ def adapters_on_head():
         yield
 
 
-def check_adapter(head, whole_fp32):
+def check_head(head, whole_fp32):
     """Refuse what TRL's own check would have, other than LoRA as a sum of matrices."""
-    if not hasattr(head, "base_layer"):
-        return
-    variants = {type(x).__name__ for x in getattr(head, "lora_variant", {}).values()}
-    if not hasattr(head, "lora_A") or variants:
-        raise ValueError(f"the adapter on lm_head must be plain LoRA, got {', '.join(variants) or type(head).__name__}")
-    if whole_fp32:
+    check_adapter(head)
+    if whole_fp32 and hasattr(head, "base_layer"):
         raise ValueError("cast_lm_head_to_fp32 must be False with a LoRA adapter on lm_head, got True")
 
 
