@@ -37,8 +37,6 @@ class LossInputs:
         weights = self.importance_weights
         if weights is not None:
             inputs.check_per_sequence("importance_weights", weights, self.targets, segments.count)
-            if inputs.checks_values(weights.device) and (weights < 0).any():
-                raise ValueError(f"importance_weights must be >= 0, got {weights.min().item()}")
         for name in ("old_logprobs", "ref_logprobs", "sampling_logprobs"):
             if (value := getattr(self, name)) is not None:
                 inputs.check_per_token(name, value, self.targets)
@@ -50,8 +48,7 @@ class LossInputs:
             inputs.check_num_items(self.num_items)
         threshold = self.entropy_threshold
         if isinstance(threshold, torch.Tensor):
-            if threshold.numel() != 1:
-                raise ValueError(f"entropy_threshold must hold one number, got shape {tuple(threshold.shape)}")
+            inputs.check_number("entropy_threshold", threshold)
         elif threshold is not None:
             inputs.check_finite("entropy_threshold", threshold)
         return segments
@@ -77,6 +74,7 @@ class Batch:
     def check_values(self, config):
         """Values of counted tokens that cannot be meant, where looking at them costs no wait."""
         inputs.check_advantages(self.advantages)
+        inputs.check_importance(self.importance, self.log_importance)
         for name, value in (
             ("old_logprobs", self.old),
             ("ref_logprobs", self.ref),
@@ -123,7 +121,8 @@ def flatten(given: LossInputs, config: GRPOLossConfig, segments: Segments, dtype
     if weights is not None and config.loss_type == "vespo":
         logs = weights.detach().reshape(-1).to(dtype).log().clamp(VESPO_FLOOR, VESPO_CEILING)
         once = inputs.is_per_sequence(weights, targets, segments.count)
-        log_importance = logs if once else segments.sum(tokens(logs))
+        used = segments.sum(counted.to(dtype)) > 0
+        log_importance = torch.where(used, logs, 0.0) if once else segments.sum(tokens(logs))
     elif weights is not None:
         importance = broadcast(weights)
     advantages, moving = broadcast(given.advantages), counted

@@ -148,6 +148,13 @@ class GRPOLossConfig(Checked):
         return self.beta > 0 and self.kl_estimator == "full"
 
     @property
+    def kl_correction(self) -> str | None:
+        """Whose importance ratio multiplies a KL estimate: the "sequence"'s, as a whole, or each "token"'s own."""
+        if not self.use_bias_correction_kl:
+            return None
+        return "sequence" if self.importance_sampling_level == "sequence" else "token"
+
+    @property
     def hyper_parameters(self) -> HyperParameters:
         """The numbers the per-token mathematics uses; absent bounds are infinite."""
         return HyperParameters(

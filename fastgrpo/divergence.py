@@ -119,7 +119,7 @@ class TeacherHead:
     def check(self, hidden, weight, prefix="teacher"):
         """Against the student's; raises before anything runs."""
         for name, value in (("hidden", self.hidden), ("weight", self.weight), ("bias", self.bias)):
-            if value is not None:
+            if value is not None or name != "bias":
                 inputs.check_tensor(f"{prefix}_{name}", value, hidden.device, floating=True)
                 inputs.check_dtype(f"{prefix}_{name}", value)
                 inputs.check_whole(f"{prefix}_{name}", value)
@@ -133,6 +133,8 @@ class TeacherHead:
                 f"{prefix}_hidden must have the positions of hidden, {(*hidden.shape[:-1], 'D_t')}, got "
                 f"{tuple(self.hidden.shape)}"
             )
+        if self.hidden.shape[-1] == 0:
+            raise ValueError(f"{prefix}_hidden must have a width of at least 1, got {tuple(self.hidden.shape)}")
         expected = weight.shape[0], self.hidden.shape[-1]
         if self.weight.shape != expected:
             raise ValueError(
@@ -206,7 +208,7 @@ def head_divergence(hidden, weight, mask, teacher, beta, options, labels=None):
     head = weight, options.bias, lora.A, lora.B
     trained, in_forward = wants_gradient(head), divergence_panels.applies_to_head(hidden, head, params)
     hinted = options.old_logprobs is not None
-    fast = products.makes_memory(hidden.new_empty(0, dtype=inputs.accumulator_dtype(hidden)))
+    fast = products.makes_memory(hidden.device, inputs.accumulator_dtype(hidden))
     tolerance = tolerance_of(params, beta, options.backward, trained, hinted, fast, in_forward)
     params = replace(params, tolerance=tolerance)
     strategy = choose_strategy(hidden, head, params, in_forward)

@@ -3,7 +3,6 @@
 from typing import NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from fastgrpo import backends, inputs, lora, ops, strategies
 from fastgrpo.backends.problem import Gradients, HeadParams, HeadProblem, RowStats
@@ -79,7 +78,7 @@ class OnHead(torch.autograd.Function):
         return strategy.logprobs(stats, kept[1:]).clone(), entropy
 
     @staticmethod
-    @once_differentiable
+    @ops.once_differentiable
     def backward(ctx, grad_logp, grad_entropy):
         grads = (None,) * DIFFERENTIABLE
         if grad_logp is not None or grad_entropy is not None:

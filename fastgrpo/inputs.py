@@ -2,6 +2,7 @@
 
 import math
 import os
+import sys
 from dataclasses import dataclass
 from numbers import Real
 from typing import Literal, get_args
@@ -41,6 +42,8 @@ def check_choice(name, value, allowed):
 def check_tensor(name, value, device=None, floating=None):
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.layout != torch.strided:
+        raise ValueError(f"{name} must be a dense tensor, got {value.layout}")
     if device is not None and value.device != device:
         raise ValueError(f"{name} must be on the device of hidden ({device}), got {value.device}")
     if floating is True and not value.is_floating_point():
@@ -115,7 +118,7 @@ def check_targets(targets, vocab):
 
 def check_finite(name, value):
     # no isfinite: torch.compile may trace this with a number that it leaves open
-    if not isinstance(value, Real) or isinstance(value, bool) or not -math.inf < float(value) < math.inf:
+    if not isinstance(value, Real) or isinstance(value, bool) or not -sys.float_info.max <= value <= sys.float_info.max:
         hint = " (a Python number: .item())" if isinstance(value, torch.Tensor) else ""
         raise ValueError(f"{name} must be a finite number, got {value!r}{hint}")
 
@@ -135,8 +138,13 @@ def check_temperature(temperature, targets):
         raise ValueError(
             f"temperature must be a number or a tensor of shape {tuple(targets.shape)}, got {tuple(temperature.shape)}"
         )
-    if checks_values(targets.device) and not (temperature > 0).logical_or(targets == IGNORE).all():
-        raise ValueError(f"temperature must be > 0 at every counted position, got {temperature.min().item()}")
+    if checks_values(targets.device):
+        wrong = ~((temperature > 0) & temperature.isfinite()) & (targets != IGNORE)
+        if wrong.any():
+            raise ValueError(
+                "temperature must be > 0 and finite at every counted position, got "
+                f"{temperature.expand(wrong.shape)[wrong][0].item()}"
+            )
 
 
 def compact_rows(active):
@@ -209,6 +217,8 @@ def check_cu_seqlens(cu_seqlens, targets):
 
 def check_mask(mask, targets):
     check_tensor("mask", mask, targets.device)
+    if mask.is_complex():
+        raise ValueError(f"mask must be of a real dtype, got {mask.dtype}")
     if mask.numel() != targets.numel() or mask.shape not in (targets.shape, (targets.numel(),)):
         raise ValueError(f"mask must have the shape of targets, {tuple(targets.shape)}, got {tuple(mask.shape)}")
     if mask.dtype != torch.bool and checks_values(mask.device) and not ((mask == 0) | (mask == 1)).all():
@@ -266,10 +276,31 @@ def check_advantages(value):
         )
 
 
+def check_importance(weights, logs):
+    """Importance weights of counted tokens, 0 elsewhere, or what VESPO sums of their logs. A GPU's are not looked at.
+
+    Args:
+        weights: (N,) or None. logs: (B,) or None, NaN where one of the weights was negative or NaN.
+    """
+    wrong = None
+    if weights is not None and checks_values(weights.device):
+        wrong = weights[~(weights.isfinite() & (weights >= 0))]
+    elif logs is not None and checks_values(logs.device):
+        wrong = logs[logs.isnan()]
+    if wrong is not None and len(wrong):
+        found = "a negative one or NaN" if weights is None else wrong[0].item()
+        raise ValueError(f"importance_weights must be finite and >= 0 where tokens count, got {found}")
+
+
+def check_number(name, value):
+    """A tensor in the place of a number."""
+    if value.numel() != 1 or value.is_complex() or value.dtype == torch.bool:
+        raise ValueError(f"{name} must be a number or a tensor of one, got {value.dtype} of shape {tuple(value.shape)}")
+
+
 def check_num_items(num_items):
     if isinstance(num_items, torch.Tensor):
-        if num_items.numel() != 1:
-            raise ValueError(f"num_items must be a number or a 0-dim tensor, got shape {tuple(num_items.shape)}")
+        check_number("num_items", num_items)
         if checks_values(num_items.device) and not 0 <= num_items.item() < math.inf:
             raise ValueError(f"num_items must be a number >= 0, got {num_items.item()}")
     elif not isinstance(num_items, Real) or isinstance(num_items, bool) or not 0 <= float(num_items) < math.inf:

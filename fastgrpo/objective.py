@@ -47,16 +47,22 @@ def one_minus_exp(x):
     return -(x + exp_residual(x))
 
 
+def other_mass(logp):
+    """1 - p, in (0, 1]: beyond -40 nothing of p is left in it, and -inf would make NaN."""
+    return one_minus_exp(tl.where(logp < -1e-12, tl.where(logp > -40.0, logp, -40.0), -1e-12))
+
+
 def outside_trust_region(logp, old_logp, adv, hp, DIVERGENCE: tl.constexpr):
     """DPPO's mask: the sampled token's probability has moved too far, in the direction the advantage pushes it."""
-    moved = tl.exp(logp) - tl.exp(old_logp)
+    p_old = tl.exp(old_logp)
+    moved = tl.exp(logp) - p_old
     if DIVERGENCE == "tv":
         up = moved > hp.divergence_high
         down = moved < -hp.divergence_low
     else:
-        q_old = one_minus_exp(tl.where(old_logp < -1e-12, old_logp, -1e-12))
-        q_new = one_minus_exp(tl.where(logp < -1e-12, logp, -1e-12))
-        divergence = tl.exp(old_logp) * (old_logp - logp) + q_old * tl.log(q_old / q_new)
+        q_old = other_mass(old_logp)
+        own = tl.where(p_old == 0, tl.zeros_like(p_old), p_old * (old_logp - logp))  # 0 of an old log-prob of -inf
+        divergence = own + q_old * tl.log(q_old / other_mass(logp))
         up = (divergence > hp.divergence_high) & (moved > 0)
         down = (divergence > hp.divergence_low) & (moved < 0)
     return tl.where(adv > 0, up, down)
@@ -110,7 +116,8 @@ def surrogate(logp, old_logp, ratio, log_w_seq, adv, hp, KIND: tl.constexpr, DIV
         gate_pos, slope_pos = sapo_gate(ratio, hp.sapo_temperature_pos)
         gate_neg, slope_neg = sapo_gate(ratio, hp.sapo_temperature_neg)
         loss = -tl.where(adv > 0, gate_pos, gate_neg) * adv
-        d_log_w = -tl.where(adv > 0, slope_pos, slope_neg) * adv * ratio
+        slope = tl.where(adv > 0, slope_pos, slope_neg)
+        d_log_w = tl.where(slope == 0, tl.zeros_like(ratio), -slope * adv * ratio)  # a ratio may be inf
         d_logp = tl.zeros_like(ratio)
         low = ratio < -1.0
         high = ratio < -1.0
@@ -125,8 +132,12 @@ def surrogate(logp, old_logp, ratio, log_w_seq, adv, hp, KIND: tl.constexpr, DIV
     return loss, d_logp, d_log_w, low, high
 
 
-def kl_divergence(logp, ref_logp, ratio, ESTIMATOR: tl.constexpr, CORRECTED: tl.constexpr):
-    """-> KL estimate, its derivative in logp at a fixed ratio, its derivative in log ratio."""
+def kl_divergence(logp, ref_logp, ratio, ESTIMATOR: tl.constexpr, CORRECTION: tl.constexpr):
+    """-> KL estimate, its derivative in logp at a fixed ratio, its derivative in log ratio.
+
+    A token's own ratio moves with its log-prob: of k3 times it the two derivatives stand in the first, since they are
+    as large as exp(gap) each and cancel to gap.
+    """
     gap = ref_logp - logp
     if ESTIMATOR == "k1":
         kl = -gap
@@ -137,12 +148,14 @@ def kl_divergence(logp, ref_logp, ratio, ESTIMATOR: tl.constexpr, CORRECTED: tl.
     else:
         kl = exp_residual(gap)
         d_logp = -(gap + kl)
-    if CORRECTED:
+    d_log_w = tl.zeros_like(kl)
+    if CORRECTION is not None:
         kl = ratio * kl
-        d_logp = ratio * d_logp
-        d_log_w = kl
-    else:
-        d_log_w = tl.zeros_like(kl)
+        if ESTIMATOR == "k3" and CORRECTION == "token":
+            d_logp = -ratio * gap
+        else:
+            d_logp = ratio * d_logp
+            d_log_w = kl
     return kl, d_logp, d_log_w
 
 
@@ -158,7 +171,7 @@ def token_objective(
     KIND: tl.constexpr,
     DIVERGENCE: tl.constexpr,
     ESTIMATOR: tl.constexpr,
-    CORRECTED: tl.constexpr,
+    CORRECTION: tl.constexpr,
 ):
     """-> loss l, dl/dlogp at a fixed ratio, dl/dlog ratio, kl, ratio, clipped low, clipped high."""
     ratio = tl.exp(log_w)
@@ -168,7 +181,7 @@ def token_objective(
         d_logp = d_logp * gate
         d_log_w = d_log_w * gate
     if ref_logp is not None:
-        kl, kl_logp, kl_log_w = kl_divergence(logp, ref_logp, ratio, ESTIMATOR, CORRECTED)
+        kl, kl_logp, kl_log_w = kl_divergence(logp, ref_logp, ratio, ESTIMATOR, CORRECTION)
         loss = loss + hp.beta * kl
         d_logp = d_logp + hp.beta * kl_logp
         d_log_w = d_log_w + hp.beta * kl_log_w

@@ -9,6 +9,7 @@ import types
 import typing
 
 import torch
+from torch.autograd.function import once_differentiable as only_with_gradients
 
 SCHEMA_TYPES = {
     bool: "bool",
@@ -18,6 +19,23 @@ SCHEMA_TYPES = {
     torch.dtype: "ScalarType",
     torch.Tensor: "Tensor",
 }
+
+
+def once_differentiable(backward):
+    """Decorator of an autograd function's backward: whoever differentiates its results gets an error.
+
+    torch's own lets them pass as constants where what comes in has no graph, as the 1 that a loss's backward begins
+    with: a penalty on a gradient's norm would then silently have no effect.
+    """
+    plain = only_with_gradients(backward)
+
+    @functools.wraps(backward)
+    def call(ctx, *grads):
+        if torch.is_grad_enabled():  # create_graph
+            grads = [g.detach().requires_grad_() if isinstance(g, torch.Tensor) else g for g in grads]
+        return plain(ctx, *grads)
+
+    return call
 
 
 def schema(cls) -> str:

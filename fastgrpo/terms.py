@@ -3,7 +3,6 @@
 from typing import NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from fastgrpo import backends, ops
 from fastgrpo.batch import VESPO_CEILING, VESPO_FLOOR, Batch
@@ -141,7 +140,7 @@ class Objective(torch.autograd.Function):
         return loss.clone()
 
     @staticmethod
-    @once_differentiable
+    @ops.once_differentiable
     def backward(ctx, grad_loss):
         d_logprobs, d_entropy = ctx.saved_tensors
         return grad_loss * d_logprobs, None if d_entropy is None else grad_loss * d_entropy, None, None, None

@@ -202,11 +202,14 @@ def backward(problem, ids, backend, strategy, stats, kept, grads, grad_entropy, 
     vocab, counted = problem.weight.shape[0], problem.targets != IGNORE
     present = torch.cat((ids != IGNORE, counted[:, None]), 1)
     grads = torch.where(present, grads, 0.0)
-    taken = torch.where(present[:, :-1], taken_gradient(RowStats(*stats), logp, grads, grad_entropy, present), 0.0)
+    moves = (grads != 0).any(1) if grad_entropy is None else (grads != 0).any(1) | (counted & (grad_entropy != 0))
+    own_entries = present[:, :-1] & moves[:, None]  # of a row that has no gradient nothing is read, NaN included
+    taken = torch.where(own_entries, taken_gradient(RowStats(*stats), logp, grads, grad_entropy, present), 0.0)
     known, *upstream = rest_gradient(RowStats(*stats), rest, logp[:, -1], grads, grad_entropy, taken)
+    upstream = [None if g is None else torch.where(moves, g, 0.0) for g in upstream]
     out = strategy.backward(problem.without(take_out(own, vocab)), backend, (), known, certificate, *upstream, needs)
     pairs = make_pairs(own, vocab, with_order=any(needs.of_head) or bool(needs.bias))
-    dz = torch.where(is_valid(own, vocab), taken * chain(problem, pairs, raw), 0.0)
+    dz = torch.where(own_entries & is_valid(own, vocab), taken * chain(problem, pairs, raw), 0.0)
     return pair_gradients(problem, pairs, backend, dz.flatten(), needs, out)
 
 

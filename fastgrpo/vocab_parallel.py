@@ -10,9 +10,8 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
-from torch.autograd.function import once_differentiable
 
-from fastgrpo import backends, inputs, strategies, topk
+from fastgrpo import backends, inputs, ops, strategies, topk
 from fastgrpo.backends import certified
 from fastgrpo.backends.dense import combine
 from fastgrpo.backends.problem import Gradients, HeadProblem, RowStats
@@ -111,7 +110,7 @@ class VocabParallelLogProbs(torch.autograd.Function):
         return logp.clone(), RowStats(*stats).entropy.clone() if params.entropy else None
 
     @staticmethod
-    @once_differentiable
+    @ops.once_differentiable
     def backward(ctx, grad_logp, grad_entropy):
         *tensors, stats = ctx.saved_tensors[:6]
         none = [None] * (5 + ctx.given)

@@ -9,9 +9,8 @@ from dataclasses import replace
 
 import torch
 import torch.distributed as dist
-from torch.autograd.function import once_differentiable
 
-from fastgrpo import backends, divergence, inputs, strategies, vocab_parallel
+from fastgrpo import backends, divergence, inputs, ops, strategies, vocab_parallel
 from fastgrpo.backends import divergence as divergence_fold
 from fastgrpo.backends.divergence import beside_peaks, kl_stats
 from fastgrpo.backends.pair import PairStats
@@ -114,7 +113,7 @@ class VocabParallelDivergence(torch.autograd.Function):
         return PairStats(*stats).divergence.clone(), entropy
 
     @staticmethod
-    @once_differentiable
+    @ops.once_differentiable
     def backward(ctx, grad, _):
         nothing = [None] * (len(PairTensors._fields) + 3)
         if grad is None:

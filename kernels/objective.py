@@ -33,7 +33,7 @@ def objective_kernel(
     KIND: tl.constexpr,
     DIVERGENCE: tl.constexpr,
     ESTIMATOR: tl.constexpr,
-    CORRECTED: tl.constexpr,
+    CORRECTION: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -59,7 +59,7 @@ def objective_kernel(
         KIND,
         DIVERGENCE,
         ESTIMATOR,
-        CORRECTED,
+        CORRECTION,
     )
     values = (loss, d_logp, d_log_w, kl, ratio, low.to(tl.float32), high.to(tl.float32))
     store_rows(out_ptr + offs, values, N, mask)
@@ -88,7 +88,7 @@ def objective(config, logp, old_logp, ref_logp, log_w, log_w_seq, adv, gate):
             KIND=config.surrogate,
             DIVERGENCE=config.divergence_mask,
             ESTIMATOR=config.kl_estimator,
-            CORRECTED=config.use_bias_correction_kl,
+            CORRECTION=config.kl_correction,
             BLOCK=tiles.ROW_BLOCK,
         )
     loss, d_logp, d_log_w, kl, ratio, low, high = out

@@ -673,6 +673,9 @@ def test_shapes_and_masked_rows_cost_nothing(backend, device):
         ({"teacher_weight": torch.zeros(9, 8)}, r"teacher_weight must be \(V, D_t\) = \(10, 8\)"),
         ({"teacher_weight": torch.zeros(10, 7)}, r"teacher_weight must be \(V, D_t\) = \(10, 8\)"),
         ({"teacher_weight": torch.zeros(10, 8).double()}, "teacher_weight and hidden must both be float64 or neither"),
+        ({"teacher_hidden": None}, "teacher_hidden must be a torch.Tensor, got NoneType"),
+        ({"teacher_weight": None}, "teacher_weight must be a torch.Tensor, got NoneType"),
+        ({"teacher_hidden": torch.zeros(4, 0)}, r"teacher_hidden must have a width of at least 1, got \(4, 0\)"),
         ({"teacher_bias": torch.zeros(9)}, r"teacher_bias must be \(10,\)"),
         ({"teacher_softcap": -1.0}, "teacher_softcap must be > 0"),
         ({"teacher_logit_scale": 0.0}, "teacher_logit_scale must be other than 0"),
@@ -687,7 +690,7 @@ def test_shapes_and_masked_rows_cost_nothing(backend, device):
 )
 def test_refused(change, message):
     given = {"hidden": torch.zeros(4, 6), "weight": torch.zeros(10, 6), "teacher_hidden": torch.zeros(4, 8)}
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         linear_divergence(**(given | {"teacher_weight": torch.zeros(10, 8)} | change))
 
 

@@ -16,6 +16,7 @@ OP_ERRORS = {
     "hidden list": ({"hidden": [[1.0]]}, TypeError, "hidden must be a torch.Tensor, got list"),
     "hidden int": ({"hidden": torch.ones(6, 8, dtype=torch.int64)}, ValueError, "hidden must be float32.*int64"),
     "hidden 1d": ({"hidden": torch.randn(8)}, ValueError, r"hidden must be \(N, D\).*\(8,\)"),
+    "hidden sparse": ({"hidden": HIDDEN.to_sparse()}, ValueError, "hidden must be a dense tensor, got torch.sp"),
     "weight shape": ({"weight": torch.randn(20, 9)}, ValueError, r"weight must be \(V, D\) with D = 8.*\(20, 9\)"),
     "weight module": (
         {"weight": torch.nn.Linear(8, 20)}, TypeError, "weight must be a torch.Tensor, got the module Linear: pass "
@@ -37,7 +38,10 @@ OP_ERRORS = {
     "temperature nan": ({"temperature": float("nan")}, ValueError, "temperature must be a finite number"),
     "temperature text": ({"temperature": "1"}, ValueError, "temperature must be a finite number.*'1'"),
     "temperature shape": ({"temperature": torch.ones(5)}, ValueError, r"temperature must be.*\(6,\).*\(5,\)"),
-    "temperature values": ({"temperature": torch.zeros(6)}, ValueError, "temperature must be > 0 at every"),
+    "temperature values": ({"temperature": torch.zeros(6)}, ValueError, "temperature must be > 0 and finite at every"),
+    "temperature infinite": (
+        {"temperature": torch.full((6,), torch.inf)}, ValueError, "temperature must be > 0 and finite at .*got inf"),
+    "logit_scale large": ({"logit_scale": 10**400}, ValueError, "logit_scale must be a finite number"),
     "softcap": ({"softcap": -1.0}, ValueError, "softcap must be > 0, got -1.0"),
     "logit_scale": ({"logit_scale": 0.0}, ValueError, "logit_scale must be other than 0"),
     "hint": ({"old_logprobs": torch.zeros(5)}, ValueError, "old_logprobs must have the shape of targets"),
@@ -104,11 +108,17 @@ LOSS_ERRORS = {
     "sampling": ({"sampling_logprobs": torch.zeros(3, 7)}, ValueError, "sampling_logprobs must have the shape"),
     "weights": ({"importance_weights": torch.zeros(2)}, ValueError, r"importance_weights must be \(4,\) or shaped"),
     "weights negative": (
-        {"importance_weights": -torch.ones(4, dtype=torch.float64)}, ValueError, "importance_weights must be >= 0"),
+        {"importance_weights": at(-1.0, 2, 0)}, ValueError, "importance_weights must be finite and >= 0 .* got -1.0"),
+    "weights nan": ({"importance_weights": at(torch.nan, 2, 0)}, ValueError, "importance_weights must be .* got nan"),
+    "weights vespo": (
+        {"importance_weights": at(-1.0, 2, 0), "config": GRPOLossConfig(loss_type="vespo")}, ValueError,
+        "importance_weights must be finite and >= 0 where tokens count, got a negative one or NaN"),
+    "mask complex": ({"mask": torch.ones(4, 7) * 1j}, ValueError, "mask must be of a real dtype, got torch.complex64"),
     "num_items infinite": ({"num_items": float("inf")}, ValueError, "num_items must be a number >= 0, got inf"),
-    "threshold vector": ({"entropy_threshold": torch.ones(2)}, ValueError, "entropy_threshold must hold one number"),
+    "threshold vector": ({"entropy_threshold": torch.ones(2)}, ValueError, r"entropy_threshold must be .* \(2,\)"),
     "num_items": ({"num_items": -1}, ValueError, "num_items must be a number >= 0, got -1"),
-    "num_items tensor": ({"num_items": torch.ones(2)}, ValueError, "num_items must be a number or a 0-dim tensor"),
+    "num_items tensor": ({"num_items": torch.ones(2)}, ValueError, "num_items must be a number or a tensor of one"),
+    "num_items complex": ({"num_items": torch.tensor(1j)}, ValueError, "num_items must be .* got torch.complex64"),
     "threshold": ({"entropy_threshold": "high"}, ValueError, "entropy_threshold must be a finite number"),
     "cu_seqlens": ({"cu_seqlens": torch.tensor([0, 7])}, ValueError, "targets must be flat"),
     "flat without offsets": (
@@ -139,6 +149,15 @@ ROUNDED = {  # values that arithmetic may leave, and those of positions that do 
         "old_logprobs": at(7.0, 0, 0),
         "sampling_logprobs": at(torch.inf, 1, 3),
         "advantages": at(torch.nan, 1, 2),
+        "importance_weights": at(-3.0, 0, 0) + 1,
+    },
+    "masked, vespo": {
+        "importance_weights": at(-3.0, 0, 0) + 1,
+        "config": GRPOLossConfig(loss_type="vespo"),
+    },
+    "empty sequence, vespo": {
+        "importance_weights": torch.tensor([1.0, torch.nan, 1.0, 1.0]).double(),
+        "config": GRPOLossConfig(loss_type="vespo"),
     },
     "empty sequence": {"advantages": torch.tensor([1.0, torch.nan, 1.0, 1.0]).double()},
     "unscored": {"sampling_logprobs": torch.full((4, 7), torch.nan)},

@@ -471,9 +471,11 @@ def test_double_backward_is_an_error(backend, device):
     hidden, weight, targets, _ = problems.head(6, 50, 8, torch.float32, device)
     h = hidden.requires_grad_()
     logp = linear_logprobs(h, weight, targets, backend=backend).logprobs
-    (g,) = torch.autograd.grad(logp.square().sum(), h, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        g.sum().backward()
+    for loss in (logp.square().sum(), logp.sum()):
+        (g,) = torch.autograd.grad(loss, h, create_graph=True)
+        assert g.isfinite().all()
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            (loss + g.sum()).backward()
 
 
 def test_entropy_alone_has_a_gradient(backend, device):

@@ -1,6 +1,7 @@
 """Every objective and option against the autograd-only reference, in fp64, by value and by each gradient."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -233,6 +234,15 @@ def test_empty_batches(loss):
     assert packed.loss == 0
 
 
+def test_a_penalty_on_the_gradient_is_an_error():
+    arguments = problems.batch()
+    arguments["hidden"] = arguments["hidden"].detach().requires_grad_()
+    loss = grpo_loss(**arguments).loss
+    (grad,) = torch.autograd.grad(loss, arguments["hidden"], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        (loss + grad.square().sum()).backward()
+
+
 def test_a_token_that_was_certain_has_a_trust_region_too():
     arguments = problems.batch()
     arguments["old_logprobs"] = torch.where(arguments["advantages"][:, None] > 0, -0.5, 0.0).expand_as(
@@ -243,6 +253,39 @@ def test_a_token_that_was_certain_has_a_trust_region_too():
         truth = reference.grpo_loss(**arguments, config=config).loss
         assert truth.isfinite()
         torch.testing.assert_close(grpo_loss(**arguments, config=config).loss, truth)
+
+
+def gradient(logp, advantage, backend="torch", dtype=torch.float32, loss=grpo_loss, config=None, **given):
+    """(2,) loss and its derivative in the logit whose token has the log-prob; the other token has the rest."""
+    logit = torch.tensor([[[logp - math.log(-math.expm1(logp))]]], dtype=dtype, requires_grad=True)
+    head = torch.tensor([[1.0], [0.0]], dtype=dtype)
+    given = {name: torch.tensor([[value]], dtype=dtype) for name, value in given.items()}
+    target, advantages = torch.zeros(1, 1, dtype=torch.long), torch.tensor([advantage], dtype=dtype)
+    value = loss(logit, head, target, advantages, config, backend=backend, **given).loss
+    return torch.stack((value.detach(), torch.autograd.grad(value, logit)[0].squeeze()))
+
+
+@pytest.mark.parametrize("advantage", [1.0, 0.0, -1.0])
+def test_sapo_of_a_ratio_that_overflows(backend, advantage):
+    found = gradient(-0.5, advantage, backend, config=GRPOLossConfig(loss_type="sapo"), old_logprobs=-100.0)
+    tau = 1.0 if advantage > 0 else GRPOLossConfig().sapo_temperature_neg
+    torch.testing.assert_close(found, torch.tensor([-4 / tau * advantage, 0.0]))
+
+
+def test_a_trust_region_around_what_could_not_be_sampled(backend):
+    config = GRPOLossConfig(divergence_mask="kl")
+    for old in (-200.0, -math.inf):
+        assert gradient(-0.5, 1.0, backend, config=config, old_logprobs=old)[1] == 0
+
+
+@pytest.mark.parametrize("level", ["token", "sequence_token"])
+@pytest.mark.parametrize("gap", [1e-3, 1.0, 14.0, 25.0])
+def test_k3_with_its_correction_does_not_cancel(backend, level, gap):
+    config = GRPOLossConfig(beta=1.0, importance_sampling_level=level)
+    given = {"config": config, "ref_logprobs": -1e-6, "old_logprobs": -1e-6 - gap}
+    found = gradient(-1e-6 - gap, 0.0, backend, **given)[1].double()
+    truth = gradient(-1e-6 - gap, 0.0, dtype=torch.float64, loss=reference.grpo_loss, **given)[1]
+    torch.testing.assert_close(found, truth, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("shape", [(3,), (1, 3)])

@@ -374,9 +374,23 @@ def test_what_only_the_device_sees_is_nan(backend, device, name, monkeypatch):
     """In its row alone, gradients included."""
     monkeypatch.setattr("fastgrpo.inputs.checks_values", lambda device: False)
     ids = {"high": [[0, 1], [2, 50], [-100, 3]], "twice": [[0, 1], [2, 2], [-100, 3]]}[name]
-    hidden = torch.randn(3, 8, device=device, requires_grad=True)
-    out = linear_logprobs(hidden, torch.randn(50, 8, device=device), torch.tensor(ids, device=device), backend=backend)
+    hidden, weight = (torch.randn(n, 8, device=device, requires_grad=True) for n in (3, 50))
+    out = linear_logprobs(hidden, weight, torch.tensor(ids, device=device), backend=backend)
     assert out.rest.isnan().tolist() == [False, True, False]
     assert out.logprobs.isnan().any(1).tolist() == [False, True, False]
-    (out.logprobs.nan_to_num().sum() + out.rest.nan_to_num().sum()).backward()
-    assert hidden.grad.isfinite().all(1).tolist()[::2] == [True, True]
+    (out.logprobs[::2].sum() + out.rest[::2].sum()).backward()
+    assert hidden.grad.isfinite().all()
+    assert weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("backward", ["exact", "certified"])
+def test_a_row_without_a_gradient_is_not_read(backend, device, backward):
+    """Whatever its hidden state, as with one target a row."""
+    tensors, ids = draw(300, 500, 16, 4, device=device)
+    tensors["hidden"][7] = torch.inf
+    leaf = problems.with_grad(tensors, NAMES)
+    out = linear_logprobs(leaf["hidden"], leaf["weight"], ids, leaf["bias"], backend=backend, backward=backward)
+    assert out.rest[7].isnan()
+    counted = (torch.arange(300, device=device) != 7).to(out.rest.dtype)
+    torch.autograd.backward((out.logprobs, out.rest), (counted[:, None].expand_as(out.logprobs), counted))
+    assert all(leaf[name].grad.isfinite().all() for name in ("hidden", "weight", "bias"))

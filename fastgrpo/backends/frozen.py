@@ -147,7 +147,7 @@ class FrozenFold(certified.Fold):
         super().__init__(problem, label, hint)
         self.sums, self.vocab = sums, problem.weight.shape[0]
         self.overhead = grouping.overhead_rows(label, trained=False)
-        self.one_span = ONE_SPAN_ONEDNN if products.makes_memory(label) else ONE_SPAN
+        self.one_span = ONE_SPAN_ONEDNN if products.makes_memory(label.device, label.dtype) else ONE_SPAN
 
     def rescale(self, first, decay):
         self.sums.rescale(first, decay)

@@ -77,7 +77,7 @@ def within_budget(costs, budget, active):
 
 def overhead_rows(x, trained):
     """x: a tensor like those that are multiplied."""
-    multiplier = "oneDNN" if products.makes_memory(x) else x.device.type
+    multiplier = "oneDNN" if products.makes_memory(x.device, x.dtype) else x.device.type
     return OVERHEAD_ROWS.get(multiplier, OVERHEAD_ROWS["cuda"])[trained]
 
 

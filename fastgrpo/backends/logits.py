@@ -27,7 +27,7 @@ class Reader:
         # On CUDA a 16-bit GEMM can return its fp32 accumulator; elsewhere the operands are widened first, exactly.
         self.native = lora.is_native(problem.hidden, self.compute)
         self.operand = self.compute if self.native else self.accumulate
-        self.own_memory = self.native or products.makes_memory(problem.hidden.new_empty(0, dtype=self.operand))
+        self.own_memory = self.native or products.makes_memory(problem.hidden.device, self.operand)
         self.lora = None if problem.low is None else self.lora_operands(problem)
 
     def lora_operands(self, problem):
@@ -141,7 +141,7 @@ def fit_tile(problem, rows, buffers, held=0):
     if lora.is_native(problem.hidden, problem.params.compute_dtype):
         cell, per_row = cell + 2, per_row + 2 * depth  # the tile and its rows once more, in 16 bits
     per_entry = 2 * size * depth
-    if products.makes_memory(problem.hidden.new_empty(0, dtype=accumulator_dtype(problem.hidden))):
+    if products.makes_memory(problem.hidden.device, accumulator_dtype(problem.hidden)):
         cell, per_row, per_entry = cell + size, per_row + size * depth, per_entry + size * depth
     return plan_tiles(min(rows, max_rows), min(vocab, max_entries), budget, cell, per_row, per_entry)
 

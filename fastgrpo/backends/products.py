@@ -40,7 +40,7 @@ def linear(x, weight):
 
 def takes_onednn(a, b):
     return (
-        makes_memory(a)
+        makes_memory(a.device, a.dtype)
         and b.dtype == a.dtype
         and a.shape[0] * a.shape[1] * b.shape[1] >= SMALLEST
         and (b.is_contiguous() or b.t().is_contiguous())  # of others oneDNN's plain reference is 1000 times slower
@@ -48,10 +48,10 @@ def takes_onednn(a, b):
     )
 
 
-def makes_memory(x: torch.Tensor) -> bool:
-    """Whether products of tensors like x come in memory of their own, and take a copy of a left factor that is
+def makes_memory(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether products of such tensors come in memory of their own, and take a copy of a left factor that is
     transposed."""
-    return x.device.type == "cpu" and x.dtype == torch.float32 and onednn_is_faster()
+    return device.type == "cpu" and dtype == torch.float32 and onednn_is_faster()
 
 
 def onednn_is_faster():

@@ -57,5 +57,5 @@ def objective(config, logp, old_logp, ref_logp, log_w, log_w_seq, adv, gate):
         config.surrogate,
         config.divergence_mask,
         config.kl_estimator,
-        config.use_bias_correction_kl,
+        config.kl_correction,
     )
