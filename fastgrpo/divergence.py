@@ -118,16 +118,15 @@ class TeacherHead:
 
     def check(self, hidden, weight, prefix="teacher"):
         """Against the student's; raises before anything runs."""
-        for name, value in (("hidden", self.hidden), ("weight", self.weight), ("bias", self.bias)):
-            if value is not None or name != "bias":
-                inputs.check_tensor(f"{prefix}_{name}", value, hidden.device, floating=True)
-                inputs.check_dtype(f"{prefix}_{name}", value)
-                inputs.check_whole(f"{prefix}_{name}", value)
-                if (value.dtype == torch.float64) != (hidden.dtype == torch.float64):
-                    raise ValueError(
-                        f"{prefix}_{name} and hidden must both be float64 or neither, got {value.dtype} and "
-                        f"{hidden.dtype}"
-                    )
+        given = {"hidden": self.hidden, "weight": self.weight}
+        for name, value in (given if self.bias is None else given | {"bias": self.bias}).items():
+            inputs.check_tensor(f"{prefix}_{name}", value, hidden.device, floating=True)
+            inputs.check_dtype(f"{prefix}_{name}", value)
+            inputs.check_whole(f"{prefix}_{name}", value)
+            if (value.dtype == torch.float64) != (hidden.dtype == torch.float64):
+                raise ValueError(
+                    f"{prefix}_{name} and hidden must both be float64 or neither, got {value.dtype} and {hidden.dtype}"
+                )
         if self.hidden.ndim != hidden.ndim or self.hidden.shape[:-1] != hidden.shape[:-1]:
             raise ValueError(
                 f"{prefix}_hidden must have the positions of hidden, {(*hidden.shape[:-1], 'D_t')}, got "

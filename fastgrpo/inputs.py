@@ -5,7 +5,7 @@ import os
 import sys
 from dataclasses import dataclass
 from numbers import Real
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -118,7 +118,8 @@ def check_targets(targets, vocab):
 
 def check_finite(name, value):
     # no isfinite: torch.compile may trace this with a number that it leaves open
-    if not isinstance(value, Real) or isinstance(value, bool) or not -sys.float_info.max <= value <= sys.float_info.max:
+    number: Any = value if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    if not -sys.float_info.max <= number <= sys.float_info.max:
         hint = " (a Python number: .item())" if isinstance(value, torch.Tensor) else ""
         raise ValueError(f"{name} must be a finite number, got {value!r}{hint}")
 
