@@ -305,31 +305,41 @@ class Run:
             for tile in [shipped, *others]:
                 job = {"kernel": kernel, "tile": list(tile)}
                 bad = not known.get(job_of(job), {"ok": True})["ok"]
-                all_timed = all(job_of({**job, "D": d}) in timed for d in self.contact.sizes.widths)
+                all_timed = all(job_of({**job, "D": d}) in timed for d in self.widths(kernel))
                 if not bad and not all_timed and (self.contact.cuda or job_of(job) not in known):
                     jobs.append(job)
         self.do("compile", jobs, COMPILERS, 0.5 * self.left())
 
     def time(self, kernels):
         """All at the middle width, those that keep up at the others."""
-        widths = self.contact.sizes.widths
-        first = widths[len(widths) // 2]
-        compiled, wanted = self.rows.finished("compile"), []
+        compiled, wanted, first = self.rows.finished("compile"), [], {}
         for kernel in kernels:
             shipped, others = jobs_for(kernel, self.architecture)
+            widths = self.widths(kernel)
+            first[kernel] = widths[len(widths) // 2]
             for tile in others:
                 job = {"kernel": kernel, "tile": list(tile), "shipped": list(shipped)}
                 if compiled.get(job_of(job), {"ok": False})["ok"]:
                     wanted.append(job)
         reserve = min(RESERVED, 0.35 * self.options.time_limit)
-        self.measure([{**job, "D": first} for job in wanted], reserve)
+        self.measure([{**job, "D": first[job["kernel"]]} for job in wanted], reserve)
         known = self.timed()
         rest = []
         for job in wanted:
-            row = known.get(job_of({**job, "D": first}), {"ok": False})
+            begun = first[job["kernel"]]
+            row = known.get(job_of({**job, "D": begun}), {"ok": False})
             if row["ok"] and row["shipped_ms"] / row["ms"] >= NEAR:
-                rest += [(row["ms"] / row["shipped_ms"], {**job, "D": d}) for d in widths if d != first]
+                others = [d for d in self.widths(job["kernel"]) if d != begun]
+                rest += [(row["ms"] / row["shipped_ms"], {**job, "D": d}) for d in others]
         self.measure([job for _, job in sorted(rest, key=lambda x: x[0])], reserve)
+
+    def widths(self, kernel):
+        """Those at which a measured tile is taken: wide hidden states may have a tile of their own, which stays."""
+        from fastgrpo.kernels import tiles
+
+        name, size, described = key_of(kernel, self.architecture)
+        asked = self.contact.sizes.widths
+        return [d for d in asked if not tiles.deep_tile(name, size, self.architecture, described, d)] or list(asked)
 
     def measure(self, jobs, reserve):
         known = self.timed()
@@ -349,7 +359,7 @@ class Run:
         but: {(kernel, tile)} not to take either.
         """
         bad = {key[:2] for key, row in self.rows.finished("variants").items() if not row["ok"]}
-        return pick(self.timed().values(), self.contact.sizes.widths, bad | but, GAIN)
+        return pick(self.timed().values(), self.widths, bad | but, GAIN)
 
     def unsettled(self):
         """Jobs to compile next: of kernels whose winner has not been yet; the runners-up too where
@@ -428,7 +438,7 @@ class Run:
 
     def table(self, found):
         """What was measured, as lines."""
-        best = pick(self.timed().values(), self.contact.sizes.widths, (), 0.0)
+        best = pick(self.timed().values(), self.widths, (), 0.0)
         for kernel in self.kernels:
             if kernel not in best:
                 self.say(f"{kernel}: no tile was timed at every width")
@@ -449,7 +459,8 @@ def speedup(rows):
 
 
 def pick(rows, widths, bad, gain):
-    """{kernel: (tile, {D: row})}, the fastest of those timed at every width, where it is ``gain`` times as fast."""
+    """{kernel: (tile, {D: row})}, the fastest of those timed at every width, where it is ``gain`` times as fast.
+    widths: {kernel: [D]} as a function."""
     from fastgrpo.kernels import tiles
 
     timed = defaultdict(dict)
@@ -459,7 +470,7 @@ def pick(rows, widths, bad, gain):
     found = {}
     for (kernel, tile), by_width in timed.items():
         least = speedup(found[kernel][1]) if kernel in found else gain
-        if set(by_width) == set(widths) and speedup(by_width) >= least:
+        if set(by_width) == set(widths(kernel)) and speedup(by_width) >= least:
             found[kernel] = tiles.Tile(*tile), by_width
     return found
 

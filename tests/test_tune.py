@@ -228,7 +228,7 @@ def test_a_winner_is_two_per_cent_faster_over_the_widths():
     tile, other = tiles.Tile(64, 128, 64, 4, 3), tiles.Tile(64, 128, 64, 4, 4)
 
     def picked(*rows, bad=()):
-        found = tune.pick([row for group in rows for row in group], widths, bad, tune.GAIN)
+        found = tune.pick([row for group in rows for row in group], lambda kernel: widths, bad, tune.GAIN)
         return {kernel: winner[0] for kernel, winner in found.items()}
 
     one = [1.0, 1.0, 1.0]
@@ -243,6 +243,16 @@ def test_a_winner_is_two_per_cent_faster_over_the_widths():
     failed = [{**row, "ok": False} for row in both[1]]
     assert picked(both[0], failed) == {"forward": tile}
     assert math.isclose(tune.speedup(dict(enumerate(both[0]))), 1.1)
+
+
+@pytest.mark.quick
+def test_widths_with_a_tile_of_their_own_are_not_timed(tmp_path):
+    options = types.SimpleNamespace(out=tmp_path, time_limit=60, kernels=["one"], device="cpu", rehearsal=True)
+    run = tune.Run(options, tune.Contact("cpu", tune.REAL))
+    assert run.widths("forward_certified") == list(tune.REAL.widths)
+    run.architecture = "sm_90"
+    assert run.widths("forward_certified") == [d for d in tune.REAL.widths if d < tiles.DEEP] != []
+    assert run.widths("forward_certified:fp32") == run.widths("forward") == list(tune.REAL.widths)
 
 
 @pytest.mark.quick

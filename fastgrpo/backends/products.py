@@ -85,7 +85,7 @@ def cpu_vendor():
 
 
 def has_operation():
-    """Whether this torch's private operation is the one that 2.8 to 2.13 have."""
+    """Whether this torch's private operation is the one that 2.8 to 2.14 have."""
     known = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
     return known is not None and "default" in known.overloads() and str(known.default._schema) == OPERATION
 
