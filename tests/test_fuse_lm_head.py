@@ -206,13 +206,6 @@ def test_a_head_called_with_more_than_hidden_states_is_refused():
         model(input_ids=tokens(), labels=tokens(), fastgrpo=True, adapter_names=["default", "other"])
 
 
-def test_a_head_with_a_forward_of_its_own_is_refused():
-    model = make()
-    model.lm_head.forward = lambda x: 2 * torch.nn.functional.linear(x, model.lm_head.weight)
-    with pytest.raises(ValueError, match="LM head must have the forward of its class, got <function"):
-        fuse_lm_head(model)
-
-
 def test_labels_of_one_dimension_are_refused():
     with pytest.raises(ValueError, match=r"labels must be a tensor \(B, T\) with fastgrpo=True, got \(5,\)"):
         fuse_lm_head(make())(input_ids=tokens(), labels=torch.arange(5), fastgrpo=True)
