@@ -211,7 +211,10 @@ def recorded_launches(architecture, depths=DEPTHS, only=None):
     from fastgrpo.kernels import support as support_kernels
 
     with recording(architecture) as launches:
-        found = (p for depth in depths for p in problems(depth, architecture, depth == depths[0]))
+        found = [p for depth in depths for p in problems(depth, architecture, depth == depths[0])]
+        labels = dict.fromkeys(label for label, *_ in found)
+        if only not in (None, *labels):
+            raise ValueError(f"only must be one of {', '.join(labels)}, got {only!r}")
         for label, problem, needs in found:
             if only not in (None, label):
                 continue
@@ -278,14 +281,15 @@ class Target:
         return 0
 
 
-def compile_all(architecture, disassemble):
-    """-> one row a compiled kernel, then one a hot kernel of what :mod:`fastgrpo.kernels.ceilings` reads."""
+def compile_all(architecture, disassemble, only=None):
+    """-> one row a compiled kernel, then one a hot kernel of what :mod:`fastgrpo.kernels.ceilings` reads. only: as of
+    :func:`recorded_launches`."""
     import triton
 
     triton.runtime.driver.set_active(Target(architecture))
     usage = amd_usage if architecture.startswith("gfx") else nvidia_usage
     seen, hot = set(), {}
-    for label, kernel, arguments in recorded_launches(architecture):
+    for label, kernel, arguments in recorded_launches(architecture, only=only):
         compiled = kernel.warmup(**arguments, grid=(1,))
         if disassemble:
             ceilings.collect(hot, label, kernel, arguments, compiled)
@@ -345,10 +349,12 @@ def reads_ceilings(architecture, version):
     return version == importlib.metadata.version("triton") and architecture in ceilings.DEVICES
 
 
-def child(architecture, version):
+def child(architecture, version, only=None):
     """Compile in a process of its own; -> rows, error text or None."""
     command = [sys.executable, "-m", "fastgrpo.kernels.report", "--child", architecture]
-    if reads_ceilings(architecture, version):
+    if only is not None:
+        command += ["--only", only]
+    elif reads_ceilings(architecture, version):
         command.append("--disassemble")
     done = subprocess.run(command, capture_output=True, text=True, env=environment(version))
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
@@ -380,13 +386,16 @@ def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m fastgrpo.kernels.report", description=__doc__)
     parser.add_argument("--architectures", nargs="+", default=ARCHITECTURES, choices=ARCHITECTURES)
     parser.add_argument("--triton", nargs="+", default=[own, OTHER_TRITON], help="versions; installed where missing")
+    parser.add_argument("--only", help="one problem's kernels, such as 'bfloat16 frozen head'; no ceilings then")
     parser.add_argument("--json", type=Path, help="also write the rows here, one JSON object a line")
     parser.add_argument("--update", action="store_true", help=f"write the ceilings to {ceilings.COMMITTED.name}")
     parser.add_argument("--child", choices=ARCHITECTURES, help=argparse.SUPPRESS)
     parser.add_argument("--disassemble", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
+    if options.update and options.only is not None:
+        parser.error("--update writes the ceilings of all kernels, --only compiles some")
     if options.child:
-        for row in compile_all(options.child, options.disassemble):
+        for row in compile_all(options.child, options.disassemble, options.only):
             print(json.dumps(row), flush=True)
         return 0
     for version in options.triton:
@@ -395,7 +404,7 @@ def main(argv=None):
             if v != OTHER_TRITON or not a.startswith("gfx")]  # fmt: skip
     rows, shares, disassembled, failures = [], [], [], []
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        for (architecture, version), (found, error) in zip(jobs, pool.map(lambda job: child(*job), jobs)):
+        for (architecture, version), (found, error) in zip(jobs, pool.map(lambda job: child(*job, options.only), jobs)):
             name = f"{architecture}, Triton {version}"
             ceiling, found = ([r for r in found if ("ceiling" in r) == hot] for hot in (True, False))
             print(f"{name}: {len(found)} kernels compiled{', FAILED' if error else ''}", flush=True)
@@ -403,7 +412,7 @@ def main(argv=None):
             shares += ceiling
             if error or not found:
                 failures.append(f"{name}: {error or 'nothing was compiled'}")
-            elif reads_ceilings(architecture, version):
+            elif options.only is None and reads_ceilings(architecture, version):
                 disassembled.append(architecture)
     if options.update:
         ceilings.save(shares)

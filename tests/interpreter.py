@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import triton.language as tl
+from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, ReduceOps, TensorHandle
 
@@ -85,6 +86,53 @@ def remember_types():
     tl.tensor.__init__, tl.block_type.__init__, interpreter._get_np_dtype = init, init_type, np_dtype
 
 
+def call_directly():
+    """Triton's functions, without the wrappers around each; what needs no unwrapping is handed on."""
+    plain_unwrap = tl.core._unwrap_if_constexpr
+
+    def patch_attr(target, name, member, builder, *scope):
+        inner = member.__wrapped__ if tl.core.is_builtin(member) and hasattr(member, "__wrapped__") else member
+
+        def call(*args, **kwargs):
+            kwargs["_semantic"] = interpreter.interpreter_semantic
+            return inner(*args, **kwargs)
+
+        if scope:
+            scope[0].set_attr(target, name, call)
+        else:
+            setattr(target, name, call)
+
+    def unwrap(x):
+        return x if type(x) is tl.tensor else plain_unwrap(x)
+
+    interpreter._patch_attr, tl.core._unwrap_if_constexpr = patch_attr, unwrap
+
+
+def pass_equals():
+    """Operands of one type and one shape, which most are, are checked and broadcast for nothing; a number beside a
+    block is written out. A third once more."""
+    plain, plain_broadcast = TritonSemantic.binary_op_type_checking_impl, TritonSemantic.broadcast_impl_value
+    same = {"fp32", "int32", "int64"}  # arithmetic of two such gives the same, division too
+
+    def check(self, lhs, rhs, *args, **kwargs):
+        if type(lhs) is type(rhs) is tl.tensor and lhs.dtype.name in same and lhs.dtype.name == rhs.dtype.name:
+            return self.broadcast_impl_value(lhs, rhs)
+        return plain(self, lhs, rhs, *args, **kwargs)
+
+    def broadcast(self, lhs, rhs):
+        blocks = lhs.type.is_block(), rhs.type.is_block()
+        if blocks[0] == blocks[1]:
+            alike = lhs.handle.data.shape == rhs.handle.data.shape
+            return (lhs, rhs) if alike else plain_broadcast(self, lhs, rhs)
+        return (lhs, spread(self, rhs, lhs)) if blocks[0] else (spread(self, lhs, rhs), rhs)
+
+    def spread(self, x, like):
+        data = np.broadcast_to(x.handle.data.reshape(()), like.handle.data.shape)
+        return self.tensor(TensorHandle(data, x.handle.dtype), like.type.with_element_ty(x.dtype))
+
+    TritonSemantic.binary_op_type_checking_impl, TritonSemantic.broadcast_impl_value = check, broadcast
+
+
 def create_fma(self, x, y, z):
     """fp32 in fp64, where the product is exact; other dtypes as they are."""
     exact = np.float64 if x.dtype.scalar == tl.float32 else x.data.dtype
@@ -117,6 +165,8 @@ def patch():
     patch_language_once()
     skip_overflow_checks()
     remember_types()
+    call_directly()
+    pass_equals()
     plain_dot, plain_cast, plain_fp_to_fp = (
         InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl, InterpreterBuilder.create_fp_to_fp
     )  # fmt: skip

@@ -183,7 +183,7 @@ def run(monkeypatch, tmp_path, committed, found, *arguments):
     if not path.exists():
         path.write_text(json.dumps({"kernels": committed}))
     monkeypatch.setattr(ceilings, "COMMITTED", path)
-    monkeypatch.setattr(report, "child", lambda architecture, version: ([COMPILED, *found], None))
+    monkeypatch.setattr(report, "child", lambda architecture, version, only: ([COMPILED, *found], None))
     return report.main(["--architectures", "sm_90", "--triton", OWN, *arguments])
 
 

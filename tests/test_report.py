@@ -63,20 +63,27 @@ def test_every_kernel_and_tile_is_recorded():
     Version(OWN) < Version(report.OTHER_TRITON), reason="fp32 kernels spill a few bytes where Triton is older"
 )
 def test_one_architecture_compiles():
-    done = subprocess.run(
-        [sys.executable, "-m", "fastgrpo.kernels.report", "--architectures", "sm_89", "--triton", OWN],
-        capture_output=True,
-        text=True,
-    )
+    """A frozen head's kernels; CI compiles all of them, for every architecture."""
+    command = [sys.executable, "-m", "fastgrpo.kernels.report", "--architectures", "sm_89", "--triton", OWN]
+    command += ["--only", "bfloat16 frozen head"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert ", 0 failures" in done.stdout
+    assert all(f"{name}_kernel" in done.stdout for name in ("forward", "dlogits", "masses", "dhidden", "need"))
 
 
 def test_a_failed_compilation_is_a_failure(monkeypatch):
     monkeypatch.setattr(report.ceilings, "load", dict)
-    monkeypatch.setattr(report, "child", lambda architecture, version: ([], "exit status 134: abort"))
+    monkeypatch.setattr(report, "child", lambda architecture, version, only: ([], "exit status 134: abort"))
     assert report.main(["--architectures", "sm_80", "--triton", OWN]) == 1
-    monkeypatch.setattr(report, "child", lambda architecture, version: ([{**ROW, "spill_bytes": 4}], None))
+    monkeypatch.setattr(report, "child", lambda architecture, version, only: ([{**ROW, "spill_bytes": 4}], None))
     assert report.main(["--architectures", "sm_86", "--triton", OWN]) == 1
-    monkeypatch.setattr(report, "child", lambda architecture, version: ([ROW], None))
+    monkeypatch.setattr(report, "child", lambda architecture, version, only: ([ROW], None))
     assert report.main(["--architectures", "sm_86", "--triton", OWN]) == 0
+
+
+def test_some_kernels_are_asked_for_by_name():
+    with pytest.raises(ValueError, match="only must be one of bfloat16, .*, got 'bfloat'"):
+        next(report.recorded_launches("sm_89", only="bfloat"))
+    with pytest.raises(SystemExit):
+        report.main(["--only", "bfloat16", "--update"])
