@@ -7,6 +7,7 @@ reduction by a function of the kernel's own goes an element at a time, milliseco
 import builtins
 import contextlib
 import dataclasses
+import functools
 from types import SimpleNamespace
 
 import numpy as np
@@ -112,12 +113,29 @@ def pass_equals():
     """Operands of one type and one shape, which most are, are checked and broadcast for nothing; a number beside a
     block is written out. A third once more."""
     plain, plain_broadcast = TritonSemantic.binary_op_type_checking_impl, TritonSemantic.broadcast_impl_value
-    same = {"fp32", "int32", "int64"}  # arithmetic of two such gives the same, division too
+    # arithmetic of two such, or of one and such a number, gives the same, division too
+    same = {"fp32": (np.float32, (float, int)), "int32": (np.int32, (int,)), "int64": (np.int64, (int,))}
 
-    def check(self, lhs, rhs, *args, **kwargs):
-        if type(lhs) is type(rhs) is tl.tensor and lhs.dtype.name in same and lhs.dtype.name == rhs.dtype.name:
-            return self.broadcast_impl_value(lhs, rhs)
-        return plain(self, lhs, rhs, *args, **kwargs)
+    @functools.lru_cache(maxsize=4096)
+    def constants(kind, number, shape):
+        return np.broadcast_to(kind(number), shape)
+
+    def check(self, lhs, rhs, left_pointer=False, right_pointer=False, arithmetic_check=True, div_or_mod=False):
+        first, second = type(lhs) is tl.tensor, type(rhs) is tl.tensor
+        name = lhs.dtype.name if first else rhs.dtype.name if second else None
+        if name in same:
+            if first and second:
+                if name == rhs.dtype.name:
+                    return self.broadcast_impl_value(lhs, rhs)
+            elif arithmetic_check:
+                x, number = (lhs, rhs) if first else (rhs, lhs)
+                kind, numbers = same[name]
+                if type(number) in numbers and abs(number) < 2**31:
+                    constant = self.tensor(
+                        TensorHandle(constants(kind, number, x.handle.data.shape), x.handle.dtype), x.type
+                    )
+                    return (x, constant) if first else (constant, x)
+        return plain(self, lhs, rhs, left_pointer, right_pointer, arithmetic_check, div_or_mod)
 
     def broadcast(self, lhs, rhs):
         blocks = lhs.type.is_block(), rhs.type.is_block()

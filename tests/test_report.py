@@ -83,7 +83,7 @@ def test_a_failed_compilation_is_a_failure(monkeypatch):
 
 
 def test_some_kernels_are_asked_for_by_name():
-    with pytest.raises(ValueError, match="only must be one of bfloat16, .*, got 'bfloat'"):
+    with pytest.raises(ValueError, match=r"only must be one of bfloat16, .*, got 'bfloat'"):
         next(report.recorded_launches("sm_89", only="bfloat"))
     with pytest.raises(SystemExit):
         report.main(["--only", "bfloat16", "--update"])
