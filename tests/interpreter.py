@@ -89,7 +89,8 @@ def remember_types():
 
 def call_directly():
     """Triton's functions, without the wrappers around each; what needs no unwrapping is handed on."""
-    plain_unwrap = tl.core._unwrap_if_constexpr
+    plain_unwrap, plain_fits = tl.core._unwrap_if_constexpr, TensorHandle.__post_init__
+    leaves = {tl.tensor, int, float, bool, str, type(None)}
 
     def patch_attr(target, name, member, builder, *scope):
         inner = member.__wrapped__ if tl.core.is_builtin(member) and hasattr(member, "__wrapped__") else member
@@ -104,9 +105,14 @@ def call_directly():
             setattr(target, name, call)
 
     def unwrap(x):
-        return x if type(x) is tl.tensor else plain_unwrap(x)
+        kind = type(x)
+        return x if kind in leaves else x.value if kind is tl.constexpr else plain_unwrap(x)
 
-    interpreter._patch_attr, tl.core._unwrap_if_constexpr = patch_attr, unwrap
+    def fits(self):
+        if self.data.itemsize * 8 > getattr(self.dtype, "primitive_bitwidth", 64):  # or it is a boolean
+            plain_fits(self)
+
+    interpreter._patch_attr, tl.core._unwrap_if_constexpr, TensorHandle.__post_init__ = patch_attr, unwrap, fits
 
 
 def pass_equals():
