@@ -329,8 +329,8 @@ class Run:
             begun = first[job["kernel"]]
             row = known.get(job_of({**job, "D": begun}), {"ok": False})
             if row["ok"] and row["shipped_ms"] / row["ms"] >= NEAR:
-                others = [d for d in self.widths(job["kernel"]) if d != begun]
-                rest += [(row["ms"] / row["shipped_ms"], {**job, "D": d}) for d in others]
+                slower = row["ms"] / row["shipped_ms"]
+                rest += [(slower, {**job, "D": d}) for d in self.widths(job["kernel"]) if d != begun]
         self.measure([job for _, job in sorted(rest, key=lambda x: x[0])], reserve)
 
     def widths(self, kernel):

@@ -121,8 +121,10 @@ def flatten(given: LossInputs, config: GRPOLossConfig, segments: Segments, dtype
     if weights is not None and config.loss_type == "vespo":
         logs = weights.detach().reshape(-1).to(dtype).log().clamp(VESPO_FLOOR, VESPO_CEILING)
         once = inputs.is_per_sequence(weights, targets, segments.count)
-        used = segments.sum(counted.to(dtype)) > 0
-        log_importance = torch.where(used, logs, 0.0) if once else segments.sum(tokens(logs))
+        if once:  # of a sequence without tokens it may be anything
+            log_importance = torch.where(segments.sum(counted.to(dtype)) > 0, logs, 0.0)
+        else:
+            log_importance = segments.sum(tokens(logs))
     elif weights is not None:
         importance = broadcast(weights)
     advantages, moving = broadcast(given.advantages), counted

@@ -9,7 +9,6 @@ import types
 import typing
 
 import torch
-from torch.autograd.function import once_differentiable as only_with_gradients
 
 SCHEMA_TYPES = {
     bool: "bool",
@@ -27,7 +26,7 @@ def once_differentiable(backward):
     torch's own lets them pass as constants where what comes in has no graph, as the 1 that a loss's backward begins
     with: a penalty on a gradient's norm would then silently have no effect.
     """
-    plain = only_with_gradients(backward)
+    plain = torch.autograd.function.once_differentiable(backward)
 
     @functools.wraps(backward)
     def call(ctx, *grads):

@@ -197,10 +197,10 @@ def loss_of_logprobs(
         return [x.reshape(-1)[a:b] for a, b in itertools.pairwise(bounds)]
 
     keep = counted
-    if config.top_entropy_quantile < 1.0:
-        if entropy_threshold is None and counted.any():
+    if config.top_entropy_quantile < 1.0 and counted.any():
+        if entropy_threshold is None:
             entropy_threshold = torch.quantile(entropy[counted].detach(), 1 - config.top_entropy_quantile)
-        keep = counted & (entropy.detach() >= (0.0 if entropy_threshold is None else entropy_threshold))
+        keep = counted & (entropy.detach() >= entropy_threshold)
     old = logp.detach() if old_logprobs is None else old_logprobs
     columns = logp, old, ref_logprobs, sampling_logprobs, importance_weights, advantages, counted, keep, full_kl
     sequences = zip(*map(split, columns))

@@ -202,7 +202,9 @@ def backward(problem, ids, backend, strategy, stats, kept, grads, grad_entropy, 
     vocab, counted = problem.weight.shape[0], problem.targets != IGNORE
     present = torch.cat((ids != IGNORE, counted[:, None]), 1)
     grads = torch.where(present, grads, 0.0)
-    moves = (grads != 0).any(1) if grad_entropy is None else (grads != 0).any(1) | (counted & (grad_entropy != 0))
+    moves = (grads != 0).any(1)
+    if grad_entropy is not None:
+        moves = moves | (counted & (grad_entropy != 0))
     own_entries = present[:, :-1] & moves[:, None]  # of a row that has no gradient nothing is read, NaN included
     taken = torch.where(own_entries, taken_gradient(RowStats(*stats), logp, grads, grad_entropy, present), 0.0)
     known, *upstream = rest_gradient(RowStats(*stats), rest, logp[:, -1], grads, grad_entropy, taken)

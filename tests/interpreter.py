@@ -93,7 +93,7 @@ def call_directly():
     leaves = {tl.tensor, int, float, bool, str, type(None)}
 
     def patch_attr(target, name, member, builder, *scope):
-        inner = member.__wrapped__ if tl.core.is_builtin(member) and hasattr(member, "__wrapped__") else member
+        inner = getattr(member, "__wrapped__", member) if tl.core.is_builtin(member) else member
 
         def call(*args, **kwargs):
             kwargs["_semantic"] = interpreter.interpreter_semantic
@@ -117,7 +117,7 @@ def call_directly():
 
 def pass_equals():
     """Operands of one type and one shape, which most are, are checked and broadcast for nothing; a number beside a
-    block is written out. A third once more."""
+    block is made once."""
     plain, plain_broadcast = TritonSemantic.binary_op_type_checking_impl, TritonSemantic.broadcast_impl_value
     # arithmetic of two such, or of one and such a number, gives the same, division too
     same = {"fp32": (np.float32, (float, int)), "int32": (np.int32, (int,)), "int64": (np.int64, (int,))}

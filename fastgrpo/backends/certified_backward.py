@@ -247,9 +247,8 @@ class GroupSums:
 
     def piece(self, workspace):
         """How many entries at once: gathered, cast and multiplied, and their logits, in half the workspace."""
-        copies = products.makes_memory(
-            self.dropped.device, self.dropped.dtype
-        )  # of a product, and of dlogits turned round
+        # of a product, and of dlogits turned round
+        copies = products.makes_memory(self.dropped.device, self.dropped.dtype)
         cell = self.dropped.element_size() * ((3 + copies) * self.depth + (1 + copies + self.tiles) * self.rows.numel())
         return min(max(workspace // 2 // cell, 16), self.entries.numel())
 

@@ -6,7 +6,6 @@ import torch
 from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-NAMES = ("cache", "past_key_values")  # of the cache, from transformers 5.24 on and before
 KEYS_AND_VALUES = {DynamicLayer, DynamicSlidingWindowLayer}  # nothing else, as recurrent states, to be repeated
 
 
@@ -23,7 +22,7 @@ def prefill(
     mask, ids = (x[:, :-1] for x in distinct.chunk(2, 1))
     one = GenerationConfig(max_new_tokens=1, do_sample=False, return_dict_in_generate=True)
     out = model.generate(ids, attention_mask=mask, generation_config=one)
-    name = next((name for name in NAMES if getattr(out, name, None) is not None), NAMES[0])
+    name = "cache" if hasattr(out, "cache") else "past_key_values"  # from transformers 5.24 on, and before
     cache = getattr(out, name, None)
     if type(cache) is not DynamicCache or not {type(layer) for layer in cache.layers} <= KEYS_AND_VALUES:
         return {}
