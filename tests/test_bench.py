@@ -288,10 +288,10 @@ def make_obedient():
 
 
 def test_a_worker_is_lost_and_replaced():
-    heard, worker = [], Worker(make_obedient, silence=20.0)  # seconds that a process may take to start
+    heard, worker = [], Worker(make_obedient, silence=120.0)  # seconds that a process may take to start
     for request, said in (("crash", "ended with 3"), ("raise", "an illegal access"), ("hang", "no word in")):
         assert worker.ask("fine", heard.append) == ("fine", None)
-        worker.silence = 1.0 if request == "hang" else 20.0
+        worker.silence = 3.0 if request == "hang" else 120.0
         answer, why = worker.ask(request, heard.append)
         assert answer is None
         assert said in why

@@ -454,7 +454,7 @@ def test_a_process_that_dies_or_hangs_costs_its_own_row(tmp_path, monkeypatch, c
         return plain([sys.executable, child, jobs, run.rows.path], **keywords)
 
     monkeypatch.setattr(tune.subprocess, "Popen", popen)
-    monkeypatch.setattr(tune, "STALL", 1)
+    monkeypatch.setattr(tune, "STALL", 3)
     assert run.do("time", [{"kernel": "forward", "tile": [1], "D": d} for d in range(5)], 1, 30)
     found = {row["D"]: row for row in run.rows.finished("time").values()}
     assert [found[d]["ok"] for d in range(5)] == [True, False, False, True, True]
@@ -462,6 +462,6 @@ def test_a_process_that_dies_or_hangs_costs_its_own_row(tmp_path, monkeypatch, c
     assert "silent" in found[2]["error"]
     monkeypatch.setattr(tune, "STALL", 30)
     late = [{"kernel": "forward", "tile": [1], "D": d} for d in (7, 2)]
-    assert not run.do("time", late, 1, 2)  # the time is up: neither done nor failed
+    assert not run.do("time", late, 1, 4)  # the time is up: neither done nor failed
     assert set(found) | {7} == {row["D"] for row in run.rows.finished("time").values()}
     assert "1 of 2 done" in capsys.readouterr().out

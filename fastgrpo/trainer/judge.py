@@ -8,6 +8,7 @@ import random
 import re
 import sqlite3
 import string
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -36,6 +37,7 @@ PROMPT = """Judge how well the answer below responds to the prompt: whether it i
 Give your reasons in a few sentences, then end with a line "Score: N", N a whole number from 0 to 10, the best."""
 BUSY = {408, 409, 425, 429, 500, 502, 503, 504, 529}  # HTTP statuses that may pass
 OWN = {"prompt", "completion"}  # names in a template that are no columns
+COUNTING = threading.Lock()  # += on a Counter is not one step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,10 +219,10 @@ def ask(given, body, counts):
     failure = None
     for attempt in range(given.max_retries + 1):
         if failure is not None:
-            counts["retries"] += 1
+            count(counts, "retries")
             wait = min(given.backoff * 2 ** (attempt - 1), 60) * random.uniform(0.5, 1)
             time.sleep(wait if failure.wait is None else min(failure.wait, 60))
-        counts["requests"] += 1
+        count(counts, "requests")
         try:
             reply = post(given, body)
             if find_score(given, reply) is None:
@@ -229,6 +231,11 @@ def ask(given, body, counts):
         except Failure as error:
             failure = error
     return None, failure
+
+
+def count(counts, name):
+    with COUNTING:
+        counts[name] += 1
 
 
 def post(given, body):
@@ -246,8 +253,7 @@ def post(given, body):
         with urllib.request.urlopen(request, timeout=given.timeout) as response:
             raw = response.read()
     except urllib.error.HTTPError as error:
-        said = error.read()[:300].decode(errors="replace")
-        message = f"{url} answered {error.code}: {said}"
+        message = f"{url} answered {error.code}: {said_by(error)}"
         if error.code not in BUSY:
             raise UserError(f"judge: {message}") from error
         after = error.headers.get("Retry-After", "")
@@ -258,6 +264,14 @@ def post(given, body):
         return json.loads(raw)["choices"][0]["message"]["content"] or ""
     except (ValueError, KeyError, IndexError, TypeError) as error:
         raise Failure(f"{url} answered no chat completion: {raw[:200]!r}") from error
+
+
+def said_by(error):
+    """The beginning of an HTTP error's body, or why it did not come."""
+    try:
+        return error.read()[:300].decode(errors="replace")
+    except (OSError, HTTPException) as unread:
+        return repr(unread)
 
 
 class Cache:
