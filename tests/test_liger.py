@@ -129,6 +129,21 @@ def test_two_sided_clipping(loss_type, level):
     assert relative_error(run(FusedLinearGRPOLoss, settings, arguments)[0], without[0]) > 1e-3
 
 
+@pytest.mark.quick
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_clipped_fraction_under_a_low_delta(level):
+    """TRL's: it bounds the ratio by delta before it asks whether the ratio is clipped; Liger asks first."""
+    settings = {"beta": 0.0, "delta": 1.15, "epsilon_high": 0.2, "importance_sampling_level": level}
+    arguments = problem()
+    arguments["old_per_token_logps"] -= 0.7
+    arguments["advantages"] = torch.tensor([0.3, -0.2, 0.7, -0.5, 0.2])
+    ours, theirs = run(FusedLinearGRPOLoss, settings, arguments), of_liger(settings, arguments)
+    assert max(errors(ours, theirs[0], theirs[2])) <= 1e-5
+    _, (low,), _ = run(FusedLinearGRPOLoss, {**settings, "delta": None, "epsilon_high": 1e9}, arguments)
+    assert ours[1][0].item() == low.item()  # those clipped from below
+    assert theirs[1][0] > ours[1][0] + 0.1
+
+
 @pytest.mark.parametrize(
     "settings",
     [

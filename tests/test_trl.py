@@ -499,6 +499,13 @@ def test_patched_is_undone():
     with pytest.raises(RuntimeError, match="inside"):
         fail()
     assert found() == plain
+    first, second = patched(), patched()  # overlapping
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert found() == ours
+    second.__exit__(None, None, None)
+    assert found() == plain
 
 
 @pytest.mark.quick

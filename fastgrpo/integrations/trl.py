@@ -163,6 +163,8 @@ OPS = {  # TRL's autograd functions where its trainers look them up: what stands
     "trainer.utils._ChunkedLogProbFunction": Op,
     "trainer.distillation_trainer.ChunkedDivergenceFunction": DivergenceOp,
 }
+BLOCKS: list[object] = []  # of patched(), not yet ended; they may end in any order
+UNDO = contextlib.ExitStack()  # puts TRL's functions back, with the last of them
 
 
 def zero3():
@@ -183,20 +185,25 @@ def patched() -> Iterator[None]:
     so with :func:`fastgrpo.linear_logprobs`, its optional outputs included, and its ``DistillationTrainer`` compares
     student and teacher with :func:`fastgrpo.linear_divergence`, until the block ends.
 
-    Trainers made before the block count too. May be nested. What TRL itself refuses (LoRA on lm_head) stays refused:
-    for that there is :class:`FastGRPOTrainer`.
+    Trainers made before the block count too. Blocks may be nested or overlap, as those of two threads do. What TRL
+    itself refuses (LoRA on lm_head) stays refused: for that there is :class:`FastGRPOTrainer`.
 
     Raises:
         ImportError: a TRL that was not tested, with the tested versions and what differs.
     """
     places = [(name, *name.rsplit(".", 1), op) for name, op in OPS.items()]
-    strange = [name for name, home, place, op in places if getattr(find(home), place, None) is not op]
+    strange = [place for place in places if getattr(find(place[1]), place[2], None) is not place[3]]
     if strange:
-        check_version(*(f"{name}.forward" for name in strange))
-    with contextlib.ExitStack() as stack:
-        for _, home, place, op in places:
-            stack.enter_context(rebound(find(home), place, op))
+        check_version(*(f"{name}.forward" for name, *_ in strange))
+    BLOCKS.append(block := object())
+    try:
+        for _, home, place, op in strange:
+            UNDO.enter_context(rebound(find(home), place, op))
         yield
+    finally:
+        BLOCKS.remove(block)
+        if not BLOCKS:
+            UNDO.close()
 
 
 class NoTuner:
