@@ -98,6 +98,10 @@ class Checked:
         return f": {said}" if said else ""
 
     def __post_init__(self):
+        for name in annotations(type(self)):  # numpy's numbers are Python's: a log and a checkpoint take no others
+            value = getattr(self, name)
+            if isinstance(value, Real) and type(value) not in (bool, int, float):
+                object.__setattr__(self, name, float(value))
         with together():
             self.check_combinations()
 

@@ -370,6 +370,15 @@ def test_wrong_arguments(tmp_path, monkeypatch, teacher, settings, rewards, mess
 
 
 @pytest.mark.quick
+@pytest.mark.parametrize("hint", [None, "", 5])
+def test_a_teacher_s_prompts_are_looked_at_before_a_model_is_loaded(tmp_path, monkeypatch, hint):
+    monkeypatch.setattr("fastgrpo.trainer.model.load_model", None)
+    rows = [{"prompt": "12=", "hint": h} for h in ["123456="] * 9 + [hint]]
+    with pytest.raises(ValueError, match=f"train_dataset's 'hint' must have a 'prompt', .* got {hint!r} at row 9"):
+        make_trainer(tmp_path, "tiny:sort", data=rows, teacher_prompt_column="hint")
+
+
+@pytest.mark.quick
 def test_another_vocabulary_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("fastgrpo.trainer.model.load_model", None)
     with pytest.raises(ValueError, match=r"teacher_model must have the student's vocabulary, .* of 14 and \d+"):

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 
 pytest.importorskip("accelerate")
@@ -69,6 +70,13 @@ def test_markdown_has_every_setting():
         "| `max_length` | int >= 1 \\| None | `1024` | longer sequences are cut at their end; None: never. |" in lines
     )
     assert len([line for line in lines if line.startswith("| `")]) == len(dataclasses.fields(SFTConfig))
+
+
+def test_numpy_s_numbers_are_python_s():
+    """A checkpoint is loaded without numpy's types, a log is JSON."""
+    config = GRPOConfig(learning_rate=np.float64(1e-3), beta=np.float32(0.5), warmup_steps=1)
+    assert [type(x) for x in (config.learning_rate, config.beta, config.warmup_steps)] == [float, float, int]
+    assert (config.learning_rate, config.beta) == (1e-3, 0.5)
 
 
 def test_mistakes_are_told_together():
@@ -164,6 +172,13 @@ def test_the_command_line_names_the_cure(words, want, capsys):
     said = capsys.readouterr().err
     assert want in said
     assert said.startswith(f"usage: fastgrpo {words[0]} CONFIG")
+
+
+def test_a_name_that_is_no_text_is_told(tmp_path, capsys):
+    (tmp_path / "job.yaml").write_text("model: tiny:sort\nyes: 3\n")
+    with pytest.raises(SystemExit):
+        cli.main(["train", str(tmp_path / "job.yaml")])
+    assert "must hold settings 'name: value', got the name True" in capsys.readouterr().err
 
 
 def test_an_empty_file_is_called_empty(tmp_path, capsys):

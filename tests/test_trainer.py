@@ -12,6 +12,7 @@ import torch
 pytest.importorskip("accelerate")
 
 from fastgrpo import GRPOLossConfig
+from fastgrpo.checks import UserError
 from fastgrpo.trainer import GRPOConfig, GRPOTrainer, cli, examples
 from fastgrpo.trainer import model as models
 from fastgrpo.trainer.data import draw, encode, load_rows, score
@@ -81,6 +82,7 @@ MISTAKES = [
     ({"max_resample_times": -1}, "max_resample_times must be >= 0, got -1"),
     ({"vllm_geometric_mask_max": 0.9}, "vllm_geometric_mask_max must be > 1 or None, got 0.9"),
     ({"vllm_geometric_mask_min": 0.9}, "vllm_geometric_mask_min needs vllm_geometric_mask_max"),
+    ({"lr_scheduler_kwargs": {"power": 2}}, "lr_scheduler_kwargs must be keywords of the schedule 'linear', got {'pow"),
 ]  # fmt: skip
 if not torch.cuda.is_available():
     MISTAKES += [
@@ -138,6 +140,16 @@ ARGUMENTS = [
         "needs a checkpoint: output_dir trainer_output holds none, and save_strategy is 'no'",
     ),
     ({"config": GRPOConfig(beta=0.1, sync_ref_model=True), "peft_config": object()}, "model without its adapter"),
+    ({"model": 5}, "model must be a folder, a name or a causal LM, got 5"),
+    ({"config": GRPOConfig(output_dir=f"{__file__}/run")}, "output_dir must be a folder, or become one, got '/"),
+    (
+        {"config": GRPOConfig(resume_from_checkpoint=str(Path(__file__).parent))},
+        "resume_from_checkpoint must be True or a checkpoint folder, got '/",
+    ),
+    (
+        {"train_dataset": [*ROWS, *[{"prompt": "123456=", "answer": "1"}] * 8, {"prompt": " ", "answer": "1"}]},
+        "a dataset's prompts must have tokens, got ' ', which has none",
+    ),
 ]
 
 
@@ -161,6 +173,7 @@ COMMANDS = [
     (["demo", "--model", "no/such/model"], "model must be a folder, 'owner/name' on the hub, or 'tiny:NAME'"),
     (["demo", "--model"], "--model needs a value"),
     (["demo", "--learning_rate", "--use_cpu"], "--learning_rate needs a value"),
+    (["demo", "--seed", "1.2.3e4"], "seed must be int, got '1.2.3e4'"),
 ]
 
 
@@ -357,6 +370,8 @@ def test_chat_prompts_and_scores():
     assert tokenizer.decode(encode(tokenizer, chat)) == "31="
     begun = [*chat, {"role": "assistant", "content": "=1"}]
     assert tokenizer.decode(encode(tokenizer, begun)) == "31=1"
+    with pytest.raises(UserError, match=r"template refuses messages of a dataset: no system, got \[\{'role': 'user'"):
+        encode(tokenizer, chat, {"chat_template": "{{ raise_exception('no system') }}"})
     seen = {}
 
     def reward(prompts, completions, completion_ids, level):

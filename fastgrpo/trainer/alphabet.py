@@ -2,8 +2,13 @@
 
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
+
+from jinja2 import TemplateError
+
+from fastgrpo.checks import UserError
 
 SEEN = "LNPS"  # Unicode's letters, numbers, punctuation, symbols: spaces and marks may rightly go
 RARE = "\N{TEST TUBE}"  # a tokenizer that takes it, by its bytes or as unknown, takes all
@@ -19,13 +24,31 @@ def check_alphabet(tokenizer: Any, texts: Iterable[str | list | None]) -> None:
         return
     added = re.compile("|".join(map(re.escape, tokenizer.get_added_vocab())) or "(?!)")  # found before all else
     characters = set().union(*(added.sub("", part) for text in texts for part in spoken(text)))
-    seen = sorted(c for c in characters if unicodedata.category(c)[0] in SEEN)
+    seen = sorted(filter(is_seen, characters))
     if dropped := "".join(c for c in seen if not ids_of(tokenizer, c)):
         known = "".join(sorted(word for word in tokenizer.get_vocab() if len(word) == 1))
         raise ValueError(
             f"the texts of a dataset must consist of what the tokenizer knows, {known!r}, got {dropped!r}, which it "
             "would drop: take another model or other texts"
         )
+
+
+def is_seen(character):
+    return unicodedata.category(character)[0] in SEEN
+
+
+def is_mute(text: str | list) -> bool:
+    """Whether a text or chat says nothing that a tokenizer must have a token for."""
+    return not any(map(is_seen, "".join(spoken(text))))
+
+
+@contextmanager
+def template_mistakes(messages: list) -> Iterator[None]:
+    """A chat that its template refuses, as where roles do not take turns, is the user's mistake."""
+    try:
+        yield
+    except TemplateError as error:
+        raise UserError(f"the chat template refuses messages of a dataset: {error}, got {messages!r:.200}") from error
 
 
 def takes_all(tokenizer):

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+import torch
+
 from fastgrpo.checks import Checked, mistake, together
 from fastgrpo.trainer import checkpoint
 from fastgrpo.trainer.data import load_rows
@@ -56,6 +58,8 @@ def check(
         rewards = {} if reward_funcs == () else attempt(name_rewards, reward_funcs, *first)
         if isinstance(model, str):
             attempt(check_source, model)
+        elif not isinstance(model, torch.nn.Module):
+            mistake(f"model must be a folder, a name or a causal LM, got {model!r:.80}")
         start_from = None if config is None else attempt(checkpoint.start, config)
         if config is not None:
             check_with(config, model, eval_dataset, rewards)
@@ -70,7 +74,10 @@ def check_with(config, model, eval_dataset, rewards):
     weights = getattr(config, "reward_weights", None)
     if weights is not None and rewards is not None and len(weights) != len(rewards):
         mistake(f"reward_weights must have one for each of {[*rewards]}, got {weights}")
-    base = Path(config.output_dir, "model")
+    output = Path(config.output_dir)
+    if not next(path for path in (output, *output.parents) if path.exists()).is_dir():
+        mistake(f"output_dir must be a folder, or become one, got {config.output_dir!r}")
+    base = output / "model"
     adapts = config.use_peft and isinstance(model, str) and not Path(model, "adapter_config.json").is_file()
     if adapts and base.exists() and Path(model).resolve() == base.resolve():
         mistake(f"output_dir must be another: the adapter would be written over its base, {model}")

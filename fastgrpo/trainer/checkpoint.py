@@ -78,7 +78,7 @@ def start(config):
     if resume is True and not there:
         why = "" if config.save_strategy == "steps" else ", and save_strategy is 'no'"
         raise ValueError(f"resume_from_checkpoint needs a checkpoint: output_dir {output_dir} holds none{why}")
-    if isinstance(resume, str) and not Path(resume).is_dir():
+    if isinstance(resume, str) and not any(Path(resume).glob("trainer_*.pt")):
         raise ValueError(f"resume_from_checkpoint must be True or a checkpoint folder, got {resume!r}")
     if there and not resume:
         raise ValueError(

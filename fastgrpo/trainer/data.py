@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from fastgrpo.trainer import examples
-from fastgrpo.trainer.alphabet import check_alphabet
+from fastgrpo.trainer.alphabet import check_alphabet, is_mute, template_mistakes
 from fastgrpo.trainer.rewards import call_reward
 
 
@@ -66,15 +66,20 @@ def encode(tokenizer: Any, prompt: str | list, template: dict | None = None) -> 
         raise ValueError(f"train_dataset has chat prompts, but tokenizer {tokenizer.name_or_path!r} no chat_template")
     begun = prompt[-1]["role"] == "assistant"  # the answer goes on from there
     options = {"add_generation_prompt": not begun, "continue_final_message": begun, **(template or {})}
-    return tokenizer.apply_chat_template(prompt, tokenize=True, return_dict=True, **options)["input_ids"]
+    with template_mistakes(prompt):
+        return tokenizer.apply_chat_template(prompt, tokenize=True, return_dict=True, **options)["input_ids"]
 
 
 def longest_prompt(tokenizer, rows, template=None):
     """Tokens of the longest prompt, among the eight of most characters; all are looked at for characters that a
-    tokenizer would drop."""
+    tokenizer would drop, and for having a token to answer to."""
     check_alphabet(tokenizer, (row["prompt"] for row in select_prompts(rows)))
     prompts = heapq.nlargest(8, (row["prompt"] for row in select_prompts(rows)), key=lambda prompt: len(str(prompt)))
-    return max(len(encode(tokenizer, prompt, template)) for prompt in prompts)
+    prompts += filter(is_mute, (row["prompt"] for row in select_prompts(rows)))
+    lengths = [len(encode(tokenizer, prompt, template)) for prompt in prompts]
+    if 0 in lengths:
+        raise ValueError(f"a dataset's prompts must have tokens, got {prompts[lengths.index(0)]!r}, which has none")
+    return max(lengths)
 
 
 def decode(tokenizer, prompt, ids):

@@ -19,7 +19,7 @@ from fastgrpo.inputs import IGNORE
 from fastgrpo.trainer import arguments, evaluation, shared_prompts
 from fastgrpo.trainer import model as models
 from fastgrpo.trainer.config import GRPOConfig, Part
-from fastgrpo.trainer.data import encode, longest_prompt
+from fastgrpo.trainer.data import encode, load_rows, longest_prompt
 from fastgrpo.trainer.generate import Sampling
 from fastgrpo.trainer.learner import Learner
 from fastgrpo.trainer.loop import GRPOTrainer
@@ -126,6 +126,8 @@ def check(config: DistillConfig, model: Any, teacher: Any, given: arguments.Give
         for name, rows in (("train_dataset", given.rows), ("eval_dataset", given.eval_rows)):
             if column is not None and rows is not None and column not in rows[0]:
                 mistake(f"teacher_prompt_column must be a column of {name}, {sorted(rows[0])}, got {column!r}")
+            elif column is not None and rows is not None:
+                attempt(load_rows, [{"prompt": row[column]} for row in rows], f"{name}'s {column!r}")
 
 
 def check_vocabulary(tokenizer: Any, teacher: Any, config: DistillConfig) -> None:

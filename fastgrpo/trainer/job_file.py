@@ -16,7 +16,8 @@ class Loader(yaml.SafeLoader):
     """YAML 1.2's numbers: 1e-6 is one."""
 
 
-Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d[\d.]*[eE][-+]?\d+$"), list("+-0123456789"))
+NUMBER = re.compile(r"[-+]?\d+\.?\d*[eE][-+]?\d+$")
+Loader.add_implicit_resolver("tag:yaml.org,2002:float", NUMBER, list("+-0123456789"))
 
 
 @contextmanager
@@ -42,6 +43,8 @@ def read_file(source: str | Path, command: str = "train") -> dict[str, Any]:
     if not isinstance(settings, dict):
         got = "nothing: it is empty" if settings is None else repr(settings)
         raise ValueError(f"{path} must hold settings 'name: value', got {got}")
+    if strange := [name for name in settings if not isinstance(name, str)]:
+        raise ValueError(f"{path} must hold settings 'name: value', got the name {strange[0]!r}")
     if path.parent == PRESETS and (other := meant_for(settings)) != command:
         raise ValueError(f"{source} is a preset of another command: fastgrpo {other} {source}")
     return settings

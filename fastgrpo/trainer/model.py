@@ -14,7 +14,7 @@ from huggingface_hub import constants, try_to_load_from_cache
 from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, get_scheduler
 
-from fastgrpo.checks import Below1, Checked, Count, NonNegative, Positive, require, require_installed
+from fastgrpo.checks import Below1, Checked, Count, NonNegative, Positive, mistake, require, require_installed
 from fastgrpo.integrations.transformers import causal_lm, fuse_lm_head
 from fastgrpo.trainer import examples
 
@@ -127,9 +127,20 @@ class ModelOptions(Checked):
             "liger_kernel": self.use_liger_kernel,
             "flash_attn": "flash" in attention,
         }
+        if self.lr_scheduler_kwargs:
+            self.check_schedule()
         for package, extra in EXTRAS.items():
             if wanted[package]:
                 require_installed(package, f"'fastgrpo[{extra}]'")
+
+    def check_schedule(self) -> None:
+        """The schedule takes its keywords: one that is never used is made of them."""
+        optimizer = torch.optim.SGD([torch.zeros(1)], lr=self.learning_rate)
+        try:
+            make_schedule(optimizer, self, 1)
+        except (TypeError, ValueError) as error:
+            name, given = self.lr_scheduler_type, self.lr_scheduler_kwargs
+            mistake(f"lr_scheduler_kwargs must be keywords of the schedule {name!r}, got {given}: {error}")
 
     @property
     def on_gpu(self) -> bool:
