@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+import transformers
 
 pytest.importorskip("accelerate")
 
@@ -20,6 +21,7 @@ from fastgrpo.trainer.job import load_config
 from fastgrpo.trainer.job_file import preset_names
 from fastgrpo.trainer.learner import Episode, Learner
 
+import causal_lms
 import problems
 import trainer_job
 
@@ -367,6 +369,23 @@ def test_wrong_arguments(tmp_path, monkeypatch, teacher, settings, rewards, mess
     monkeypatch.setattr("fastgrpo.trainer.model.load_model", None)
     with pytest.raises(ValueError, match=message):
         make_trainer(tmp_path, teacher, rewards=rewards, **settings)
+
+
+def test_rewards_without_a_weight_are_logged(tmp_path):
+    """The gradient is the divergence's alone; reward, ratio and the rest of the row are there."""
+    settings = {"num_generations": 2, "reward_coef": 0.0}
+    trainer = make_trainer(tmp_path, make_teacher(), rewards=trainer_job.digits, **settings)
+    row = trainer.train()[0]
+    assert row["loss"] == pytest.approx(row["divergence"], rel=1e-5)
+    assert row["reward"] > 0
+    assert row["ratio"] == pytest.approx(1.0, abs=1e-5)
+
+
+def test_a_teacher_whose_packed_sequences_see_each_other_turns_packing_off(tmp_path, capsys):
+    teacher = causal_lms.make(transformers.OPTConfig, transformers.OPTForCausalLM, vocab_size=14)
+    trainer = make_trainer(tmp_path, teacher, packing=True, share_prompts=False)
+    assert trainer.learner.packed is False
+    assert capsys.readouterr().out.count("packing: off, because hidden states of a sequence depend on the one bef") == 1
 
 
 @pytest.mark.quick

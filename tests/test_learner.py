@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 pytest.importorskip("accelerate")
@@ -17,6 +18,7 @@ from fastgrpo.inputs import IGNORE
 from fastgrpo.integrations.transformers import fuse_lm_head
 from fastgrpo.trainer.learner import AUTO_BUDGET, Episode, Learner, collate, micro_batches, needs_learning
 
+import causal_lms
 import trainer_job
 
 VOCABULARY = 61
@@ -223,6 +225,24 @@ def test_micro_batches_fit_the_budget(packed):
     assert micro_batches([], 70, packed) == []
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("family", "packs"),
+    [("Qwen2", True), ("Gemma2", True), ("Phi3", True), ("OPT", False), ("Mamba", False), ("Qwen3Next", False)],
+)
+def test_models_whose_packed_sequences_see_each_other_do_not_pack(family, packs, dtype, capsys):
+    """States, convolutions and masks of a model's own run over the end of a sequence: gradients would be wrong."""
+    config, model_class = (getattr(transformers, family + end) for end in ("Config", "ForCausalLM"))
+    model = fuse_lm_head(causal_lms.make(config, model_class).to(dtype))
+    learner = Learner(model, Accelerator(cpu=True), GRPOLossConfig(), packed=True)
+    assert learner.packed is packs
+    assert ("packing: off, because hidden states of a sequence" in capsys.readouterr().out) is not packs
+    if dtype == torch.float32:
+        alone = Learner(model, Accelerator(cpu=True), GRPOLossConfig(), budget=1)
+        for ours, truth in zip(learner.score(make_episodes()), alone.score(make_episodes())):
+            torch.testing.assert_close(ours, truth, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("fails_after", [0, 1, 2])
 def test_out_of_memory_starts_over_with_half_the_budget(fails_after):
     """A model that runs out of memory above 40 tokens, in any micro-batch, ends with the whole batch's gradients."""
@@ -331,8 +351,8 @@ def test_memory_runs_out_under_several_names(message):
         if seen[-1] > 150:
             raise error(message)
 
-    model.register_forward_pre_hook(limited, with_kwargs=True)
     learner = Learner(model, Accelerator(cpu=True), GRPOLossConfig(), budget=10**9, packed=True)
+    model.register_forward_pre_hook(limited, with_kwargs=True)
     if message == "a bug":
         with pytest.raises(RuntimeError, match="a bug"):
             learner.gradients(episodes)

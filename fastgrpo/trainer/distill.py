@@ -217,7 +217,8 @@ def distill_loss(hidden, weight, *, num_items, fixed, policy=None, policy_scale=
 class DistillLearner(Learner):
     """Its gradient is that of the mean divergence of the tokens that count, and of a GRPO loss times ``coef``."""
 
-    beta, coef = 1.0, 0.0
+    beta: float = 1.0
+    coef: float | None = None  # None: no rewards
 
     @property
     def fixed(self):
@@ -225,15 +226,16 @@ class DistillLearner(Learner):
         return {"teacher": self.teacher, "beta": self.beta, "temperature": self.config.temperature, **self.options}
 
     def objective(self, known, part, whole, num_items, threshold):
-        policy, scale = None, 0.0
-        if self.coef:
+        policy, policy_scale = None, 0.0
+        if self.coef is not None:  # at 0 too: the log has its numbers
             policy, scale = super().objective({**known, "ref_hidden": None}, part, whole, num_items, threshold)
+            policy_scale = self.coef * scale
         loss = partial(
             distill_loss,
             num_items=whole.tokens,
             fixed={**self.fixed, "known": known},
             policy=policy,
-            policy_scale=self.coef * scale,
+            policy_scale=policy_scale,
         )
         return loss, 1.0
 
@@ -312,7 +314,7 @@ class DistillTrainer(GRPOTrainer):
 
     def setup(self, model, peft_config, longest):
         super().setup(model, peft_config, longest)
-        self.learner.beta, self.learner.coef = self.config.beta, self.config.reward_coef if self.rewards else 0.0
+        self.learner.beta, self.learner.coef = self.config.beta, self.config.reward_coef if self.rewards else None
         if self.reference is not None:
             share_with(self.learner, self.reference, self.config, longest + self.config.max_completion_length)
 
@@ -391,10 +393,11 @@ def check_heads(student, teacher, tokens):
 
 
 def share_with(learner, teacher, config, longest):
-    """Prompts are shared where the teacher can do it too."""
+    """Prompts are shared, and sequences packed, where the teacher can do it too."""
     why = shared_prompts.why_not(teacher, longest) if learner.share else None
     if why is not None and config.share_prompts is True:
         raise ValueError(f"share_prompts must be False or 'auto', got True: the teacher cannot: {why}")
     if why is not None:
         learner.accelerator.print(f"share_prompts: off, because of the teacher: {why}")
-        learner.share, learner.packed = False, models.packs(learner.inner, config)
+        learner.share, learner.packed = False, learner.packs(models.packs(learner.inner, config))
+    learner.packed = learner.share or learner.packs(learner.packed, teacher)

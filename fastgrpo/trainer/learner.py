@@ -187,7 +187,15 @@ class Learner:
         check_fused(self.inner)
         with self.precision():
             self.share = shared_prompts.decide(share_prompts, self.inner, longest, accelerator.print)
-        self.packed = packed or self.share
+        self.packed = self.share or self.packs(packed)
+
+    def packs(self, packed: bool, model: torch.nn.Module | None = None) -> bool:
+        """Whether to pack: not where sequences of the model would see each other, which is said."""
+        with self.accelerator.autocast(), self.precision():
+            why = shared_prompts.why_not_packed(self.inner if model is None else model) if packed else None
+        if why is not None:
+            self.accelerator.print(f"packing: off, because {why}")
+        return packed and why is None
 
     def plan(self, episodes):
         """Micro-batches, as many on every rank (at least one): the missing ones hold a token that does not count."""

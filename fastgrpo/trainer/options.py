@@ -32,7 +32,7 @@ class RunOptions(Checked):
         token_budget: tokens of a micro-batch; "auto" finds it: 8192 at first, more while a GPU has room, halved when
             memory runs out.
         packing: micro-batches without padding, in blocks of ``position_ids``; "auto": where flash-attn is used.
-            Otherwise sequences are sorted by length and padded.
+            Otherwise, and where a model's sequences would see each other, they are sorted by length and padded.
         backend: of the op: "triton", "torch", or "auto": Triton on a GPU.
         backward: of the op: "exact", "certified", or "auto", see :func:`fastgrpo.linear_logprobs`.
         eval_strategy: "steps": evaluate on ``eval_dataset`` every ``eval_steps`` and at the end; "no".

@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from contextlib import contextmanager
 from functools import cached_property
-from itertools import accumulate, count, pairwise
+from itertools import accumulate, chain, count, pairwise
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -381,14 +381,42 @@ def probe(model, base):
         rounded = rounded or torch.is_autocast_enabled(states.device.type)
         return states[0].float()
 
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         rows = [torch.tensor([answer.read], device=device) for answer in answers]
         alone = torch.cat([model(input_ids=row, fastgrpo=hidden)[len(prompt) - 1 :] for row in rows])
         with sharing(model):
             together = model(**inputs, fastgrpo=at_targets(hidden, inputs["shared_prompts"]))
+    return ((together - alone).norm() / alone.norm()).item(), rounded
+
+
+@contextmanager
+def evaluating(model):
+    training = model.training
+    model.eval()
+    try:
+        yield
     finally:
         model.train(training)
         reshard(model)
-    return ((together - alone).norm() / alone.norm()).item(), rounded
+
+
+@torch.no_grad()
+def why_not_packed(model: torch.nn.Module) -> str | None:
+    """Why a model's packed sequences are not as if alone, or None: recurrent states, convolutions and masks of the
+    model's own may run on over the end of a sequence, and positions too."""
+    base = causal_lm(model)
+    device, vocabulary = next(base.parameters()).device, base.config.get_text_config().vocab_size
+    first, other, last = ([token % vocabulary for token in ids] for ids in ([5, 3, 7, 2], [6, 4, 9, 1], [2, 8, 0, 3]))
+
+    def states(*sequences):
+        ids = torch.tensor([[*chain(*sequences)]], device=device)
+        positions = torch.cat([torch.arange(len(ids)) for ids in sequences])[None].to(device)
+        inputs = {"position_ids": positions} if len(sequences) > 1 else {}
+        return model(input_ids=ids, **inputs, fastgrpo=lambda states, *_, **__: states[0].float())[-len(last) :]
+
+    with evaluating(model):
+        alone, behind, other = states(last), states(first, last), states(other, last)
+    seen, differ = (((x - behind).norm() / alone.norm()).item() for x in (other, alone))
+    if max(seen, differ / 50) < 1e-3:  # the same shapes round alike; others need not
+        return None
+    return f"hidden states of a sequence depend on the one before it, by {max(seen, differ):.1g} of their norm"
