@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: demo real distill test quick bench kernel-report gpu-dry-run lint docs docs-text wheel clean
+.PHONY: demo real distill test quick bench kernel-report gpu-dry-run gpu-emulate lint docs docs-text wheel clean
 
 $(READY): requirements.txt pyproject.toml setup.py
 	@echo "building $(VENV): some minutes, most of them downloads"
@@ -53,6 +53,10 @@ kernel-report: $(READY)
 # Everything of the Triton backend but its execution; TRITON=3.6.0 picks one version.
 gpu-dry-run: $(READY)
 	$(BIN)/python tests/dry_run $(if $(TRITON),--triton $(TRITON)) $(ARGS)
+
+# Tests of the kernels on what Triton compiles for a GPU, carried out without one; ARGS=--everything: all of them.
+gpu-emulate: $(READY)
+	$(BIN)/python tests/emulator $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -5,8 +5,8 @@ import sys
 
 import torch
 
-# Read when a kernel is decorated, so it must be set before fastgrpo.kernels is imported.
-if not torch.cuda.is_available():
+# Read when a kernel is decorated, so it must be set before fastgrpo.kernels is imported; tests/emulator compiles them.
+if not torch.cuda.is_available() and "FASTGRPO_EMULATE" not in os.environ:
     os.environ["TRITON_INTERPRET"] = "1"
 
 import importlib.util

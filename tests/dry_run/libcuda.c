@@ -14,6 +14,7 @@ typedef struct {
 } Launch;
 
 static long launches, bad_launches;
+static int (*execute)(const Launch *, void *, void **); /* the emulator's */
 
 static int setting(const char *name, int fallback) {
   const char *text = getenv(name);
@@ -22,6 +23,7 @@ static int setting(const char *name, int fallback) {
 
 long dry_run_launches(void) { return launches; }
 long dry_run_bad_launches(void) { return bad_launches; }
+void dry_run_execute_with(int (*executor)(const Launch *, void *, void **)) { execute = executor; }
 
 int cuGetErrorString(int error, const char **text) {
   *text = error == SUCCESS ? "no error" : "refused by the dry run's libcuda";
@@ -80,7 +82,21 @@ int cuPointerGetAttribute(void *data, int attribute, unsigned long long pointer)
   *(unsigned long long *)data = pointer;
   return SUCCESS;
 }
-int cuTensorMapEncodeTiled(void) { return SUCCESS; }
+/* What the emulator reads in the place of a tensor map of 128 bytes. */
+typedef struct {
+  void *address;
+  unsigned long long dims[2], stride;
+  unsigned box[2], type, swizzle;
+} Map;
+
+int cuTensorMapEncodeTiled(Map *map, unsigned type, unsigned rank, void *address, const unsigned long long *dims,
+                           const unsigned long long *strides, const unsigned *box, const unsigned *steps,
+                           unsigned interleave, unsigned swizzle, unsigned promotion, unsigned fill) {
+  (void)interleave; (void)promotion;
+  if (rank != 2 || steps[0] != 1 || steps[1] != 1 || fill) return INVALID_VALUE;
+  *map = (Map){address, {dims[0], dims[1]}, strides[0], {box[0], box[1]}, type, swizzle};
+  return SUCCESS;
+}
 int cuTensorMapEncodeIm2col(void) { return SUCCESS; }
 
 int cuLaunchKernelEx(const Launch *launch, void *function, void **parameters, void **extra) {
@@ -91,5 +107,5 @@ int cuLaunchKernelEx(const Launch *launch, void *function, void **parameters, vo
     bad_launches++;
     return INVALID_VALUE;
   }
-  return SUCCESS;
+  return execute ? execute(launch, function, parameters) : SUCCESS;
 }

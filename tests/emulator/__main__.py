@@ -1,0 +1,55 @@
+"""The Triton backend's tests on a GPU that is emulated: what Triton compiles for it is carried out, in numpy.
+
+``make gpu-emulate`` runs the quick ones for each capability, ``ARGS=--everything`` all of them, for hours;
+``ARGS="tests/test_frozen.py -k peaks --capabilities 9.0"`` is handed to pytest. The exit status is the verdict.
+"""
+
+import argparse
+import importlib.metadata
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "dry_run"))
+sys.path.insert(1, str(Path(__file__).parents[2]))
+
+import gpu
+
+from fastgrpo.kernels.report import triton_folder
+
+TESTS = Path(__file__).parents[1]
+FOLDER = TESTS.parent / "build" / "emulator"
+CAPABILITIES = ("8.0", "8.6", "8.9", "9.0", "12.0")
+FILES = (
+    "logprobs", "triton_loss", "objectives", "certified", "frozen", "support", "topk", "lora", "divergence",
+    "certified_divergence", "full_kl", "plan", "row_terms",
+)  # fmt: skip
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="python tests/emulator", description=__doc__)
+    parser.add_argument("--triton", default=importlib.metadata.version("triton"), help="its version")
+    parser.add_argument("--capabilities", nargs="+", default=CAPABILITIES, choices=CAPABILITIES)
+    parser.add_argument("--everything", action="store_true", help="all tests of the kernels, not the quick ones")
+    options, rest = parser.parse_known_args(argv)
+    if not any(".py" in argument for argument in rest):
+        rest = [*([] if options.everything else ["-m", "quick"]), *rest]
+        rest += [str(TESTS / f"test_{name}.py") for name in FILES]
+    gpu.build(FOLDER)
+    triton_folder(options.triton)
+    failed = []
+    for capability in options.capabilities:
+        environment = gpu.environment(FOLDER, options.triton, capability)
+        environment["PYTHONPATH"] += os.pathsep + str(TESTS)
+        environment["FASTGRPO_EMULATE"] = capability
+        print(f"Triton {options.triton}, capability {capability}", flush=True)
+        command = [sys.executable, "-m", "pytest", "-p", "emulator.plugin", *rest]
+        if subprocess.run(command, env=environment, cwd=TESTS.parent).returncode:
+            failed.append(capability)
+    print(f"emulated: {', '.join(options.capabilities)}; failed: {', '.join(failed) or 'none'}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

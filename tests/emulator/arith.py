@@ -1,0 +1,92 @@
+"""The arithmetic of PTX on numpy arrays, where numpy's own differs."""
+
+import numpy as np
+
+
+def widen(kind, bits):
+    """float32 of bf16 or fp16 bits."""
+    bits = bits.astype(np.uint32)
+    if kind == "bf16":
+        return (bits << np.uint32(16)).view(np.float32)
+    return bits.astype(np.uint16).view(np.float16).astype(np.float32)
+
+
+def narrow(kind, x):
+    """Bits of float32 numbers rounded to bf16 or fp16."""
+    if kind == "f16":
+        return x.astype(np.float16).view(np.uint16)
+    bits = x.view(np.uint32)
+    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    return np.where(np.isnan(x), np.uint32(0x7FFF), rounded).astype(np.uint16)
+
+
+def pairs(x, dtype):
+    """Two numbers of each thread, side by side."""
+    return x.view(dtype).reshape(-1, 2)
+
+
+def as_one(x, dtype):
+    return np.ascontiguousarray(x).view(dtype).reshape(-1)
+
+
+def pack(low, high):
+    return low.astype(np.uint32) | high.astype(np.uint32) << np.uint32(16)
+
+
+def flush(x):
+    """Denormals to 0, their sign kept."""
+    return np.where(np.abs(x) < np.float32(2**-126), np.copysign(np.float32(0), x), x)
+
+
+def fma(a, b, c):
+    return (a.astype(np.float64) * b + c).astype(np.float32)
+
+
+def exp2(x):
+    return np.exp2(x.astype(np.float64)).astype(np.float32)
+
+
+def ends(dtype):
+    """The least and the largest of an integer type that a float64 can hold."""
+    return float(np.iinfo(dtype).min), np.nextafter(float(np.iinfo(dtype).max) + 1, 0)
+
+
+def divide(a, b):
+    """Of integers, toward 0."""
+    return np.where((a < 0) ^ (b < 0), -(np.abs(a) // np.abs(b)), np.abs(a) // np.abs(b)).astype(a.dtype)
+
+
+def remainder(a, b):
+    return (a - divide(a, b) * b).astype(a.dtype)
+
+
+def shift(function, x, by):
+    """By the width or more: nothing is left, or the sign."""
+    bits = 8 * x.itemsize
+    whole = by >= bits
+    moved = function(x, np.where(whole, 0, by).astype(x.dtype))
+    rest = np.where(x < 0, x.dtype.type(-1), x.dtype.type(0)) if x.dtype.kind == "i" else x.dtype.type(0)
+    return np.where(whole, rest, moved)
+
+
+def extract(x, position, length):
+    """bfe: bits of a field, with its sign where x is signed."""
+    bits = 8 * x.itemsize
+    assert ((length > 0) & (position + length <= bits)).all(), "bfe beyond the register"
+    return (x << (bits - position - length).astype(x.dtype)) >> (bits - length).astype(x.dtype)
+
+
+def permute(a, b, selector):
+    """prmt: four bytes picked from eight."""
+    whole = a.astype(np.uint64) | b.astype(np.uint64) << np.uint64(32)
+    out = np.zeros(1, np.uint32)
+    for k in range(4):
+        pick = (selector >> np.uint32(4 * k)) & np.uint32(15)
+        byte = (whole >> (8 * (pick & 7)).astype(np.uint64) & np.uint64(255)).astype(np.uint32)
+        byte = np.where(pick & 8, np.where(byte & 128, 255, 0), byte).astype(np.uint32)
+        out = out | byte << np.uint32(8 * k)
+    return out
+
+
+def count_bits(x):
+    return np.bitwise_count(x).astype(np.uint32)

@@ -1,0 +1,125 @@
+"""What sm_90 adds: boxes of tensor maps, barriers in memory that count their bytes, products of four warps."""
+
+import ctypes
+
+import numpy as np
+from arith import widen
+from memory import FIRST, GLOBAL, UNSIGNED
+
+GROUP = 128  # threads of the four warps that multiply together
+MAP_WIDTHS = {1: 2, 2: 4, 6: 2, 7: 4, 9: 2}  # of CUtensorMapDataType, in bytes
+MAP_SWIZZLES = {0: 0, 1: 32, 2: 64, 3: 128}  # of CUtensorMapSwizzle, in bytes
+DESCRIPTOR_SWIZZLES = {1: 128, 2: 64, 3: 32}  # of wgmma's descriptors
+
+
+class Map(ctypes.Structure):
+    """A tensor map as tests/dry_run/libcuda.c writes it."""
+
+    _fields_ = [
+        ("address", ctypes.c_uint64), ("dims", ctypes.c_uint64 * 2), ("stride", ctypes.c_uint64),
+        ("box", ctypes.c_uint32 * 2), ("type", ctypes.c_uint32), ("swizzle", ctypes.c_uint32),
+    ]  # fmt: skip
+
+
+class Barrier:
+    """Of one arrival a phase, and of copies that come. ``expected``: their bytes, None before the arrival."""
+
+    def __init__(self):
+        self.parity, self.expected, self.copies = 0, None, []
+
+
+def swizzle(address, width):
+    """Within rows of ``width`` bytes, 16 bytes change places by the row."""
+    return address ^ ((address >> 7) & (width // 16 - 1)) << 4 if width else address
+
+
+def bits_of(group):
+    """Of its warps, as :class:`memory.Races` wants them."""
+    return np.uint32(15 << 4 * group)
+
+
+class Hopper:
+    """A part of :class:`machine.Program`."""
+
+    def issued(self, mask, *registers):
+        """Of each thread that issues something, its operands as numbers."""
+        mask = self.every(mask)
+        return zip(*(self.every(x)[mask].tolist() for x in registers))
+
+    def leaders(self):
+        """elect.sync: one thread of each warp."""
+        return self.thread % 32 == 0
+
+    def start_barrier(self, address, count, mask):
+        for at, arrivals in self.issued(mask, address, count):
+            if arrivals != 1:
+                raise NotImplementedError("a barrier of several arrivals")
+            self.barriers[at] = Barrier()
+
+    def expect(self, address, size, mask):
+        for at, coming in self.issued(mask, address, size):
+            if self.barriers[at].expected is not None:
+                raise ValueError("a barrier was arrived at twice in a phase")
+            self.barriers[at].expected = coming
+
+    def fetch(self, to, tensor, column, row, address, mask):
+        """cp.async.bulk.tensor: it arrives when its barrier is waited for, no sooner."""
+        operands = self.thread, to, tensor, column.view(np.int32), row.view(np.int32), address
+        for thread, first, described, x, y, at in self.issued(mask, *operands):
+            box = Map.from_address(described)
+            size = box.box[0] * box.box[1] * MAP_WIDTHS[box.type]
+            self.races.note_copy(first, size, bits_of(thread // GROUP))  # its own warps have waited for their products
+            self.barriers[at].copies.append((first, box, x, y))
+
+    def wait_barrier(self, address, parity):
+        """mbarrier.try_wait: the barrier's phase of that parity is over."""
+        assert (address == address[0]).all(), "threads wait for different barriers"
+        barrier = self.barriers[int(address[0])]
+        if barrier.parity != parity[0]:
+            return
+        arrived = sum(self.place_box(*copy) for copy in barrier.copies)
+        if arrived != barrier.expected:
+            raise ValueError(f"a barrier waits for {barrier.expected} bytes, {arrived} come")
+        barrier.parity, barrier.expected, barrier.copies = 1 - barrier.parity, None, []
+
+    def place_box(self, to, tensor, column, row):
+        """-> bytes written; 0 where the box is beyond its tensor."""
+        width = MAP_WIDTHS[tensor.type]
+        if tensor.address % 16 or tensor.stride % 16 or to % 128:
+            raise ValueError("misaligned: a tensor map, or where its box goes")
+        rows, columns = np.arange(tensor.box[1])[:, None], np.arange(tensor.box[0])
+        inside = (row + rows >= 0) & (row + rows < tensor.dims[1])
+        inside = inside & (column + columns >= 0) & (column + columns < tensor.dims[0])
+        source = tensor.address + (row + rows) * tensor.stride + (column + columns) * width - FIRST
+        numbers = np.zeros(inside.shape, UNSIGNED[width])
+        numbers[inside] = GLOBAL[width][source[inside] // width]
+        at = swizzle(to + (rows * tensor.box[0] + columns) * width, MAP_SWIZZLES[tensor.swizzle])
+        self.shared[width][at // width] = numbers
+        return numbers.nbytes
+
+    def multiply_group(self, kind, columns, c, a, b, keep, transposed):
+        """wgmma.m64nNk16: b, and a unless it lies in registers, by descriptors of tiles in shared memory."""
+        groups = range(self.threads // GROUP)
+        if len(a) == 1:
+            x = [self.tile(kind, group, a, 64, transposed[0]) for group in groups]
+        else:
+            x = self.left(kind, a).reshape(len(groups), 64, 16)
+        y = [self.tile(kind, group, b, columns, transposed[-1]) for group in groups]
+        sums = np.stack([x[group] @ y[group].T for group in groups]).reshape(-1, 16, columns)
+        kept = [np.where(keep, self.every(register), np.uint32(0)) for register in c]
+        return self.add(kept, sums)
+
+    def tile(self, kind, group, descriptor, rows, transposed):
+        """-> (rows, 16) numbers."""
+        descriptor = int(self.every(*descriptor)[group * GROUP])
+        base, lead, stride = ((descriptor >> k & 0x3FFF) << 4 for k in (0, 16, 32))
+        width = DESCRIPTOR_SWIZZLES[descriptor >> 62]
+        row, k = np.arange(rows)[:, None], np.arange(16)
+        if transposed:
+            a_line = width // 2
+            at = row // a_line * lead + k // 8 * stride + k % 8 * width + row % a_line * 2
+        else:
+            at = row // 8 * stride + row % 8 * width + k * 2
+        at = swizzle(base + at, width)
+        self.races.note_read(at[..., None] + np.arange(2), bits_of(group))
+        return widen(kind, self.shared[2][at // 2])

@@ -1,0 +1,195 @@
+"""A program of a compiled kernel, all its threads at once: what those instructions do that are more than arithmetic.
+
+A register is a numpy array, of one element a thread, or one in all where every thread has the same. Numbers are kept
+as bits, unsigned. Between two instructions all threads have done the first: what could differ on a GPU, where warps run
+in any order and copies arrive when they like, is looked for (:class:`memory.Races`), or comes as late as it may.
+"""
+
+import numpy as np
+from arith import pack, widen
+from hopper import Hopper
+from memory import FIRST, GLOBAL, UNSIGNED, Races, views
+
+WARP = 32
+LANES = np.arange(WARP)
+ROW, PAIR = LANES // 4, 2 * (LANES % 4)  # where a lane's two numbers stand in the 8 x 8 matrices of mma and ldmatrix
+
+
+def places(corners, rows):
+    """-> (rows, 16): where each number of a matrix lies among a warp's registers, whose parts begin at the corners."""
+    out = np.empty((rows, 16), np.int64)
+    for k, (row, column) in enumerate(corners):
+        for half in range(2):
+            out[row + ROW, column + PAIR + half] = 64 * k + 2 * LANES + half
+    return out
+
+
+A_PLACES, B_PLACES = places([(0, 0), (8, 0), (0, 8), (8, 8)], 16), places([(0, 0), (0, 8)], 8)
+
+
+class Program(Hopper):
+    """``place`` in its ``grid``; ``shared``: bytes of shared memory, NaN in every type until they are written."""
+
+    def __init__(self, place, grid, threads, shared):
+        self.place, self.grid, self.threads = place, grid, threads
+        self.thread = np.arange(threads, dtype=np.uint32)
+        self.bit = np.uint32(1) << self.thread // WARP  # the warp's, for races
+        self.bytes = np.full(-(-shared // 16) * 16, 0xFF, np.uint8)
+        self.shared, self.races = views(self.bytes), Races(self.bytes.size)
+        self.copies, self.groups = [], []  # cp.async: not yet in a group, in groups that nobody waited for
+        self.barriers, self.fragments = {}, {}
+
+    def end(self):
+        if self.copies or any(self.groups) or any(barrier.copies for barrier in self.barriers.values()):
+            raise ValueError("copies were not waited for")
+
+    def every(self, x):
+        """A register with an element a thread."""
+        return x if x.shape == (self.threads,) else np.broadcast_to(x, (self.threads,))
+
+    def warps(self, x):
+        return self.every(x).reshape(-1, WARP)
+
+    # memory
+
+    def places(self, address, size, mask):
+        """-> (addresses of the threads that are not masked, the mask)."""
+        address = self.every(address).astype(np.int64)
+        if mask is not None:
+            mask = self.every(mask)
+            address = address[mask]
+        if (wrong := address % size != 0).any():
+            raise ValueError(f"misaligned: {size} bytes at {address[wrong][:4]}")
+        return address, mask
+
+    def load(self, memory, at, count, width, mask, old):
+        found = [memory[width][at // width + k] for k in range(count)]
+        if mask is None:
+            return found
+        out = [np.array(self.every(x)) for x in old]
+        for whole, x in zip(out, found):
+            whole[mask] = x
+        return out
+
+    def store(self, memory, at, values, width, mask):
+        for k, value in enumerate(values):
+            value = self.every(value)
+            memory[width][at // width + k] = value if mask is None else value[mask]
+
+    def load_global(self, address, count, width, mask=None, old=()):
+        at, mask = self.places(address, count * width, mask)
+        return self.load(GLOBAL, at - FIRST, count, width, mask, old)
+
+    def store_global(self, address, values, width, mask=None):
+        at, mask = self.places(address, len(values) * width, mask)
+        self.store(GLOBAL, at - FIRST, values, width, mask)
+
+    def touched(self, at, size, mask):
+        """-> (each thread's bytes, its warp's bit)."""
+        return at[:, None] + np.arange(size), (self.bit if mask is None else self.bit[mask])[:, None]
+
+    def load_shared(self, address, count, width, mask=None, old=()):
+        at, mask = self.places(address, count * width, mask)
+        self.races.note_read(*self.touched(at, count * width, mask))
+        return self.load(self.shared, at, count, width, mask, old)
+
+    def store_shared(self, address, values, width, mask=None):
+        at, mask = self.places(address, len(values) * width, mask)
+        touched, bits = self.touched(at, len(values) * width, mask)
+        before = self.bytes[touched]
+        self.store(self.shared, at, values, width, mask)
+        after, wanted = self.bytes[touched], np.stack([self.every(value) for value in values], 1)
+        wanted = (wanted if mask is None else wanted[mask]).view(np.uint8).reshape(after.shape)
+        self.races.note_lost(touched, bits, wanted, after != wanted)
+        self.races.note_write(touched, bits, before != after)
+
+    def copy(self, to, source, size, filled, mask=None):
+        """cp.async: ``filled`` bytes of ``size`` are read, the rest is 0. They arrive when waited for, no sooner."""
+        width = min(size, 8)
+        filled, mask = self.every(filled), self.every(np.array([True]) if mask is None else mask)
+        if not ((filled == 0) | (filled == size))[mask].all():
+            raise NotImplementedError("a copy of a part")
+        zero = [np.zeros(self.threads, UNSIGNED[width])] * (size // width)
+        values = self.load_global(source, len(zero), width, mask & (filled > 0), zero)
+        self.copies.append((to, values, width, mask))
+
+    def commit(self):
+        self.groups.append(self.copies)
+        self.copies = []
+
+    def wait(self, pending):
+        while len(self.groups) > pending:
+            for copy in self.groups.pop(0):
+                self.store_shared(*copy)
+
+    # among the threads of a warp
+
+    def shuffle(self, kind, x, by, limit):
+        x, by = self.warps(x), self.warps(by).astype(np.int64)
+        source = {"bfly": LANES ^ by, "idx": by & 31, "up": LANES - by}[kind]
+        low, high = (limit & 31, 31) if kind == "up" else (0, limit & 31)
+        source = np.where((source >= low) & (source <= high), source, LANES)
+        return np.take_along_axis(x, source, 1).reshape(-1)
+
+    def reduce(self, function, x):
+        x = function.reduce(self.warps(x), 1, keepdims=True, dtype=x.dtype)
+        return np.broadcast_to(x, (x.shape[0], WARP)).reshape(-1)
+
+    def rows(self, address, count):
+        """-> (warps, 8 count, 8) 16-bit numbers' places: 8 lanes each have the addresses of a matrix's rows."""
+        address = self.warps(address).astype(np.int64)[:, : 8 * count]
+        if (wrong := address % 16 != 0).any():
+            raise ValueError(f"misaligned: rows of matrices at {address[wrong][:4]}")
+        return address[..., None] // 2 + np.arange(8)
+
+    def touched_rows(self, rows):
+        return 2 * rows[..., None] + np.arange(2), self.warps(self.bit)[:, :1, None, None]
+
+    def matrices(self, address, count, transposed):
+        """ldmatrix, of ``count`` 8 x 8 matrices."""
+        rows = self.rows(address, count)
+        self.races.note_read(*self.touched_rows(rows))
+        numbers, out = self.shared[2][rows], []
+        for k in range(count):
+            matrix = numbers[:, 8 * k : 8 * k + 8]
+            matrix = matrix.swapaxes(1, 2) if transposed else matrix
+            out.append(pack(matrix[:, ROW, PAIR], matrix[:, ROW, PAIR + 1]).reshape(-1))
+        return out
+
+    def store_matrices(self, address, registers, transposed):
+        """stmatrix"""
+        rows = self.rows(address, len(registers))
+        before = self.shared[2][rows]
+        for k, register in enumerate(registers):
+            at, bits = rows[:, 8 * k : 8 * k + 8], self.warps(register)
+            at = at.swapaxes(1, 2) if transposed else at
+            self.shared[2][at[:, ROW, PAIR]] = bits & np.uint32(0xFFFF)
+            self.shared[2][at[:, ROW, PAIR + 1]] = bits >> np.uint32(16)
+        changed = (before != self.shared[2][rows])[..., None].repeat(2, 3)
+        self.races.note_write(*self.touched_rows(rows), changed)
+
+    def multiply(self, kind, a, b, c):
+        """mma.m16n8k16: 16-bit a (16, 16) and b (16, 8), sums in float32."""
+        return self.add(c, self.left(kind, a) @ self.fragment(kind, b, B_PLACES).swapaxes(1, 2))
+
+    def add(self, registers, sums):
+        """To registers what they hold of (warps, 16, columns)."""
+        out = []
+        for k, register in enumerate(registers):
+            part = sums[:, ROW + 8 * (k % 4 // 2), 8 * (k // 4) + PAIR + k % 2].reshape(-1)
+            out.append((part + self.every(register).view(np.float32)).view(np.uint32))
+        return out
+
+    def left(self, kind, registers):
+        return self.fragment(kind, registers, A_PLACES)
+
+    def fragment(self, kind, registers, where):
+        """-> (warps, rows, 16) numbers; the same registers are met again and again."""
+        key = tuple(map(id, registers))
+        if key not in self.fragments:
+            if len(self.fragments) > 200:
+                self.fragments.clear()
+            bits = np.stack([self.warps(x) for x in registers], 1).view(np.uint16)
+            numbers = widen(kind, bits.reshape(len(bits), -1)[:, where])
+            self.fragments[key] = registers, numbers  # what the key names stays alive
+        return self.fragments[key][1]

@@ -1,0 +1,65 @@
+"""Memory as a kernel sees it: the process's own, by address, and a program's shared memory."""
+
+import ctypes
+
+import numpy as np
+
+UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}  # by bytes
+FIRST = 4096  # no address is below
+
+
+def views(memory):
+    """{bytes of a number: the memory as an array of such}"""
+    return {width: memory.view(dtype) for width, dtype in UNSIGNED.items()}
+
+
+GLOBAL = views(np.ctypeslib.as_array((ctypes.c_uint8 * (2**47 - FIRST)).from_address(FIRST)))
+
+
+class Race(ValueError):
+    """Two warps at one byte of shared memory, one of which writes, and no barrier between them."""
+
+
+class Races:
+    """Who touched which byte since the last barrier: between two of them warps run in no order.
+
+    What is written again as it was harms nobody: warps often hold the same numbers.
+    """
+
+    def __init__(self, size):
+        self.read, self.written = np.zeros(size, np.uint32), np.zeros(size, np.uint32)  # a bit for each warp
+
+    def barrier(self):
+        self.read[:] = 0
+        self.written[:] = 0
+
+    def note_read(self, at, warps):
+        """at: bytes. warps: bits, of a shape that broadcasts to theirs."""
+        if (self.written[at] & ~warps).any():
+            raise Race("shared memory is read that another warp has written, without a barrier")
+        np.bitwise_or.at(self.read, at, np.broadcast_to(warps, at.shape))
+
+    def note_write(self, at, warps, changed):
+        """changed: which bytes were others before."""
+        if ((self.written[at] | self.read[at]) & ~warps)[changed].any():
+            raise Race("shared memory is written that another warp has read or written, without a barrier")
+        np.bitwise_or.at(self.written, at, np.broadcast_to(warps, at.shape))
+
+    def note_copy(self, first, size, warps):
+        """A box will come by itself, and be waited for at a barrier of its own. warps: those that need none."""
+        if ((self.written | self.read)[first : first + size] & ~warps).any():
+            raise Race("a copy goes where another warp has read or written, without a barrier")
+
+    def note_lost(self, at, warps, wanted, lost):
+        """lost: which of a store's bytes hold another thread's number than wanted. Which of a warp's lanes wins is the
+        GPU's choice, but one: two warps must have the same numbers in the same order."""
+        if not lost.any():
+            return
+        warps, several = np.broadcast_to(warps, at.shape), np.isin(at, at[lost])
+        orders = {}
+        for place, warp, number in zip(at[several].tolist(), warps[several].tolist(), wanted[several].tolist()):
+            orders.setdefault(place, {}).setdefault(warp, []).append(number)
+        for of_warps in orders.values():
+            first, *others = of_warps.values()
+            if any(other != first for other in others):
+                raise Race("two warps write different numbers to one place")

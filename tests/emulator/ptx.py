@@ -1,0 +1,466 @@
+"""PTX of a kernel to Python: a function of a program and its arguments, each instruction a line on numpy arrays.
+
+What is known is what Triton 3.6 and 3.7 make of our kernels for sm_80, 86, 89, 90 and 120; anything else raises.
+"""
+
+import re
+
+import arith
+import numpy as np
+from memory import UNSIGNED
+
+WIDTHS = {"b8": 1, "s8": 1, "u8": 1, "b16": 2, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "b32": 4, "s32": 4, "u32": 4,
+          "f32": 4, "b64": 8, "s64": 8, "u64": 8, "f64": 8}  # fmt: skip
+REGISTERS = {"r": 4, "rd": 8, "rs": 2}
+COMPARE = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
+SIMPLE = {
+    "add": "{0} + {1}", "sub": "{0} - {1}", "mul": "{0} * {1}", "mul.lo": "{0} * {1}", "mad.lo": "{0} * {1} + {2}",
+    "and": "{0} & {1}", "or": "{0} | {1}", "xor": "{0} ^ {1}", "not": "~{0}", "neg": "-{0}", "abs": "np.abs({0})",
+    "max": "np.maximum({0}, {1})", "min": "np.minimum({0}, {1})", "mov": "{0}", "fma": "m.fma({0}, {1}, {2})",
+    "div": "m.divide({0}, {1})", "rem": "m.remainder({0}, {1})", "div.full": "{0} / {1}", "div.approx": "{0} / {1}",
+    "ex2.approx": "m.exp2({0})", "sqrt.approx": "np.sqrt({0})", "rsqrt.approx": "1 / np.sqrt({0})",
+}  # fmt: skip
+LETTERS = {"b": "u", "u": "u", "s": "i", "f": "f"}  # numpy's of PTX's
+PACKED = {"f32x2": (8, "f4"), "s16x2": (4, "i2")}  # two numbers in one register: its width, their type
+MASKED = {"ld", "st", "cp", "mbarrier"}  # what a predicate may stand before, beside branches
+COMMENT = re.compile(r"//.*")
+INSTRUCTION = re.compile(r"(?:@(!?)%(p\d+)\s+)?([a-z][\w.:]*)\s*(.*?);$")
+OPERAND = re.compile(r"\{[^}]*\}|\[[^\]]*\]|[^,\s]+")
+REGISTER = re.compile(r"%((rd|rs|r|p)\d+)\b")
+PARAMETER = re.compile(r"^\s*\.param \.(\w+)", re.MULTILINE)
+WAITING = re.compile(r"waitLoop:|@!complete bra.*")  # the loop about a wait
+ASSIGNMENT = re.compile(r"((?:\w+, )*\w+)(,?) = (.*)")
+
+
+def listed(text):
+    """["%r1", "%r2"] of "{ %r1, %r2 }"."""
+    return [x.strip() for x in text.strip("{} ").split(",")]
+
+
+def width_of(register):
+    """In bytes."""
+    return REGISTERS[re.match(r"%?([a-z]+)", register)[1]]
+
+
+def mask_of(inverted, predicate):
+    return f"~{predicate}" if inverted else predicate
+
+
+class Kernel:
+    """``parameters``: their widths in bytes; ``threads`` of a program.
+
+    Two translations: a Python function for threads that stay together, and, once they part, each block of
+    instructions for those threads that are at it.
+    """
+
+    def __init__(self, text):
+        lines = [COMMENT.sub("", line).strip() for line in text.splitlines()]
+        self.name = re.search(r"\.entry (\w+)\(", text)[1]
+        # 0: by its address
+        self.parameters = [0 if kind == "align" else WIDTHS[kind] for kind in PARAMETER.findall(text)]
+        self.threads = int(re.search(r"\.reqntid (\d+)", text)[1])
+        self.names = {"np": np, "m": arith}
+        self.blocks = self.split(lines[lines.index("{") + 1 : len(lines) - lines[::-1].index("}") - 1])
+        self.labels, self.unset = {label: k for k, (label, _) in enumerate(self.blocks)}, set()
+        self.parted = {}  # the second translation, {block: code}
+        self.source = self.together()
+        exec(compile(self.source, f"<{self.name}>", "exec"), self.names)
+
+    def run(self, program, arguments):
+        parted = self.names["run"](program, arguments)
+        if parted is not None:
+            self.run_parted(program, *parted)
+        program.end()
+
+    def run_parted(self, program, at, registers):
+        """at: the block that each thread is at. Those furthest behind go first, so that they meet again."""
+        for name, width in self.registers():
+            registers.setdefault(name, self.names[self.constant(-1, width)] if width else np.array([False]))
+        program.at = at
+        while (first := int(at.min())) < len(self.blocks):
+            if first not in self.parted:
+                text = "\n".join(self.apart(first))
+                self.parted[first] = compile(text, f"<{self.name}, block {first}>", "exec")
+            registers |= self.names
+            registers["active"] = at == first
+            exec(self.parted[first], registers)
+
+    def registers(self):
+        """Names of all, and their widths; 0: a predicate."""
+        text = "\n".join(line for _, lines in self.blocks for line in lines)
+        return {name: REGISTERS.get(kind, 0) for name, kind in REGISTER.findall(text)}.items()
+
+    def split(self, lines):
+        """[(label, [instruction])]"""
+        out = [(None, [])]
+        for line in lines:
+            if not line or line.startswith((".", "$L__tmp", "$L__func")) or line in "{}" or WAITING.match(line):
+                continue
+            if line.endswith(":"):
+                out.append((line[:-1], []))
+            else:
+                out[-1][1].append(line)
+                if "bra" in line:
+                    out.append((None, []))
+        return out
+
+    def together(self):
+        """-> the source of a function that ends with None, or where threads part with (block, registers)."""
+        out = []
+        for k, (_, lines) in enumerate(self.blocks):
+            out.append(f"        if block == {k}:")
+            for line in lines:
+                out += [f"            {text.replace('NEXT', str(k + 1))}" for text in self.instruction(line)]
+            out.append(f"            block = {k + 1}")
+        found = filter(None, (ASSIGNMENT.fullmatch(line.strip()) for line in out))
+        ever = {name for match in found for name in match[1].split(", ")}  # a half that nobody reads is not
+        self.unset |= {name for name, width in self.registers() if width and name not in ever}
+        unset = [f"    {x} = {self.constant(-1, width_of(x))}" for x in sorted(self.unset)]
+        return "\n".join(["def run(program, arguments):", *unset, "    block = 0", "    while True:", *out])
+
+    def apart(self, block):
+        """-> the lines of a block for the threads that are ``active``."""
+        out = []
+        for line in self.blocks[block][1]:
+            inverted, predicate, name, rest = INSTRUCTION.match(line).groups()
+            mask = "active" if predicate is None else f"(active & {mask_of(inverted, predicate)})"
+            if name.split(".")[0] == "bra":
+                out += [f"taken = {mask}", f"program.at[taken] = {self.labels[rest]}", "active = active & ~taken"]
+                continue
+            if name == "ret":
+                out += [f"program.at[active] = {len(self.blocks)}", "active = active & False"]
+                continue
+            for text in self.instruction(line, mask):
+                found = ASSIGNMENT.fullmatch(text)
+                if found is None:
+                    out.append(text)
+                elif found[2]:
+                    out.append(f"{found[1]}, = [np.where(active, *both) for both in zip({found[3]}, [{found[1]}])]")
+                else:
+                    out.append(f"{found[1]} = np.where(active, {found[3]}, {found[1]})")
+        return [*out, f"program.at[active] = {block + 1}"]
+
+    # operands
+
+    def constant(self, bits, width):
+        name = f"c{width}_{bits & (1 << 8 * width) - 1:x}"
+        self.names[name] = np.array([bits & (1 << 8 * width) - 1], UNSIGNED[width])
+        return name
+
+    def value(self, text, width):
+        """Of the operand's bits."""
+        if text.startswith("%tid."):
+            return "program.thread" if text == "%tid.x" else self.constant(0, 4)
+        if text.startswith(("%ctaid.", "%nctaid.")):
+            where = "place" if text.startswith("%c") else "grid"
+            return f"np.array([program.{where}[{'xyz'.index(text[-1])}]], np.uint32)"
+        if "_param_" in text:
+            return f"arguments[{int(text.rpartition('_')[2])}]"
+        if text.startswith("%"):
+            assert width_of(text) == width, (text, width)
+            return text[1:]
+        if text.startswith("global_smem"):
+            return self.constant(int(text[len("global_smem") :] or 0), width)
+        if text.startswith(("0f", "0d")):
+            return self.constant(int(text[2:], 16), width)
+        return self.constant(int(text.rstrip("U"), 0), width)
+
+    def typed(self, text, kind):
+        """Of its number."""
+        if kind == "pred":
+            return text[1:] if text.startswith("%") else f"np.array([{text != '0'}])"
+        held = width_of(text) if text.startswith("%r") else WIDTHS[kind]  # a register may be wider
+        value = self.value(text, held)
+        if kind in ("bf16", "f16"):
+            return f"m.widen({kind!r}, {value})"
+        if WIDTHS[kind] < held:
+            value = f"{value}.astype('u{WIDTHS[kind]}')"
+        return value if kind[0] in "bu" else f"{value}.view('{LETTERS[kind[0]]}{WIDTHS[kind]}')"
+
+    def bits(self, expression, kind):
+        """A result as what its register holds."""
+        if kind in ("bf16", "f16"):
+            return f"m.narrow({kind!r}, {expression})"
+        return f"({expression}).view('u{WIDTHS[kind]}')"
+
+    def address(self, text):
+        name, _, offset = (part.strip() for part in text.strip("[] ").replace(" ", "").partition("+"))
+        base = self.value(name, 8 if name.startswith("%rd") else 4)
+        return base if offset in ("", "0") else f"{base} + {self.constant(int(offset, 0), 8 if 'rd' in name else 4)}"
+
+    # instructions
+
+    def instruction(self, line, active=None):
+        """-> Python statements. active: what masks them instead of the line's own predicate, where they can be."""
+        match = INSTRUCTION.match(line)
+        if match is None:
+            raise NotImplementedError(line)
+        inverted, predicate, name, rest = match.groups()
+        mask = mask_of(inverted, predicate)
+        if active is not None and name.split(".")[0] in MASKED:
+            mask = active
+        operands = OPERAND.findall(rest)
+        base, *words = name.split(".")
+        known = getattr(self, "do_" + base, None)
+        if known is not None:
+            return known(words, operands, mask)
+        if mask is not None:
+            raise NotImplementedError(line)
+        return self.simple(line, base, words, operands)
+
+    def simple(self, line, base, words, operands):
+        kind = words[-1]
+        if base == "abs" and kind in ("bf16x2", "f16x2"):
+            return [f"{operands[0][1:]} = {self.value(operands[1], 4)} & {self.constant(0x7FFF7FFF, 4)}"]
+        if kind in PACKED or words[-2:-1] == ["f32"]:
+            return self.packed(base, words, operands)
+        flushed = "ftz" in words
+        words = [word for word in words[:-1] if word not in ("rn", "ftz")]
+        key = ".".join([base, *words])
+        if kind[0] == "f" and key in ("max", "min"):
+            text = f"np.f{key}({{0}}, {{1}})"
+        elif key == "max.NaN":
+            text = SIMPLE["max"]
+        else:
+            text = SIMPLE.get(key)
+        if text is None:
+            raise NotImplementedError(line)
+        if kind == "pred":
+            text = text if base != "mov" else "{0}"
+            return [f"{operands[0][1:]} = {text.format(*(self.typed(x, kind) for x in operands[1:]))}"]
+        sources = [self.typed(x, kind) for x in operands[1:]]
+        if flushed:
+            sources = [f"m.flush({x})" for x in sources]
+        result = text.format(*sources)
+        if flushed:
+            result = f"m.flush({result})"
+        return [f"{operands[0][1:]} = {self.bits(result, kind)}"]
+
+    def packed(self, base, words, operands):
+        """Of two numbers in a register; or a sum, in float32, of terms that are 16 bits wide."""
+        kind = words[-1]
+        if kind in PACKED:
+            held, of_one = PACKED[kind]
+            sources = [f"m.pairs({self.value(x, held)}, '{of_one}')" for x in operands[1:]]
+            return [f"{operands[0][1:]} = m.as_one({SIMPLE[base].format(*sources)}, 'u{held}')"]
+        sources = [self.typed(x, "f32" if width_of(x) == 4 else kind) for x in operands[1:]]
+        return [f"{operands[0][1:]} = {self.bits(SIMPLE[base].format(*sources), 'f32')}"]
+
+    def do_mov(self, words, operands, mask):
+        kind, (to, source) = words[0], operands
+        if to.startswith("{"):
+            half = WIDTHS[kind] // 2
+            parts = [x[1:] for x in listed(to)]  # "_": a half that nobody wants
+            value = self.value(source, 2 * half)
+            return [f"{part} = ({value} >> {self.constant(8 * half * k, 2 * half)}).astype('u{half}')"
+                    for k, part in enumerate(parts) if part]  # fmt: skip
+        if source.startswith("{"):
+            half = WIDTHS[kind] // 2
+            low, high = (self.value(x, half) for x in listed(source))
+            return [f"{to[1:]} = {low}.astype('u{2 * half}') | "
+                    f"{high}.astype('u{2 * half}') << {self.constant(8 * half, 2 * half)}"]  # fmt: skip
+        return [f"{to[1:]} = {self.typed(source, kind) if kind == 'pred' else self.value(source, WIDTHS[kind])}"]
+
+    def do_bra(self, words, operands, mask):
+        target = self.labels[operands[0]]
+        jump = [f"block = {target}", "continue"]
+        if mask is None:
+            return jump
+        return [f"taken = {mask}", "if taken.all():", *(f"    {x}" for x in jump),
+                "if taken.any():", f"    return np.where(program.every(taken), {target}, NEXT), locals()"]  # fmt: skip
+
+    def do_ret(self, words, operands, mask):
+        assert mask is None
+        return ["return None"]
+
+    def do_bar(self, words, operands, mask):
+        return [] if words[0] == "warp" else ["program.races.barrier()"]
+
+    def do_ld(self, words, operands, mask):
+        space, width = words[0].split(":")[0], WIDTHS[words[-1]]
+        if space == "param":
+            index = int(re.search(r"_param_(\d+)", operands[1])[1])
+            return [f"{operands[0][1:]} = arguments[{index}]{self.widened(words[-1], width_of(operands[0]))}"]
+        to = [x[1:] for x in listed(operands[0])]
+        held = self.widened(words[-1], width_of(to[0]))
+        self.unset |= {x for x in to if mask}  # a masked load may leave what was there, which nothing may depend on
+        narrowed = f".astype('u{width}')" if held else ""
+        old = f", {mask}, [{', '.join(x + narrowed for x in to)}]" if mask else ""
+        call = f"program.load_{space}({self.address(operands[1])}, {len(to)}, {width}{old})"
+        return [f"{', '.join(to)}, = {call}", *(f"{x} = {x}{held}" for x in to if held)]
+
+    def widened(self, kind, width):
+        """What makes of bits those of a register, which may be wider."""
+        if WIDTHS[kind] == width:
+            return ""
+        letter = LETTERS[kind[0]]
+        return f".view('{letter}{WIDTHS[kind]}').astype('{letter}{width}').view('u{width}')"
+
+    def do_st(self, words, operands, mask):
+        space, width = words[0].split(":")[0], WIDTHS[words[-1]]
+        values = [self.typed(x, f"b{8 * width}") for x in listed(operands[1])]
+        masked = f", {mask}" if mask else ""
+        return [f"program.store_{space}({self.address(operands[0])}, [{', '.join(values)}], {width}{masked})"]
+
+    def do_fence(self, words, operands, mask):
+        return []
+
+    def do_cvta(self, words, operands, mask):
+        return [f"{operands[0][1:]} = {self.value(operands[1], 8)}"]
+
+    def do_elect(self, words, operands, mask):
+        return [f"{operands[0].rpartition('%')[2]} = program.leaders()"]
+
+    def do_mbarrier(self, words, operands, mask):
+        if words[0] == "init":
+            return [f"program.start_barrier({self.address(operands[0])}, {self.value(operands[1], 4)}, {mask})"]
+        if words[0] == "inval":
+            return []
+        address, number = self.address(operands[1]), self.value(operands[2], 4)
+        if words[0] == "try_wait":
+            return [f"program.wait_barrier({address}, {number})"]
+        assert words[:2] == ["arrive", "expect_tx"], words
+        return [f"program.expect({address}, {number}, {mask})"]
+
+    def do_wgmma(self, words, operands, mask):
+        if words[0] != "mma_async":
+            return []
+        columns = int(re.fullmatch(r"m64n(\d+)k16", words[3])[1])
+        assert words[4] == "f32", words
+        to = [x[1:] for x in listed(operands[0])]
+        a, b = ([self.value(x, width_of(x)) for x in listed(text)] for text in operands[1:3])
+        assert operands[4:6] == ["1", "1"], operands
+        transposed = [int(x) for x in operands[6:]]
+        keep = self.typed(operands[3], "pred")
+        return [f"{', '.join(to)}, = program.multiply_group({words[5]!r}, {columns}, [{', '.join(to)}], "
+                f"[{', '.join(a)}], [{', '.join(b)}], {keep}, {transposed})"]  # fmt: skip
+
+    def do_cp(self, words, operands, mask):
+        if words[1] == "bulk":
+            tensor, column, row = re.fullmatch(r"\[(\S+), \{(\S+), (\S+)\}\]", operands[1]).groups()
+            to, address = self.address(operands[0]), self.address(operands[2])
+            column, row = self.value(column, 4), self.value(row, 4)
+            return [f"program.fetch({to}, {self.value(tensor, 8)}, {column}, {row}, {address}, {mask})"]
+        if words[1] == "commit_group":
+            return ["program.commit()"]
+        if words[1] == "wait_group":
+            return [f"program.wait({int(operands[0])})"]
+        size = int(operands[2], 0)
+        filled = self.value(operands[3], 4) if len(operands) > 3 else self.constant(size, 4)
+        masked = f", {mask}" if mask else ""
+        return [f"program.copy({self.address(operands[0])}, {self.address(operands[1])}, {size}, {filled}{masked})"]
+
+    def do_ldmatrix(self, words, operands, mask):
+        to = [x[1:] for x in listed(operands[0])]
+        call = f"program.matrices({self.address(operands[1])}, {len(to)}, {'trans' in words})"
+        return [f"{', '.join(to)}, = {call}"]
+
+    def do_stmatrix(self, words, operands, mask):
+        values = [self.value(x, 4) for x in listed(operands[1])]
+        return [f"program.store_matrices({self.address(operands[0])}, [{', '.join(values)}], {'trans' in words})"]
+
+    def do_mma(self, words, operands, mask):
+        assert words[2:5] == ["m16n8k16", "row", "col"], words
+        assert words[5] == words[8] == "f32", words
+        to, *sources = ([self.value(x, 4) for x in listed(group)] for group in operands)
+        groups = ", ".join(f"[{', '.join(group)}]" for group in sources)
+        return [f"{', '.join(to)}, = program.multiply({words[6]!r}, {groups})"]
+
+    def do_shfl(self, words, operands, mask):
+        to, x, by, limit = operands[:4]
+        width = WIDTHS[words[-1]]
+        call = f"program.shuffle({words[1]!r}, {self.value(x, width)}, {self.value(by, 4)}, {int(limit)})"
+        return [f"{to[1:]} = {call}"]
+
+    def do_redux(self, words, operands, mask):
+        function = {"add": "np.add", "max": "np.maximum", "min": "np.minimum", "or": "np.bitwise_or"}[words[1]]
+        call = f"program.reduce({function}, {self.typed(operands[1], words[-1])})"
+        return [f"{operands[0][1:]} = {self.bits(call, words[-1])}"]
+
+    def do_setp(self, words, operands, mask):
+        compare, kind = words[0], words[-1]
+        a, b = (self.typed(x, kind) for x in operands[1:])
+        if compare in ("nan", "num"):
+            text = f"np.isnan({a}) | np.isnan({b})"
+            text = text if compare == "nan" else f"~({text})"
+        elif kind[0] == "f" and compare.endswith("u") and compare != "u":
+            opposite = {"eq": "!=", "ne": "==", "lt": ">=", "le": ">", "gt": "<=", "ge": "<"}[compare[:-1]]
+            text = f"~({a} {opposite} {b})" if compare != "equ" else f"~(({a} < {b}) | ({a} > {b}))"
+            text = f"({a} != {b})" if compare == "neu" else text
+        elif kind[0] == "f" and compare == "ne":
+            text = f"({a} < {b}) | ({a} > {b})"
+        else:
+            text = f"{a} {COMPARE[compare]} {b}"
+        return [f"{operands[0][1:]} = {text}"]
+
+    def do_selp(self, words, operands, mask):
+        width = WIDTHS[words[-1]]
+        to, a, b, choice = operands
+        return [f"{to[1:]} = np.where({choice[1:]}, {self.value(a, width)}, {self.value(b, width)})"]
+
+    def do_mul(self, words, operands, mask):
+        if words[-1] in PACKED:
+            return self.packed("mul", words, operands)
+        return self.product(words, operands, None)
+
+    def do_mad(self, words, operands, mask):
+        return self.product(words, operands[:3], operands[3])
+
+    def product(self, words, operands, added):
+        kind = words[-1]
+        to, a, b = operands[0][1:], *(self.typed(x, kind) for x in operands[1:3])
+        width = WIDTHS[kind]
+        if words[0] in ("wide", "hi"):
+            wide = f"{'i' if kind[0] == 's' else 'u'}{2 * width}"
+            text = f"({a}.astype('{wide}') * {b}.astype('{wide}')).view('u{2 * width}')"
+            if words[0] == "hi":
+                text = f"({text} >> {self.constant(8 * width, 2 * width)}).astype('u{width}')"
+            width = 2 * width if words[0] == "wide" else width
+        elif "ftz" in words:
+            raise NotImplementedError("mul.ftz")
+        else:
+            text = f"({a} * {b}).view('u{width}')"
+        return [f"{to} = {text}" + ("" if added is None else f" + {self.value(added, width)}")]
+
+    def do_shl(self, words, operands, mask):
+        return self.shifted("np.left_shift", words[-1], operands)
+
+    def do_shr(self, words, operands, mask):
+        return self.shifted("np.right_shift", words[-1], operands)
+
+    def shifted(self, function, kind, operands):
+        call = f"m.shift({function}, {self.typed(operands[1], kind)}, {self.value(operands[2], 4)})"
+        return [f"{operands[0][1:]} = {self.bits(call, kind)}"]
+
+    def do_bfe(self, words, operands, mask):
+        to, x, *field = operands
+        call = f"m.extract({self.typed(x, words[-1])}, {', '.join(self.value(f, 4) for f in field)})"
+        return [f"{to[1:]} = {self.bits(call, words[-1])}"]
+
+    def do_prmt(self, words, operands, mask):
+        to, *rest = operands
+        return [f"{to[1:]} = m.permute({', '.join(self.value(x, 4) for x in rest)})"]
+
+    def do_popc(self, words, operands, mask):
+        return [f"{operands[0][1:]} = m.count_bits({self.value(operands[1], WIDTHS[words[-1]])})"]
+
+    def do_cvt(self, words, operands, mask):
+        to, source = words[-2:]
+        target = operands[0][1:]
+        if to in ("bf16x2", "f16x2"):
+            high, low = (f"m.narrow({to[:-2]!r}, {self.typed(x, source)})" for x in operands[1:])
+            return [f"{target} = m.pack({low}, {high})"]
+        x, rounding = self.typed(operands[1], source), words[0]
+        if to in ("bf16", "f16"):
+            assert source in ("f32", "bf16", "f16"), words
+            return [f"{target} = m.narrow({to!r}, {x})"]
+        if source in ("bf16", "f16"):
+            assert to == "f32", words
+            return [f"{target} = {x}.view('u4')"]
+        if to[0] == source[0] == "f" and rounding == "rpi":
+            x = f"np.ceil({x})"
+        elif to[0] != "f" and source[0] == "f":
+            assert rounding == "rzi", words
+            x = f"np.clip(np.nan_to_num(np.trunc({x}.astype('f8'))), *m.ends('{LETTERS[to[0]]}{WIDTHS[to]}'))"
+        text = f"{x}.astype('{LETTERS[to[0]]}{WIDTHS[to]}').view('u{WIDTHS[to]}')"
+        return [f"{target} = {text}{self.widened(to, width_of(target))}"]
