@@ -7,13 +7,13 @@ import sys
 
 
 def run_ranks(script, ranks, output, timeout=500, **environment):
-    """Run ``script output`` in so many processes; one that fails fails the test, with the end of what it said."""
+    """Run ``script output`` in so many processes on CPUs; one that fails fails the test, with the end of its errors."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
     environment = {
         **os.environ, "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port, "OMP_NUM_THREADS": "1", **environment,
+        "MASTER_PORT": port, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1", **environment,
     }  # fmt: skip
     environment.pop("PYTEST_XDIST_WORKER", None)
     command = [sys.executable, script, str(output)]

@@ -204,7 +204,7 @@ def test_a_product_that_is_split(ways, device):
         products.scatter(total, of, rows, stops[:1], scale, made, 0, n, 0)
         out.append(made)
     assert split_up > (ways // 2) * 16  # rows of more than one slab
-    torch.testing.assert_close(out[1], out[0], rtol=1e-5, atol=1e-4)
+    assert ((out[1] - out[0]).norm(dim=1) <= 1e-6 * out[0].norm(dim=1)).all()
 
 
 def small(vocab, device):
@@ -217,7 +217,7 @@ def small(vocab, device):
 
 def test_the_forwards_order_and_certificate(device):
     """Ignored rows last, the hint's order before; rows whose hint was far too low keep everything."""
-    p, problem = small(500, device)
+    p, problem = small(VOCAB, device)
     hint = p["old_logprobs"].to(device).clone()
     hint[:40] -= 50.0
     stats, certificate = forward.certified_forward(problem, hint)
