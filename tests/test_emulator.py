@@ -156,6 +156,31 @@ $L__BB0_2:
     np.testing.assert_array_equal(out, np.where(np.arange(THREADS) == 5, 0, other * (other + 1) // 2))
 
 
+def test_threads_that_have_parted_wait_for_each_other(emulator):
+    """The first warp writes what the second one reads behind a barrier, from a branch that comes later in the text."""
+    body = f"""
+    {own("rd1", "rd4")}
+    setp.lt.u32 %p1, %r1, 32;
+    shl.b32 %r2, %r1, 2;
+    xor.b32 %r3, %r2, 128;
+    @%p1 bra $L__BB0_2;
+$L__BB0_1:
+    bar.sync 0;
+    ld.shared.b32 %r4, [%r3];
+    st.global.b32 [%rd4], %r4;
+    bra.uni $L__BB0_3;
+$L__BB0_2:
+    st.shared.b32 [%r2], %r1;
+    bra.uni $L__BB0_1;
+$L__BB0_3:
+    """
+    out = np.zeros(THREADS, np.uint32)
+    run(emulator, body, out)
+    assert (out[32:] == np.arange(32)).all()
+    with pytest.raises(ValueError, match="threads wait for each other"):
+        run(emulator, body.replace("bra.uni $L__BB0_1", "bar.sync 0"), out)
+
+
 STORE, LOAD = "st.shared.b32 [%r2], %r1;", "ld.shared.b32 %r4, [%r3];"
 PLACES = "shl.b32 %r2, %r1, 2;\nxor.b32 %r3, %r2, {};"  # own, and another thread's
 
@@ -274,6 +299,44 @@ def test_boxes_and_products_of_four_warps(emulator, width, transposed):
     program.expect(barrier, np.full(1, 64, np.uint32), first)
     with pytest.raises(ValueError, match="waits for 64 bytes, 0 come"):
         program.wait_barrier(barrier, np.ones(1, np.uint32))
+
+
+@pytest.mark.parametrize("rows", [64, 128])
+def test_products_in_tensor_memory(emulator, rows):
+    """tcgen05: (rows, 16) by (8, 16) transposed, twice, the second added; done when a barrier was waited for."""
+    program = emulator.machine.Program((0, 0, 0), (1, 1, 1), 128, 65536)
+    rng = np.random.default_rng(2)
+    a, b = (rng.integers(-8, 8, (n, 16)).astype(np.float32) for n in (rows, 8))
+    one, first, barrier = np.ones(1, np.uint32), np.arange(128) == 0, np.full(1, 60000, np.uint32)
+    program.start_barrier(barrier, one, first)
+    program.allocate(np.full(1, 50000, np.uint32), 32, np.arange(128) < 32)
+    base = int(program.shared[4][12500])
+    for at, x in ((0, a), (8192, b)):  # lines of 32 bytes: 16 numbers
+        where = emulator.hopper.swizzle(at + 32 * np.arange(len(x))[:, None] + 2 * np.arange(16), 32)
+        program.shared[2][where // 2] = emulator.arith.narrow("bf16", x)
+    left, right = (np.array([at >> 4 | 256 >> 4 << 32 | 6 << 61], np.uint64) for at in (0, 8192))
+    shape = np.array([1 << 4 | 1 << 7 | 1 << 10 | 8 >> 3 << 17 | rows >> 4 << 24], np.uint32)
+    for keep in (False, True):
+        program.start_product(False, np.full(1, base, np.uint32), left, right, shape, np.array([keep]), first)
+    program.commit_products(barrier, first)
+    halves = (True, 4) if rows == 64 else (False, 0)
+    address = np.uint32(base) + (np.arange(128, dtype=np.uint32) // 32 << np.uint32(21))
+
+    def found():
+        count = 4 if rows == 64 else 8
+        numbers = np.stack(program.load_tensor(address, count, *halves), 1).view(np.float32)
+        return numbers.reshape(4, 2, 16, 4).swapaxes(1, 2).reshape(64, 8) if rows == 64 else numbers
+
+    assert np.isnan(found()).all()
+    with pytest.raises(ValueError, match="products were not waited for"):
+        program.end()
+    program.wait_barrier(barrier, np.zeros(1, np.uint32))
+    np.testing.assert_array_equal(found(), 2 * a @ b.T)
+    program.end()
+    with pytest.raises(ValueError, match="a quarter of the lanes"):
+        program.load_tensor(np.full(1, base, np.uint32), 1, False, 0)
+    with pytest.raises(ValueError, match="496 columns of tensor memory asked for, 480 are left"):
+        program.allocate(np.full(1, 50000, np.uint32), 496, first)
 
 
 def test_a_copy_over_what_another_warp_reads_is_found(emulator):

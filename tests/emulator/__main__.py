@@ -20,7 +20,7 @@ from fastgrpo.kernels.report import triton_folder
 
 TESTS = Path(__file__).parents[1]
 FOLDER = TESTS.parent / "build" / "emulator"
-CAPABILITIES = ("8.0", "8.6", "8.9", "9.0", "12.0")
+CAPABILITIES = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 FILES = (
     "logprobs", "triton_loss", "objectives", "certified", "frozen", "support", "topk", "lora", "divergence",
     "certified_divergence", "full_kl", "plan", "row_terms",

@@ -4,8 +4,10 @@ import numpy as np
 
 
 def widen(kind, bits):
-    """float32 of bf16 or fp16 bits."""
+    """float32 of bf16, fp16 or tf32 bits."""
     bits = bits.astype(np.uint32)
+    if kind == "tf32":
+        return (bits & np.uint32(0xFFFFE000)).view(np.float32)
     if kind == "bf16":
         return (bits << np.uint32(16)).view(np.float32)
     return bits.astype(np.uint16).view(np.float16).astype(np.float32)

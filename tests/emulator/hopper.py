@@ -4,7 +4,7 @@ import ctypes
 
 import numpy as np
 from arith import widen
-from memory import FIRST, GLOBAL, UNSIGNED
+from memory import FIRST, GLOBAL, UNSIGNED, Waits
 
 GROUP = 128  # threads of the four warps that multiply together
 MAP_WIDTHS = {1: 2, 2: 4, 6: 2, 7: 4, 9: 2}  # of CUtensorMapDataType, in bytes
@@ -22,15 +22,28 @@ class Map(ctypes.Structure):
 
 
 class Barrier:
-    """Of one arrival a phase, and of copies that come. ``expected``: their bytes, None before the arrival."""
+    """Of one arrival a phase, and of what must have come: copies, ``expected`` bytes of them (None before the arrival),
+    and on sm_100 the first so many ``products``."""
 
     def __init__(self):
-        self.parity, self.expected, self.copies = 0, None, []
+        self.parity, self.expected, self.copies, self.products = 0, None, [], 0
 
 
 def swizzle(address, width):
     """Within rows of ``width`` bytes, 16 bytes change places by the row."""
     return address ^ ((address >> 7) & (width // 16 - 1)) << 4 if width else address
+
+
+def places_of(descriptor, width, rows, depth, size, transposed):
+    """-> (rows, depth) addresses of a tile's numbers, of ``size`` bytes, in lines of ``width``."""
+    base, lead, stride = ((descriptor >> k & 0x3FFF) << 4 for k in (0, 16, 32))
+    row, k = np.arange(rows)[:, None], np.arange(depth)
+    if transposed:
+        line = width // size
+        at = row // line * lead + k // 8 * stride + k % 8 * width + row % line * size
+    else:
+        at = row // 8 * stride + row % 8 * width + k * size
+    return swizzle(base + at, width)
 
 
 def bits_of(group):
@@ -71,19 +84,25 @@ class Hopper:
             self.races.note_copy(first, size, bits_of(thread // GROUP))  # its own warps have waited for their products
             self.barriers[at].copies.append((first, box, x, y))
 
-    def wait_barrier(self, address, parity):
+    def wait_barrier(self, address, parity, mask=None):
         """mbarrier.try_wait: the barrier's phase of that parity is over."""
-        assert (address == address[0]).all(), "threads wait for different barriers"
-        barrier = self.barriers[int(address[0])]
-        if barrier.parity != parity[0]:
+        waiting = {*self.issued(np.array([True]) if mask is None else mask, address, parity)}
+        if not waiting:
             return
-        arrived = sum(self.place_box(*copy) for copy in barrier.copies)
-        if arrived != barrier.expected:
-            raise ValueError(f"a barrier waits for {barrier.expected} bytes, {arrived} come")
+        ((at, wanted),) = waiting  # threads that wait for different ones are more than is known here
+        barrier = self.barriers[at]
+        if barrier.parity != wanted:
+            return
+        coming = sum(box.box[0] * box.box[1] * MAP_WIDTHS[box.type] for _, box, *_ in barrier.copies)
+        if coming != barrier.expected:
+            raise Waits(f"a barrier waits for {barrier.expected} bytes, {coming} come")
+        for copy in barrier.copies:
+            self.place_box(*copy)
+        self.multiply_until(barrier.products)
         barrier.parity, barrier.expected, barrier.copies = 1 - barrier.parity, None, []
 
     def place_box(self, to, tensor, column, row):
-        """-> bytes written; 0 where the box is beyond its tensor."""
+        """0 where the box is beyond its tensor."""
         width = MAP_WIDTHS[tensor.type]
         if tensor.address % 16 or tensor.stride % 16 or to % 128:
             raise ValueError("misaligned: a tensor map, or where its box goes")
@@ -95,7 +114,6 @@ class Hopper:
         numbers[inside] = GLOBAL[width][source[inside] // width]
         at = swizzle(to + (rows * tensor.box[0] + columns) * width, MAP_SWIZZLES[tensor.swizzle])
         self.shared[width][at // width] = numbers
-        return numbers.nbytes
 
     def multiply_group(self, kind, columns, c, a, b, keep, transposed):
         """wgmma.m64nNk16: b, and a unless it lies in registers, by descriptors of tiles in shared memory."""
@@ -112,14 +130,6 @@ class Hopper:
     def tile(self, kind, group, descriptor, rows, transposed):
         """-> (rows, 16) numbers."""
         descriptor = int(self.every(*descriptor)[group * GROUP])
-        base, lead, stride = ((descriptor >> k & 0x3FFF) << 4 for k in (0, 16, 32))
-        width = DESCRIPTOR_SWIZZLES[descriptor >> 62]
-        row, k = np.arange(rows)[:, None], np.arange(16)
-        if transposed:
-            a_line = width // 2
-            at = row // a_line * lead + k // 8 * stride + k % 8 * width + row % a_line * 2
-        else:
-            at = row // 8 * stride + row % 8 * width + k * 2
-        at = swizzle(base + at, width)
+        at = places_of(descriptor, DESCRIPTOR_SWIZZLES[descriptor >> 62], rows, 16, 2, transposed)
         self.races.note_read(at[..., None] + np.arange(2), bits_of(group))
         return widen(kind, self.shared[2][at // 2])

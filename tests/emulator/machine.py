@@ -7,8 +7,9 @@ in any order and copies arrive when they like, is looked for (:class:`memory.Rac
 
 import numpy as np
 from arith import pack, widen
+from blackwell import Blackwell
 from hopper import Hopper
-from memory import FIRST, GLOBAL, UNSIGNED, Races, views
+from memory import FIRST, GLOBAL, UNSIGNED, Races, Waits, views
 
 WARP = 32
 LANES = np.arange(WARP)
@@ -27,7 +28,7 @@ def places(corners, rows):
 A_PLACES, B_PLACES = places([(0, 0), (8, 0), (0, 8), (8, 8)], 16), places([(0, 0), (0, 8)], 8)
 
 
-class Program(Hopper):
+class Program(Hopper, Blackwell):
     """``place`` in its ``grid``; ``shared``: bytes of shared memory, NaN in every type until they are written."""
 
     def __init__(self, place, grid, threads, shared):
@@ -38,8 +39,12 @@ class Program(Hopper):
         self.shared, self.races = views(self.bytes), Races(self.bytes.size)
         self.copies, self.groups = [], []  # cp.async: not yet in a group, in groups that nobody waited for
         self.barriers, self.fragments = {}, {}
+        self.tensor, self.products, self.multiplied = None, [], 0
+        self.at: np.ndarray | None = None  # the block of instructions of each thread, once they have parted
 
     def end(self):
+        if self.multiplied < len(self.products):
+            raise ValueError("products were not waited for")
         if self.copies or any(self.groups) or any(barrier.copies for barrier in self.barriers.values()):
             raise ValueError("copies were not waited for")
 
@@ -49,6 +54,12 @@ class Program(Hopper):
 
     def warps(self, x):
         return self.every(x).reshape(-1, WARP)
+
+    def meet(self, active, end):
+        """bar.sync of threads that have parted: all that have not ended wait for each other."""
+        if (active != (self.at < end)).any():
+            raise Waits("threads wait for others that do not come")
+        self.races.barrier()
 
     # memory
 

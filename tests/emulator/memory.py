@@ -16,6 +16,10 @@ def views(memory):
 GLOBAL = views(np.ctypeslib.as_array((ctypes.c_uint8 * (2**47 - FIRST)).from_address(FIRST)))
 
 
+class Waits(ValueError):
+    """A barrier is not complete yet: its threads wait for others, or nobody comes."""
+
+
 class Race(ValueError):
     """Two warps at one byte of shared memory, one of which writes, and no barrier between them."""
 

@@ -1,13 +1,13 @@
 """PTX of a kernel to Python: a function of a program and its arguments, each instruction a line on numpy arrays.
 
-What is known is what Triton 3.6 and 3.7 make of our kernels for sm_80, 86, 89, 90 and 120; anything else raises.
+What is known is what Triton 3.6 and 3.7 make of our kernels for sm_80, 86, 89, 90, 100 and 120; anything else raises.
 """
 
 import re
 
 import arith
 import numpy as np
-from memory import UNSIGNED
+from memory import UNSIGNED, Waits
 
 WIDTHS = {"b8": 1, "s8": 1, "u8": 1, "b16": 2, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "b32": 4, "s32": 4, "u32": 4,
           "f32": 4, "b64": 8, "s64": 8, "u64": 8, "f64": 8}  # fmt: skip
@@ -22,13 +22,15 @@ SIMPLE = {
 }  # fmt: skip
 LETTERS = {"b": "u", "u": "u", "s": "i", "f": "f"}  # numpy's of PTX's
 PACKED = {"f32x2": (8, "f4"), "s16x2": (4, "i2")}  # two numbers in one register: its width, their type
-MASKED = {"ld", "st", "cp", "mbarrier"}  # what a predicate may stand before, beside branches
+MASKED = {"ld", "st", "cp", "mbarrier", "tcgen05"}  # what a predicate may stand before, beside branches
 COMMENT = re.compile(r"//.*")
 INSTRUCTION = re.compile(r"(?:@(!?)%(p\d+)\s+)?([a-z][\w.:]*)\s*(.*?);$")
 OPERAND = re.compile(r"\{[^}]*\}|\[[^\]]*\]|[^,\s]+")
 REGISTER = re.compile(r"%((rd|rs|r|p)\d+)\b")
 PARAMETER = re.compile(r"^\s*\.param \.(\w+)", re.MULTILINE)
-WAITING = re.compile(r"waitLoop:|@!complete bra.*")  # the loop about a wait
+WAITING = re.compile(r"(waitLoop|skipWait):|@!complete bra.*")  # the loop about a wait
+MEETING = re.compile(r"\b(bar|barrier)\.sync\b|mbarrier\.try_wait")  # where threads wait for others
+SKIPPING = re.compile(r"@!(%p\d+) bra.uni skipWait;")
 ASSIGNMENT = re.compile(r"((?:\w+, )*\w+)(,?) = (.*)")
 
 
@@ -73,17 +75,25 @@ class Kernel:
         program.end()
 
     def run_parted(self, program, at, registers):
-        """at: the block that each thread is at. Those furthest behind go first, so that they meet again."""
+        """at: the block that each thread is at. Those furthest behind go first, so that they meet again, but for those
+        that wait for others."""
         for name, width in self.registers():
             registers.setdefault(name, self.names[self.constant(-1, width)] if width else np.array([False]))
-        program.at = at
-        while (first := int(at.min())) < len(self.blocks):
+        program.at, waiting = at, set()
+        while (at < len(self.blocks)).any():
+            first = min({*at.tolist()} - {len(self.blocks)} - waiting, default=None)
+            if first is None:
+                raise ValueError("threads wait for each other")
             if first not in self.parted:
                 text = "\n".join(self.apart(first))
                 self.parted[first] = compile(text, f"<{self.name}, block {first}>", "exec")
             registers |= self.names
             registers["active"] = at == first
-            exec(self.parted[first], registers)
+            try:
+                exec(self.parted[first], registers)
+                waiting.clear()
+            except Waits:
+                waiting.add(first)
 
     def registers(self):
         """Names of all, and their widths; 0: a predicate."""
@@ -92,16 +102,23 @@ class Kernel:
 
     def split(self, lines):
         """[(label, [instruction])]"""
-        out = [(None, [])]
+        out, waits = [(None, [])], ""
         for line in lines:
+            if skipping := SKIPPING.match(line):
+                waits = f"@{skipping[1]} "
+                continue
+            if line.startswith("mbarrier.try_wait"):
+                line, waits = waits + line, ""
             if not line or line.startswith((".", "$L__tmp", "$L__func")) or line in "{}" or WAITING.match(line):
                 continue
             if line.endswith(":"):
                 out.append((line[:-1], []))
-            else:
-                out[-1][1].append(line)
-                if "bra" in line:
-                    out.append((None, []))
+                continue
+            if MEETING.search(line) and out[-1][1]:
+                out.append((None, []))
+            out[-1][1].append(line)
+            if "bra" in line:
+                out.append((None, []))
         return out
 
     def together(self):
@@ -126,6 +143,9 @@ class Kernel:
             mask = "active" if predicate is None else f"(active & {mask_of(inverted, predicate)})"
             if name.split(".")[0] == "bra":
                 out += [f"taken = {mask}", f"program.at[taken] = {self.labels[rest]}", "active = active & ~taken"]
+                continue
+            if name in ("bar.sync", "barrier.sync"):
+                out.append(f"program.meet(active, {len(self.blocks)})")
                 continue
             if name == "ret":
                 out += [f"program.at[active] = {len(self.blocks)}", "active = active & False"]
@@ -274,7 +294,12 @@ class Kernel:
         return ["return None"]
 
     def do_bar(self, words, operands, mask):
-        return [] if words[0] == "warp" else ["program.races.barrier()"]
+        if words[0] == "warp":
+            return []
+        assert operands == ["0"], operands  # all threads of the program
+        return ["program.races.barrier()"]
+
+    do_barrier = do_bar
 
     def do_ld(self, words, operands, mask):
         space, width = words[0].split(":")[0], WIDTHS[words[-1]]
@@ -318,7 +343,7 @@ class Kernel:
             return []
         address, number = self.address(operands[1]), self.value(operands[2], 4)
         if words[0] == "try_wait":
-            return [f"program.wait_barrier({address}, {number})"]
+            return [f"program.wait_barrier({address}, {number}, {mask})"]
         assert words[:2] == ["arrive", "expect_tx"], words
         return [f"program.expect({address}, {number}, {mask})"]
 
@@ -334,6 +359,31 @@ class Kernel:
         keep = self.typed(operands[3], "pred")
         return [f"{', '.join(to)}, = program.multiply_group({words[5]!r}, {columns}, [{', '.join(to)}], "
                 f"[{', '.join(a)}], [{', '.join(b)}], {keep}, {transposed})"]  # fmt: skip
+
+    def do_tcgen05(self, words, operands, mask):
+        base = words[0]
+        if base in ("wait::ld", "wait::st", "dealloc", "relinquish_alloc_permit"):
+            return []
+        if base == "alloc":
+            return [f"program.allocate({self.address(operands[0])}, {int(operands[1])}, {mask})"]
+        if base == "commit":
+            return [f"program.commit_products({self.address(operands[0])}.astype(np.uint32), {mask})"]
+        if base == "mma":
+            assert words[2] in ("kind::f16", "kind::tf32"), words
+            to, *sides = self.address(operands[0]), *(self.value(x, 8) for x in operands[1:3])
+            shape, keep = self.value(operands[3], 4), self.typed(operands[4], "pred")
+            return [f"program.start_product({'tf32' in words[2]}, {to}, {', '.join(sides)}, {shape}, {keep}, {mask})"]
+        assert base in ("ld", "st"), words
+        assert words[3] in ("32x32b", "16x32bx2"), words
+        lists = [listed(x) for x in operands if x.startswith("{")]
+        second = next((int(x) for x in operands if x.isdigit()), 0)
+        (address,) = (self.address(x) for x in operands if x.startswith("["))
+        how = f"{words[3] == '16x32bx2'}, {second}"
+        if base == "ld":
+            to = [x[1:] for x in lists[0]]
+            return [f"{', '.join(to)}, = program.load_tensor({address}, {len(to)}, {how})"]
+        values = ", ".join(self.value(x, 4) for x in lists[0])
+        return [f"program.store_tensor({address}, [{values}], {how}, {mask})"]
 
     def do_cp(self, words, operands, mask):
         if words[1] == "bulk":

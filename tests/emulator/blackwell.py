@@ -1,0 +1,73 @@
+"""What sm_100 adds: tensor memory, and products that one thread starts and a barrier waits for."""
+
+import numpy as np
+from arith import widen
+from hopper import places_of
+
+LANES, COLUMNS = 128, 512  # of tensor memory, 32 bits each
+SWIZZLES = {2: 128, 4: 64, 6: 32}  # of its descriptors, in bytes
+KINDS = {0: "f16", 1: "bf16", 2: "tf32"}
+
+
+class Blackwell:
+    """A part of :class:`machine.Program`. ``tensor``: None before its first allocation, NaN until it is written."""
+
+    def allocate(self, address, columns, mask):
+        """tcgen05.alloc: where it begins is written to shared memory."""
+        if self.tensor is None:
+            self.tensor, self.taken = np.full((LANES, COLUMNS), 0xFFFFFFFF, np.uint32), 0
+        if self.taken + columns > COLUMNS:
+            raise ValueError(f"{columns} columns of tensor memory asked for, {COLUMNS - self.taken} are left")
+        self.store_shared(address, [np.full(1, self.taken, np.uint32)], 4, mask)
+        self.taken += columns
+
+    def lanes_columns(self, address, halves, second):
+        """-> (lane, first column) of each thread; halves: two groups of 16 lanes, the latter's columns further on."""
+        address = self.every(address).astype(np.int64)
+        lane, column = (address >> 16) + self.thread % 32, address & 0xFFFF
+        if halves:
+            lane, column = lane - self.thread % 32 // 16 * 16, column + self.thread % 32 // 16 * second
+        if (lane // 32 != self.thread // 32 % 4).any():
+            raise ValueError("a warp's tensor memory is a quarter of the lanes, its own")
+        return lane, column
+
+    def load_tensor(self, address, count, halves, second):
+        lane, column = self.lanes_columns(address, halves, second)
+        return [self.tensor[lane, column + k] for k in range(count)]
+
+    def store_tensor(self, address, values, halves, second, mask):
+        lane, column = self.lanes_columns(address, halves, second)
+        mask = self.every(np.array([True]) if mask is None else mask)
+        for k, value in enumerate(values):
+            self.tensor[lane[mask], column[mask] + k] = self.every(value)[mask]
+
+    def start_product(self, tf32, to, a, b, shape, keep, mask):
+        """tcgen05.mma: it reads and writes when it is waited for, no sooner."""
+        keep = self.every(keep)
+        for thread, where, left, right, bits in self.issued(mask, self.thread, to, a, b, shape):
+            kind, size = KINDS[bits >> 7 & 7], 4 if tf32 else 2
+            rows, columns = (bits >> 24 & 31) << 4, (bits >> 17 & 63) << 3
+            if bits >> 4 & 3 != 1 or kind != KINDS[bits >> 10 & 7] or bits >> 13 & 3:
+                raise NotImplementedError(f"a product described by {bits:#x}")
+            sides = []
+            for descriptor, extent, transposed in ((left, rows, bits >> 15 & 1), (right, columns, bits >> 16 & 1)):
+                at = places_of(descriptor, SWIZZLES[descriptor >> 61], extent, 32 // size, size, transposed)
+                self.races.note_read(at[..., None] + np.arange(size), np.uint32(1) << np.uint32(thread // 32))
+                sides.append(at)
+            self.products.append((kind, size, where, *sides, bool(keep[thread])))
+
+    def commit_products(self, address, mask):
+        """tcgen05.commit: the barrier's phase is over when all products so far are done."""
+        self.expect(address, np.zeros(1, np.uint32), mask)
+        for (at,) in self.issued(mask, address):
+            self.barriers[at].products = len(self.products)
+
+    def multiply_until(self, count):
+        for kind, size, where, left, right, keep in self.products[self.multiplied : count]:
+            x, y = (widen(kind, self.shared[size][at // size]) for at in (left, right))
+            row = np.arange(len(x))
+            lane = (where >> 16) + (row if len(x) == LANES else row // 16 * 32 + row % 16)[:, None]
+            column = (where & 0xFFFF) + np.arange(len(y))
+            before = self.tensor[lane, column].view(np.float32) if keep else np.float32(0)
+            self.tensor[lane, column] = (x @ y.T + before).view(np.uint32)
+        self.multiplied = max(self.multiplied, count)
