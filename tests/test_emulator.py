@@ -21,12 +21,13 @@ def emulator(monkeypatch):
     monkeypatch.setattr(sys, "path", [FOLDER, *sys.path])
     with np.errstate(all="ignore"):
         import arith
+        import blackwell
         import hopper
         import machine
         import memory
         import ptx
 
-        yield SimpleNamespace(arith=arith, hopper=hopper, machine=machine, memory=memory, ptx=ptx)
+        yield SimpleNamespace(arith=arith, blackwell=blackwell, hopper=hopper, machine=machine, memory=memory, ptx=ptx)
 
 
 def run(emulator, body, *arrays, shared=1024, grid=1, threads=THREADS):
@@ -111,6 +112,8 @@ TINY, INF, NAN = 2.0**-130, np.inf, np.nan
         ("div.full.f32 %r5, %r2, %r3;", 6.0, 3.0, 2.0),
         ("max.f32 %r5, %r2, %r3;", NAN, 3.0, 3.0),
         ("max.NaN.f32 %r5, %r2, %r3;", NAN, 3.0, NAN),
+        ("max.f32 %r5, %r2, %r3, 0f40800000;", NAN, 3.0, 4.0),
+        ("max.NaN.f32 %r5, %r2, 0f40800000, %r3;", 1.0, NAN, NAN),
         ("min.f32 %r5, %r2, %r3;", -INF, NAN, -INF),
         ("neg.f32 %r5, %r2;", 0.0, 0, -0.0),
         ("setp.leu.f32 %p1, %r2, %r3;\nselp.f32 %r5, 0f3F800000, 0f00000000, %p1;", NAN, 1.0, 1.0),
@@ -316,8 +319,10 @@ def test_products_in_tensor_memory(emulator, rows):
         program.shared[2][where // 2] = emulator.arith.narrow("bf16", x)
     left, right = (np.array([at >> 4 | 256 >> 4 << 32 | 6 << 61], np.uint64) for at in (0, 8192))
     shape = np.array([1 << 4 | 1 << 7 | 1 << 10 | 8 >> 3 << 17 | rows >> 4 << 24], np.uint32)
-    for keep in (False, True):
-        program.start_product(False, np.full(1, base, np.uint32), left, right, shape, np.array([keep]), first)
+    to, inside = np.full(1, base, np.uint32), np.full(1, base + 16, np.uint32)
+    program.tensor[emulator.blackwell.cells(base + 16, rows, 8)] = emulator.arith.narrow("bf16", a).view(np.uint32)
+    program.start_product(False, False, to, left, right, shape, np.array([False]), first)
+    program.start_product(False, True, to, inside, right, shape, np.array([True]), first)
     program.commit_products(barrier, first)
     halves = (True, 4) if rows == 64 else (False, 0)
     address = np.uint32(base) + (np.arange(128, dtype=np.uint32) // 32 << np.uint32(21))

@@ -9,6 +9,13 @@ SWIZZLES = {2: 128, 4: 64, 6: 32}  # of its descriptors, in bytes
 KINDS = {0: "f16", 1: "bf16", 2: "tf32"}
 
 
+def cells(address, rows, columns):
+    """-> lanes and columns of a matrix in tensor memory; of 64 rows each warp has 16."""
+    row = np.arange(rows)
+    lane = (address >> 16) + (row if rows == LANES else row // 16 * 32 + row % 16)[:, None]
+    return lane, (address & 0xFFFF) + np.arange(columns)
+
+
 class Blackwell:
     """A part of :class:`machine.Program`. ``tensor``: None before its first allocation, NaN until it is written."""
 
@@ -41,16 +48,17 @@ class Blackwell:
         for k, value in enumerate(values):
             self.tensor[lane[mask], column[mask] + k] = self.every(value)[mask]
 
-    def start_product(self, tf32, to, a, b, shape, keep, mask):
-        """tcgen05.mma: it reads and writes when it is waited for, no sooner."""
+    def start_product(self, tf32, in_tensor, to, a, b, shape, keep, mask):
+        """tcgen05.mma: it reads and writes when it is waited for, no sooner. in_tensor: a is in tensor memory."""
         keep = self.every(keep)
         for thread, where, left, right, bits in self.issued(mask, self.thread, to, a, b, shape):
             kind, size = KINDS[bits >> 7 & 7], 4 if tf32 else 2
             rows, columns = (bits >> 24 & 31) << 4, (bits >> 17 & 63) << 3
             if bits >> 4 & 3 != 1 or kind != KINDS[bits >> 10 & 7] or bits >> 13 & 3:
                 raise NotImplementedError(f"a product described by {bits:#x}")
-            sides = []
-            for descriptor, extent, transposed in ((left, rows, bits >> 15 & 1), (right, columns, bits >> 16 & 1)):
+            sides = [(rows, left)] if in_tensor else []
+            described = (left, rows, bits >> 15 & 1), (right, columns, bits >> 16 & 1)
+            for descriptor, extent, transposed in described[in_tensor:]:
                 at = places_of(descriptor, SWIZZLES[descriptor >> 61], extent, 32 // size, size, transposed)
                 self.races.note_read(at[..., None] + np.arange(size), np.uint32(1) << np.uint32(thread // 32))
                 sides.append(at)
@@ -64,10 +72,13 @@ class Blackwell:
 
     def multiply_until(self, count):
         for kind, size, where, left, right, keep in self.products[self.multiplied : count]:
-            x, y = (widen(kind, self.shared[size][at // size]) for at in (left, right))
-            row = np.arange(len(x))
-            lane = (where >> 16) + (row if len(x) == LANES else row // 16 * 32 + row % 16)[:, None]
-            column = (where & 0xFFFF) + np.arange(len(y))
-            before = self.tensor[lane, column].view(np.float32) if keep else np.float32(0)
-            self.tensor[lane, column] = (x @ y.T + before).view(np.uint32)
+            y = widen(kind, self.shared[size][right // size])
+            if isinstance(left, tuple):
+                bits = np.ascontiguousarray(self.tensor[cells(left[1], left[0], 8)])
+                x = widen(kind, bits.view(np.uint16) if size == 2 else bits)
+            else:
+                x = widen(kind, self.shared[size][left // size])
+            at = cells(where, len(x), len(y))
+            before = self.tensor[at].view(np.float32) if keep else np.float32(0)
+            self.tensor[at] = (x @ y.T + before).view(np.uint32)
         self.multiplied = max(self.multiplied, count)

@@ -16,7 +16,8 @@ COMPARE = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
 SIMPLE = {
     "add": "{0} + {1}", "sub": "{0} - {1}", "mul": "{0} * {1}", "mul.lo": "{0} * {1}", "mad.lo": "{0} * {1} + {2}",
     "and": "{0} & {1}", "or": "{0} | {1}", "xor": "{0} ^ {1}", "not": "~{0}", "neg": "-{0}", "abs": "np.abs({0})",
-    "max": "np.maximum({0}, {1})", "min": "np.minimum({0}, {1})", "mov": "{0}", "fma": "m.fma({0}, {1}, {2})",
+    "max": "np.maximum({0}, {1})", "min": "np.minimum({0}, {1})", "max.f": "np.fmax({0}, {1})",
+    "min.f": "np.fmin({0}, {1})", "max.NaN": "np.maximum({0}, {1})", "mov": "{0}", "fma": "m.fma({0}, {1}, {2})",
     "div": "m.divide({0}, {1})", "rem": "m.remainder({0}, {1})", "div.full": "{0} / {1}", "div.approx": "{0} / {1}",
     "ex2.approx": "m.exp2({0})", "sqrt.approx": "np.sqrt({0})", "rsqrt.approx": "1 / np.sqrt({0})",
 }  # fmt: skip
@@ -237,13 +238,10 @@ class Kernel:
         flushed = "ftz" in words
         words = [word for word in words[:-1] if word not in ("rn", "ftz")]
         key = ".".join([base, *words])
-        if kind[0] == "f" and key in ("max", "min"):
-            text = f"np.f{key}({{0}}, {{1}})"
-        elif key == "max.NaN":
-            text = SIMPLE["max"]
-        else:
-            text = SIMPLE.get(key)
-        if text is None:
+        text = SIMPLE.get(f"{key}.f" if kind[0] == "f" else key, SIMPLE.get(key))
+        if text is not None and key.startswith(("max", "min")) and len(operands) == 4:  # of three
+            text = text.format(text, "{2}")
+        if text is None or len(set(re.findall(r"\{\d\}", text))) != len(operands) - 1:
             raise NotImplementedError(line)
         if kind == "pred":
             text = text if base != "mov" else "{0}"
@@ -312,7 +310,7 @@ class Kernel:
         narrowed = f".astype('u{width}')" if held else ""
         old = f", {mask}, [{', '.join(x + narrowed for x in to)}]" if mask else ""
         call = f"program.load_{space}({self.address(operands[1])}, {len(to)}, {width}{old})"
-        return [f"{', '.join(to)}, = {call}", *(f"{x} = {x}{held}" for x in to if held)]
+        return [f"{', '.join(to)}, = " + (f"[x{held} for x in {call}]" if held else call)]
 
     def widened(self, kind, width):
         """What makes of bits those of a register, which may be wider."""
@@ -370,9 +368,10 @@ class Kernel:
             return [f"program.commit_products({self.address(operands[0])}.astype(np.uint32), {mask})"]
         if base == "mma":
             assert words[2] in ("kind::f16", "kind::tf32"), words
-            to, *sides = self.address(operands[0]), *(self.value(x, 8) for x in operands[1:3])
-            shape, keep = self.value(operands[3], 4), self.typed(operands[4], "pred")
-            return [f"program.start_product({'tf32' in words[2]}, {to}, {', '.join(sides)}, {shape}, {keep}, {mask})"]
+            to, left = (self.address(x) if x[0] == "[" else self.value(x, 8) for x in operands[:2])
+            right, shape, keep = self.value(operands[2], 8), self.value(operands[3], 4), self.typed(operands[4], "pred")
+            how = f"{'tf32' in words[2]}, {operands[1][0] == '['}"  # whether the left side lies in tensor memory
+            return [f"program.start_product({how}, {to}, {left}, {right}, {shape}, {keep}, {mask})"]
         assert base in ("ld", "st"), words
         assert words[3] in ("32x32b", "16x32bx2"), words
         lists = [listed(x) for x in operands if x.startswith("{")]
