@@ -9,6 +9,7 @@ import importlib.metadata
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "dry_run"))
@@ -38,17 +39,24 @@ def main(argv=None):
         rest += [str(TESTS / f"test_{name}.py") for name in FILES]
     gpu.build(FOLDER)
     triton_folder(options.triton)
-    failed = []
-    for capability in options.capabilities:
-        environment = gpu.environment(FOLDER, options.triton, capability)
-        environment["PYTHONPATH"] += os.pathsep + str(TESTS)
-        environment["FASTGRPO_EMULATE"] = capability
-        print(f"Triton {options.triton}, capability {capability}", flush=True)
-        command = [sys.executable, "-m", "pytest", "-p", "emulator.plugin", *rest]
-        if subprocess.run(command, env=environment, cwd=TESTS.parent).returncode:
-            failed.append(capability)
+    jobs = [(options.triton, capability, rest, len(options.capabilities) > 1) for capability in options.capabilities]
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        failed = [name for name in pool.map(lambda job: run(*job), jobs) if name]
     print(f"emulated: {', '.join(options.capabilities)}; failed: {', '.join(failed) or 'none'}")
     return 1 if failed else 0
+
+
+def run(triton, capability, arguments, quietly):
+    """-> the capability if pytest fails on it. quietly: beside others, so that what it says comes at its end."""
+    environment = gpu.environment(FOLDER, triton, capability)
+    environment["PYTHONPATH"] += os.pathsep + str(TESTS)
+    environment["FASTGRPO_EMULATE"] = capability
+    command = [sys.executable, "-m", "pytest", "-p", "emulator.plugin", *arguments]
+    print(f"Triton {triton}, capability {capability}: begins", flush=True)
+    done = subprocess.run(command, env=environment, cwd=TESTS.parent, capture_output=quietly, text=True)
+    if quietly:
+        print(f"Triton {triton}, capability {capability}:", done.stdout, done.stderr, sep="\n", flush=True)
+    return capability if done.returncode else None
 
 
 if __name__ == "__main__":
