@@ -135,6 +135,21 @@ def test_numbers(emulator, instruction, a, b, want):
     assert (np.signbit(out) == np.signbit(np.float32(want))).all() or np.isnan(want)
 
 
+def test_approximate_instructions_may_be_a_little_wrong(emulator, monkeypatch):
+    """By as much as asked for, and the same each time; of integers an exponential is exact."""
+    x = np.linspace(-20, 20, 1001).astype(np.float32)
+    y = np.float32(3) + x[::-1] ** 2
+    exact = np.exp2(x.astype(np.float64)), x.astype(np.float64) / y
+    for error in (0.0, 2.0**-22):
+        monkeypatch.setattr(emulator.arith, "APPROXIMATE", error)
+        found = emulator.arith.exp2(x), emulator.arith.ratio(x, y)
+        for got, again, want in zip(found, (emulator.arith.exp2(x.copy()), emulator.arith.ratio(x, y.copy())), exact):
+            np.testing.assert_array_equal(got, again)
+            off = np.abs(got - want)[want != 0] / np.abs(want[want != 0])
+            assert 0.5 * error <= off.max() <= error + 2.0**-24
+        np.testing.assert_array_equal(found[0][::25], exact[0][::25])
+
+
 def test_threads_part_and_meet_again(emulator):
     """A loop that each thread leaves after a number of rounds of its own, with a store under a predicate inside."""
     body = f"""

@@ -33,24 +33,26 @@ def main(argv=None):
     parser.add_argument("--triton", default=importlib.metadata.version("triton"), help="its version")
     parser.add_argument("--capabilities", nargs="+", default=CAPABILITIES, choices=CAPABILITIES)
     parser.add_argument("--everything", action="store_true", help="all tests of the kernels, not the quick ones")
+    parser.add_argument("--errors", action="store_true", help="ex2 and division off by up to 2^-22, as a GPU's may be")
     options, rest = parser.parse_known_args(argv)
     if not any(".py" in argument for argument in rest):
         rest = [*([] if options.everything else ["-m", "quick"]), *rest]
         rest += [str(TESTS / f"test_{name}.py") for name in FILES]
     gpu.build(FOLDER)
     triton_folder(options.triton)
-    jobs = [(options.triton, capability, rest, len(options.capabilities) > 1) for capability in options.capabilities]
+    quietly = len(options.capabilities) > 1
+    jobs = [(options.triton, capability, options.errors, rest, quietly) for capability in options.capabilities]
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         failed = [name for name in pool.map(lambda job: run(*job), jobs) if name]
     print(f"emulated: {', '.join(options.capabilities)}; failed: {', '.join(failed) or 'none'}")
     return 1 if failed else 0
 
 
-def run(triton, capability, arguments, quietly):
+def run(triton, capability, errors, arguments, quietly):
     """-> the capability if pytest fails on it. quietly: beside others, so that what it says comes at its end."""
     environment = gpu.environment(FOLDER, triton, capability)
     environment["PYTHONPATH"] += os.pathsep + str(TESTS)
-    environment["FASTGRPO_EMULATE"] = capability
+    environment |= {"FASTGRPO_EMULATE": capability, "FASTGRPO_EMULATE_ERRORS": str(int(errors))}
     command = [sys.executable, "-m", "pytest", "-p", "emulator.plugin", *arguments]
     print(f"Triton {triton}, capability {capability}: begins", flush=True)
     done = subprocess.run(command, env=environment, cwd=TESTS.parent, capture_output=quietly, text=True)

@@ -44,8 +44,28 @@ def fma(a, b, c):
     return (a.astype(np.float64) * b + c).astype(np.float32)
 
 
+APPROXIMATE = 0.0  # relative error of ex2 and division; a GPU's may have 2^-22
+
+
+def about(result, *operands):
+    """What an approximate instruction may give: the same for the same operands."""
+    if not APPROXIMATE:
+        return result.astype(np.float32)
+    mixed = sum(x.view(np.uint32) * np.uint32(k) for x, k in zip(operands, (0x9E3779B1, 0x85EBCA77)))
+    error = ((mixed ^ mixed >> np.uint32(15)) * np.uint32(0x2C1B3C6D)).view(np.int32)
+    return (result * (1 + error * 2.0**-31 * APPROXIMATE)).astype(np.float32)
+
+
 def exp2(x):
-    return np.exp2(x.astype(np.float64)).astype(np.float32)
+    """ex2.approx, exact where x is an integer."""
+    wide = np.exp2(x.astype(np.float64))
+    return np.where(x == np.floor(x), wide.astype(np.float32), about(wide, x))
+
+
+def ratio(a, b):
+    """div.full, div.approx"""
+    wide = a.astype(np.float64) / b
+    return np.where(wide == 1, np.float32(1), about(wide, a, b))
 
 
 def ends(dtype):

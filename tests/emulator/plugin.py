@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
+import arith
 import device
 
+arith.APPROXIMATE = 2.0**-22 * int(os.environ["FASTGRPO_EMULATE_ERRORS"])
 GPU = device.Emulator(os.environ["FASTGRPO_EMULATE"])
 
 

@@ -18,7 +18,8 @@ SIMPLE = {
     "and": "{0} & {1}", "or": "{0} | {1}", "xor": "{0} ^ {1}", "not": "~{0}", "neg": "-{0}", "abs": "np.abs({0})",
     "max": "np.maximum({0}, {1})", "min": "np.minimum({0}, {1})", "max.f": "np.fmax({0}, {1})",
     "min.f": "np.fmin({0}, {1})", "max.NaN": "np.maximum({0}, {1})", "mov": "{0}", "fma": "m.fma({0}, {1}, {2})",
-    "div": "m.divide({0}, {1})", "rem": "m.remainder({0}, {1})", "div.full": "{0} / {1}", "div.approx": "{0} / {1}",
+    "div": "m.divide({0}, {1})", "rem": "m.remainder({0}, {1})", "div.full": "m.ratio({0}, {1})",
+    "div.approx": "m.ratio({0}, {1})",
     "ex2.approx": "m.exp2({0})", "sqrt.approx": "np.sqrt({0})", "rsqrt.approx": "1 / np.sqrt({0})",
 }  # fmt: skip
 LETTERS = {"b": "u", "u": "u", "s": "i", "f": "f"}  # numpy's of PTX's
