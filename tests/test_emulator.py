@@ -3,6 +3,7 @@
 ``make gpu-emulate`` runs the tests of the kernels on it.
 """
 
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -109,6 +110,7 @@ TINY, INF, NAN = 2.0**-130, np.inf, np.nan
         ("add.f32 %r5, %r2, %r3;", TINY, TINY, 2 * TINY),
         ("ex2.approx.ftz.f32 %r5, %r2;", -130.0, 0, 0.0),
         ("ex2.approx.f32 %r5, %r2;", -130.0, 0, 2.0**-130),
+        ("div.approx.f32 %r5, %r2, %r3;", 3.0, 2.0**127, 0.0),
         ("div.full.f32 %r5, %r2, %r3;", 6.0, 3.0, 2.0),
         ("max.f32 %r5, %r2, %r3;", NAN, 3.0, 3.0),
         ("max.NaN.f32 %r5, %r2, %r3;", NAN, 3.0, NAN),
@@ -218,7 +220,8 @@ PLACES = "shl.b32 %r2, %r1, 2;\nxor.b32 %r3, %r2, {};"  # own, and another threa
         ("add.s32 %r2, %r1, 2;\nld.shared.b32 %r4, [%r2];", "misaligned"),
         ("mov.b32 %r2, 4;\nld.shared.v2.b32 {%r4, %r5}, [%r2];", "misaligned"),
         ("cp.async.ca.shared.global [ %r9 + 0 ], [ %rd1 + 0 ], 0x4, %r8;\ncp.async.commit_group;", "not waited for"),
-        ("frobnicate.b32 %r2, %r1;", "frobnicate"),
+        ("ld.shared.b32 %r4, [%r9];\nxor.b32 %r2, %r9, 128;\n"
+         "cp.async.ca.shared.global [ %r2 + 0 ], [ %rd1 + 0 ], 0x4, %r8;", "a copy goes where another warp has read"),
     ],
 )  # fmt: skip
 def test_what_a_gpu_would_not_forgive(emulator, body, wrong):
@@ -231,13 +234,10 @@ def test_what_a_gpu_would_not_forgive(emulator, body, wrong):
         run(emulator, body, data)
 
 
-def test_a_copy_arrives_when_it_is_waited_for(emulator):
-    """cp.async: two groups, one still under way; what is not there yet is NaN. A size of 0 writes zeros."""
-    body = f"""
+COPY = f"""
     shl.b32 %r2, %r1, 2;
     {own("rd1", "rd4")}
     {own("rd2", "rd5")}
-    {own("rd3", "rd6")}
     setp.lt.u32 %p1, %r1, 32;
     selp.b32 %r3, 4, 0, %p1;
     cp.async.ca.shared.global [ %r2 + 0 ], [ %rd4 + 0 ], 0x4, %r3;
@@ -246,16 +246,19 @@ def test_a_copy_arrives_when_it_is_waited_for(emulator):
     cp.async.commit_group;
     cp.async.wait_group 1;
     ld.shared.b32 %r4, [%r2];
-    ld.shared.b32 %r5, [%r2+256];
     st.global.b32 [%rd5], %r4;
-    st.global.b32 [%rd6], %r5;
-    cp.async.wait_group 0;
-    """
+"""
+
+
+def test_a_copy_arrives_when_it_is_waited_for(emulator):
+    """cp.async: of two groups one is still under way, and must not be touched. A size of 0 writes zeros."""
     data = np.arange(1, THREADS + 1, dtype=np.float32)
-    first, second = np.zeros_like(data), np.zeros_like(data)
-    run(emulator, body, data, first, second)
-    np.testing.assert_array_equal(first, np.where(np.arange(THREADS) < 32, data, 0))
-    assert np.isnan(second).all()
+    out = np.zeros_like(data)
+    run(emulator, f"{COPY}\ncp.async.wait_group 0;", data, out)
+    np.testing.assert_array_equal(out, np.where(np.arange(THREADS) < 32, data, 0))
+    for touch in ("ld.shared.b32 %r5, [%r2+256];", "st.shared.b32 [%r2+256], %r1;"):
+        with pytest.raises(emulator.memory.Race, match="while a copy to it is under way"):
+            run(emulator, f"{COPY}\n{touch}\ncp.async.wait_group 0;", data, out)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -359,14 +362,98 @@ def test_products_in_tensor_memory(emulator, rows):
         program.allocate(np.full(1, 50000, np.uint32), 496, first)
 
 
-def test_a_copy_over_what_another_warp_reads_is_found(emulator):
-    races = emulator.memory.Races(64)
+def test_what_a_copy_may_go_over(emulator):
+    """What its own threads touched, and what products read that they have waited for; all, behind a barrier."""
+    races, box = emulator.memory.Races(64), np.arange(32)
     races.note_read(np.arange(8), np.uint32(1 << 5))
-    races.note_copy(0, 32, np.uint32(0xF0))
-    with pytest.raises(emulator.memory.Race, match="a copy goes where"):
-        races.note_copy(0, 32, np.uint32(0x0F))
+    races.note_product(np.arange(8), np.uint32(0xF0))
+    races.note_coming(box, np.uint32(1 << 5), np.uint32(0xF0))
+    races.note_arrived(box)
+    for own, group in ((1 << 4, 0xF0), (1 << 5, 0x0F)):
+        with pytest.raises(emulator.memory.Race, match="a copy goes where"):
+            races.note_coming(box, np.uint32(own), np.uint32(group))
     races.barrier()
-    races.note_copy(0, 32, np.uint32(0x0F))
+    races.note_coming(box, np.uint32(1), np.uint32(0x0F))
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_warps_that_store_matrices_to_one_place(emulator, same):
+    program = emulator.machine.Program((0, 0, 0), (1, 1, 1), THREADS, 1024)
+    where = np.arange(THREADS, dtype=np.uint32) % 8 * 16
+    register = np.arange(THREADS, dtype=np.uint32) % (32 if same else 64)
+    if same:
+        program.store_matrices(where, [register], False)
+        return
+    with pytest.raises(emulator.memory.Race, match="two warps write different numbers"):
+        program.store_matrices(where, [register], False)
+
+
+UNKNOWN = """
+    @%p1 mov.b32 %r2, %r1; | @%p1 cp.async.commit_group; | @%p1 bar.sync 0; | div.rn.f32 %r2, %r1, %r1;
+    cvt.rmi.f32.f32 %r2, %r1; | cvt.sat.f32.f32 %r2, %r1; | cvt.rz.bf16.f32 %rs1, %r1; | cvt.rm.f32.s32 %r2, %r1;
+    cvt.rn.relu.bf16x2.f32 %r2, %r1, %r1; | mul.rz.f32 %r2, %r1, %r1; | mad.rn.f32 %r2, %r1, %r1, %r1;
+    fma.rn.f64 %rd2, %rd1, %rd1, %rd1; | setp.lt.ftz.f32 %p2, %r1, %r1; | setp.ne.bf16 %p2, %rs1, %rs1;
+    max.bf16 %rs1, %rs1, %rs1; | prmt.b32.f4e %r2, %r1, %r1, 1; | redux.sync.min.abs.f32 %r2, %r1, -1;
+    shfl.sync.bfly.b32 %r2, %r1, 1, 7199, -1; | shfl.sync.down.b32 %r2, %r1, 1, 31, -1; | bar.sync 1;
+    mov.pred %p2, !%p1; | add.rz.f32x2 %rd2, %rd1, %rd1; | ld.shared::cluster.b32 %r2, [%r1];
+    st.global.release.gpu.b32 [%rd1], %r1; | ldmatrix.sync.aligned.m16n16.x1.trans.shared.b8 {%r2}, [%r1];
+    atom.global.add.u32 %r2, [%rd1], 1; | mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%r2}, {%r2}, {%r2}, {%r2};
+"""
+
+
+@pytest.mark.parametrize("line", [line.strip() for line in re.split(r"\||\n", UNKNOWN) if line.strip()])
+def test_what_is_not_known_is_refused(emulator, line):
+    with pytest.raises(NotImplementedError, match=re.escape(line[:-1])):
+        run(emulator, line, np.zeros(1))
+
+
+def test_threads_that_act_as_one_do_not_part(emulator):
+    """Half a warp cannot shuffle; one warp of two can load matrices, with addresses of its own alone."""
+    body = """
+    setp.lt.u32 %p1, %r1, {};
+    mov.b32 %r2, 0;
+    shl.b32 %r3, %r1, 1;
+    @%p1 bra $L__BB0_1;
+    {}
+$L__BB0_1:
+    """
+    shuffle, matrix = (
+        "shfl.sync.bfly.b32 %r2, %r1, 1, 31, -1;",
+        "ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r4}, [%r2];",
+    )
+    run(emulator, body.format(32, shuffle))
+    run(emulator, body.format(32, matrix))
+    with pytest.raises(ValueError, match="threads wait for each other, at a barrier"):
+        run(emulator, body.format(16, shuffle))
+
+
+def test_what_a_mask_leaves_alone(emulator):
+    """A register that is wider than what is loaded, and threads that are not to load."""
+    body = f"""
+    {own("rd2", "rd4")}
+    mov.b16 %rs1, -1;
+    setp.lt.u32 %p1, %r1, 3;
+    @%p1 ld.global.b8 {{ %rs1 }}, [ %rd1 + 0 ];
+    cvt.u32.u16 %r2, %rs1;
+    st.global.b32 [%rd4], %r2;
+    """
+    byte, out = np.full(1, 7, np.uint8), np.zeros(THREADS, np.uint32)
+    run(emulator, body, byte, out)
+    np.testing.assert_array_equal(out, np.where(np.arange(THREADS) < 3, 7, 0xFFFF))
+
+
+def test_a_warp_s_maximum_is_not_nan(emulator):
+    x, out = np.arange(THREADS, dtype=np.float32), np.zeros(THREADS, np.float32)
+    x[5] = np.nan
+    body = f"""
+    {own("rd1", "rd4")}
+    {own("rd2", "rd5")}
+    ld.global.b32 %r2, [%rd4];
+    redux.sync.max.f32 %r3, %r2, -1;
+    st.global.b32 [%rd5], %r3;
+    """
+    run(emulator, body, x, out)
+    np.testing.assert_array_equal(out, np.repeat([31, 63], 32))
 
 
 def test_programs_know_their_place(emulator):

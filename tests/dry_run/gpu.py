@@ -94,22 +94,23 @@ class Gpu:
             knobs.runtime.launch_enter_hook.add(hook)
 
     def as_cuda(self, architecture, processors):
-        """CPU tensors take the branches of CUDA ones."""
-        from fastgrpo import backends, inputs, lora
+        """CPU tensors take the kernels of CUDA ones."""
+        from fastgrpo import lora
         from fastgrpo.kernels import grids, tiles
 
-        backends.choose = lambda backend, hidden: "triton"
-        inputs.checks_values = lambda device: False
         lora.has_native = lambda hidden: True
         lora.mm16 = lambda a, b: a.float() @ b.float()
         tiles.architecture = lambda device: architecture
         grids.processor_count = lambda device: processors
 
     def patch(self, architecture, processors):
-        """A launch that does nothing leaves plausible results."""
+        """CPU tensors take the branches of CUDA ones, and a launch that does nothing leaves plausible results."""
+        from fastgrpo import backends, inputs
         from fastgrpo.kernels import certified_divergence, forward, row_order
 
         self.as_cuda(architecture, processors)
+        backends.choose = lambda backend, hidden: "triton"
+        inputs.checks_values = lambda device: False
         run_forward, run_certified = forward.run_forward, forward.run_certified
 
         def filled(*args, stats=None, merged=None, **kwargs):

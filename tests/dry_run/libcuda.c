@@ -92,8 +92,12 @@ typedef struct {
 int cuTensorMapEncodeTiled(Map *map, unsigned type, unsigned rank, void *address, const unsigned long long *dims,
                            const unsigned long long *strides, const unsigned *box, const unsigned *steps,
                            unsigned interleave, unsigned swizzle, unsigned promotion, unsigned fill) {
-  (void)interleave; (void)promotion;
-  if (rank != 2 || steps[0] != 1 || steps[1] != 1 || fill) return INVALID_VALUE;
+  static const unsigned widths[] = {1, 2, 4, 4, 8, 8, 2, 4, 8, 2}, lines[] = {0, 32, 64, 128};
+  (void)promotion;
+  if (rank != 2 || steps[0] != 1 || steps[1] != 1 || fill || interleave || type > 9 || swizzle > 3) return INVALID_VALUE;
+  unsigned row = box[0] * widths[type];
+  if ((unsigned long long)address % 16 || strides[0] % 16 || row % 16 || box[0] > 256 || box[1] > 256 ||
+      (swizzle && row > lines[swizzle])) return INVALID_VALUE;
   *map = (Map){address, {dims[0], dims[1]}, strides[0], {box[0], box[1]}, type, swizzle};
   return SUCCESS;
 }

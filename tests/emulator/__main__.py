@@ -32,10 +32,12 @@ def main(argv=None):
     parser = argparse.ArgumentParser(prog="python tests/emulator", description=__doc__)
     parser.add_argument("--triton", default=importlib.metadata.version("triton"), help="its version")
     parser.add_argument("--capabilities", nargs="+", default=CAPABILITIES, choices=CAPABILITIES)
-    parser.add_argument("--everything", action="store_true", help="all tests of the kernels, not the quick ones")
+    parser.add_argument(
+        "--everything", action="store_true", help=f"all tests of {', '.join(FILES)}, not the quick ones"
+    )
     parser.add_argument("--errors", action="store_true", help="ex2 and division off by up to 2^-22, as a GPU's may be")
     options, rest = parser.parse_known_args(argv)
-    if not any(".py" in argument for argument in rest):
+    if not any(".py" in argument and not argument.startswith("-") for argument in rest):
         rest = [*([] if options.everything else ["-m", "quick"]), *rest]
         rest += [str(TESTS / f"test_{name}.py") for name in FILES]
     gpu.build(FOLDER)

@@ -68,6 +68,21 @@ def ratio(a, b):
     return np.where(wide == 1, np.float32(1), about(wide, a, b))
 
 
+def rough_ratio(a, b):
+    """div.approx: nothing is left of a finite number where b is 2^126 and more."""
+    return np.where(
+        np.isfinite(a) & (np.abs(b) > 2.0**126) & np.isfinite(b),
+        np.copysign(np.float32(0), a * np.sign(b)),
+        ratio(a, b),
+    )
+
+
+def truncated(x, dtype, wide):
+    low, high = ends(dtype)
+    nan = (low if low else high / 2 + 1) if wide else 0.0
+    return np.where(np.isnan(x), nan, np.clip(np.trunc(x.astype(np.float64)), low, high))
+
+
 def ends(dtype):
     """The least and the largest of an integer type that a float64 can hold."""
     return float(np.iinfo(dtype).min), np.nextafter(float(np.iinfo(dtype).max) + 1, 0)

@@ -4,15 +4,15 @@ import numpy as np
 from arith import widen
 from hopper import places_of
 
-LANES, COLUMNS = 128, 512  # of tensor memory, 32 bits each
+ALL_LANES, COLUMNS = 128, 512  # of tensor memory, 32 bits each
 SWIZZLES = {2: 128, 4: 64, 6: 32}  # of its descriptors, in bytes
 KINDS = {0: "f16", 1: "bf16", 2: "tf32"}
 
 
 def cells(address, rows, columns):
-    """-> lanes and columns of a matrix in tensor memory; of 64 rows each warp has 16."""
+    """-> lanes and columns of a matrix in tensor memory; of 64 rows each warp has 16 (PTX ISA, "Data Path Layout")."""
     row = np.arange(rows)
-    lane = (address >> 16) + (row if rows == LANES else row // 16 * 32 + row % 16)[:, None]
+    lane = (address >> 16) + (row if rows == ALL_LANES else row // 16 * 32 + row % 16)[:, None]
     return lane, (address & 0xFFFF) + np.arange(columns)
 
 
@@ -22,7 +22,7 @@ class Blackwell:
     def allocate(self, address, columns, mask):
         """tcgen05.alloc: where it begins is written to shared memory."""
         if self.tensor is None:
-            self.tensor, self.taken = np.full((LANES, COLUMNS), 0xFFFFFFFF, np.uint32), 0
+            self.tensor, self.taken = np.full((ALL_LANES, COLUMNS), 0xFFFFFFFF, np.uint32), 0
         if self.taken + columns > COLUMNS:
             raise ValueError(f"{columns} columns of tensor memory asked for, {COLUMNS - self.taken} are left")
         self.store_shared(address, [np.full(1, self.taken, np.uint32)], 4, mask)
@@ -54,13 +54,13 @@ class Blackwell:
         for thread, where, left, right, bits in self.issued(mask, self.thread, to, a, b, shape):
             kind, size = KINDS[bits >> 7 & 7], 4 if tf32 else 2
             rows, columns = (bits >> 24 & 31) << 4, (bits >> 17 & 63) << 3
-            if bits >> 4 & 3 != 1 or kind != KINDS[bits >> 10 & 7] or bits >> 13 & 3:
+            if bits >> 4 & 3 != 1 or bits >> 2 & 3 or kind != KINDS[bits >> 10 & 7] or bits >> 13 & 3:
                 raise NotImplementedError(f"a product described by {bits:#x}")
             sides = [(rows, left)] if in_tensor else []
             described = (left, rows, bits >> 15 & 1), (right, columns, bits >> 16 & 1)
             for descriptor, extent, transposed in described[in_tensor:]:
                 at = places_of(descriptor, SWIZZLES[descriptor >> 61], extent, 32 // size, size, transposed)
-                self.races.note_read(at[..., None] + np.arange(size), np.uint32(1) << np.uint32(thread // 32))
+                self.races.note_product(at[..., None] + np.arange(size), np.uint32(1) << np.uint32(thread // 32))
                 sides.append(at)
             self.products.append((kind, size, where, *sides, bool(keep[thread])))
 

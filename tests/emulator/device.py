@@ -15,7 +15,7 @@ import machine
 import memory
 import ptx
 
-PROCESSORS = 4  # of the GPU that is emulated: programs that go through many tiles are fewer
+PROCESSORS = 4  # of the GPU that is emulated: grids of as many programs as run at once stay small
 
 
 class Launch(ctypes.Structure):
@@ -52,13 +52,11 @@ class Emulator(gpu.Gpu):
         np.seterr(all="ignore")
 
     def patch(self, architecture, processors):
-        """CPU tensors are a GPU's where kernels are chosen, and a CPU's where that only saves a wait."""
-        from fastgrpo import backends, inputs
+        """Triton may run on a CPU, with the tiles of a GPU."""
+        from fastgrpo import backends
 
-        choose, checks_values = backends.choose, inputs.checks_values
         self.as_cuda(architecture, PROCESSORS)
-        backends.choose, inputs.checks_values = choose, checks_values
-        backends.interpreting = lambda: True  # what lets Triton run on a CPU
+        backends.interpreting = lambda: True
 
     def execute(self, launch, function, parameters):
         try:

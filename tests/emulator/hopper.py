@@ -35,7 +35,12 @@ def swizzle(address, width):
 
 
 def places_of(descriptor, width, rows, depth, size, transposed):
-    """-> (rows, depth) addresses of a tile's numbers, of ``size`` bytes, in lines of ``width``."""
+    """-> (rows, depth) addresses of a tile's numbers, of ``size`` bytes, in lines of ``width``.
+
+    As the PTX ISA has it under "Shared Memory Matrix Layout" and "Matrix Descriptor".
+    """
+    if descriptor >> 49 & 7:
+        raise NotImplementedError(f"a descriptor with a base offset, {descriptor:#x}")
     base, lead, stride = ((descriptor >> k & 0x3FFF) << 4 for k in (0, 16, 32))
     row, k = np.arange(rows)[:, None], np.arange(depth)
     if transposed:
@@ -67,7 +72,15 @@ class Hopper:
         for at, arrivals in self.issued(mask, address, count):
             if arrivals != 1:
                 raise NotImplementedError("a barrier of several arrivals")
+            if at in self.barriers:
+                raise ValueError("a barrier is made again that was not ended")
             self.barriers[at] = Barrier()
+
+    def end_barrier(self, address, mask):
+        """mbarrier.inval"""
+        for (at,) in self.issued(mask, address):
+            if self.barriers.pop(at).copies:
+                raise ValueError("copies were not waited for")
 
     def expect(self, address, size, mask):
         for at, coming in self.issued(mask, address, size):
@@ -81,7 +94,8 @@ class Hopper:
         for thread, first, described, x, y, at in self.issued(mask, *operands):
             box = Map.from_address(described)
             size = box.box[0] * box.box[1] * MAP_WIDTHS[box.type]
-            self.races.note_copy(first, size, bits_of(thread // GROUP))  # its own warps have waited for their products
+            own, group = np.uint32(1) << np.uint32(thread // 32), bits_of(thread // GROUP)
+            self.races.note_coming(first + np.arange(size), own, group)
             self.barriers[at].copies.append((first, box, x, y))
 
     def wait_barrier(self, address, parity, mask=None):
@@ -104,8 +118,9 @@ class Hopper:
     def place_box(self, to, tensor, column, row):
         """0 where the box is beyond its tensor."""
         width = MAP_WIDTHS[tensor.type]
-        if tensor.address % 16 or tensor.stride % 16 or to % 128:
-            raise ValueError("misaligned: a tensor map, or where its box goes")
+        if to % 128:
+            raise ValueError(f"misaligned: a tensor map's box goes to {to}")
+        self.races.note_arrived(to + np.arange(tensor.box[0] * tensor.box[1] * width))
         rows, columns = np.arange(tensor.box[1])[:, None], np.arange(tensor.box[0])
         inside = (row + rows >= 0) & (row + rows < tensor.dims[1])
         inside = inside & (column + columns >= 0) & (column + columns < tensor.dims[0])
@@ -131,5 +146,5 @@ class Hopper:
         """-> (rows, 16) numbers."""
         descriptor = int(self.every(*descriptor)[group * GROUP])
         at = places_of(descriptor, DESCRIPTOR_SWIZZLES[descriptor >> 62], rows, 16, 2, transposed)
-        self.races.note_read(at[..., None] + np.arange(2), bits_of(group))
+        self.races.note_product(at[..., None] + np.arange(2), bits_of(group))
         return widen(kind, self.shared[2][at // 2])

@@ -55,6 +55,11 @@ class Program(Hopper, Blackwell):
     def warps(self, x):
         return self.every(x).reshape(-1, WARP)
 
+    def is_whole(self, active, size):
+        """Whether of each so many threads all are active or none."""
+        groups = active.reshape(-1, size)
+        return (groups.any(1) == groups.all(1)).all()
+
     def meet(self, active, end):
         """bar.sync of threads that have parted: all that have not ended wait for each other."""
         if (active != (self.at < end)).any():
@@ -63,7 +68,7 @@ class Program(Hopper, Blackwell):
 
     # memory
 
-    def places(self, address, size, mask):
+    def aligned(self, address, size, mask):
         """-> (addresses of the threads that are not masked, the mask)."""
         address = self.every(address).astype(np.int64)
         if mask is not None:
@@ -73,11 +78,12 @@ class Program(Hopper, Blackwell):
             raise ValueError(f"misaligned: {size} bytes at {address[wrong][:4]}")
         return address, mask
 
-    def load(self, memory, at, count, width, mask, old):
+    def load(self, memory, at, count, width, mask):
+        """0 for threads that are masked."""
         found = [memory[width][at // width + k] for k in range(count)]
         if mask is None:
             return found
-        out = [np.array(self.every(x)) for x in old]
+        out = [np.zeros(self.threads, UNSIGNED[width]) for _ in found]
         for whole, x in zip(out, found):
             whole[mask] = x
         return out
@@ -87,25 +93,25 @@ class Program(Hopper, Blackwell):
             value = self.every(value)
             memory[width][at // width + k] = value if mask is None else value[mask]
 
-    def load_global(self, address, count, width, mask=None, old=()):
-        at, mask = self.places(address, count * width, mask)
-        return self.load(GLOBAL, at - FIRST, count, width, mask, old)
+    def load_global(self, address, count, width, mask=None):
+        at, mask = self.aligned(address, count * width, mask)
+        return self.load(GLOBAL, at - FIRST, count, width, mask)
 
     def store_global(self, address, values, width, mask=None):
-        at, mask = self.places(address, len(values) * width, mask)
+        at, mask = self.aligned(address, len(values) * width, mask)
         self.store(GLOBAL, at - FIRST, values, width, mask)
 
     def touched(self, at, size, mask):
         """-> (each thread's bytes, its warp's bit)."""
         return at[:, None] + np.arange(size), (self.bit if mask is None else self.bit[mask])[:, None]
 
-    def load_shared(self, address, count, width, mask=None, old=()):
-        at, mask = self.places(address, count * width, mask)
+    def load_shared(self, address, count, width, mask=None):
+        at, mask = self.aligned(address, count * width, mask)
         self.races.note_read(*self.touched(at, count * width, mask))
-        return self.load(self.shared, at, count, width, mask, old)
+        return self.load(self.shared, at, count, width, mask)
 
     def store_shared(self, address, values, width, mask=None):
-        at, mask = self.places(address, len(values) * width, mask)
+        at, mask = self.aligned(address, len(values) * width, mask)
         touched, bits = self.touched(at, len(values) * width, mask)
         before = self.bytes[touched]
         self.store(self.shared, at, values, width, mask)
@@ -120,9 +126,10 @@ class Program(Hopper, Blackwell):
         filled, mask = self.every(filled), self.every(np.array([True]) if mask is None else mask)
         if not ((filled == 0) | (filled == size))[mask].all():
             raise NotImplementedError("a copy of a part")
-        zero = [np.zeros(self.threads, UNSIGNED[width])] * (size // width)
-        values = self.load_global(source, len(zero), width, mask & (filled > 0), zero)
-        self.copies.append((to, values, width, mask))
+        values = self.load_global(source, size // width, width, mask & (filled > 0))
+        at, bits = self.touched(*self.aligned(to, size, mask)[:1], size, mask)
+        self.races.note_coming(at, bits, bits)
+        self.copies.append((at, (to, values, width, mask)))
 
     def commit(self):
         self.groups.append(self.copies)
@@ -130,7 +137,8 @@ class Program(Hopper, Blackwell):
 
     def wait(self, pending):
         while len(self.groups) > pending:
-            for copy in self.groups.pop(0):
+            for at, copy in self.groups.pop(0):
+                self.races.note_arrived(at)
                 self.store_shared(*copy)
 
     # among the threads of a warp
@@ -146,38 +154,45 @@ class Program(Hopper, Blackwell):
         x = function.reduce(self.warps(x), 1, keepdims=True, dtype=x.dtype)
         return np.broadcast_to(x, (x.shape[0], WARP)).reshape(-1)
 
-    def rows(self, address, count):
+    def rows(self, address, count, warps):
         """-> (warps, 8 count, 8) 16-bit numbers' places: 8 lanes each have the addresses of a matrix's rows."""
-        address = self.warps(address).astype(np.int64)[:, : 8 * count]
+        address = self.warps(address)[warps].astype(np.int64)[:, : 8 * count]
         if (wrong := address % 16 != 0).any():
             raise ValueError(f"misaligned: rows of matrices at {address[wrong][:4]}")
         return address[..., None] // 2 + np.arange(8)
 
-    def touched_rows(self, rows):
-        return 2 * rows[..., None] + np.arange(2), self.warps(self.bit)[:, :1, None, None]
+    def touched_rows(self, rows, warps):
+        return 2 * rows[..., None] + np.arange(2), self.warps(self.bit)[warps, :1, None, None]
 
-    def matrices(self, address, count, transposed):
-        """ldmatrix, of ``count`` 8 x 8 matrices."""
-        rows = self.rows(address, count)
-        self.races.note_read(*self.touched_rows(rows))
+    def matrices(self, address, count, transposed, active=None):
+        """ldmatrix, of ``count`` 8 x 8 matrices, by the warps that are active."""
+        warps = slice(None) if active is None else self.warps(active)[:, 0]
+        rows = self.rows(address, count, warps)
+        self.races.note_read(*self.touched_rows(rows, warps))
         numbers, out = self.shared[2][rows], []
         for k in range(count):
             matrix = numbers[:, 8 * k : 8 * k + 8]
             matrix = matrix.swapaxes(1, 2) if transposed else matrix
-            out.append(pack(matrix[:, ROW, PAIR], matrix[:, ROW, PAIR + 1]).reshape(-1))
+            register = np.zeros((self.threads // WARP, WARP), np.uint32)
+            register[warps] = pack(matrix[:, ROW, PAIR], matrix[:, ROW, PAIR + 1])
+            out.append(register.reshape(-1))
         return out
 
-    def store_matrices(self, address, registers, transposed):
+    def store_matrices(self, address, registers, transposed, active=None):
         """stmatrix"""
-        rows = self.rows(address, len(registers))
-        before = self.shared[2][rows]
+        warps = slice(None) if active is None else self.warps(active)[:, 0]
+        rows = self.rows(address, len(registers), warps)
+        wanted = np.empty(rows.shape, np.uint16)
         for k, register in enumerate(registers):
-            at, bits = rows[:, 8 * k : 8 * k + 8], self.warps(register)
-            at = at.swapaxes(1, 2) if transposed else at
-            self.shared[2][at[:, ROW, PAIR]] = bits & np.uint32(0xFFFF)
-            self.shared[2][at[:, ROW, PAIR + 1]] = bits >> np.uint32(16)
-        changed = (before != self.shared[2][rows])[..., None].repeat(2, 3)
-        self.races.note_write(*self.touched_rows(rows), changed)
+            bits, matrix = self.warps(register)[warps], np.empty((len(rows), 8, 8), np.uint16)
+            matrix[:, ROW, PAIR], matrix[:, ROW, PAIR + 1] = bits & np.uint32(0xFFFF), bits >> np.uint32(16)
+            wanted[:, 8 * k : 8 * k + 8] = matrix.swapaxes(1, 2) if transposed else matrix
+        before = self.shared[2][rows]
+        self.shared[2][rows] = wanted
+        touched, bits = self.touched_rows(rows, warps)
+        after = self.shared[2][rows]
+        self.races.note_lost(touched[..., 0], bits[..., 0], wanted, after != wanted)
+        self.races.note_write(touched, bits, (before != after)[..., None].repeat(2, 3))
 
     def multiply(self, kind, a, b, c):
         """mma.m16n8k16: 16-bit a (16, 16) and b (16, 8), sums in float32."""
@@ -196,7 +211,7 @@ class Program(Hopper, Blackwell):
 
     def fragment(self, kind, registers, where):
         """-> (warps, rows, 16) numbers; the same registers are met again and again."""
-        key = tuple(map(id, registers))
+        key = kind, id(where), *map(id, registers)
         if key not in self.fragments:
             if len(self.fragments) > 200:
                 self.fragments.clear()

@@ -31,32 +31,50 @@ class Races:
     """
 
     def __init__(self, size):
-        self.read, self.written = np.zeros(size, np.uint32), np.zeros(size, np.uint32)  # a bit for each warp
+        self.read, self.written, self.multiplied = (np.zeros(size, np.uint32) for _ in range(3))  # a bit for each warp
+        self.coming = np.zeros(size, np.int32)  # copies under way
 
     def barrier(self):
-        self.read[:] = 0
-        self.written[:] = 0
+        for bits in (self.read, self.written, self.multiplied):
+            bits[:] = 0
+
+    def check_coming(self, at):
+        if self.coming[at].any():
+            raise Race("shared memory is read or written while a copy to it is under way")
 
     def note_read(self, at, warps):
         """at: bytes. warps: bits, of a shape that broadcasts to theirs."""
+        self.check_coming(at)
         if (self.written[at] & ~warps).any():
             raise Race("shared memory is read that another warp has written, without a barrier")
         np.bitwise_or.at(self.read, at, np.broadcast_to(warps, at.shape))
 
+    def note_product(self, at, warps):
+        """Warps that multiply together read."""
+        self.check_coming(at)
+        if (self.written[at] & ~warps).any():
+            raise Race("a product reads what another warp has written, without a barrier")
+        np.bitwise_or.at(self.multiplied, at, np.broadcast_to(warps, at.shape))
+
     def note_write(self, at, warps, changed):
         """changed: which bytes were others before."""
-        if ((self.written[at] | self.read[at]) & ~warps)[changed].any():
+        self.check_coming(at)
+        if ((self.written[at] | self.read[at] | self.multiplied[at]) & ~warps)[changed].any():
             raise Race("shared memory is written that another warp has read or written, without a barrier")
         np.bitwise_or.at(self.written, at, np.broadcast_to(warps, at.shape))
 
-    def note_copy(self, first, size, warps):
-        """A box will come by itself, and be waited for at a barrier of its own. warps: those that need none."""
-        if ((self.written | self.read)[first : first + size] & ~warps).any():
+    def note_coming(self, at, warps, group):
+        """A copy begins. warps: bits of those that began it; group: of those whose products they have waited for."""
+        if ((self.written[at] | self.read[at]) & ~warps | self.multiplied[at] & ~group).any():
             raise Race("a copy goes where another warp has read or written, without a barrier")
+        np.add.at(self.coming, at, 1)
+
+    def note_arrived(self, at):
+        np.subtract.at(self.coming, at, 1)
 
     def note_lost(self, at, warps, wanted, lost):
         """lost: which of a store's bytes hold another thread's number than wanted. Which of a warp's lanes wins is the
-        GPU's choice, but one: two warps must have the same numbers in the same order."""
+        GPU's choice, and the same in each: two warps must have the same numbers in the same order."""
         if not lost.any():
             return
         warps, several = np.broadcast_to(warps, at.shape), np.isin(at, at[lost])

@@ -27,10 +27,15 @@ def pytest_runtest_call(item):
     GPU.error = None
     try:
         return (yield)
-    except BaseException as error:
+    finally:
         if GPU.error is not None:
-            raise GPU.error from error
-        raise
+            raise GPU.error
+
+
+def pytest_sessionfinish(session):
+    """A session that launched nothing has shown nothing."""
+    if not GPU.ran and session.exitstatus == 0:
+        session.exitstatus = pytest.ExitCode.NO_TESTS_COLLECTED
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -12,19 +12,31 @@ from memory import UNSIGNED, Waits
 WIDTHS = {"b8": 1, "s8": 1, "u8": 1, "b16": 2, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "b32": 4, "s32": 4, "u32": 4,
           "f32": 4, "b64": 8, "s64": 8, "u64": 8, "f64": 8}  # fmt: skip
 REGISTERS = {"r": 4, "rd": 8, "rs": 2}
+INTEGERS = {"div", "rem", "max", "min"}  # what is another operation on them than on floats
+FLOAT_COMPARE = {  # with u: true for a NaN
+    "eq": "{0} == {1}", "ne": "({0} < {1}) | ({0} > {1})", "lt": "{0} < {1}", "le": "{0} <= {1}", "gt": "{0} > {1}",
+    "ge": "{0} >= {1}", "equ": "~(({0} < {1}) | ({0} > {1}))", "neu": "{0} != {1}", "ltu": "~({0} >= {1})",
+    "leu": "~({0} > {1})", "gtu": "~({0} <= {1})", "geu": "~({0} < {1})", "nan": "np.isnan({0}) | np.isnan({1})",
+    "num": "~(np.isnan({0}) | np.isnan({1}))",
+}  # fmt: skip
 COMPARE = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
 SIMPLE = {
-    "add": "{0} + {1}", "sub": "{0} - {1}", "mul": "{0} * {1}", "mul.lo": "{0} * {1}", "mad.lo": "{0} * {1} + {2}",
+    "add": "{0} + {1}", "sub": "{0} - {1}", "mul": "{0} * {1}",
     "and": "{0} & {1}", "or": "{0} | {1}", "xor": "{0} ^ {1}", "not": "~{0}", "neg": "-{0}", "abs": "np.abs({0})",
     "max": "np.maximum({0}, {1})", "min": "np.minimum({0}, {1})", "max.f": "np.fmax({0}, {1})",
-    "min.f": "np.fmin({0}, {1})", "max.NaN": "np.maximum({0}, {1})", "mov": "{0}", "fma": "m.fma({0}, {1}, {2})",
+    "min.f": "np.fmin({0}, {1})", "max.NaN": "np.maximum({0}, {1})", "fma": "m.fma({0}, {1}, {2})",
     "div": "m.divide({0}, {1})", "rem": "m.remainder({0}, {1})", "div.full": "m.ratio({0}, {1})",
-    "div.approx": "m.ratio({0}, {1})",
+    "div.approx": "m.rough_ratio({0}, {1})",
     "ex2.approx": "m.exp2({0})", "sqrt.approx": "np.sqrt({0})", "rsqrt.approx": "1 / np.sqrt({0})",
 }  # fmt: skip
 LETTERS = {"b": "u", "u": "u", "s": "i", "f": "f"}  # numpy's of PTX's
 PACKED = {"f32x2": (8, "f4"), "s16x2": (4, "i2")}  # two numbers in one register: its width, their type
 MASKED = {"ld", "st", "cp", "mbarrier", "tcgen05"}  # what a predicate may stand before, beside branches
+TOGETHER = {  # how many threads do it as one
+    "shfl.": 32, "redux.": 32, "mma.sync": 32, "ldmatrix.": 32, "stmatrix.": 32, "elect.": 32, "wgmma.": 128,
+    "cp.async.commit_group": 0, "cp.async.wait_group": 0, "tcgen05.ld": 32, "tcgen05.st": 32, "tcgen05.alloc": 32,
+}  # fmt: skip
+BOX = ["tensor", "2d", "shared::cta", "global", "mbarrier::complete_tx::bytes"]  # cp.async.bulk
 COMMENT = re.compile(r"//.*")
 INSTRUCTION = re.compile(r"(?:@(!?)%(p\d+)\s+)?([a-z][\w.:]*)\s*(.*?);$")
 OPERAND = re.compile(r"\{[^}]*\}|\[[^\]]*\]|[^,\s]+")
@@ -44,6 +56,12 @@ def listed(text):
 def width_of(register):
     """In bytes."""
     return REGISTERS[re.match(r"%?([a-z]+)", register)[1]]
+
+
+def require(known):
+    """Anything else is not known here."""
+    if not known:
+        raise NotImplementedError
 
 
 def mask_of(inverted, predicate):
@@ -67,6 +85,7 @@ class Kernel:
         self.blocks = self.split(lines[lines.index("{") + 1 : len(lines) - lines[::-1].index("}") - 1])
         self.labels, self.unset = {label: k for k, (label, _) in enumerate(self.blocks)}, set()
         self.parted = {}  # the second translation, {block: code}
+        self.active = None  # its name for the threads that are at a block
         self.source = self.together()
         exec(compile(self.source, f"<{self.name}>", "exec"), self.names)
 
@@ -85,17 +104,25 @@ class Kernel:
         while (at < len(self.blocks)).any():
             first = min({*at.tolist()} - {len(self.blocks)} - waiting, default=None)
             if first is None:
-                raise ValueError("threads wait for each other")
+                raise ValueError("threads wait for each other, at a barrier (which must be one place) or to act as one")
             if first not in self.parted:
                 text = "\n".join(self.apart(first))
                 self.parted[first] = compile(text, f"<{self.name}, block {first}>", "exec")
             registers |= self.names
             registers["active"] = at == first
+            if not program.is_whole(at == first, self.acting(first)):
+                waiting.add(first)
+                continue
             try:
                 exec(self.parted[first], registers)
                 waiting.clear()
             except Waits:
                 waiting.add(first)
+
+    def acting(self, block):
+        """How many threads do some instruction of a block as one."""
+        sizes = (size for line in self.blocks[block][1] for name, size in TOGETHER.items() if name in line)
+        return max((size or self.threads for size in sizes), default=1)
 
     def registers(self):
         """Names of all, and their widths; 0: a predicate."""
@@ -104,13 +131,13 @@ class Kernel:
 
     def split(self, lines):
         """[(label, [instruction])]"""
-        out, waits = [(None, [])], ""
+        out, guard = [(None, [])], ""  # guard: the predicate of a wait, which PTX writes as a branch around its loop
         for line in lines:
             if skipping := SKIPPING.match(line):
-                waits = f"@{skipping[1]} "
+                guard = f"@{skipping[1]} "
                 continue
             if line.startswith("mbarrier.try_wait"):
-                line, waits = waits + line, ""
+                line, guard = guard + line, ""
             if not line or line.startswith((".", "$L__tmp", "$L__func")) or line in "{}" or WAITING.match(line):
                 continue
             if line.endswith(":"):
@@ -139,14 +166,15 @@ class Kernel:
 
     def apart(self, block):
         """-> the lines of a block for the threads that are ``active``."""
-        out = []
+        out, self.active = [], "active"
         for line in self.blocks[block][1]:
             inverted, predicate, name, rest = INSTRUCTION.match(line).groups()
             mask = "active" if predicate is None else f"(active & {mask_of(inverted, predicate)})"
             if name.split(".")[0] == "bra":
                 out += [f"taken = {mask}", f"program.at[taken] = {self.labels[rest]}", "active = active & ~taken"]
                 continue
-            if name in ("bar.sync", "barrier.sync"):
+            if re.match(r"(bar|barrier)\.sync", name):
+                self.instruction(line)  # known at all
                 out.append(f"program.meet(active, {len(self.blocks)})")
                 continue
             if name == "ret":
@@ -190,6 +218,7 @@ class Kernel:
     def typed(self, text, kind):
         """Of its number."""
         if kind == "pred":
+            require(re.fullmatch(r"%p\d+|-?1|0", text))
             return text[1:] if text.startswith("%") else f"np.array([{text != '0'}])"
         held = width_of(text) if text.startswith("%r") else WIDTHS[kind]  # a register may be wider
         value = self.value(text, held)
@@ -218,36 +247,44 @@ class Kernel:
         if match is None:
             raise NotImplementedError(line)
         inverted, predicate, name, rest = match.groups()
+        base, *words = name.split(".")
         mask = mask_of(inverted, predicate)
-        if active is not None and name.split(".")[0] in MASKED:
+        if active is not None and base in MASKED:
             mask = active
         operands = OPERAND.findall(rest)
-        base, *words = name.split(".")
-        known = getattr(self, "do_" + base, None)
-        if known is not None:
-            return known(words, operands, mask)
-        if mask is not None:
-            raise NotImplementedError(line)
-        return self.simple(line, base, words, operands)
+        try:
+            alone = base == "bra" or (base in MASKED and not re.match(r"cp\.async\.(commit|wait)|tcgen05\.ld", name))
+            require(predicate is None or alone)
+            known = getattr(self, "do_" + base, None)
+            return self.simple(base, words, operands) if known is None else known(words, operands, mask)
+        except (
+            NotImplementedError,
+            AssertionError,
+            ArithmeticError,
+            AttributeError,
+            LookupError,
+            TypeError,
+            ValueError,
+        ) as error:
+            raise NotImplementedError(line) from error
 
-    def simple(self, line, base, words, operands):
+    def simple(self, base, words, operands):
         kind = words[-1]
         if base == "abs" and kind in ("bf16x2", "f16x2"):
             return [f"{operands[0][1:]} = {self.value(operands[1], 4)} & {self.constant(0x7FFF7FFF, 4)}"]
         if kind in PACKED or words[-2:-1] == ["f32"]:
             return self.packed(base, words, operands)
+        require(kind not in ("bf16", "f16") or base == "abs")
+        require(base != "fma" or kind == "f32")
         flushed = "ftz" in words
-        words = [word for word in words[:-1] if word not in ("rn", "ftz")]
-        key = ".".join([base, *words])
-        text = SIMPLE.get(f"{key}.f" if kind[0] == "f" else key, SIMPLE.get(key))
+        key = ".".join([base, *(word for word in words[:-1] if word not in ("rn", "ftz"))])
+        text = SIMPLE.get(f"{key}.f" if kind[0] == "f" and key in INTEGERS else key)
         if text is not None and key.startswith(("max", "min")) and len(operands) == 4:  # of three
             text = text.format(text, "{2}")
-        if text is None or len(set(re.findall(r"\{\d\}", text))) != len(operands) - 1:
-            raise NotImplementedError(line)
-        if kind == "pred":
-            text = text if base != "mov" else "{0}"
-            return [f"{operands[0][1:]} = {text.format(*(self.typed(x, kind) for x in operands[1:]))}"]
+        require(text is not None and len(set(re.findall(r"\{\d\}", text))) == len(operands) - 1)
         sources = [self.typed(x, kind) for x in operands[1:]]
+        if kind == "pred":
+            return [f"{operands[0][1:]} = {text.format(*sources)}"]
         if flushed:
             sources = [f"m.flush({x})" for x in sources]
         result = text.format(*sources)
@@ -258,6 +295,7 @@ class Kernel:
     def packed(self, base, words, operands):
         """Of two numbers in a register; or a sum, in float32, of terms that are 16 bits wide."""
         kind = words[-1]
+        require(words in ([kind], ["rn", kind], ["rn", "f32", kind]) and base in ("add", "sub", "mul", "fma"))
         if kind in PACKED:
             held, of_one = PACKED[kind]
             sources = [f"m.pairs({self.value(x, held)}, '{of_one}')" for x in operands[1:]]
@@ -289,29 +327,36 @@ class Kernel:
                 "if taken.any():", f"    return np.where(program.every(taken), {target}, NEXT), locals()"]  # fmt: skip
 
     def do_ret(self, words, operands, mask):
-        assert mask is None
         return ["return None"]
 
     def do_bar(self, words, operands, mask):
-        if words[0] == "warp":
+        if words == ["warp", "sync"]:
             return []
-        assert operands == ["0"], operands  # all threads of the program
+        require(words in (["sync"], ["sync", "aligned"]) and operands == ["0"])  # of all threads of the program
         return ["program.races.barrier()"]
 
     do_barrier = do_bar
 
     def do_ld(self, words, operands, mask):
-        space, width = words[0].split(":")[0], WIDTHS[words[-1]]
+        space, width = self.space_of(words, ("param", "global", "shared", "shared::cta"))
         if space == "param":
             index = int(re.search(r"_param_(\d+)", operands[1])[1])
             return [f"{operands[0][1:]} = arguments[{index}]{self.widened(words[-1], width_of(operands[0]))}"]
         to = [x[1:] for x in listed(operands[0])]
         held = self.widened(words[-1], width_of(to[0]))
         self.unset |= {x for x in to if mask}  # a masked load may leave what was there, which nothing may depend on
-        narrowed = f".astype('u{width}')" if held else ""
-        old = f", {mask}, [{', '.join(x + narrowed for x in to)}]" if mask else ""
-        call = f"program.load_{space}({self.address(operands[1])}, {len(to)}, {width}{old})"
-        return [f"{', '.join(to)}, = " + (f"[x{held} for x in {call}]" if held else call)]
+        masked = f", {mask}" if mask else ""
+        call = f"program.load_{space}({self.address(operands[1])}, {len(to)}, {width}{masked})"
+        if held:
+            call = f"[x{held} for x in {call}]"
+        if mask:
+            call = f"[np.where({mask}, *both) for both in zip({call}, [{', '.join(to)}])]"
+        return [f"{', '.join(to)}, = {call}"]
+
+    def space_of(self, words, spaces):
+        """-> (a load's or store's space, bytes of a number)."""
+        require(words[0] in spaces and all(re.fullmatch(r"v[24]", word) for word in words[1:-1]))
+        return words[0].split(":")[0], WIDTHS[words[-1]]
 
     def widened(self, kind, width):
         """What makes of bits those of a register, which may be wider."""
@@ -321,7 +366,7 @@ class Kernel:
         return f".view('{letter}{WIDTHS[kind]}').astype('{letter}{width}').view('u{width}')"
 
     def do_st(self, words, operands, mask):
-        space, width = words[0].split(":")[0], WIDTHS[words[-1]]
+        space, width = self.space_of(words, ("global", "shared", "shared::cta"))
         values = [self.typed(x, f"b{8 * width}") for x in listed(operands[1])]
         masked = f", {mask}" if mask else ""
         return [f"program.store_{space}({self.address(operands[0])}, [{', '.join(values)}], {width}{masked})"]
@@ -339,7 +384,7 @@ class Kernel:
         if words[0] == "init":
             return [f"program.start_barrier({self.address(operands[0])}, {self.value(operands[1], 4)}, {mask})"]
         if words[0] == "inval":
-            return []
+            return [f"program.end_barrier({self.address(operands[0])}, {mask})"]
         address, number = self.address(operands[1]), self.value(operands[2], 4)
         if words[0] == "try_wait":
             return [f"program.wait_barrier({address}, {number}, {mask})"]
@@ -368,14 +413,14 @@ class Kernel:
         if base == "commit":
             return [f"program.commit_products({self.address(operands[0])}.astype(np.uint32), {mask})"]
         if base == "mma":
-            assert words[2] in ("kind::f16", "kind::tf32"), words
+            require(words[1] == "cta_group::1" and words[2] in ("kind::f16", "kind::tf32") and len(operands) == 5)
             to, left = (self.address(x) if x[0] == "[" else self.value(x, 8) for x in operands[:2])
             right, shape, keep = self.value(operands[2], 8), self.value(operands[3], 4), self.typed(operands[4], "pred")
             how = f"{'tf32' in words[2]}, {operands[1][0] == '['}"  # whether the left side lies in tensor memory
             return [f"program.start_product({how}, {to}, {left}, {right}, {shape}, {keep}, {mask})"]
-        assert base in ("ld", "st"), words
-        assert words[3] in ("32x32b", "16x32bx2"), words
         lists = [listed(x) for x in operands if x.startswith("{")]
+        require(base in ("ld", "st") and words[3] in ("32x32b", "16x32bx2"))
+        require(words[1:3] + words[4:] == ["sync", "aligned", f"x{len(lists[0])}", "b32"])
         second = next((int(x) for x in operands if x.isdigit()), 0)
         (address,) = (self.address(x) for x in operands if x.startswith("["))
         how = f"{words[3] == '16x32bx2'}, {second}"
@@ -387,6 +432,8 @@ class Kernel:
 
     def do_cp(self, words, operands, mask):
         if words[1] == "bulk":
+            space = words[4].replace("cluster", "cta")  # of clusters of one program
+            require([*words[2:4], space, *words[5:]] == BOX)
             tensor, column, row = re.fullmatch(r"\[(\S+), \{(\S+), (\S+)\}\]", operands[1]).groups()
             to, address = self.address(operands[0]), self.address(operands[2])
             column, row = self.value(column, 4), self.value(row, 4)
@@ -395,6 +442,7 @@ class Kernel:
             return ["program.commit()"]
         if words[1] == "wait_group":
             return [f"program.wait({int(operands[0])})"]
+        require(words[1] in ("ca", "cg") and words[2:] == ["shared", "global"] and len(operands) in (3, 4))
         size = int(operands[2], 0)
         filled = self.value(operands[3], 4) if len(operands) > 3 else self.constant(size, 4)
         masked = f", {mask}" if mask else ""
@@ -402,12 +450,19 @@ class Kernel:
 
     def do_ldmatrix(self, words, operands, mask):
         to = [x[1:] for x in listed(operands[0])]
-        call = f"program.matrices({self.address(operands[1])}, {len(to)}, {'trans' in words})"
+        self.check_matrices(words, to)
+        call = f"program.matrices({self.address(operands[1])}, {len(to)}, {'trans' in words}, {self.active})"
         return [f"{', '.join(to)}, = {call}"]
 
     def do_stmatrix(self, words, operands, mask):
         values = [self.value(x, 4) for x in listed(operands[1])]
-        return [f"program.store_matrices({self.address(operands[0])}, [{', '.join(values)}], {'trans' in words})"]
+        self.check_matrices(words, values)
+        how = f"{'trans' in words}, {self.active}"
+        return [f"program.store_matrices({self.address(operands[0])}, [{', '.join(values)}], {how})"]
+
+    def check_matrices(self, words, registers):
+        plain = [word for word in words if word != "trans"]
+        require(plain == ["sync", "aligned", "m8n8", f"x{len(registers)}", "shared", "b16"])
 
     def do_mma(self, words, operands, mask):
         assert words[2:5] == ["m16n8k16", "row", "col"], words
@@ -417,31 +472,28 @@ class Kernel:
         return [f"{', '.join(to)}, = program.multiply({words[6]!r}, {groups})"]
 
     def do_shfl(self, words, operands, mask):
-        to, x, by, limit = operands[:4]
+        to, x, by, limit, threads = operands
+        require(
+            words[:2] in (["sync", "bfly"], ["sync", "idx"], ["sync", "up"])
+            and threads == "-1"
+            and limit == ("0" if words[1] == "up" else "31")
+        )
         width = WIDTHS[words[-1]]
         call = f"program.shuffle({words[1]!r}, {self.value(x, width)}, {self.value(by, 4)}, {int(limit)})"
         return [f"{to[1:]} = {call}"]
 
     def do_redux(self, words, operands, mask):
-        function = {"add": "np.add", "max": "np.maximum", "min": "np.minimum", "or": "np.bitwise_or"}[words[1]]
+        require(words[0] == "sync" and len(words) == 3 and operands[2:] in (["-1"], operands[2:]))
+        functions = {"add": "np.add", "max": "np.maximum", "min": "np.minimum", "or": "np.bitwise_or"}
+        function = functions[words[1]] if words[2] != "f32" else {"max": "np.fmax", "min": "np.fmin"}[words[1]]
         call = f"program.reduce({function}, {self.typed(operands[1], words[-1])})"
         return [f"{operands[0][1:]} = {self.bits(call, words[-1])}"]
 
     def do_setp(self, words, operands, mask):
-        compare, kind = words[0], words[-1]
-        a, b = (self.typed(x, kind) for x in operands[1:])
-        if compare in ("nan", "num"):
-            text = f"np.isnan({a}) | np.isnan({b})"
-            text = text if compare == "nan" else f"~({text})"
-        elif kind[0] == "f" and compare.endswith("u") and compare != "u":
-            opposite = {"eq": "!=", "ne": "==", "lt": ">=", "le": ">", "gt": "<=", "ge": "<"}[compare[:-1]]
-            text = f"~({a} {opposite} {b})" if compare != "equ" else f"~(({a} < {b}) | ({a} > {b}))"
-            text = f"({a} != {b})" if compare == "neu" else text
-        elif kind[0] == "f" and compare == "ne":
-            text = f"({a} < {b}) | ({a} > {b})"
-        else:
-            text = f"{a} {COMPARE[compare]} {b}"
-        return [f"{operands[0][1:]} = {text}"]
+        compare, kind = words
+        require(kind not in ("bf16", "f16"))
+        text = FLOAT_COMPARE[compare] if kind[0] == "f" else f"{{0}} {COMPARE[compare]} {{1}}"
+        return [f"{operands[0][1:]} = {text.format(*(self.typed(x, kind) for x in operands[1:]))}"]
 
     def do_selp(self, words, operands, mask):
         width = WIDTHS[words[-1]]
@@ -458,6 +510,10 @@ class Kernel:
 
     def product(self, words, operands, added):
         kind = words[-1]
+        if kind[0] == "f":
+            require(words in ([kind], ["rn", kind]) and added is None)
+        else:
+            require(words in (["lo", kind], ["hi", kind], ["wide", kind]))
         to, a, b = operands[0][1:], *(self.typed(x, kind) for x in operands[1:3])
         width = WIDTHS[kind]
         if words[0] in ("wide", "hi"):
@@ -466,8 +522,6 @@ class Kernel:
             if words[0] == "hi":
                 text = f"({text} >> {self.constant(8 * width, 2 * width)}).astype('u{width}')"
             width = 2 * width if words[0] == "wide" else width
-        elif "ftz" in words:
-            raise NotImplementedError("mul.ftz")
         else:
             text = f"({a} * {b}).view('u{width}')"
         return [f"{to} = {text}" + ("" if added is None else f" + {self.value(added, width)}")]
@@ -489,28 +543,34 @@ class Kernel:
 
     def do_prmt(self, words, operands, mask):
         to, *rest = operands
+        require(words == ["b32"])
         return [f"{to[1:]} = m.permute({', '.join(self.value(x, 4) for x in rest)})"]
 
     def do_popc(self, words, operands, mask):
         return [f"{operands[0][1:]} = m.count_bits({self.value(operands[1], WIDTHS[words[-1]])})"]
 
     def do_cvt(self, words, operands, mask):
-        to, source = words[-2:]
+        *how, to, source = words
         target = operands[0][1:]
+        is_float = to[0] not in "su", source[0] not in "su"
+        narrow = to in ("bf16", "f16", "bf16x2", "f16x2")
+        wanted = {(True, True): ["rn"] if narrow else how if to == source == "f64" else [], (False, False): []}
+        require(how == wanted.get(is_float, ["rn"] if is_float[0] else ["rzi"]))
+        require(len(operands) == (3 if to.endswith("x2") else 2) and (to != source or how == ["rpi"]))
         if to in ("bf16x2", "f16x2"):
             high, low = (f"m.narrow({to[:-2]!r}, {self.typed(x, source)})" for x in operands[1:])
             return [f"{target} = m.pack({low}, {high})"]
-        x, rounding = self.typed(operands[1], source), words[0]
+        x = self.typed(operands[1], source)
         if to in ("bf16", "f16"):
             assert source in ("f32", "bf16", "f16"), words
             return [f"{target} = m.narrow({to!r}, {x})"]
         if source in ("bf16", "f16"):
             assert to == "f32", words
             return [f"{target} = {x}.view('u4')"]
-        if to[0] == source[0] == "f" and rounding == "rpi":
+        if how == ["rpi"]:
             x = f"np.ceil({x})"
-        elif to[0] != "f" and source[0] == "f":
-            assert rounding == "rzi", words
-            x = f"np.clip(np.nan_to_num(np.trunc({x}.astype('f8'))), *m.ends('{LETTERS[to[0]]}{WIDTHS[to]}'))"
+        elif how == ["rzi"]:
+            wide = source == "f64" or WIDTHS[to] == 8  # a NaN becomes the highest bit alone
+            x = f"m.truncated({x}, '{LETTERS[to[0]]}{WIDTHS[to]}', {wide})"
         text = f"{x}.astype('{LETTERS[to[0]]}{WIDTHS[to]}').view('u{WIDTHS[to]}')"
         return [f"{target} = {text}{self.widened(to, width_of(target))}"]
