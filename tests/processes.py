@@ -1,9 +1,10 @@
-"""Starts a script as the ranks of one process group, as torchrun would."""
+"""Ranks of one process group, as torchrun would start them; what other processes do that import nothing large."""
 
 import os
 import socket
 import subprocess
 import sys
+import time
 
 
 def run_ranks(script, ranks, output, timeout=500, **environment):
@@ -29,3 +30,19 @@ def run_ranks(script, ranks, output, timeout=500, **environment):
             run.kill()
     for run, error in zip(runs, errors):
         assert run.returncode == 0, error[-4000:]
+
+
+def obey(request, say):
+    """What the workers of tests/test_bench.py do."""
+    say(f"at {request}")
+    if request == "crash":
+        os._exit(3)
+    if request == "hang":
+        time.sleep(600)
+    if request == "raise":
+        raise RuntimeError("an illegal access")
+    return request
+
+
+def make_obedient():
+    return obey

@@ -26,6 +26,8 @@ from bench.suites import Options, accuracy, divergence, fit, loss, parse_case, s
 from bench.worker import Worker
 from fastgrpo import reference
 
+import processes
+
 SMALL = Case(128, 1000, 64)
 QUICK = ("fastgrpo certified", "fastgrpo exact", "full logits", "CCE")
 
@@ -271,24 +273,8 @@ def test_sweeps_have_pictures_and_shared_points_are_measured_once(options, tmp_p
     assert names >= {"x-time-over-N.png", "x-time-over-V.png", "x-objectives.png"}
 
 
-def obey(request, say):
-    """What the workers of the test below do."""
-    say(f"at {request}")
-    if request == "crash":
-        os._exit(3)
-    if request == "hang":
-        time.sleep(600)
-    if request == "raise":
-        raise RuntimeError("an illegal access")
-    return request
-
-
-def make_obedient():
-    return obey
-
-
 def test_a_worker_is_lost_and_replaced():
-    heard, worker = [], Worker(make_obedient, silence=120.0)  # seconds that a process may take to start
+    heard, worker = [], Worker(processes.make_obedient, silence=120.0)  # seconds that a process may take to start
     for request, said in (("crash", "ended with 3"), ("raise", "an illegal access"), ("hang", "no word in")):
         assert worker.ask("fine", heard.append) == ("fine", None)
         worker.silence = 3.0 if request == "hang" else 120.0
