@@ -454,6 +454,8 @@ def test_a_warp_s_maximum_is_not_nan(emulator):
     """
     run(emulator, body, x, out)
     np.testing.assert_array_equal(out, np.repeat([31, 63], 32))
+    with pytest.raises(NotImplementedError, match="a part of a warp"):
+        run(emulator, body.replace("%r2, -1;", "%r2, 255;"), x, out)
 
 
 def test_programs_know_their_place(emulator):

@@ -32,7 +32,7 @@ CUT = ("weight", "bias")  # what each rank has a part of
 def ranks(request, tmp_path_factory):
     """What each of the processes found."""
     output = tmp_path_factory.mktemp("ranks")
-    run_ranks(job.__file__, request.param, output, TRITON_INTERPRET="1")
+    run_ranks(job.__file__, request.param, output)
     return [torch.load(output / f"rank{r}.pt") for r in range(request.param)]
 
 

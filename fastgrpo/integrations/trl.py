@@ -163,7 +163,7 @@ OPS = {  # TRL's autograd functions where its trainers look them up: what stands
     "trainer.utils._ChunkedLogProbFunction": Op,
     "trainer.distillation_trainer.ChunkedDivergenceFunction": DivergenceOp,
 }
-BLOCKS: list[object] = []  # of patched(), not yet ended; they may end in any order
+BLOCKS: list[None] = []  # one for each block of patched() that has not ended; they may end in any order
 UNDO = contextlib.ExitStack()  # puts TRL's functions back, with the last of them
 
 
@@ -191,17 +191,17 @@ def patched() -> Iterator[None]:
     Raises:
         ImportError: a TRL that was not tested, with the tested versions and what differs.
     """
-    places = [(name, *name.rsplit(".", 1), op) for name, op in OPS.items()]
-    strange = [place for place in places if getattr(find(place[1]), place[2], None) is not place[3]]
+    places = [(*name.rsplit(".", 1), op) for name, op in OPS.items()]
+    strange = [(home, place, op) for home, place, op in places if getattr(find(home), place, None) is not op]
     if strange:
-        check_version(*(f"{name}.forward" for name, *_ in strange))
-    BLOCKS.append(block := object())
+        check_version(*(f"{home}.{place}.forward" for home, place, _ in strange))
+    BLOCKS.append(None)
     try:
-        for _, home, place, op in strange:
+        for home, place, op in strange:
             UNDO.enter_context(rebound(find(home), place, op))
         yield
     finally:
-        BLOCKS.remove(block)
+        BLOCKS.pop()
         if not BLOCKS:
             UNDO.close()
 

@@ -55,10 +55,11 @@ class Program(Hopper, Blackwell):
     def warps(self, x):
         return self.every(x).reshape(-1, WARP)
 
-    def is_whole(self, active, size):
-        """Whether of each so many threads all are active or none."""
+    def check_whole(self, active, size):
+        """Threads of which so many act as one wait until all are there."""
         groups = active.reshape(-1, size)
-        return (groups.any(1) == groups.all(1)).all()
+        if (groups.any(1) != groups.all(1)).any():
+            raise Waits("threads wait for others, to act as one")
 
     def meet(self, active, end):
         """bar.sync of threads that have parted: all that have not ended wait for each other."""
@@ -150,7 +151,9 @@ class Program(Hopper, Blackwell):
         source = np.where((source >= low) & (source <= high), source, LANES)
         return np.take_along_axis(x, source, 1).reshape(-1)
 
-    def reduce(self, function, x):
+    def reduce(self, function, x, threads):
+        if (threads != 0xFFFFFFFF).any():
+            raise NotImplementedError("redux of a part of a warp")
         x = function.reduce(self.warps(x), 1, keepdims=True, dtype=x.dtype)
         return np.broadcast_to(x, (x.shape[0], WARP)).reshape(-1)
 

@@ -53,6 +53,11 @@ def listed(text):
     return [x.strip() for x in text.strip("{} ").split(",")]
 
 
+def targets(text):
+    """Their names as Python's variables."""
+    return [x[1:] for x in listed(text)]
+
+
 def width_of(register):
     """In bytes."""
     return REGISTERS[re.match(r"%?([a-z]+)", register)[1]]
@@ -84,7 +89,9 @@ class Kernel:
         self.names = {"np": np, "m": arith}
         self.blocks = self.split(lines[lines.index("{") + 1 : len(lines) - lines[::-1].index("}") - 1])
         self.labels, self.unset = {label: k for k, (label, _) in enumerate(self.blocks)}, set()
-        self.parted = {}  # the second translation, {block: code}
+        text = "\n".join(line for _, lines in self.blocks for line in lines)
+        self.registers = {name: REGISTERS.get(kind, 0) for name, kind in REGISTER.findall(text)}  # bytes; predicates: 0
+        self.parted = {}  # the second translation, {block: (code, how many threads act as one in it)}
         self.active = None  # its name for the threads that are at a block
         self.source = self.together()
         exec(compile(self.source, f"<{self.name}>", "exec"), self.names)
@@ -98,7 +105,7 @@ class Kernel:
     def run_parted(self, program, at, registers):
         """at: the block that each thread is at. Those furthest behind go first, so that they meet again, but for those
         that wait for others."""
-        for name, width in self.registers():
+        for name, width in self.registers.items():
             registers.setdefault(name, self.names[self.constant(-1, width)] if width else np.array([False]))
         program.at, waiting = at, set()
         while (at < len(self.blocks)).any():
@@ -107,14 +114,12 @@ class Kernel:
                 raise ValueError("threads wait for each other, at a barrier (which must be one place) or to act as one")
             if first not in self.parted:
                 text = "\n".join(self.apart(first))
-                self.parted[first] = compile(text, f"<{self.name}, block {first}>", "exec")
-            registers |= self.names
-            registers["active"] = at == first
-            if not program.is_whole(at == first, self.acting(first)):
-                waiting.add(first)
-                continue
+                self.parted[first] = compile(text, f"<{self.name}, block {first}>", "exec"), self.acting(first)
+            code, size = self.parted[first]
+            registers |= self.names | {"active": at == first}
             try:
-                exec(self.parted[first], registers)
+                program.check_whole(at == first, size)
+                exec(code, registers)
                 waiting.clear()
             except Waits:
                 waiting.add(first)
@@ -123,11 +128,6 @@ class Kernel:
         """How many threads do some instruction of a block as one."""
         sizes = (size for line in self.blocks[block][1] for name, size in TOGETHER.items() if name in line)
         return max((size or self.threads for size in sizes), default=1)
-
-    def registers(self):
-        """Names of all, and their widths; 0: a predicate."""
-        text = "\n".join(line for _, lines in self.blocks for line in lines)
-        return {name: REGISTERS.get(kind, 0) for name, kind in REGISTER.findall(text)}.items()
 
     def split(self, lines):
         """[(label, [instruction])]"""
@@ -160,7 +160,7 @@ class Kernel:
             out.append(f"            block = {k + 1}")
         found = filter(None, (ASSIGNMENT.fullmatch(line.strip()) for line in out))
         ever = {name for match in found for name in match[1].split(", ")}  # a half that nobody reads is not
-        self.unset |= {name for name, width in self.registers() if width and name not in ever}
+        self.unset |= {name for name, width in self.registers.items() if width and name not in ever}
         unset = [f"    {x} = {self.constant(-1, width_of(x))}" for x in sorted(self.unset)]
         return "\n".join(["def run(program, arguments):", *unset, "    block = 0", "    while True:", *out])
 
@@ -207,7 +207,7 @@ class Kernel:
         if "_param_" in text:
             return f"arguments[{int(text.rpartition('_')[2])}]"
         if text.startswith("%"):
-            assert width_of(text) == width, (text, width)
+            require(width_of(text) == width)
             return text[1:]
         if text.startswith("global_smem"):
             return self.constant(int(text[len("global_smem") :] or 0), width)
@@ -257,15 +257,7 @@ class Kernel:
             require(predicate is None or alone)
             known = getattr(self, "do_" + base, None)
             return self.simple(base, words, operands) if known is None else known(words, operands, mask)
-        except (
-            NotImplementedError,
-            AssertionError,
-            ArithmeticError,
-            AttributeError,
-            LookupError,
-            TypeError,
-            ValueError,
-        ) as error:
+        except (NotImplementedError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise NotImplementedError(line) from error
 
     def simple(self, base, words, operands):
@@ -307,7 +299,7 @@ class Kernel:
         kind, (to, source) = words[0], operands
         if to.startswith("{"):
             half = WIDTHS[kind] // 2
-            parts = [x[1:] for x in listed(to)]  # "_": a half that nobody wants
+            parts = targets(to)  # "_": a half that nobody wants
             value = self.value(source, 2 * half)
             return [f"{part} = ({value} >> {self.constant(8 * half * k, 2 * half)}).astype('u{half}')"
                     for k, part in enumerate(parts) if part]  # fmt: skip
@@ -342,11 +334,10 @@ class Kernel:
         if space == "param":
             index = int(re.search(r"_param_(\d+)", operands[1])[1])
             return [f"{operands[0][1:]} = arguments[{index}]{self.widened(words[-1], width_of(operands[0]))}"]
-        to = [x[1:] for x in listed(operands[0])]
+        to = targets(operands[0])
         held = self.widened(words[-1], width_of(to[0]))
         self.unset |= {x for x in to if mask}  # a masked load may leave what was there, which nothing may depend on
-        masked = f", {mask}" if mask else ""
-        call = f"program.load_{space}({self.address(operands[1])}, {len(to)}, {width}{masked})"
+        call = f"program.load_{space}({self.address(operands[1])}, {len(to)}, {width}, {mask})"
         if held:
             call = f"[x{held} for x in {call}]"
         if mask:
@@ -368,8 +359,7 @@ class Kernel:
     def do_st(self, words, operands, mask):
         space, width = self.space_of(words, ("global", "shared", "shared::cta"))
         values = [self.typed(x, f"b{8 * width}") for x in listed(operands[1])]
-        masked = f", {mask}" if mask else ""
-        return [f"program.store_{space}({self.address(operands[0])}, [{', '.join(values)}], {width}{masked})"]
+        return [f"program.store_{space}({self.address(operands[0])}, [{', '.join(values)}], {width}, {mask})"]
 
     def do_fence(self, words, operands, mask):
         return []
@@ -388,17 +378,16 @@ class Kernel:
         address, number = self.address(operands[1]), self.value(operands[2], 4)
         if words[0] == "try_wait":
             return [f"program.wait_barrier({address}, {number}, {mask})"]
-        assert words[:2] == ["arrive", "expect_tx"], words
+        require(words[:2] == ["arrive", "expect_tx"])
         return [f"program.expect({address}, {number}, {mask})"]
 
     def do_wgmma(self, words, operands, mask):
         if words[0] != "mma_async":
             return []
         columns = int(re.fullmatch(r"m64n(\d+)k16", words[3])[1])
-        assert words[4] == "f32", words
-        to = [x[1:] for x in listed(operands[0])]
+        require(words[4] == "f32" and operands[4:6] == ["1", "1"])
+        to = targets(operands[0])
         a, b = ([self.value(x, width_of(x)) for x in listed(text)] for text in operands[1:3])
-        assert operands[4:6] == ["1", "1"], operands
         transposed = [int(x) for x in operands[6:]]
         keep = self.typed(operands[3], "pred")
         return [f"{', '.join(to)}, = program.multiply_group({words[5]!r}, {columns}, [{', '.join(to)}], "
@@ -445,11 +434,10 @@ class Kernel:
         require(words[1] in ("ca", "cg") and words[2:] == ["shared", "global"] and len(operands) in (3, 4))
         size = int(operands[2], 0)
         filled = self.value(operands[3], 4) if len(operands) > 3 else self.constant(size, 4)
-        masked = f", {mask}" if mask else ""
-        return [f"program.copy({self.address(operands[0])}, {self.address(operands[1])}, {size}, {filled}{masked})"]
+        return [f"program.copy({self.address(operands[0])}, {self.address(operands[1])}, {size}, {filled}, {mask})"]
 
     def do_ldmatrix(self, words, operands, mask):
-        to = [x[1:] for x in listed(operands[0])]
+        to = targets(operands[0])
         self.check_matrices(words, to)
         call = f"program.matrices({self.address(operands[1])}, {len(to)}, {'trans' in words}, {self.active})"
         return [f"{', '.join(to)}, = {call}"]
@@ -465,8 +453,7 @@ class Kernel:
         require(plain == ["sync", "aligned", "m8n8", f"x{len(registers)}", "shared", "b16"])
 
     def do_mma(self, words, operands, mask):
-        assert words[2:5] == ["m16n8k16", "row", "col"], words
-        assert words[5] == words[8] == "f32", words
+        require(words[2:6] == ["m16n8k16", "row", "col", "f32"] and words[6] == words[7] and words[8] == "f32")
         to, *sources = ([self.value(x, 4) for x in listed(group)] for group in operands)
         groups = ", ".join(f"[{', '.join(group)}]" for group in sources)
         return [f"{', '.join(to)}, = program.multiply({words[6]!r}, {groups})"]
@@ -483,11 +470,12 @@ class Kernel:
         return [f"{to[1:]} = {call}"]
 
     def do_redux(self, words, operands, mask):
-        require(words[0] == "sync" and len(words) == 3 and operands[2:] in (["-1"], operands[2:]))
+        require(words[0] == "sync" and len(words) == 3)
         functions = {"add": "np.add", "max": "np.maximum", "min": "np.minimum", "or": "np.bitwise_or"}
         function = functions[words[1]] if words[2] != "f32" else {"max": "np.fmax", "min": "np.fmin"}[words[1]]
-        call = f"program.reduce({function}, {self.typed(operands[1], words[-1])})"
-        return [f"{operands[0][1:]} = {self.bits(call, words[-1])}"]
+        to, x, threads = operands
+        call = f"program.reduce({function}, {self.typed(x, words[-1])}, {self.value(threads, 4)})"
+        return [f"{to[1:]} = {self.bits(call, words[-1])}"]
 
     def do_setp(self, words, operands, mask):
         compare, kind = words
@@ -552,20 +540,24 @@ class Kernel:
     def do_cvt(self, words, operands, mask):
         *how, to, source = words
         target = operands[0][1:]
-        is_float = to[0] not in "su", source[0] not in "su"
         narrow = to in ("bf16", "f16", "bf16x2", "f16x2")
-        wanted = {(True, True): ["rn"] if narrow else how if to == source == "f64" else [], (False, False): []}
-        require(how == wanted.get(is_float, ["rn"] if is_float[0] else ["rzi"]))
-        require(len(operands) == (3 if to.endswith("x2") else 2) and (to != source or how == ["rpi"]))
+        if source[0] in "su":
+            wanted = [] if to[0] in "su" else ["rn"]
+        elif to[0] in "su":
+            wanted = ["rzi"]
+        else:
+            wanted = ["rn"] if narrow else ["rpi"] if to == source == "f64" else []
+        require(how == wanted and (to != source or how == ["rpi"]))
+        require(len(operands) == (3 if to.endswith("x2") else 2))
         if to in ("bf16x2", "f16x2"):
             high, low = (f"m.narrow({to[:-2]!r}, {self.typed(x, source)})" for x in operands[1:])
             return [f"{target} = m.pack({low}, {high})"]
         x = self.typed(operands[1], source)
         if to in ("bf16", "f16"):
-            assert source in ("f32", "bf16", "f16"), words
+            require(source in ("f32", "bf16", "f16"))
             return [f"{target} = m.narrow({to!r}, {x})"]
         if source in ("bf16", "f16"):
-            assert to == "f32", words
+            require(to == "f32")
             return [f"{target} = {x}.view('u4')"]
         if how == ["rpi"]:
             x = f"np.ceil({x})"
