@@ -14,7 +14,7 @@ import torch
 
 from fastgrpo.torch_tl import tl
 
-# the kernels have their own: of [-1/2, 1/2] and [-1/2, 1], of what is not above 0 in either case
+# the kernels have their own: of [-1/2, 1/2] and [-1/2, 1], of what is not above 0 in either case; the last two base 2
 expm1, log1p = torch.expm1, torch.log1p
 expm1_down, log1p_down = torch.Tensor.expm1_, torch.Tensor.log1p_
 NEAR = 0.5  # |d| up to which a difference of exponentials is made of d
@@ -57,7 +57,7 @@ def finish_sums(total, other, tilt, excess):
 
 
 def mixture_logs(above, below, apart, share):
-    """-> log(p_s / m), log(m / p_t) with m = (1 - beta) p_s + beta p_t.
+    """-> log(p_s / m), log(m / p_t) with m = (1 - beta) p_s + beta p_t, to the base that delta has.
 
     Without a difference that cancels: the larger of p_s and p_t is compared with m by log1p. Torch's tensors are
     overwritten.

@@ -15,7 +15,8 @@ Assumptions, each for a measurement to refute (ncu, at a clock that is held):
 - Hopper's and B200's tensor cores read shared memory for nothing; accumulators in B200's tensor memory are free.
 - Each instruction outside the hot loop runs once a tile, rare paths too; what a program does once for many tiles is
   left out. Dependencies, barriers, bank conflicts, replays, a tile's stores and its first reads of sums cost nothing.
-- A tile exposes one latency, the first copies'; a program of one tile three: count, row numbers, copies.
+- A tile exposes one latency, the first copies'; a program of one tile three: count, row numbers, copies. Each loop
+  more, of a second model's logits, exposes its own.
 - Both operands of a step come from L2, at ``l2`` bytes a cycle and SM as the SM receives them; nothing is left in L1,
   and DRAM keeps up. That figure is the least certain, so each ceiling is also given without it ("fed"). Hopper's was
   fitted to 91 pairs of tiles on an H200: docs/measured-facts.md, also for what the model gets wrong there.
@@ -93,11 +94,12 @@ class Instruction(NamedTuple):
 class Code(NamedTuple):
     """What the model takes from the machine code, a warp."""
 
-    loop: Counter  # opcodes of the hot loop, a trip
+    loop: Counter  # opcodes of the hot loop, or of one of several alike, a trip
     epilogue: Counter  # of what else a tile takes
     products: int  # multiplications of a trip, of the whole CTA
     ahead: float  # trips whose copies are under way before the first one computes
     one_tile: bool  # whether a program ends with its tile
+    loops: int = 1  # of two models' logits two, one after the other
 
 
 class Tile(NamedTuple):
@@ -126,7 +128,8 @@ def find_loops(instructions):
 
 
 def read(instructions, tile):
-    """-> Code. The hot loop is the innermost one with the most tensor-core instructions; one around it does tiles."""
+    """-> Code. The hot loop is the innermost one with the most tensor-core instructions, or all that have as many; one
+    around it does tiles."""
 
     def inside(loop):
         return [i for i in instructions if loop[0] <= i.address <= loop[1]]
@@ -135,17 +138,20 @@ def read(instructions, tile):
         return sum(is_a(i.opcode, TENSOR) for i in inside(loop))
 
     loops = find_loops(instructions)
-    innermost = [a for a in loops if tensor(a) and not any(tensor(b) and contains(a, b) for b in loops)]
+    # a jump back into a loop, from a wait that stands apart, makes no loop
+    innermost = [a for k, a in enumerate(loops) if tensor(a) and not any(tensor(b) and meet(a, b) for b in loops[:k])]
     if not innermost:
         raise ValueError("no loop with a tensor-core instruction")
     hot = max(innermost, key=tensor)
+    alike = [a for a in innermost if tensor(a) == tensor(hot)]
     outer = next((a for a in loops if contains(a, hot)), None)
     around = instructions if outer is None else inside(outer)
     loop = Counter(i.opcode for i in inside(hot))
-    rest = Counter(i.opcode for i in around if not hot[0] <= i.address <= hot[1] and i.opcode != "NOP")
-    copies = count(loop, COPY)
+    outside = (i for i in around if not any(a[0] <= i.address <= a[1] for a in alike))
+    rest = Counter(i.opcode for i in outside if i.opcode != "NOP")
+    copies = count(loop, COPY) * len(alike)
     ahead = count(rest, COPY) / copies if copies else 0.0
-    return Code(loop, rest, sum(products(i.opcode, tile) for i in inside(hot)), ahead, outer is None)
+    return Code(loop, rest, sum(products(i.opcode, tile) for i in inside(hot)), ahead, outer is None, len(alike))
 
 
 def is_a(opcode, names):
@@ -158,6 +164,10 @@ def count(opcodes, names):
 
 def contains(a, b):
     return a != b and a[0] <= b[0] and b[1] <= a[1]
+
+
+def meet(a, b):
+    return a[0] <= b[1] and b[0] <= a[1]
 
 
 def products(opcode, tile):
@@ -197,7 +207,7 @@ def ceiling(code, tile, device, resident, length, fed=False):
     loop, epilogue = (pipe_cycles(part, tile.warps, device) for part in (code.loop, code.epilogue))
     late = device.latency / code.ahead if code.ahead else device.latency
     alone = max(tensor, moved, late, *loop.values())
-    serial = trips * alone + max(epilogue.values()) + (3 if code.one_tile else 1) * device.latency
+    serial = trips * alone + max(epilogue.values()) + ((2 if code.one_tile else 0) + code.loops) * device.latency
     busiest = max(trips * loop[pipe] + epilogue[pipe] for pipe in loop)
     useful = length / tile.depth * size / code.products
     return useful * tensor / max(serial / resident, trips * tensor, trips * moved, busiest)
@@ -205,10 +215,16 @@ def ceiling(code, tile, device, resident, length, fed=False):
 
 def hot_launch(kernel, label, arguments):
     """-> name in the table, D, length of the reduction; None of a launch that is not looked at."""
-    found = re.fullmatch(r"bfloat16, D (\d+)", label)
-    if not found or int(found[1]) not in DEPTHS:
+    found = re.fullmatch(r"bfloat16(, beta (?:0\.3|1\.0))?, D (\d+)", label)
+    if not found or int(found[2]) not in DEPTHS:
         return None
-    depth, a = int(found[1]), arguments
+    depth, a = int(found[2]), arguments
+    if found[1]:  # two models
+        whole = a.get("flags_ptr") is None and a.get("ids_ptr") is None
+        if not whole or kernel not in ("forward_pair_kernel", "dlogits_pair_kernel"):
+            return None
+        name = kernel.removesuffix("_kernel").replace("_", " ") + (" mixture" if 0 < a["beta"] < 1 else "")
+        return name, depth, a["head"].D + a["teacher"].head.D
     if kernel == "forward_kernel" and a["flags_ptr"] is None:
         return "forward", depth, depth
     if kernel == "forward_kernel" and a["hint_ptr"] is not None:

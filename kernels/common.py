@@ -10,7 +10,7 @@ from fastgrpo import inputs
 from fastgrpo.backends import problem
 
 NOWHERE = tl.constexpr(inputs.NOWHERE)
-LOG2E = tl.constexpr(math.log2(math.e))
+LOG2E, LN2 = tl.constexpr(math.log2(math.e)), tl.constexpr(math.log(2.0))
 FLOOR, NOTHING = map(tl.constexpr, (problem.FLOOR, problem.NOTHING))
 NEGLIGIBLE = tl.constexpr(problem.negligible(torch.float32))
 
@@ -48,7 +48,9 @@ def selected_rows(selection, offs, mask, V):
 def inverse_temperatures(temperature_ptr, rows, mask, logits, BLOCK_N: tl.constexpr):
     """(BLOCK_N,), of every row its own or all rows' one."""
     if temperature_ptr is not None:
-        inverse = 1.0 / tl.load(temperature_ptr + rows, mask=mask, other=1.0)
+        temperature = tl.load(temperature_ptr + rows, mask=mask, other=1.0)
+        inverse = 1.0 / temperature
+        inverse += inverse * tl.fma(-temperature, inverse, 1.0)  # GPUs divide to within 2 units of the last place
     else:
         inverse = tl.full((BLOCK_N,), logits.inv_temperature, tl.float32)
     return inverse

@@ -17,7 +17,9 @@ from fastgrpo.kernels import tiles
 from fastgrpo.kernels.arguments import Selection, describe, is_described
 from fastgrpo.kernels.common import (
     FLOOR,
+    LN2,
     LOG2E,
+    NOTHING,
     group_blocks,
     inverse_temperatures,
     pieces_of,
@@ -30,9 +32,9 @@ from fastgrpo.kernels.forward import Sweep, sum_entries
 from fastgrpo.kernels.pair import (
     difference,
     load_pair,
-    log_of,
     pair_tile,
     teacher_arguments,
+    transformed,
 )
 from fastgrpo.kernels.pair_math import (
     finish_sums,
@@ -162,23 +164,26 @@ def forward_pair_kernel(
             x_ptr, x_desc, w_desc, head, bias_ptr, low_rank, None, rows, block * BLOCK_N, stop - 1 - first_row, first_v,
             first_v, WHOLE_D, COMPUTE, BLOCK_N, BLOCK_V, BLOCK_D,
         )  # fmt: skip
-        student = log_of(raw, logits, inverse, first_v, head.V, BLOCK_V)
+        student = transformed(raw, logits, inverse)
         raw = raw_logits(
             teacher_x_ptr, teacher_x_desc, teacher_w_desc, teacher.head, teacher_bias_ptr, None, None, rows,
             block * BLOCK_N, stop - 1 - first_row, first_v, first_v, TEACHER_WHOLE_D, TEACHER_COMPUTE,
             BLOCK_N, BLOCK_V, BLOCK_D,
         )  # fmt: skip
-        taught = log_of(raw, teacher.logits, inverse, first_v, head.V, BLOCK_V)
+        taught = transformed(raw, teacher.logits, inverse)
+        if first_v + BLOCK_V > head.V:
+            beyond = (first_v + tl.arange(0, BLOCK_V) >= head.V)[None, :]
+            student, taught = tl.where(beyond, NOTHING, student), tl.where(beyond, NOTHING, taught)
         if stats_ptr is not None:
             known_peak, offset, known_other, gap, _center = load_pair(stats_ptr, N, rows, mask_n)
             xs, ys, students, taughts = (), (), pieces_of(student, CUTS), pieces_of(taught, CUTS)
             for k in tl.static_range(2**CUTS):
                 u, v = students[k] - known_peak[:, None], taughts[k] - known_other[:, None]
-                above, below, apart, share = split_sides(u - v - gap[:, None], beta)
+                above, below, apart, share = split_sides((u - v - gap[:, None]) * LOG2E, beta)
                 log_s, minus_log_t = mixture_logs(above, below, apart, share)
                 y = tl.math.exp2((u - offset[:, None]) * LOG2E)
-                x = (1.0 - beta) * y * log_s
-                theirs = beta * tl.math.exp2((v + (gap - offset)[:, None]) * LOG2E) * minus_log_t
+                x = (1.0 - beta) * LN2 * log_s * y
+                theirs = beta * LN2 * minus_log_t * tl.math.exp2((v + (gap - offset)[:, None]) * LOG2E)
                 total += tl.sum(x - theirs, axis=1)
                 other += tl.sum(x, axis=1)
                 xs, ys = xs + (x,), ys + (y,)

@@ -12,6 +12,7 @@ from fastgrpo.kernels.arguments import is_described, is_same, row_strides
 from fastgrpo.kernels.backward import Launcher, climb
 from fastgrpo.kernels.certified import SampleLauncher
 from fastgrpo.kernels.common import (
+    LN2,
     LOG2E,
     NOTHING,
     cap_slope,
@@ -142,6 +143,7 @@ def dlogits_pair_kernel(
     raws, taughts = pieces_of(raw, CUTS), pieces_of(taught, CUTS)
     PIECE: tl.constexpr = BLOCK_V // 2**CUTS
     sums = tl.zeros((BLOCK_N,), tl.float32)
+    is_edge = (first_v + BLOCK_V > head.V) | (start + BLOCK_N > stop)
     for k in tl.static_range(2**CUTS):
         u = transformed(raws[k], logits, inverse) - peak[:, None]
         v = transformed(taughts[k], teacher.logits, inverse) - other_peak[:, None]
@@ -151,13 +153,14 @@ def dlogits_pair_kernel(
             dz = -difference(p, tl.math.exp2((v + (gap - offset)[:, None]) * LOG2E), delta)
         else:
             if KIND == 2:
-                above, below, apart, share = split_sides(delta, beta)
+                above, below, apart, share = split_sides(delta * LOG2E, beta)
                 log_s, _minus_log_t = mixture_logs(above, below, apart, share)
-                delta = (1.0 - beta) * log_s
+                delta = (1.0 - beta) * LN2 * log_s
             dz = p * (delta - center[:, None])
         dz = without_dust(dz * (grad[:, None] * cap_slope(raws[k], logits)))
-        offs_v = k * PIECE + tl.arange(0, PIECE)
-        dz = tl.where((first_v + offs_v < head.V)[None, :] & mask_n[:, None], dz, 0.0)  # the GEMMs read whole tiles
+        if is_edge:  # the GEMMs read whole tiles
+            offs_v = k * PIECE + tl.arange(0, PIECE)
+            dz = tl.where((first_v + offs_v < head.V)[None, :] & mask_n[:, None], dz, 0.0)
         store_piece(dz, dlogits_ptr, block, tile * BLOCK_V + k * PIECE, height, PANEL, BLOCK_N, PIECE)
         sums += tl.sum(dz, axis=1)
     if sums_ptr is not None:

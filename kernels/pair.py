@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from fastgrpo.kernels.arguments import TO_TRITON, describe, has_extras, logit_arguments
-from fastgrpo.kernels.common import NOTHING, cap, rounded_product
+from fastgrpo.kernels.common import cap, rounded_product
 from fastgrpo.kernels.pair_math import NEAR, expm1_near
 
 
@@ -25,13 +25,6 @@ class Teacher(NamedTuple):
 def transformed(raw, logits, inverse):
     """Logits, rounded alike in every kernel: what is subtracted from them must cancel."""
     return rounded_product(cap(raw, logits), inverse[:, None])
-
-
-@triton.jit
-def log_of(raw, logits, inverse, first_v, V, BLOCK_V: tl.constexpr):
-    """Transformed logits, NOTHING beyond V."""
-    z = transformed(raw, logits, inverse)
-    return tl.where((first_v + tl.arange(0, BLOCK_V) >= V)[None, :], NOTHING, z)
 
 
 @triton.jit
@@ -50,7 +43,7 @@ def load_pair(stats_ptr, N, rows, mask):
 def difference(first, second, d):
     """e^second - e^first of exponents that differ by -d: first, second are the exponentials."""
     near = tl.abs(d) < NEAR
-    return tl.where(near, first * expm1_near(tl.where(near, -d, 0.0)), second - first)
+    return tl.where(near, first * expm1_near(-d), second - first)
 
 
 def pair_tile(kernel, problem, certified=False, entropy=False):

@@ -241,7 +241,8 @@ def recorded_launches(architecture, depths=DEPTHS, only=None):
             support.backward(problem, kept, support_kernels, stats, raw, grad, None, needs)
             support.pair_gradients(problem, kept, support_kernels, raw, needs, grads)
             yield from ((f"{label}, D {problem.sizes[2]}", *launch) for launch in launches)
-            for name, pair in pairs(label, problem) if problem.sizes[2] == depths[0] else ():
+            of_pairs = problem.sizes[2] == depths[0] or (label == "bfloat16" and problem.sizes[2] in ceilings.DEPTHS)
+            for name, pair in pairs(label, problem) if of_pairs else ():
                 del launches[:]
                 stats = divergence.forward(pair)
                 divergence_backward.backward(pair, stats, grad, needs)

@@ -52,7 +52,8 @@ NARROW = {
 }
 TMA, DEEP_TMA, DEEP = "sm_90 TMA", "sm_90 TMA deep", 2048
 WIDE = {TMA: Tile(128, 256, 64, 8, 3)}
-SMALL = {"default": Tile(64, 64, 32, 8, 3), "gfx942": Tile(64, 64, 32, 8, 2)}
+SMALL = {"default": Tile(64, 64, 32, 8, 3), "sm_100": Tile(64, 64, 64, 8, 3), "gfx942": Tile(64, 64, 32, 8, 2)}
+SMALL_TWICE = {**SMALL, "default": SMALL["default"]._replace(warps=4)}  # two an SM; options and moments spill
 LOGITS = {**SQUARE, "sm_80": Tile(128, 128, 64, 8, 3)}
 PAIR = {TMA: Tile(128, 128, 64, 8, 4)}  # by pieces, see pair_cuts
 POINTERS = Tile(128, 64, 32, 8, 3)  # where descriptors cannot read one of two models
@@ -88,23 +89,37 @@ TILES = {
         4: FP32_NARROW,
     },
     # of two models: two tiles of logits at once
-    "forward_pair": {2: {**NARROW, **PAIR, **dict.fromkeys(("sm_90", "sm_100"), POINTERS)}, 4: FP32_NARROW},
+    "forward_pair": {
+        2: {**NARROW, **PAIR, "sm_90": POINTERS, "sm_100": Tile(128, 64, 64, 8, 3)},
+        4: FP32_NARROW,
+    },
     "forward_pair_full": {2: NARROW, 4: FP32_NARROW},
-    "forward_pair_mixture": {2: {**SMALL, **PAIR}, 4: FP32_NARROW},
+    "forward_pair_mixture": {2: {**SMALL_TWICE, **PAIR, "sm_80": Tile(64, 128, 32, 4, 2)}, 4: FP32_NARROW},
     "forward_pair_mixture_full": {2: SMALL, 4: FP32_NARROW},
     # a row's sums and moments take registers too
-    "forward_pair_certified": {2: {**SMALL, **PAIR, "sm_90": POINTERS}, 4: FP32_PAIR},
+    "forward_pair_certified": {
+        2: {
+            **SMALL,
+            **PAIR,
+            "sm_80": SMALL_TWICE["default"],
+            "sm_90": POINTERS,
+            "sm_100": Tile(128, 64, 64, 8, 3),
+        },
+        4: FP32_PAIR,
+    },
     "forward_pair_certified_full": {2: {**SMALL, "gfx942": Tile(64, 32, 32, 4, 2)}, 4: FP32_PAIR},
     "forward_pair_mixture_certified": {
-        2: {**SMALL, "sm_90": POINTERS._replace(stages=2), TMA: Tile(128, 64, 64, 8, 3)},
+        2: {**SMALL_TWICE, "sm_90": POINTERS._replace(stages=2), TMA: PAIR[TMA]._replace(stages=3)},
         4: FP32_PAIR,
     },
     "forward_pair_mixture_certified_full": {2: SMALL, 4: FP32_PAIR},
-    # at 128 rows sm_100 spills
-    "dlogits_pair": {2: {**NARROW, **PAIR, "sm_100": Tile(64, 64, 64, 8, 3)}, 4: FP32_NARROW},
+    "dlogits_pair": {2: {**NARROW, **PAIR, "sm_100": Tile(128, 64, 64, 4, 3)}, 4: FP32_NARROW},
     "dlogits_pair_full": {2: {**NARROW, "sm_100": Tile(64, 64, 64, 8, 3)}, 4: FP32_NARROW},
-    "dlogits_pair_mixture": {2: {**SMALL, **PAIR}, 4: FP32_NARROW},
-    "dlogits_pair_mixture_full": {2: SMALL, 4: FP32_NARROW},
+    "dlogits_pair_mixture": {
+        2: {**SMALL_TWICE, **PAIR, "sm_80": Tile(64, 128, 32, 4, 3), "sm_100": Tile(128, 64, 64, 4, 3)},
+        4: FP32_NARROW,
+    },
+    "dlogits_pair_mixture_full": {2: SMALL_TWICE, 4: FP32_NARROW},
     "masses": {2: {**LOGITS, **TWO_AN_SM}, 4: FP32},
     "masses_full": {2: NARROW, 4: FP32_NARROW},
     "dhidden": {2: {**SQUARE, **WIDE}, 4: {"default": Tile(64, 64, 16, 8, 2)}},

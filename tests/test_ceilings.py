@@ -104,6 +104,20 @@ def test_code_is_read():
     assert (code.products, code.ahead, code.one_tile) == (128 * 128 * 64, 2.0, False)
 
 
+def test_loops_alike_are_hot_together():
+    loop = SASS[SASS.index("/*3560*/") : SASS.index("/*3ba0*/")]
+    again = "".join(f"/*{int(line[2:6], 16) + 0x700:04x}*/{line[8:]}\n" for line in loop.splitlines())
+    again = again.replace("BRA 0x3560", "BRA 0x3c60")
+    once, twice = (
+        ceilings.read(ceilings.parse(sass), SQUARE) for sass in (SASS, SASS.replace("/*4bc0*/", again + "/*4bc0*/"))
+    )
+    assert (once.loops, twice.loops) == (1, 2)
+    assert (twice.loop, twice.epilogue, twice.products) == (once.loop, once.epilogue, once.products)
+    assert twice.ahead == once.ahead / 2  # its first copies are among those of both
+    apart = SASS.replace("/*b370*/   NOP;", "/*b370*/   BRA 0x37a0 ;")  # back from where it waited
+    assert ceilings.read(ceilings.parse(apart), SQUARE) == once
+
+
 def test_a_program_of_one_tile_pays_all_outside_its_loop():
     code = ceilings.read(ceilings.parse(SASS.replace("BRA 0x2950", "BRA 0xb340")), SQUARE)
     assert code.one_tile
@@ -156,6 +170,8 @@ CODE = ceilings.Code(Counter({"HGMMA": 4, "UMOV": 96}), Counter({"UMOV": 1000}),
         ({"epilogue": Counter({"FSEL": 3000})}, 2, 1024, True, 8192 / 12000),  # its pipe is busy all the time
         ({"loop": Counter({"UMOV": 300})}, 1, 1024, True, 8192 / (16 * 600 + 2000 + 270)),
         ({"one_tile": True}, 1, 1024, True, 8192 / (8192 + 2000 + 3 * 270)),
+        ({"loops": 2}, 1, 1024, True, 8192 / (8192 + 2000 + 2 * 270)),
+        ({"loops": 2, "one_tile": True}, 1, 1024, True, 8192 / (8192 + 2000 + 4 * 270)),
         ({"ahead": 0.0}, 1, 1024, True, 8192 / (8192 + 2000 + 270)),
         ({"ahead": 0.5}, 1, 1024, True, 8192 / (16 * 540 + 2000 + 270)),
         ({"products": 2 * 128 * 128 * 64}, 1, 1024, True, 8192 / (8192 + 2000 + 270)),  # two steps a trip
@@ -215,6 +231,7 @@ def test_update_writes_what_then_passes(monkeypatch, tmp_path):
 
 def test_every_hot_launch_is_looked_at():
     names = {"forward", "forward certified", "masses", "dlogits", "dhidden", "dweight"}
+    names |= {"forward pair", "forward pair mixture", "dlogits pair", "dlogits pair mixture"}
     for architecture in ceilings.DEVICES:
         launches = report.recorded_launches(architecture, depths=(1536,))
         found = [ceilings.hot_launch(kernel.fn.__name__, label, arguments) for label, kernel, arguments in launches]
