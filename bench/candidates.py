@@ -83,14 +83,14 @@ def candidates(name, architecture):
     ]
     room = report.SHARED_LIMIT.get(architecture, min(report.SHARED_LIMIT.values()))
     found = dict.fromkeys([shipped, *groups, *grid])
-    return [t for t in found if t == shipped or admissible(kernel, size, t, shipped, room)]
+    return [t for t in found if t == shipped or admissible(kernel, size, architecture, t, shipped, room)]
 
 
-def admissible(kernel, size, tile, shipped, room):
+def admissible(kernel, size, architecture, tile, shipped, room):
     from fastgrpo.kernels import tiles
 
     try:
-        tiles.check_tile(kernel, size, tile)
+        tiles.check_tile(kernel, size, tile, architecture)
     except ValueError:
         return False
     flags = [(t.rows, tiles.flag_columns(kernel, t)) for t in (tile, shipped)]

@@ -12,7 +12,7 @@ import torch
 from fastgrpo import inputs
 from fastgrpo.backends import dense
 from fastgrpo.backends.logits import row_inverse_temperature, transform
-from fastgrpo.backends.problem import FLOOR, NOTHING, Gradients
+from fastgrpo.backends.problem import FLOOR, NOTHING, Gradients, active_rows
 
 
 class Support(NamedTuple):
@@ -102,7 +102,7 @@ def backward(problem, support, backend, stats, raw, grad_logp, grad_entropy, nee
     """Gradients as :func:`fastgrpo.backends.dense_backward.backward`'s."""
     rows = support.rows
     grads = [grad_logp] if grad_entropy is None else [grad_logp, grad_entropy]
-    active = (problem.targets != inputs.IGNORE) & torch.stack([g != 0 for g in grads]).any(0)
+    active = active_rows(problem.targets, *grads)
     label = torch.where(support.ids == problem.targets[rows], 0, -1)
     dz = dense.logits_gradient(
         problem, raw[:, None].clone(), tile(problem, support)[0], rows, label, stats[:, rows], *(g[rows] for g in grads)

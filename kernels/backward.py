@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 
 from fastgrpo.backends import staircase
-from fastgrpo.backends.problem import new_gradients, row_scale
-from fastgrpo.inputs import IGNORE, compact_rows
+from fastgrpo.backends.problem import active_rows, new_gradients, row_scale
+from fastgrpo.inputs import compact_rows
 from fastgrpo.kernels import tiles
 from fastgrpo.kernels.arguments import (
     TO_TRITON,
@@ -120,18 +120,19 @@ def dlogits_kernel(
             store_dlogits(dz, dlogits_ptr, sums_ptr, block, tile, height, PANEL, BLOCK_N, BLOCK_V)
 
 
-def backward(problem, stats, grad_logp, grad_entropy, needs):
+def backward(problem, stats, grad_logp, grad_entropy, needs, launcher=None):
     """Gradients of hidden, weight and bias, and with LoRA of low and up; never waits for the device.
 
     Args:
         stats: (5, N) of :func:`fastgrpo.kernels.forward.forward`.
         grad_logp: (N,) float32. grad_entropy: (N,) float32 or None.
-        needs: :class:`Gradients` of bools; the result has None where one is False.
+        needs: :class:`Gradients` of bools; the result has None where one is False. launcher: :class:`Launcher` or
+            one like it.
     """
     grads = [g.contiguous() for g in (grad_logp, grad_entropy) if g is not None]
-    active = (problem.targets != IGNORE) & torch.stack([g != 0 for g in grads]).any(0)
+    active = active_rows(problem.targets, *grads)
     return climb(problem, stats, grads, active, needs, lambda: staircase.exact(
-        active, *compact_rows(active), problem.weight.shape[0]))  # fmt: skip
+        active, *compact_rows(active), problem.weight.shape[0]), launcher)  # fmt: skip
 
 
 def climb(problem, stats, grads, active, needs, make_plan, launcher=None):

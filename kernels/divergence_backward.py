@@ -5,11 +5,9 @@ import functools
 import triton
 import triton.language as tl
 
-from fastgrpo.backends import staircase
-from fastgrpo.inputs import IGNORE, compact_rows
+from fastgrpo.kernels import backward as exact
 from fastgrpo.kernels import certified, tiles
 from fastgrpo.kernels.arguments import is_described, is_same, row_strides
-from fastgrpo.kernels.backward import Launcher, climb
 from fastgrpo.kernels.certified import SampleLauncher
 from fastgrpo.kernels.common import (
     LN2,
@@ -169,13 +167,10 @@ def dlogits_pair_kernel(
 
 def backward(problem, stats, grad, needs):
     """As :func:`fastgrpo.kernels.backward.backward`, of divergences. grad: (N,) float32."""
-    grad = grad.contiguous()
-    active = (problem.targets != IGNORE) & (grad != 0)
-    return climb(problem, stats, [grad], active, needs, lambda: staircase.exact(
-        active, *compact_rows(active), problem.weight.shape[0]), PairLauncher)  # fmt: skip
+    return exact.backward(problem, stats, grad, None, needs, PairLauncher)
 
 
-class PairLauncher(Launcher):
+class PairLauncher(exact.Launcher):
     """Launches the backward of divergences."""
 
     @staticmethod

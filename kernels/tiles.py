@@ -113,10 +113,10 @@ TILES = {
         4: FP32_PAIR,
     },
     "forward_pair_mixture_certified_full": {2: SMALL, 4: FP32_PAIR},
-    "dlogits_pair": {2: {**NARROW, **PAIR, "sm_100": Tile(128, 64, 64, 4, 3)}, 4: FP32_NARROW},
+    "dlogits_pair": {2: {**NARROW, **PAIR, "sm_100": Tile(128, 64, 64, 8, 3)}, 4: FP32_NARROW},
     "dlogits_pair_full": {2: {**NARROW, "sm_100": Tile(64, 64, 64, 8, 3)}, 4: FP32_NARROW},
     "dlogits_pair_mixture": {
-        2: {**SMALL_TWICE, **PAIR, "sm_80": Tile(64, 128, 32, 4, 3), "sm_100": Tile(128, 64, 64, 4, 3)},
+        2: {**SMALL_TWICE, **PAIR, "sm_80": Tile(64, 128, 32, 4, 3), "sm_100": Tile(128, 64, 64, 8, 3)},
         4: FP32_NARROW,
     },
     "dlogits_pair_mixture_full": {2: SMALL_TWICE, 4: FP32_NARROW},
@@ -298,12 +298,12 @@ def read_entry(entry, architecture):
     kernel, size, described, sizes = (entry[name] for name in ENTRY)
     check(set(sizes) == set(SIZES), f"a tile has {', '.join(SIZES)}, got {sorted(sizes)}")
     tile = Tile(**sizes)
-    check_tile(kernel, size, tile)
+    check_tile(kernel, size, tile, architecture)
     return (kernel, size, described), capped(kernel, size, architecture, tile)
 
 
-def check_tile(kernel, bytes_per_value, tile):
-    """ValueError where a kernel cannot have the tile, whatever the device."""
+def check_tile(kernel, bytes_per_value, tile, architecture):
+    """ValueError where a kernel cannot have the tile."""
     check(kernel in TILES, f"kernel must be one of {', '.join(TILES)}, got {kernel!r}")
     check(bytes_per_value in TILES[kernel], f"bytes must be 2 or 4, got {bytes_per_value!r}")
     least = {"rows": 16, "cols": 16, "depth": 16, "warps": 1}
@@ -315,6 +315,9 @@ def check_tile(kernel, bytes_per_value, tile):
         size = getattr(tile, name)
         check(type(size) is int and size >= 1, f"{kernel}: {name} must be a number of at least 1, got {size!r}")
     check(tile.warps <= 8, f"{kernel}: warps must be at most 8, got {tile.warps}")
+    # Triton 3.7.1 reads the first model's sums by pieces, and gives their tensor memory to the second's before it has
+    shares = architecture == "sm_100" and "pair" in kernel and bytes_per_value == 2 and tile.warps < 8
+    check(not shares, f"{kernel}: warps must be 8 on sm_100, got {tile.warps}")
     for name in IN_PANELS.get(kernel.removesuffix("_full"), ()):
         size = getattr(tile, name)
         check(WIDTH % size == 0, f"{kernel}: {name} must divide {WIDTH}, got {size}")

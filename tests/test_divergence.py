@@ -182,6 +182,7 @@ def test_gradcheck(backend, device, beta):
     problems.gradcheck(fast, truth, [tensors[k] for k in names], dtype, **loose)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("beta", BETAS)
 def test_16_bit(backend, device, dtype, beta):

@@ -103,6 +103,26 @@ def test_what_the_kernels_cannot_run_is_refused(folder, change, complaint):
 
 
 @pytest.mark.quick
+@pytest.mark.parametrize("architecture", tiles.ARCHITECTURES)
+def test_what_is_shipped_can_be_run(architecture):
+    for kernel, sizes in tiles.TILES.items():
+        for size, described in itertools.product(sizes, (False, True)):
+            tile = tiles.lookup(kernel, size, architecture, described)
+            tiles.check_tile(kernel, size, tile, architecture)
+            tiles.check_table({(kernel, size, described): tile}, architecture)
+
+
+@pytest.mark.quick
+def test_four_warps_of_two_models_on_blackwell_are_refused():
+    """Triton gives both models' sums one place in tensor memory: found by the emulator."""
+    tile = tiles.Tile(128, 64, 64, 4, 3)
+    for kernel, architecture in (("dlogits", "sm_100"), ("dlogits_pair", "sm_90"), ("dlogits_pair", "sm_120")):
+        tiles.check_tile(kernel, 2, tile, architecture)
+    with pytest.raises(ValueError, match="dlogits_pair: warps must be 8 on sm_100, got 4"):
+        tiles.check_tile("dlogits_pair", 2, tile, "sm_100")
+
+
+@pytest.mark.quick
 def test_both_ways_of_a_certified_forward_may_change_together(folder):
     entry = {**ENTRY, "kernel": "forward_certified", "tile": {**TILE, "rows": 64}}
     put(folder, entry, {**entry, "described": False})

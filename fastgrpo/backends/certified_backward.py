@@ -11,7 +11,7 @@ from fastgrpo.backends import dense, dense_backward, grouping, products, row_aud
 from fastgrpo.backends.dense_backward import ExactRows
 from fastgrpo.backends.gradient import Gradient
 from fastgrpo.backends.logits import LogitTiles, Reader, row_inverse_temperature, unscale
-from fastgrpo.backends.problem import new_gradients, row_scale, sum_entries
+from fastgrpo.backends.problem import active_rows, new_gradients, row_scale, sum_entries
 from fastgrpo.inputs import IGNORE
 
 
@@ -50,7 +50,7 @@ def make_plan(problem, stats, certificate, grad_logp, needs):
     Rows are left to their flagged entries within the tolerance; then the audit says which of them dW needs whole.
     """
     order, grad = certificate.order, grad_logp[certificate.order]
-    active = (grad != 0) & (problem.targets[order] != IGNORE)
+    active = active_rows(problem.targets[order], grad)
     sparse = within_tolerance(problem, problem.norms(stats)[order], grad, certificate.dropped, active)
     head_needs = any(needs.of_head) or bool(needs.bias)
     overhead = grouping.overhead_rows(stats, head_needs)

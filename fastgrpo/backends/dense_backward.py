@@ -4,8 +4,7 @@ import torch
 
 from fastgrpo.backends.gradient import Gradient
 from fastgrpo.backends.logits import LogitTiles, Reader, bytes_held, fit_tile, unscale
-from fastgrpo.backends.problem import new_gradients, row_scale
-from fastgrpo.inputs import IGNORE
+from fastgrpo.backends.problem import active_rows, new_gradients, row_scale
 
 
 def backward(problem, stats, grad_logp, grad_entropy, needs):
@@ -16,10 +15,10 @@ def backward(problem, stats, grad_logp, grad_entropy, needs):
         needs: a bool for each of them; the result has None where it is False.
     """
     grads = [grad_logp] if grad_entropy is None else [grad_logp, grad_entropy]
-    active = (problem.targets != IGNORE) & torch.stack([g != 0 for g in grads]).any(0)
     out = new_gradients(problem, needs)
     if any(needs):
-        add_exact_rows(problem, stats, active.nonzero().squeeze(1), grads, out)
+        rows = active_rows(problem.targets, *grads).nonzero().squeeze(1)
+        add_exact_rows(problem, stats, rows, grads, out)
     return out
 
 

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 
 from fastgrpo.backends import certified, certified_backward, dense, dense_backward, grouping, products
 from fastgrpo.backends.logits import LogitTiles, Reader, pairs_at_once, row_inverse_temperature
-from fastgrpo.backends.problem import RowStats, new_gradients, sum_entries
-from fastgrpo.inputs import IGNORE, accumulator_dtype
+from fastgrpo.backends.problem import RowStats, active_rows, new_gradients, sum_entries
+from fastgrpo.inputs import accumulator_dtype
 from fastgrpo.row_math import direction_factors
 
 # What adding a few entries alone costs whatever their number, in entries; and where oneDNN multiplies. Measured.
@@ -254,6 +254,6 @@ def affordable(problem, stats, slopes, grad_logp):
     elif slopes.dropped is not None:
         norms = problem.norms(stats)[slopes.rows]
         serves = certified_backward.within_tolerance(problem, norms, grad, slopes.dropped, serves)
-    whole = (grad_logp != 0) & (problem.targets != IGNORE)
+    whole = active_rows(problem.targets, grad_logp)
     whole[slopes.rows] &= ~serves
     return torch.where(serves, grad, 0.0), whole.nonzero().squeeze(1)

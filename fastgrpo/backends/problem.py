@@ -231,6 +231,14 @@ def plan_tiles(rows, cols, budget, cell, per_row, per_col, multiple=16):
     return Tiling(rows, cols)
 
 
+def active_rows(targets, *grads):
+    """(N,) bool: the rows that count and have a gradient. grads: (N,) each, of what a row gives."""
+    moved = grads[0] != 0
+    for g in grads[1:]:
+        moved = moved | (g != 0)
+    return moved & (targets != IGNORE)
+
+
 def row_scale(*grads):
     """A power of two that brings the largest gradient to about 1, so that 16-bit dlogits do not underflow: 0-dim."""
     largest = torch.stack([torch.nan_to_num(g, nan=0.0, posinf=0.0, neginf=0.0).abs().amax() for g in grads]).amax()

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from fastgrpo.backends import row_audit
 from fastgrpo.backends.certified_backward import within_tolerance
-from fastgrpo.inputs import IGNORE
+from fastgrpo.backends.problem import active_rows
 
 TILE = 128  # entries that need the same number of rows
 WHOLE, HEAD_ONLY, SPARSE, INACTIVE = range(4)  # kinds of rows, in the order they come in; the second is whole in dW
@@ -63,7 +63,7 @@ def sort_out(problem, stats, certificate, grad_logp, needs, trained):
     """(N,) uint8, the kind of each row, in the certificate's order. trained: whether the head has a gradient."""
     order = certificate.order
     grad = grad_logp[order]
-    active = (grad != 0) & (problem.targets[order] != IGNORE)
+    active = active_rows(problem.targets[order], grad)
     sparse = within_tolerance(problem, problem.norms(stats)[order], grad, certificate.dropped, active)
     kind = (sparse.to(torch.uint8) * SPARSE).masked_fill_(~active, INACTIVE)
     if not trained or problem.params.row_tolerance >= 1:
