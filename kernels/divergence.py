@@ -32,6 +32,7 @@ from fastgrpo.kernels.forward import Sweep, sum_entries
 from fastgrpo.kernels.pair import (
     difference,
     load_pair,
+    log_mixture,
     pair_tile,
     teacher_arguments,
     transformed,
@@ -39,12 +40,10 @@ from fastgrpo.kernels.pair import (
 from fastgrpo.kernels.pair_math import (
     finish_sums,
     join_sums,
-    mixture_logs,
     move_moments,
     move_peaks,
     move_terms,
     scale_terms,
-    split_sides,
 )
 from fastgrpo.kernels.row_math import rescale
 from fastgrpo.kernels.tiles import cdiv
@@ -96,6 +95,51 @@ def frame_so_far(known_at, step, mask, peak, other_peak, total, other, tilt, exc
         known, known_other, known_tilt, known_excess, peak - known_peak, other_peak - known_other_peak
     )
     return scale_terms(known + total, known_other + other, known_tilt + tilt, known_excess + excess, STUDENT_FIRST)
+
+
+@triton.jit
+def mixture_tile(student, taught, known, total, other, beta, CUTS: tl.constexpr):
+    """-> the terms x and y of a tile's pieces, the sums with it. known: of :func:`load_pair`."""
+    peak, offset, other_peak, gap, _center = known
+    xs, ys, students, taughts = (), (), pieces_of(student, CUTS), pieces_of(taught, CUTS)
+    for k in tl.static_range(2**CUTS):
+        u, v = students[k] - peak[:, None], taughts[k] - other_peak[:, None]
+        log_s, minus_log_t = log_mixture(u - v - gap[:, None], beta)
+        y = tl.math.exp2((u - offset[:, None]) * LOG2E)
+        x = (1.0 - beta) * LN2 * log_s * y
+        theirs = beta * LN2 * minus_log_t * tl.math.exp2((v + (gap - offset)[:, None]) * LOG2E)
+        total += tl.sum(x - theirs, axis=1)
+        other += tl.sum(x, axis=1)
+        xs, ys = xs + (x,), ys + (y,)
+    return xs, ys, total, other
+
+
+@triton.jit
+def kl_tile(
+    first_z, second_z, peak, other_peak, total, other, tilt, excess, spread,
+    CUTS: tl.constexpr, STUDENT_FIRST: tl.constexpr, ENTROPY: tl.constexpr,
+):  # fmt: skip
+    """As :func:`mixture_tile`, of a KL beside its peaks."""
+    xs, ys, firsts, seconds = (), (), pieces_of(first_z, CUTS), pieces_of(second_z, CUTS)
+    for k in tl.static_range(2**CUTS):
+        u, v = firsts[k] - peak[:, None], seconds[k] - other_peak[:, None]
+        y, f = tl.math.exp2(u * LOG2E), tl.math.exp2(v * LOG2E)
+        leant = y * (u - v)
+        total += tl.sum(y, axis=1)
+        other += tl.sum(f, axis=1)
+        tilt += tl.sum(leant, axis=1)
+        apart = difference(y, f, u - v)
+        excess += tl.sum(apart, axis=1)
+        if ENTROPY:
+            mine = f * v
+            if STUDENT_FIRST:
+                mine = y * u
+            spread -= tl.sum(mine, axis=1)
+        x = apart
+        if STUDENT_FIRST:
+            x = leant
+        xs, ys = xs + (x,), ys + (y,)
+    return xs, ys, total, other, tilt, excess, spread
 
 
 @triton.jit(do_not_specialize=["N", "first_row", "last_row", "first_entry", "last_entry", "run", "runs"])
@@ -175,18 +219,8 @@ def forward_pair_kernel(
             beyond = (first_v + tl.arange(0, BLOCK_V) >= head.V)[None, :]
             student, taught = tl.where(beyond, NOTHING, student), tl.where(beyond, NOTHING, taught)
         if stats_ptr is not None:
-            known_peak, offset, known_other, gap, _center = load_pair(stats_ptr, N, rows, mask_n)
-            xs, ys, students, taughts = (), (), pieces_of(student, CUTS), pieces_of(taught, CUTS)
-            for k in tl.static_range(2**CUTS):
-                u, v = students[k] - known_peak[:, None], taughts[k] - known_other[:, None]
-                above, below, apart, share = split_sides((u - v - gap[:, None]) * LOG2E, beta)
-                log_s, minus_log_t = mixture_logs(above, below, apart, share)
-                y = tl.math.exp2((u - offset[:, None]) * LOG2E)
-                x = (1.0 - beta) * LN2 * log_s * y
-                theirs = beta * LN2 * minus_log_t * tl.math.exp2((v + (gap - offset)[:, None]) * LOG2E)
-                total += tl.sum(x - theirs, axis=1)
-                other += tl.sum(x, axis=1)
-                xs, ys = xs + (x,), ys + (y,)
+            known = load_pair(stats_ptr, N, rows, mask_n)
+            xs, ys, total, other = mixture_tile(student, taught, known, total, other, beta, CUTS)
         else:
             first_z, second_z = taught, student
             if STUDENT_FIRST:
@@ -205,25 +239,9 @@ def forward_pair_kernel(
                 )
             total, other, tilt, excess = move_peaks(total, other, tilt, excess, rise, other_rise)
             peak, other_peak = high, other_high
-            xs, ys, firsts, seconds = (), (), pieces_of(first_z, CUTS), pieces_of(second_z, CUTS)
-            for k in tl.static_range(2**CUTS):
-                u, v = firsts[k] - peak[:, None], seconds[k] - other_peak[:, None]
-                y, f = tl.math.exp2(u * LOG2E), tl.math.exp2(v * LOG2E)
-                leant = y * (u - v)
-                total += tl.sum(y, axis=1)
-                other += tl.sum(f, axis=1)
-                tilt += tl.sum(leant, axis=1)
-                apart = difference(y, f, u - v)
-                excess += tl.sum(apart, axis=1)
-                if ENTROPY:
-                    mine = f * v
-                    if STUDENT_FIRST:
-                        mine = y * u
-                    spread -= tl.sum(mine, axis=1)
-                x = apart
-                if STUDENT_FIRST:
-                    x = leant
-                xs, ys = xs + (x,), ys + (y,)
+            xs, ys, total, other, tilt, excess, spread = kl_tile(
+                first_z, second_z, peak, other_peak, total, other, tilt, excess, spread, CUTS, STUDENT_FIRST, ENTROPY
+            )
         if flags_ptr is not None:
             step, least = tl.cast(N, tl.int64), tl.load(least_ptr)
             mask_n = offs_n < tl.minimum(tl.load(selection.count_ptr), last_row)  # again: registers are short here

@@ -29,11 +29,11 @@ from fastgrpo.kernels.common import (
 from fastgrpo.kernels.pair import (
     difference,
     load_pair,
+    log_mixture,
     pair_tile,
     teacher_arguments,
     transformed,
 )
-from fastgrpo.kernels.pair_math import mixture_logs, split_sides
 
 
 @triton.jit
@@ -151,8 +151,7 @@ def dlogits_pair_kernel(
             dz = -difference(p, tl.math.exp2((v + (gap - offset)[:, None]) * LOG2E), delta)
         else:
             if KIND == 2:
-                above, below, apart, share = split_sides(delta * LOG2E, beta)
-                log_s, _minus_log_t = mixture_logs(above, below, apart, share)
+                log_s, _minus_log_t = log_mixture(delta, beta)
                 delta = (1.0 - beta) * LN2 * log_s
             dz = p * (delta - center[:, None])
         dz = without_dust(dz * (grad[:, None] * cap_slope(raws[k], logits)))

@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 
 from fastgrpo.kernels.arguments import TO_TRITON, describe, has_extras, logit_arguments
-from fastgrpo.kernels.common import cap, rounded_product
-from fastgrpo.kernels.pair_math import NEAR, expm1_near
+from fastgrpo.kernels.common import LOG2E, cap, rounded_product
+from fastgrpo.kernels.pair_math import NEAR, expm1_near, mixture_logs, split_sides
 
 
 class Teacher(NamedTuple):
@@ -44,6 +44,13 @@ def difference(first, second, d):
     """e^second - e^first of exponents that differ by -d: first, second are the exponentials."""
     near = tl.abs(d) < NEAR
     return tl.where(near, first * expm1_near(-d), second - first)
+
+
+@triton.jit
+def log_mixture(delta, beta):
+    """log(p_s / m), log(m / p_t) in bits, see ``mixture_logs``, of delta = log p_s - log p_t."""
+    above, below, apart, share = split_sides(delta * LOG2E, beta)
+    return mixture_logs(above, below, apart, share)
 
 
 def pair_tile(kernel, problem, certified=False, entropy=False):
