@@ -8,6 +8,7 @@ import torch
 from fastgrpo import head_op, inputs, strategies
 from fastgrpo.backends import divergence_panels, frozen, products
 from fastgrpo.backends.pair import PairParams, PairProblem, PairStats
+from fastgrpo.checks import Mixture
 from fastgrpo.config import settings_go_in_config
 from fastgrpo.head import HeadOptions, compute_dtype
 from fastgrpo.inputs import IGNORE, Backend, Backward
@@ -62,7 +63,7 @@ def linear_divergence(
         teacher_hidden: (N, D_t) or (B, T, D_t), positions as hidden's; its width may differ. No gradient.
         teacher_weight: (V, D_t), the same vocabulary in the same order. No gradient, neither to teacher_bias.
         mask: 0/1 of hidden's shape without D; where it is 0 nothing is computed and the divergence is 0. None: all.
-        beta: in [0, 1].
+        beta: 0, 1 or in [1e-5, 1 - 1e-5], where fp32 has digits enough of both parts.
         temperature: a number > 0, or a float tensor of mask's shape. Divides both models' logits.
         return_entropy: also return the student's entropy, without a gradient.
         backend, backward, tolerance, workspace_mb, row_tolerance: see :func:`fastgrpo.linear_logprobs`. "auto" is
@@ -258,8 +259,9 @@ def check(hidden, weight, mask, teacher, beta, options):
     targets = options.check(hidden, weight, targets)
     teacher.check(hidden, weight)
     inputs.check_finite("beta", beta)
-    if not 0.0 <= beta <= 1.0:
-        raise ValueError(f"beta must be in [0, 1], got {beta!r}")
+    expected, holds = Mixture.__metadata__[0]
+    if not holds(beta):
+        raise ValueError(f"beta must be {expected}, got {beta!r}")
     return targets
 
 

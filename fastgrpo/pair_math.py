@@ -14,9 +14,9 @@ import torch
 
 from fastgrpo.torch_tl import tl
 
-# the kernels have their own: of [-1/2, 1/2] and [-1/2, 1], of what is not above 0 in either case; the last two base 2
-expm1, log1p = torch.expm1, torch.log1p
-expm1_down, log1p_down = torch.Tensor.expm1_, torch.Tensor.log1p_
+# The kernels have their own.
+expm1, log1p = torch.expm1, torch.log1p  # of [-1/2, 1/2] and [-1/2, 1]
+expm1_down, log1p_down = torch.Tensor.expm1_, torch.Tensor.log1p_  # of [-inf, 0] and [-1, 0]; the kernels' base is 2
 NEAR = 0.5  # |d| up to which a difference of exponentials is made of d
 
 

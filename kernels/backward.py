@@ -124,10 +124,10 @@ def backward(problem, stats, grad_logp, grad_entropy, needs, launcher=None):
     """Gradients of hidden, weight and bias, and with LoRA of low and up; never waits for the device.
 
     Args:
-        stats: (5, N) of :func:`fastgrpo.kernels.forward.forward`.
+        stats: (5, N) of :func:`fastgrpo.kernels.forward.forward`, or what the launcher reads.
         grad_logp: (N,) float32. grad_entropy: (N,) float32 or None.
-        needs: :class:`Gradients` of bools; the result has None where one is False. launcher: :class:`Launcher` or
-            one like it.
+        needs: :class:`Gradients` of bools; the result has None where one is False.
+        launcher: a subclass of :class:`Launcher`, or None for that one.
     """
     grads = [g.contiguous() for g in (grad_logp, grad_entropy) if g is not None]
     active = active_rows(problem.targets, *grads)

@@ -94,7 +94,7 @@ class Instruction(NamedTuple):
 class Code(NamedTuple):
     """What the model takes from the machine code, a warp."""
 
-    loop: Counter  # opcodes of the hot loop, or of one of several alike, a trip
+    loop: Counter  # opcodes of the hot loop, or of the longest of several, a trip
     epilogue: Counter  # of what else a tile takes
     products: int  # multiplications of a trip, of the whole CTA
     ahead: float  # trips whose copies are under way before the first one computes
@@ -124,7 +124,7 @@ def find_loops(instructions):
         target = re.search(r"\b0x([0-9a-f]+)\b", i.operands) if is_a(i.opcode, "BRA") else None
         if target and int(target[1], 16) < i.address:
             found.add((int(target[1], 16), i.address))
-    return sorted(found, key=lambda x: x[1] - x[0])
+    return sorted(found, key=lambda x: (x[1] - x[0], x))
 
 
 def read(instructions, tile):
@@ -142,14 +142,14 @@ def read(instructions, tile):
     innermost = [a for k, a in enumerate(loops) if tensor(a) and not any(tensor(b) and meet(a, b) for b in loops[:k])]
     if not innermost:
         raise ValueError("no loop with a tensor-core instruction")
-    hot = max(innermost, key=tensor)
-    alike = [a for a in innermost if tensor(a) == tensor(hot)]
-    outer = next((a for a in loops if contains(a, hot)), None)
+    alike = [a for a in innermost if tensor(a) == max(map(tensor, innermost))]
+    hot = max(alike, key=lambda a: len(inside(a)))
+    outer = next((a for a in loops if all(contains(a, b) for b in alike)), None)
     around = instructions if outer is None else inside(outer)
     loop = Counter(i.opcode for i in inside(hot))
     outside = (i for i in around if not any(a[0] <= i.address <= a[1] for a in alike))
     rest = Counter(i.opcode for i in outside if i.opcode != "NOP")
-    copies = count(loop, COPY) * len(alike)
+    copies = sum(count(Counter(i.opcode for i in inside(a)), COPY) for a in alike)
     ahead = count(rest, COPY) / copies if copies else 0.0
     return Code(loop, rest, sum(products(i.opcode, tile) for i in inside(hot)), ahead, outer is None, len(alike))
 

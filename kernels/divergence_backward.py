@@ -117,7 +117,7 @@ def dlogits_pair_kernel(
     GROUP: tl.constexpr,
 ):
     first, last, height = chunk_panels(cuts_ptr, stops_ptr, chunk, first_row, last_row, PANEL)
-    # one tile a program: for a loop over them a mixture has no registers left
+    # one tile a program: for a loop over them sm_80's mixture has no registers left
     block, tile, start, stop, first_v, first_w = dlogits_tile(
         tl.program_id(0), first, last, height, stops_ptr, ids_ptr, first_row, last_row, copied_rows,
         PANEL, BLOCK_N, BLOCK_V, GROUP,

@@ -53,7 +53,7 @@ NARROW = {
 TMA, DEEP_TMA, DEEP = "sm_90 TMA", "sm_90 TMA deep", 2048
 WIDE = {TMA: Tile(128, 256, 64, 8, 3)}
 SMALL = {"default": Tile(64, 64, 32, 8, 3), "sm_100": Tile(64, 64, 64, 8, 3), "gfx942": Tile(64, 64, 32, 8, 2)}
-SMALL_TWICE = {**SMALL, "default": SMALL["default"]._replace(warps=4)}  # two an SM; options and moments spill
+SMALL_TWICE = {**SMALL, "default": SMALL["default"]._replace(warps=4)}  # two an SM; forwards with options spill
 LOGITS = {**SQUARE, "sm_80": Tile(128, 128, 64, 8, 3)}
 PAIR = {TMA: Tile(128, 128, 64, 8, 4)}  # by pieces, see pair_cuts
 POINTERS = Tile(128, 64, 32, 8, 3)  # where descriptors cannot read one of two models
@@ -315,9 +315,9 @@ def check_tile(kernel, bytes_per_value, tile, architecture):
         size = getattr(tile, name)
         check(type(size) is int and size >= 1, f"{kernel}: {name} must be a number of at least 1, got {size!r}")
     check(tile.warps <= 8, f"{kernel}: warps must be at most 8, got {tile.warps}")
-    # Triton 3.7.1 reads the first model's sums by pieces, and gives their tensor memory to the second's before it has
-    shares = architecture == "sm_100" and "pair" in kernel and bytes_per_value == 2 and tile.warps < 8
-    check(not shares, f"{kernel}: warps must be 8 on sm_100, got {tile.warps}")
+    # with fewer Triton 3.7.1 gives the second model's sums the tensor memory of the first's, which are still to be read
+    overwrites = architecture == "sm_100" and "pair" in kernel and bytes_per_value == 2 and tile.warps < 8
+    check(not overwrites, f"{kernel}: warps must be 8 on sm_100, got {tile.warps}")
     for name in IN_PANELS.get(kernel.removesuffix("_full"), ()):
         size = getattr(tile, name)
         check(WIDTH % size == 0, f"{kernel}: {name} must divide {WIDTH}, got {size}")

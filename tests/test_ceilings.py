@@ -108,14 +108,16 @@ def test_loops_alike_are_hot_together():
     loop = SASS[SASS.index("/*3560*/") : SASS.index("/*3ba0*/")]
     again = "".join(f"/*{int(line[2:6], 16) + 0x700:04x}*/{line[8:]}\n" for line in loop.splitlines())
     again = again.replace("BRA 0x3560", "BRA 0x3c60")
-    once, twice = (
-        ceilings.read(ceilings.parse(sass), SQUARE) for sass in (SASS, SASS.replace("/*4bc0*/", again + "/*4bc0*/"))
-    )
+    both = SASS.replace("/*4bc0*/", again + "/*4bc0*/")
+    once, twice = (ceilings.read(ceilings.parse(sass), SQUARE) for sass in (SASS, both))
     assert (once.loops, twice.loops) == (1, 2)
     assert (twice.loop, twice.epilogue, twice.products) == (once.loop, once.epilogue, once.products)
     assert twice.ahead == once.ahead / 2  # its first copies are among those of both
     apart = SASS.replace("/*b370*/   NOP;", "/*b370*/   BRA 0x37a0 ;")  # back from where it waited
     assert ceilings.read(ceilings.parse(apart), SQUARE) == once
+    # such a jump from the first loop's wait goes over the second: it is not what does the tiles
+    apart = both.replace("/*b370*/   NOP;", "/*b370*/   BRA 0x37a0 ;")
+    assert ceilings.read(ceilings.parse(apart), SQUARE) == twice
 
 
 def test_a_program_of_one_tile_pays_all_outside_its_loop():

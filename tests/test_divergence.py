@@ -680,7 +680,8 @@ def test_shapes_and_masked_rows_cost_nothing(backend, device):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"beta": 1.5}, r"beta must be in \[0, 1\], got 1.5"),
+        ({"beta": 1.5}, r"beta must be 0, 1 or in \[1e-5, 1 - 1e-5\], got 1.5"),
+        ({"beta": 1e-6}, r"beta must be 0, 1 or in .* got 1e-06"),
         ({"beta": None}, "beta must be a finite number"),
         ({"teacher_hidden": torch.zeros(3, 8)}, r"teacher_hidden must have the positions of hidden, \(4, 'D_t'\)"),
         ({"teacher_weight": torch.zeros(9, 8)}, r"teacher_weight must be \(V, D_t\) = \(10, 8\)"),
@@ -705,6 +706,19 @@ def test_refused(change, message):
     given = {"hidden": torch.zeros(4, 6), "weight": torch.zeros(10, 6), "teacher_hidden": torch.zeros(4, 8)}
     with pytest.raises((ValueError, TypeError), match=message):
         linear_divergence(**(given | {"teacher_weight": torch.zeros(10, 8)} | change))
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_full_blocks_at_the_vocabularys_edge(device, beta):
+    """No row is masked, and the last tile has entries that are not there: they are left out of the sums of rows."""
+    tensors = pair(64, 300, 48, 32, device)
+    upstream = torch.ones(64, device=device)
+    _, _, grads = run(
+        linear_divergence, tensors, upstream, beta=beta, backend="triton", backward="certified", tolerance=1e-6
+    )
+    truth = run(reference.linear_divergence, in_double(tensors), upstream.double(), beta=beta)[2]
+    for name, want in truth.items():
+        assert problems.relative_error(grads[name], want) < 1e-4, name
 
 
 def test_vocabulary_shards(tmp_path):

@@ -46,7 +46,7 @@ class FusedLinearJSDLoss(torch.nn.Module):
     Args:
         weight_hard_loss: of the cross entropy with ``true_labels``, at temperature 1; 0: not computed.
         weight_soft_loss: of the divergence; neither has a factor temperature^2.
-        beta: in [0, 1]; 0: KL(teacher || student), 1: KL(student || teacher), between: the generalised Jensen-Shannon
+        beta: 0: KL(teacher || student), 1: KL(student || teacher), in [1e-5, 1 - 1e-5]: the generalised Jensen-Shannon
             divergence, see :func:`fastgrpo.linear_divergence`, whose convention is Liger's.
         ignore_index: label of positions that do not count, in both terms.
         temperature: > 0, divides both models' logits in the divergence.

@@ -13,7 +13,7 @@ import torch
 from accelerate.utils import gather_object
 
 from fastgrpo import GRPOLossConfig, linear_divergence
-from fastgrpo.checks import Count, Fraction, NonNegative, annotations, mistake, require, together
+from fastgrpo.checks import Count, Mixture, NonNegative, annotations, mistake, require, together
 from fastgrpo.divergence import TeacherHead
 from fastgrpo.inputs import IGNORE
 from fastgrpo.trainer import arguments, evaluation, shared_prompts
@@ -63,7 +63,7 @@ class DistillConfig(GRPOConfig):
     also = DISTILL_JOB
     advice = GRPOConfig.advice | ELSEWHERE
 
-    beta: Fraction = 1.0
+    beta: Mixture = 1.0
     num_generations: Count = 1
     teacher_model_init_kwargs: dict | None = None
     teacher_prompt_column: str | None = None
