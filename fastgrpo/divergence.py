@@ -1,7 +1,7 @@
 """linear_divergence: how far two models' distributions are apart, from hidden states and heads, without logits."""
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 
@@ -259,7 +259,7 @@ def check(hidden, weight, mask, teacher, beta, options):
     targets = options.check(hidden, weight, targets)
     teacher.check(hidden, weight)
     inputs.check_finite("beta", beta)
-    expected, holds = Mixture.__metadata__[0]
+    _, (expected, holds) = get_args(Mixture)
     if not holds(beta):
         raise ValueError(f"beta must be {expected}, got {beta!r}")
     return targets
