@@ -1,14 +1,14 @@
 """linear_divergence: how far two models' distributions are apart, from hidden states and heads, without logits."""
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 
 from fastgrpo import head_op, inputs, strategies
 from fastgrpo.backends import divergence_panels, frozen, products
 from fastgrpo.backends.pair import PairParams, PairProblem, PairStats
-from fastgrpo.checks import Mixture
+from fastgrpo.checks import Mixture, check_field
 from fastgrpo.config import settings_go_in_config
 from fastgrpo.head import HeadOptions, compute_dtype
 from fastgrpo.inputs import IGNORE, Backend, Backward
@@ -259,9 +259,7 @@ def check(hidden, weight, mask, teacher, beta, options):
     targets = options.check(hidden, weight, targets)
     teacher.check(hidden, weight)
     inputs.check_finite("beta", beta)
-    _, (expected, holds) = get_args(Mixture)
-    if not holds(beta):
-        raise ValueError(f"beta must be {expected}, got {beta!r}")
+    check_field("beta", beta, Mixture)
     return targets
 
 

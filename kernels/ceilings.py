@@ -134,15 +134,14 @@ def read(instructions, tile):
     def inside(loop):
         return [i for i in instructions if loop[0] <= i.address <= loop[1]]
 
-    def tensor(loop):
-        return sum(is_a(i.opcode, TENSOR) for i in inside(loop))
-
     loops = find_loops(instructions)
+    tensor = {a: sum(is_a(i.opcode, TENSOR) for i in inside(a)) for a in loops}
     # a jump back into a loop, from a wait that stands apart, makes no loop
-    innermost = [a for k, a in enumerate(loops) if tensor(a) and not any(tensor(b) and meet(a, b) for b in loops[:k])]
+    innermost = [a for k, a in enumerate(loops) if tensor[a] and not any(tensor[b] and meet(a, b) for b in loops[:k])]
     if not innermost:
         raise ValueError("no loop with a tensor-core instruction")
-    alike = [a for a in innermost if tensor(a) == max(map(tensor, innermost))]
+    most = max(tensor[a] for a in innermost)
+    alike = [a for a in innermost if tensor[a] == most]
     hot = max(alike, key=lambda a: len(inside(a)))
     outer = next((a for a in loops if all(contains(a, b) for b in alike)), None)
     around = instructions if outer is None else inside(outer)
@@ -213,13 +212,19 @@ def ceiling(code, tile, device, resident, length, fed=False):
     return useful * tensor / max(serial / resident, trips * tensor, trips * moved, busiest)
 
 
+def looked_at(label):
+    """What a label says of its problem, None where none of its launches is looked at."""
+    found = re.fullmatch(r"bfloat16(?P<pair>, beta (?:0\.3|1\.0))?, D (?P<depth>\d+)", label)
+    return found if found and int(found["depth"]) in DEPTHS else None
+
+
 def hot_launch(kernel, label, arguments):
     """-> name in the table, D, length of the reduction; None of a launch that is not looked at."""
-    found = re.fullmatch(r"bfloat16(, beta (?:0\.3|1\.0))?, D (\d+)", label)
-    if not found or int(found[2]) not in DEPTHS:
+    found = looked_at(label)
+    if not found:
         return None
-    depth, a = int(found[2]), arguments
-    if found[1]:  # two models
+    depth, a = int(found["depth"]), arguments
+    if found["pair"]:
         whole = a.get("flags_ptr") is None and a.get("ids_ptr") is None
         if not whole or kernel not in ("forward_pair_kernel", "dlogits_pair_kernel"):
             return None
