@@ -3,7 +3,7 @@
 import difflib
 import functools
 import importlib
-import math
+import sys
 import types
 import typing
 from collections.abc import Callable, Iterator
@@ -127,7 +127,7 @@ def fits(value: Any, hint: Any) -> bool:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         kind, (_, holds) = arguments
-        return fits(value, kind) and math.isfinite(value) and holds(value)
+        return fits(value, kind) and is_finite(value) and holds(value)
     if origin is Literal:
         return any(value == choice and type(value) is type(choice) for choice in arguments)
     if origin in (typing.Union, types.UnionType):
@@ -137,6 +137,11 @@ def fits(value: Any, hint: Any) -> bool:
     if hint in (int, float):
         return isinstance(value, int if hint is int else Real) and not isinstance(value, bool)
     return isinstance(value, hint)
+
+
+def is_finite(value: Any) -> bool:
+    """Of a number; torch.compile traces this with one that it leaves open, which it does not math.isfinite."""
+    return -sys.float_info.max <= value <= sys.float_info.max
 
 
 def describe(value: Any, hint: Any) -> str:

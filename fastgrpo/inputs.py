@@ -2,14 +2,13 @@
 
 import math
 import os
-import sys
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 
-from fastgrpo.checks import check_field
+from fastgrpo.checks import check_field, is_finite
 
 IGNORE = -100
 ELSEWHERE = -1  # entry of a label that something else sees to: another rank, or top-k's pairs
@@ -117,9 +116,7 @@ def check_targets(targets, vocab):
 
 
 def check_finite(name, value):
-    # no isfinite: torch.compile may trace this with a number that it leaves open
-    number: Any = value if isinstance(value, Real) and not isinstance(value, bool) else math.nan
-    if not -sys.float_info.max <= number <= sys.float_info.max:
+    if not isinstance(value, Real) or isinstance(value, bool) or not is_finite(value):
         hint = " (a Python number: .item())" if isinstance(value, torch.Tensor) else ""
         raise ValueError(f"{name} must be a finite number, got {value!r}{hint}")
 
