@@ -1,11 +1,10 @@
-"""One of two gloo processes of test_distributed.py: ``python distributed_job.py OUTPUT``, RANK and WORLD_SIZE set.
+"""What each of two gloo processes of test_distributed.py does: ``main(output)``, started by processes.run_ranks.
 
 accelerate offers FSDP2 on accelerators only, so its state is told here that this CPU run is one; everything behind that
 switch (fsdp2_prepare_model, the optimiser's parameters, no_sync, clipping, checkpoints) is accelerate's own.
 """
 
 import shutil
-import sys
 from pathlib import Path
 
 import torch
@@ -168,7 +167,3 @@ def main(output):
     kind, name = "fsdp2, head alone", "dapo"  # a tied head cannot be a unit of its own
     results[kind, False, name] = gradients(kind, False, CASES[name])
     torch.save(results, Path(output) / f"rank{torch.distributed.get_rank()}.pt")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

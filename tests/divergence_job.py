@@ -1,6 +1,5 @@
-"""One of several gloo processes of test_divergence.py: ``python divergence_job.py OUTPUT``, RANK and WORLD_SIZE set."""
+"""What each gloo process of test_divergence.py does: ``main(output)``, started by processes.run_ranks."""
 
-import sys
 from pathlib import Path
 from unittest import mock
 
@@ -93,7 +92,3 @@ def main(output):
         results[name] = outcome(vocab_parallel_divergence, case, own, given, group=dist.group.WORLD)
     torch.save(results, Path(output) / f"rank{rank}.pt")
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

@@ -8,6 +8,7 @@ import builtins
 import contextlib
 import dataclasses
 import functools
+import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -39,8 +40,12 @@ def patch_language_once():
     """It replaces all of triton.language anew at each call of a device function, a third of its time: once a launch."""
     plain_patch, plain_launch, patched = interpreter._patch_lang, GridExecutor.__call__, set()
 
+    @functools.cache
+    def languages_of(function):
+        return frozenset(id(x) for x in function.__globals__.values() if x is tl or x is tl.core)
+
     def patch_lang(function):
-        languages = frozenset(id(x) for x in function.__globals__.values() if x is tl or x is tl.core)
+        languages = languages_of(function)
         if languages in patched:
             return SimpleNamespace(restore=lambda: None)
         patched.add(languages)
@@ -99,6 +104,8 @@ def call_directly():
             kwargs["_semantic"] = interpreter.interpreter_semantic
             return inner(*args, **kwargs)
 
+        if target is tl.tensor and name in SHORT:
+            call = SHORT[name](call)
         if scope:
             scope[0].set_attr(target, name, call)
         else:
@@ -157,6 +164,134 @@ def pass_equals():
     TritonSemantic.binary_op_type_checking_impl, TritonSemantic.broadcast_impl_value = check, broadcast
 
 
+BLOCKS = {}  # {(name, shape): type}
+PLAIN_WHERE = TritonSemantic.where
+NUMBERS = {"fp32": (np.float32, (float, int)), "int32": (np.int32, (int,)), "int64": (np.int64, (int,))}
+
+
+@functools.lru_cache(maxsize=4096, typed=True)
+def constant(dtype, number, sign):
+    """A scalar of a type that operators with such a number keep, else None. sign: the number's, for -0.0 equals 0.0."""
+    kind, numbers = NUMBERS.get(dtype.name, (None, ()))
+    if type(number) not in numbers or abs(number) >= 2**31:
+        return None
+    return tl.tensor(TensorHandle(np.array([number], kind), dtype), dtype)
+
+
+def beside(x, dtype):
+    """A tensor, or a number as one of that type; None where Triton would give both another."""
+    if type(x) in (int, float):
+        x = constant(dtype, x, math.copysign(1.0, x))
+    if type(x) is not tl.tensor:
+        return None
+    if x.dtype.name == "int32" and dtype.name == "int64":
+        return tl.tensor(TensorHandle(x.handle.data.astype(np.int64), dtype), x.type.with_element_ty(dtype))
+    return x if x.dtype.name == dtype.name else None
+
+
+def block_type(dtype, shape):
+    key = dtype.name, shape
+    if key not in BLOCKS:
+        BLOCKS[key] = tl.block_type(dtype, list(shape))
+    return BLOCKS[key]
+
+
+def wrap(handle, dtype, *operands):
+    """A tensor of what NumPy made of the operands' data, whose shapes it broadcasts as Triton does."""
+    blocks = any(type(x.type) is tl.block_type for x in operands)
+    return tl.tensor(handle, block_type(dtype, handle.data.shape) if blocks else dtype)
+
+
+def operator(reverse=False, compares=False, **makers):
+    """An operator of two tensors of one type, or of one and a number; Triton's own for all others.
+
+    Args:
+        makers: the builder's methods for floats, integers, booleans and pointers.
+    """
+    named = {"fp32": "floats", "int32": "integers", "int64": "integers", "int1": "booleans"}
+    makers = {name: makers[key] for name, key in named.items() if key in makers} | {None: makers.get("pointers")}
+    builder = interpreter.interpreter_builder
+
+    def shorten(plain):
+        def operate(self, other):
+            first, second, dtype = self, other, self.dtype
+            if type(dtype) is tl.pointer_type:
+                maker, second = makers[None], beside(other, tl.int64)
+            else:
+                maker = makers.get(dtype.name)
+                if dtype.name == "int32" and type(other) is tl.tensor and other.dtype.name == "int64":
+                    first, dtype = beside(self, tl.int64), tl.int64
+                second = beside(other, dtype)
+            if maker is None or second is None:
+                return plain(self, other)
+            handles = (second.handle, first.handle) if reverse else (first.handle, second.handle)
+            return wrap(getattr(builder, maker)(*handles), tl.int1 if compares else dtype, first, second)
+
+        return operate
+
+    return shorten
+
+
+def is_axis(x):
+    return x is None or (type(x) is slice and x == slice(None))
+
+
+def index(plain):
+    """New axes of a block."""
+
+    def getitem(self, slices):
+        if type(self.type) is tl.block_type and type(slices) is builtins.tuple and all(map(is_axis, slices)):
+            handle = TensorHandle(self.handle.data[slices], self.handle.dtype)
+            return tl.tensor(handle, block_type(self.dtype, handle.data.shape))
+        return plain(self, slices)
+
+    return getitem
+
+
+def compare(of_floats, of_integers):
+    return operator(compares=True, floats=f"create_fcmp{of_floats}", integers=f"create_icmp{of_integers}")
+
+
+SHORT = {
+    "__add__": operator(floats="create_fadd", integers="create_add", pointers="create_addptr"),
+    "__radd__": operator(reverse=True, floats="create_fadd", integers="create_add"),
+    "__sub__": operator(floats="create_fsub", integers="create_sub"),
+    "__rsub__": operator(reverse=True, floats="create_fsub", integers="create_sub"),
+    "__mul__": operator(floats="create_fmul", integers="create_mul"),
+    "__rmul__": operator(reverse=True, floats="create_fmul", integers="create_mul"),
+    "__truediv__": operator(floats="create_fdiv"),
+    "__rtruediv__": operator(reverse=True, floats="create_fdiv"),
+    "__floordiv__": operator(integers="create_sdiv"),
+    "__rfloordiv__": operator(reverse=True, integers="create_sdiv"),
+    "__mod__": operator(integers="create_srem"),
+    "__rmod__": operator(reverse=True, integers="create_srem"),
+    "__and__": operator(integers="create_and", booleans="create_and"),
+    "__or__": operator(integers="create_or", booleans="create_or"),
+    "__lt__": compare("OLT", "SLT"),
+    "__le__": compare("OLE", "SLE"),
+    "__gt__": compare("OGT", "SGT"),
+    "__ge__": compare("OGE", "SGE"),
+    "__eq__": compare("OEQ", "EQ"),
+    "__ne__": compare("UNE", "NE"),
+    "__getitem__": index,
+}
+
+
+def choose_directly():
+    """tl.where of two values of one type."""
+
+    def where(self, condition, x, y):
+        like = x if type(x) is tl.tensor else y
+        if type(like) is tl.tensor and condition.dtype.name == "int1":
+            first, second = beside(x, like.dtype), beside(y, like.dtype)
+            if first is not None and second is not None:
+                handle = self.builder.create_select(condition.handle, first.handle, second.handle)
+                return wrap(handle, like.dtype, condition, first, second)
+        return PLAIN_WHERE(self, condition, x, y)
+
+    TritonSemantic.where = where
+
+
 def create_fma(self, x, y, z):
     """fp32 in fp64, where the product is exact; other dtypes as they are."""
     exact = np.float64 if x.dtype.scalar == tl.float32 else x.data.dtype
@@ -191,6 +326,7 @@ def patch():
     remember_types()
     call_directly()
     pass_equals()
+    choose_directly()
     plain_dot, plain_cast, plain_fp_to_fp = (
         InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl, InterpreterBuilder.create_fp_to_fp
     )  # fmt: skip

@@ -1,8 +1,7 @@
-"""Tiny jobs for TRL's own trainers, stock and ours; also run as a script, one of two gloo processes:
-``python trl_job.py OUTPUT``, RANK and WORLD_SIZE set."""
+"""Tiny jobs for TRL's own trainers, stock and ours; also what each of two gloo processes does: ``main(output)``,
+started by processes.run_ranks."""
 
 import json
-import sys
 from pathlib import Path
 
 import torch
@@ -106,7 +105,7 @@ def main(output):
 
     from fastgrpo.integrations.trl import FastGRPOTrainer
 
-    results = {}
+    output, results = Path(output), {}
     for parallel in ("ddp", "fsdp2"):
         for kind in (trl.GRPOTrainer, FastGRPOTrainer):
             beta = 0.05 if parallel == "ddp" else 0.0
@@ -119,7 +118,3 @@ def main(output):
     (output / f"{trainer.accelerator.process_index}.json").write_text(json.dumps(results))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

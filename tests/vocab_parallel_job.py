@@ -1,6 +1,5 @@
-"""One of several gloo processes of test_verl.py: ``python vocab_parallel_job.py OUTPUT``, RANK and WORLD_SIZE set."""
+"""What each gloo process of test_verl.py does: ``main(output)``, started by processes.run_ranks."""
 
-import sys
 from pathlib import Path
 
 import torch
@@ -176,7 +175,3 @@ def main(output):
     results["megatron"] = as_megatron_calls(rank, ranks)
     torch.save(results, Path(output) / f"rank{rank}.pt")
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])
