@@ -8,7 +8,6 @@ import builtins
 import contextlib
 import dataclasses
 import functools
-import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,6 +15,9 @@ import triton.language as tl
 from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, ReduceOps, TensorHandle
+
+SEMANTICS = ("binary_op_type_checking_impl", "broadcast_impl_value", "where")
+PLAIN = {name: getattr(TritonSemantic, name) for name in SEMANTICS}
 
 
 def widen(bits):
@@ -124,30 +126,17 @@ def call_directly():
 
 def pass_equals():
     """Operands of one type and one shape, which most are, are checked and broadcast for nothing; a number beside a
-    block is made once."""
-    plain, plain_broadcast = TritonSemantic.binary_op_type_checking_impl, TritonSemantic.broadcast_impl_value
-    # arithmetic of two such, or of one and such a number, gives the same, division too
-    same = {"fp32": (np.float32, (float, int)), "int32": (np.int32, (int,)), "int64": (np.int64, (int,))}
-
-    @functools.lru_cache(maxsize=4096)
-    def constants(kind, number, shape):
-        return np.broadcast_to(kind(number), shape)
+    tensor is made once."""
+    plain, plain_broadcast = PLAIN["binary_op_type_checking_impl"], PLAIN["broadcast_impl_value"]
 
     def check(self, lhs, rhs, left_pointer=False, right_pointer=False, arithmetic_check=True, div_or_mod=False):
         first, second = type(lhs) is tl.tensor, type(rhs) is tl.tensor
-        name = lhs.dtype.name if first else rhs.dtype.name if second else None
-        if name in same:
-            if first and second:
-                if name == rhs.dtype.name:
-                    return self.broadcast_impl_value(lhs, rhs)
-            elif arithmetic_check:
-                x, number = (lhs, rhs) if first else (rhs, lhs)
-                kind, numbers = same[name]
-                if type(number) in numbers and abs(number) < 2**31:
-                    constant = self.tensor(
-                        TensorHandle(constants(kind, number, x.handle.data.shape), x.handle.dtype), x.type
-                    )
-                    return (x, constant) if first else (constant, x)
+        if first and second and lhs.dtype.name == rhs.dtype.name and lhs.dtype.name in NUMBERS:
+            return self.broadcast_impl_value(lhs, rhs)
+        if first != second and arithmetic_check:
+            x, made = (lhs, beside(rhs, lhs.dtype)) if first else (rhs, beside(lhs, rhs.dtype))
+            if made is not None:
+                return self.broadcast_impl_value(*((x, made) if first else (made, x)))
         return plain(self, lhs, rhs, left_pointer, right_pointer, arithmetic_check, div_or_mod)
 
     def broadcast(self, lhs, rhs):
@@ -165,23 +154,22 @@ def pass_equals():
 
 
 BLOCKS = {}  # {(name, shape): type}
-PLAIN_WHERE = TritonSemantic.where
 NUMBERS = {"fp32": (np.float32, (float, int)), "int32": (np.int32, (int,)), "int64": (np.int64, (int,))}
 
 
 @functools.lru_cache(maxsize=4096, typed=True)
-def constant(dtype, number, sign):
-    """A scalar of a type that operators with such a number keep, else None. sign: the number's, for -0.0 equals 0.0."""
-    kind, numbers = NUMBERS.get(dtype.name, (None, ()))
+def constant(dtype, number):
+    """A scalar of a type that operators with such a number keep, else None. Triton's -0.0 is 0.0."""
+    kind, numbers = NUMBERS[dtype.name]
     if type(number) not in numbers or abs(number) >= 2**31:
         return None
-    return tl.tensor(TensorHandle(np.array([number], kind), dtype), dtype)
+    return tl.tensor(TensorHandle(np.array([number or 0], kind), dtype), dtype)
 
 
 def beside(x, dtype):
     """A tensor, or a number as one of that type; None where Triton would give both another."""
-    if type(x) in (int, float):
-        x = constant(dtype, x, math.copysign(1.0, x))
+    if type(x) in (int, float) and dtype.name in NUMBERS:
+        x = constant(dtype, x)
     if type(x) is not tl.tensor:
         return None
     if x.dtype.name == "int32" and dtype.name == "int64":
@@ -287,7 +275,7 @@ def choose_directly():
             if first is not None and second is not None:
                 handle = self.builder.create_select(condition.handle, first.handle, second.handle)
                 return wrap(handle, like.dtype, condition, first, second)
-        return PLAIN_WHERE(self, condition, x, y)
+        return PLAIN["where"](self, condition, x, y)
 
     TritonSemantic.where = where
 
