@@ -1,5 +1,7 @@
 """Inputs for the tests: ragged shapes, planted large logits, masked rows."""
 
+import functools
+
 import torch
 
 OLDEST_TORCH = torch.__version__.startswith("2.8.")  # that is supported
@@ -16,6 +18,18 @@ def head(n, vocab, depth, dtype=torch.float64, device="cpu", seed=0, bias=False,
     b = torch.randn(vocab, generator=g, dtype=torch.float64) if bias else None
     return [None if x is None else x.to(device, dtype if x.is_floating_point() else x.dtype) for x in
             (hidden, weight, targets, b)]  # fmt: skip
+
+
+@functools.lru_cache(maxsize=32)
+def drawn_once(*sizes, **options):
+    from bench import profiles  # which the ranks' jobs do not find
+
+    return profiles.problem(*sizes, **options)
+
+
+def drawn(*sizes, **options):
+    """As :func:`bench.profiles.problem`, which looks for the rows' entropies anew each time."""
+    return {name: x.clone() for name, x in drawn_once(*sizes, **options).items()}
 
 
 def near_certain(device):

@@ -18,7 +18,7 @@ SIZES = {"torch": (700, 2100, 32), "triton": (150, 700, 32)}
 
 def draw_peaked(backend, device="cpu", dtype=torch.float32, seed=0):
     n, vocab, depth = SIZES[backend]
-    return profiles.problem(n, vocab, depth, dtype=dtype, device=device, seed=seed)
+    return problems.drawn(n, vocab, depth, dtype=dtype, device=device, seed=seed)
 
 
 def gradients(p, backend, backward, hint=True, upstream=None, names=("hidden", "weight"), **options):
@@ -111,7 +111,7 @@ def test_the_certificate_is_the_mass_left_out(backend, device, hint):
 def test_dlogits_stay_within_the_tolerance():
     """The guarantee, on the matrix itself: identity head, so that dX is dlogits."""
     vocab = 600
-    p = profiles.problem(400, vocab, 64, seed=3)
+    p = problems.drawn(400, vocab, 64, seed=3)
     hidden = p["hidden"] @ p["weight"].T
     q = {**p, "hidden": hidden, "weight": torch.eye(vocab)}
     for tolerance in (0.2, 0.02):
@@ -158,7 +158,7 @@ def test_ignored_rows_take_no_part(backend, device, hint):
 
 def test_flat_logits_go_the_exact_way(backend, device, monkeypatch):
     n, vocab, depth = SIZES[backend]
-    p = profiles.problem(n, vocab, depth, "flat", device=device)
+    p = problems.drawn(n, vocab, depth, "flat", device=device)
     monkeypatch.setattr(
         certified_backward.SparseRows, "add", lambda *a: pytest.fail("a flat row was taken for a sparse one")
     )
@@ -167,7 +167,7 @@ def test_flat_logits_go_the_exact_way(backend, device, monkeypatch):
 
 def test_peaked_logits_skip_most_cells(monkeypatch, torch_mm):
     """What makes it fast: the cells that are recomputed, against all of them."""
-    p = profiles.problem(2048, 8192, 64)
+    p = problems.drawn(2048, 8192, 64)
     cells = []
     plain = dense.logits_gradient
 
@@ -274,7 +274,7 @@ def test_auto_certifies_where_it_pays(fast, monkeypatch):
 def test_auto_fp32_keeps_both_gradients_under_1e_4():
     """At sizes where "auto" certifies, for upstream gradients of several kinds, entropy profiles and hints."""
     for options in ({}, {"shared": 0.0}, {"drift": 0.3}):
-        p = profiles.problem(1024, 8192, 256, **options)
+        p = problems.drawn(1024, 8192, 256, **options)
         for upstream in (p["upstream"], p["upstream"].sign(), p["upstream"] * (torch.rand(1024) < 0.3)):
             _, want = gradients(p, "torch", "exact", upstream=upstream)
             _, got = gradients(p, "torch", "auto", upstream=upstream)
@@ -340,11 +340,11 @@ def exact_of_contextual():
 
 
 AT_AUTO_SIZE = {
-    "rl": lambda: profiles.problem(1024, 8192, 256),
-    "flat": lambda: profiles.problem(1024, 8192, 256, "flat"),
+    "rl": lambda: problems.drawn(1024, 8192, 256),
+    "flat": lambda: problems.drawn(1024, 8192, 256, "flat"),
     "contextual": contextual,
-    "all peaked": lambda: peaked_rows(profiles.problem(512, 8192, 256)),
-    "drifted, no shared columns": lambda: profiles.problem(1024, 8192, 256, shared=0.0, drift=0.3),
+    "all peaked": lambda: peaked_rows(problems.drawn(512, 8192, 256)),
+    "drifted, no shared columns": lambda: problems.drawn(1024, 8192, 256, shared=0.0, drift=0.3),
 }
 
 
@@ -387,7 +387,7 @@ def test_one_row_with_a_huge_advantage():
 
 @pytest.mark.quick
 def test_one_flat_row_among_peaked_ones():
-    p = peaked_rows(profiles.problem(512, 8192, 256))
+    p = peaked_rows(problems.drawn(512, 8192, 256))
     p["hidden"][7] *= 0.01
     p["old_logprobs"][7] = (p["hidden"][7] @ p["weight"].T).log_softmax(0)[p["targets"][7]]
     _, want = gradients(p, "torch", "exact")

@@ -9,7 +9,6 @@ import pytest
 import torch
 from ranks import Ranks
 
-from bench import profiles
 from fastgrpo import linear_divergence, reference, strategies, vocab_parallel_divergence
 from fastgrpo.backends import certified_backward, dense_backward, divergence_panels, torch_backend
 from fastgrpo.divergence import TeacherHead, check, pair_tensors
@@ -219,7 +218,7 @@ def test_teachers_that_rule_tokens_out(backend, device, beta):
 
 @functools.cache
 def rl_student(n, vocab, depth):
-    return profiles.problem(n, vocab, depth, "rl")
+    return problems.drawn(n, vocab, depth, "rl")
 
 
 def near_pair(n, vocab, depth, device):
@@ -409,7 +408,7 @@ def test_trained_head_in_the_forward(device, beta, options, in_forward):
 @pytest.mark.parametrize("op", [run, freeze], ids=["trained", "frozen"])
 def test_no_denormal_reaches_a_product(device, beta, op):
     """Peaked rows and a teacher that hardly differs: their terms are products of two small numbers."""
-    tensors, drawn = pair(256, 2048, 64, 64, device), profiles.problem(256, 2048, 64)
+    tensors, drawn = pair(256, 2048, 64, 64, device), problems.drawn(256, 2048, 64)
     tensors |= {k: drawn[k].to(device) for k in ("hidden", "weight")}
     near = tensors["hidden"] + 1e-5 * torch.randn(256, 64, device=device)
     tensors |= {"teacher_hidden": near, "teacher_weight": tensors["weight"], "mask": None}

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from bench import profiles
 from fastgrpo import GRPOLossConfig, grpo_loss, linear_logprobs, reference
 
 import problems
@@ -46,7 +45,7 @@ def ours(p, targets, hint=True, dtype=None, **options):
 @pytest.mark.parametrize("backward", ["exact", "certified"])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_against_the_reference(options, backward, workspace_mb):
-    p = profiles.problem(600, 2100, 32)
+    p = problems.drawn(600, 2100, 32)
     targets = p["targets"].clone()
     targets[::9] = -100
     options = draw_options(options, 600, 2100)
@@ -63,7 +62,7 @@ def test_against_the_reference(options, backward, workspace_mb):
 @pytest.mark.quick
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_exact_in_float64(options):
-    p = profiles.problem(90, 333, 16)
+    p = problems.drawn(90, 333, 16)
     options = draw_options(options, 90, 333)
     _, grad = truth(p, p["targets"], options)
     options = {k: double(x) for k, x in options.items()}
@@ -90,7 +89,7 @@ def test_rows_near_certainty_keep_their_digits():
 )  # fmt: skip
 def test_two_gemms_at_most(torch_mm, profile, backward, limit):
     n, vocab, depth = 1024, 8192, 256
-    p = profiles.problem(n, vocab, depth, profile)
+    p = problems.drawn(n, vocab, depth, profile)
     with Gemms() as gemms:
         ours(p, p["targets"], dtype=torch.float32, backward=backward)
     assert gemms.products / (n * vocab * depth) <= limit
@@ -98,7 +97,7 @@ def test_two_gemms_at_most(torch_mm, profile, backward, limit):
 
 def test_tokens_that_cannot_move_cost_the_forward_alone():
     n, vocab, depth = 1024, 8192, 256
-    p = profiles.problem(n, vocab, depth, "flat")
+    p = problems.drawn(n, vocab, depth, "flat")
     advantages = torch.tensor([0.0, 1.0, 0.0, -1.0])
     results = []
     for backward in ("exact", "auto"):
@@ -114,7 +113,7 @@ def test_tokens_that_cannot_move_cost_the_forward_alone():
 
 
 def test_an_entropy_gradient_and_a_second_backward():
-    p = profiles.problem(300, 4200, 256)
+    p = problems.drawn(300, 4200, 256)
     hidden = p["hidden"].clone().requires_grad_()
     out = linear_logprobs(hidden, p["weight"], p["targets"], return_entropy=True)
     want = reference.linear_logprobs(hidden, p["weight"], p["targets"], return_entropy=True)
@@ -127,7 +126,7 @@ def test_an_entropy_gradient_and_a_second_backward():
 @pytest.mark.quick
 @pytest.mark.parametrize("hint", [-1e4, 0.0, -50.0, torch.nan])
 def test_a_bad_hint_costs_time_only(hint):
-    p = profiles.problem(600, 2100, 32)
+    p = problems.drawn(600, 2100, 32)
     p["old_logprobs"] = torch.full_like(p["old_logprobs"], hint)
     logprobs, grad = truth(p, p["targets"], {})
     got, d_hidden = ours(p, p["targets"], dtype=torch.float32, backward="certified", tolerance=0.0008)
@@ -138,7 +137,7 @@ def test_a_bad_hint_costs_time_only(hint):
 @pytest.mark.parametrize("tolerance", [0.2, 0.02])
 def test_what_is_left_out_stays_within_the_tolerance(tolerance):
     """The guarantee, on dlogits itself: with an identity head dX is dlogits. One row in seven has a large gradient."""
-    p = profiles.problem(1024, 900, 64, seed=3)
+    p = problems.drawn(1024, 900, 64, seed=3)
     q = {**p, "hidden": p["hidden"] @ p["weight"].T, "weight": torch.eye(900)}
     q["upstream"] = torch.where(torch.arange(1024) % 7 == 0, 50.0, 1.0)
     _, grad = truth(q, q["targets"], {})
@@ -151,7 +150,7 @@ def test_the_certificate_is_the_mass_left_out(torch_mm):
     from fastgrpo.backends.problem import HeadParams, HeadProblem
 
     n, vocab = 1024, 900
-    p = profiles.problem(n, vocab, 64, seed=3)
+    p = problems.drawn(n, vocab, 64, seed=3)
     hidden = p["hidden"] @ p["weight"].T
     params = HeadParams(
         temperature=1.0, softcap=1e9, logit_scale=1.0, compute_dtype=torch.float32, entropy=False, backend="torch",
@@ -171,7 +170,7 @@ def test_the_certificate_is_the_mass_left_out(torch_mm):
 
 
 def test_a_bad_row_stays_alone():
-    p = profiles.problem(300, 4200, 256)
+    p = problems.drawn(300, 4200, 256)
     _, clean = ours(p, p["targets"], dtype=torch.float32)
     for backward in ("exact", "auto"):
         hidden = p["hidden"].clone()
@@ -210,7 +209,7 @@ def test_no_denormal_number_reaches_a_gemm(backward, frozen):
 def test_memory():
     """The sum of dX, 4 N D, and the workspace."""
     n, vocab, depth, workspace = 1024, 8192, 256, 2**20
-    p = profiles.problem(n, vocab, depth)
+    p = problems.drawn(n, vocab, depth)
     for backward in ("exact", "certified"):
         with Live() as live:
             ours(p, p["targets"], dtype=torch.float32, backward=backward, workspace_mb=1)

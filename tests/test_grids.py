@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from bench import profiles
 from fastgrpo import linear_logprobs, reference
 
 pytest.importorskip("triton")
@@ -89,7 +88,7 @@ def test_the_device_cuts_as_the_host_counts(device, each, at_once):
 def test_parts_change_nothing(device, monkeypatch, parts, backward):
     """Logits of 200, each part of the columns with its own peak: as exact as torch's in fp32, in what is exact."""
     monkeypatch.setattr(tiles, "column_parts", lambda *_: parts)
-    p = profiles.problem(70, 300, 32, "rl", device=device)
+    p = problems.drawn(70, 300, 32, "rl", device=device)
     p["hidden"] = p["hidden"] * (200 / (p["hidden"][0] @ p["weight"].T).abs().max())
     hint = reference.linear_logprobs(p["hidden"], p["weight"], p["targets"]).logprobs
     keywords = {"temperature": 0.7, "return_entropy": backward == "exact"}
