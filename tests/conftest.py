@@ -31,15 +31,17 @@ with torch.device(DEVICE):  # torch notes once which functions take a default de
 DEAREST = [
     f"test_{name}.py"
     for name in (
-        "certified",
-        "trl",
         "graph",
+        "trl",
+        "certified",
         "examples",
-        "logprobs",
-        "verl",
+        "divergence",
         "distributed",
+        "tune",
+        "fuse_lm_head",
+        "verl",
+        "memory_bound",
         "bench",
-        "checkpoint",
     )
 ]
 
