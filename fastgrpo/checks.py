@@ -3,6 +3,7 @@
 import difflib
 import functools
 import importlib
+import math
 import sys
 import types
 import typing
@@ -25,6 +26,7 @@ Below1 = Annotated[float, ("in [0, 1)", lambda x: 0 <= x < 1)]
 Share = Annotated[float, ("in (0, 1]", lambda x: 0 < x <= 1)]
 Count = Annotated[int, (">= 1", lambda x: x >= 1)]
 CountOr0 = Annotated[int, (">= 0", lambda x: x >= 0)]
+Seed = Annotated[int, ("in [0, 2**31)", lambda x: 0 <= x < 2**31)]  # NumPy's end at 2**32; ranks add their number
 GroupSize = Annotated[int, (">= 2", lambda x: x >= 2)]
 
 
@@ -141,7 +143,8 @@ def fits(value: Any, hint: Any) -> bool:
 
 def is_finite(value: Any) -> bool:
     """Of a number; torch.compile traces this with one that it leaves open, which it does not math.isfinite."""
-    return -sys.float_info.max <= value <= sys.float_info.max
+    limit = sys.float_info.max if isinstance(value, int) else math.inf
+    return -limit < value < limit
 
 
 def describe(value: Any, hint: Any) -> str:

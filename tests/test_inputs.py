@@ -3,6 +3,7 @@
 import inspect
 import pickle
 
+import numpy as np
 import pytest
 import torch
 
@@ -36,6 +37,7 @@ OP_ERRORS = {
     "bias int": ({"bias": torch.ones(20, dtype=torch.int64)}, ValueError, "bias must be a floating point"),
     "temperature zero": ({"temperature": 0}, ValueError, "temperature must be > 0, got 0"),
     "temperature nan": ({"temperature": float("nan")}, ValueError, "temperature must be a finite number"),
+    "temperature infinite in fp32": ({"temperature": np.float32("inf")}, ValueError, "temperature must be a finite"),
     "temperature text": ({"temperature": "1"}, ValueError, "temperature must be a finite number.*'1'"),
     "temperature shape": ({"temperature": torch.ones(5)}, ValueError, r"temperature must be.*\(6,\).*\(5,\)"),
     "temperature values": ({"temperature": torch.zeros(6)}, ValueError, "temperature must be > 0 and finite at every"),

@@ -181,6 +181,16 @@ def test_a_name_that_is_no_text_is_told(tmp_path, capsys):
     assert "must hold settings 'name: value', got the name True" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("text", ["beta: 0.1\nmodel: tiny:sort\nbeta: 0.2\n", "sft: {beta: 1, beta: 2}\n"])
+def test_a_name_that_stands_twice_is_told(tmp_path, capsys, text):
+    (tmp_path / "job.yaml").write_text(text)
+    with pytest.raises(SystemExit):
+        cli.main(["train", str(tmp_path / "job.yaml")])
+    said = capsys.readouterr().err
+    assert "beta stands twice" in said
+    assert "job.yaml" in said
+
+
 def test_an_empty_file_is_called_empty(tmp_path, capsys):
     (tmp_path / "job.yaml").write_text("")
     with pytest.raises(SystemExit):

@@ -126,6 +126,16 @@ def test_long_rows_are_cut_and_what_then_teaches_nothing_is_dropped():
     assert not e.truncated
 
 
+def test_rows_that_teach_nothing_are_told_of_once(tmp_path):
+    rows = [{"prompt": "12" * 9, "completion": "=3"}, {"prompt": "12", "completion": "=3"}]
+    model, tokenizer = trainer_job.make_model()
+    config = SFTConfig(output_dir=str(tmp_path), max_length=8, **SETTINGS | {"max_steps": 2})
+    with pytest.warns(UserWarning, match="rows that teach nothing, and count as used: .* max_length = 8") as said:
+        log = SFTTrainer(model, rows, config, processing_class=tokenizer).train()
+    assert len({str(w.message) for w in said if "teach nothing" in str(w.message)}) == 1
+    assert log[0]["learnt_tokens"] > 0
+
+
 @pytest.mark.quick
 def test_a_template_gets_tools_and_keywords():
     template = "{{ tools[0].name if tools else '' }}{{ hint | default('') }}" + CHATML

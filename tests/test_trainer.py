@@ -174,6 +174,8 @@ COMMANDS = [
     (["demo", "--model"], "--model needs a value"),
     (["demo", "--learning_rate", "--use_cpu"], "--learning_rate needs a value"),
     (["demo", "--seed", "1.2.3e4"], "seed must be int, got '1.2.3e4'"),
+    (["demo", "--seed", "4294967296"], "seed must be in [0, 2**31), got 4294967296"),
+    (["demo", "--eval_pass_threshold", ".nan"], "eval_pass_threshold must be a finite number, got nan"),
 ]
 
 

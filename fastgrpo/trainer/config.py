@@ -81,7 +81,7 @@ class GRPOConfig(Sampling, GRPOLossConfig, ModelOptions, VLLMOptions, RunOptions
     ref_model_mixup_alpha: Share = 0.6
     ref_model_sync_steps: Count = 512
     num_generations_eval: Count | None = None
-    eval_pass_threshold: float = 1.0
+    eval_pass_threshold: Finite = 1.0
 
     def check_combinations(self) -> None:
         super().check_combinations()

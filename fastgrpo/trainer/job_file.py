@@ -13,7 +13,15 @@ PRESETS = Path(__file__).parent / "presets"
 
 
 class Loader(yaml.SafeLoader):
-    """YAML 1.2's numbers: 1e-6 is one."""
+    """YAML 1.2's numbers: 1e-6 is one; and its names, none of which may stand twice."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for name in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if name.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{name.value} stands twice", name.start_mark)
+            seen.add(name.value)
+        return super().construct_mapping(node, deep)
 
 
 NUMBER = re.compile(r"[-+]?\d+\.?\d*[eE][-+]?\d+$")

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from fastgrpo.checks import Checked, Count, CountOr0, NonNegative, require, require_installed
+from fastgrpo.checks import Checked, Count, NonNegative, Seed, require, require_installed
 from fastgrpo.inputs import Backend, Backward
 
 Tracker = Literal["none", "tensorboard", "wandb", "trackio"]
@@ -49,7 +49,7 @@ class RunOptions(Checked):
     output_dir: str = "trainer_output"
     run_name: str | None = None
     report_to: Tracker | list[Tracker] = "none"
-    seed: CountOr0 = 42
+    seed: Seed = 42
     resume_from_checkpoint: bool | str | None = None
     max_steps: int = -1
     num_train_epochs: NonNegative = 3.0

@@ -2,6 +2,7 @@
 likely."""
 
 import math
+import warnings
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -177,7 +178,14 @@ class SFTTrainer(GRPOTrainer):
         config, rank = self.config, self.accelerator.process_index
         numbers = draw(len(self.rows), self.position, self.prompts, config.seed, config.shuffle_dataset)
         self.position += self.prompts
-        return self.encode(self.rows[i] for i in numbers[rank * config.rollout : (rank + 1) * config.rollout])
+        mine = [self.encode([self.rows[i]]) for i in numbers[rank * config.rollout : (rank + 1) * config.rollout]]
+        if [] in mine:  # warnings say it once
+            warnings.warn(
+                "train_dataset has rows that teach nothing, and count as used: no token of an answer stands within "
+                f"max_length = {config.max_length}. Raise it, or leave them out",
+                stacklevel=2,
+            )
+        return [example for examples in mine for example in examples]
 
     def show(self, episodes):
         """A table of what is learnt in some sequences: of the first step always."""
