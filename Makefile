@@ -5,7 +5,8 @@ PINNED ?= yes
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
+# nproc would take OMP_NUM_THREADS, which is of a worker, for the number of cores
+WORKERS ?= $(shell env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 2)
 
 .PHONY: demo real distill test quick bench kernel-report gpu-dry-run gpu-emulate lint docs docs-text wheel clean
 

@@ -2,7 +2,7 @@
 
 Configs name these numbers in a dozen ways, and what divides in one family multiplies in the next. So the class's own
 forward is asked: it runs on a shadow of the model whose decoder and head are stubs, without a parameter being read,
-which serves code outside transformers, the meta device and shards too. What it finds, in transformers 5.23:
+which serves code outside transformers, the meta device and shards too. What it finds, in transformers 5.24:
 
     softcap * tanh(x / softcap)   Gemma 2, 3, 3n, 4, VaultGemma, RecurrentGemma, NanoChat, Beam, Inkling 2, xLSTM,
                                   Mistral Large 4; of a scaled x: Muse Spark, Muse Glimmer
