@@ -23,9 +23,12 @@ FAMILIES = [
     "Mamba", "MiniCPM3", "NanoChat", "OPT", "Phi", "Qwen3Moe", "RecurrentGemma", "Whisper", "xLSTM",
 ]  # fmt: skip
 PINNED = re.search(r"^transformers==(\S+)", (Path(__file__).parents[1] / "requirements.txt").read_text(), re.M)[1]
-REFUSED = {"MusicgenForCausalLM", "MusicgenMelodyForCausalLM", "ProphetNetForCausalLM"}
-# timm is not installed; two drafters that run on another model's cache
-NOT_BUILT = {"Gemma3nForConditionalGeneration", "Gemma4AssistantForCausalLM", "Gemma4UnifiedAssistantForCausalLM"}
+REFUSED = {
+    "DoryForCausalLM", "Gemma4UnifiedAssistantForCausalLM", "MusicgenForCausalLM", "MusicgenMelodyForCausalLM",
+    "ProphetNetForCausalLM",
+}  # fmt: skip
+# timm is not installed; a drafter that runs on another model's cache
+NOT_BUILT = {"Gemma3nForConditionalGeneration", "Gemma4AssistantForCausalLM"}
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +67,7 @@ def test_pickle(family):
     assert again.logprobs.equal(ours.logprobs)
 
 
-@pytest.mark.works("transformers", "fuse_lm_head: all causal LM classes but 6 of 181; 3 of them are refused")
+@pytest.mark.works("transformers", "fuse_lm_head: all causal LM classes but 7 of 185; 5 of them are refused")
 def test_every_class():
     """Log-probs and entropy against the logits' own, on a tiny random model of each class."""
     outcomes = {c.__name__: causal_lms.outcome(c, kind) for c, kind in causal_lms.classes().items()}
@@ -72,9 +75,9 @@ def test_every_class():
     refused, not_built = ({n for n, (what, _) in odd.items() if what == why} for why in ("refused", "not built"))
     assert {n: why for n, why in odd.items() if n not in refused | not_built} == {}
     if transformers.__version__ == PINNED:
-        assert (len(outcomes), refused, not_built) == (181, REFUSED, NOT_BUILT)
+        assert (len(outcomes), refused, not_built) == (185, REFUSED, NOT_BUILT)
     else:
-        assert refused >= REFUSED & outcomes.keys()
+        assert refused | not_built >= REFUSED & outcomes.keys()
 
 
 class Changed(Qwen2ForCausalLM):

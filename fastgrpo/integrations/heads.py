@@ -4,13 +4,14 @@ Configs name these numbers in a dozen ways, and what divides in one family multi
 forward is asked: it runs on a shadow of the model whose decoder and head are stubs, without a parameter being read,
 which serves code outside transformers, the meta device and shards too. What it finds, in transformers 5.24:
 
-    softcap * tanh(x / softcap)   Gemma 2, 3, 3n, 4, VaultGemma, RecurrentGemma, NanoChat, Beam, Inkling 2, xLSTM,
-                                  Mistral Large 4; of a scaled x: Muse Spark, Muse Glimmer
+    softcap * tanh(x / softcap)   Gemma 2, 3, 3n, 4, VaultGemma, RecurrentGemma, NanoChat, Beam, Inkling 2, its loop,
+                                  xLSTM, Mistral Large 4; of a scaled x: Muse Spark, Muse Glimmer
     scale * x                     Cohere, Cohere 2, HyperCLOVAX, Falcon-H1
     x / scale                     Granite, its MoE, hybrid and SWA kin
     x[..., :vocabulary]           Inkling, Inkling 2
     x                             all others, among them those that scale before the head (MiniCPM3, Inkling)
-    refused                       ProphetNet (n-gram streams), Musicgen (several heads), Chameleon (masked columns)
+    refused                       ProphetNet (n-gram streams), Musicgen (several heads), Chameleon (masked columns),
+                                  Dory (a learned scale of each token's logit)
 """
 
 from typing import Any
