@@ -8,6 +8,7 @@ import builtins
 import contextlib
 import dataclasses
 import functools
+import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -154,22 +155,21 @@ def pass_equals():
 
 
 BLOCKS = {}  # {(name, shape): type}
-NUMBERS = {"fp32": (np.float32, (float, int)), "int32": (np.int32, (int,)), "int64": (np.int64, (int,))}
+NUMBERS = {"fp32": (float, int), "int32": (int,), "int64": (int,)}
 
 
 @functools.lru_cache(maxsize=4096, typed=True)
-def constant(dtype, number):
-    """A scalar of a type that operators with such a number keep, else None. Triton's -0.0 is 0.0."""
-    kind, numbers = NUMBERS[dtype.name]
-    if type(number) not in numbers or abs(number) >= 2**31:
+def constant(dtype, number, sign):
+    """A scalar of a type that operators with such a number keep, else None. sign: the number's, for -0.0 is 0.0."""
+    if type(number) not in NUMBERS[dtype.name] or abs(number) >= 2**31:
         return None
-    return tl.tensor(TensorHandle(np.array([number or 0], kind), dtype), dtype)
+    return interpreter.interpreter_semantic.scalar_constant(number, dtype)
 
 
 def beside(x, dtype):
     """A tensor, or a number as one of that type; None where Triton would give both another."""
     if type(x) in (int, float) and dtype.name in NUMBERS:
-        x = constant(dtype, x)
+        x = constant(dtype, x, math.copysign(1.0, x))
     if type(x) is not tl.tensor:
         return None
     if x.dtype.name == "int32" and dtype.name == "int64":
