@@ -142,9 +142,9 @@ def fits(value: Any, hint: Any) -> bool:
 
 
 def is_finite(value: Any) -> bool:
-    """Of a number; torch.compile traces this with one that it leaves open, which it does not math.isfinite."""
+    """Whether it is a finite number; torch.compile, which may leave it open, does not trace math.isfinite."""
     limit = sys.float_info.max if isinstance(value, int) else math.inf
-    return -limit < value < limit
+    return fits(value, float) and -limit < value < limit
 
 
 def describe(value: Any, hint: Any) -> str:

@@ -3,7 +3,6 @@
 import math
 import os
 from dataclasses import dataclass
-from numbers import Real
 from typing import Literal, get_args
 
 import torch
@@ -116,7 +115,7 @@ def check_targets(targets, vocab):
 
 
 def check_finite(name, value):
-    if not isinstance(value, Real) or isinstance(value, bool) or not is_finite(value):
+    if not is_finite(value):
         hint = " (a Python number: .item())" if isinstance(value, torch.Tensor) else ""
         raise ValueError(f"{name} must be a finite number, got {value!r}{hint}")
 
@@ -301,7 +300,7 @@ def check_num_items(num_items):
         check_number("num_items", num_items)
         if checks_values(num_items.device) and not 0 <= num_items.item() < math.inf:
             raise ValueError(f"num_items must be a number >= 0, got {num_items.item()}")
-    elif not isinstance(num_items, Real) or isinstance(num_items, bool) or not 0 <= float(num_items) < math.inf:
+    elif not is_finite(num_items) or num_items < 0:
         raise ValueError(f"num_items must be a number >= 0, got {num_items!r}")
 
 

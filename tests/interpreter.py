@@ -17,8 +17,9 @@ from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, ReduceOps, TensorHandle
 
-SEMANTICS = ("binary_op_type_checking_impl", "broadcast_impl_value", "where")
-PLAIN = {name: getattr(TritonSemantic, name) for name in SEMANTICS}
+PLAIN = {
+    name: getattr(TritonSemantic, name) for name in ("binary_op_type_checking_impl", "broadcast_impl_value", "where")
+}
 
 
 def widen(bits):

@@ -174,25 +174,20 @@ def test_the_command_line_names_the_cure(words, want, capsys):
     assert said.startswith(f"usage: fastgrpo {words[0]} CONFIG")
 
 
-def test_a_name_that_is_no_text_is_told(tmp_path, capsys):
-    (tmp_path / "job.yaml").write_text("model: tiny:sort\nyes: 3\n")
-    with pytest.raises(SystemExit):
-        cli.main(["train", str(tmp_path / "job.yaml")])
-    assert "must hold settings 'name: value', got the name True" in capsys.readouterr().err
+FILES = {
+    "a name that is no text": ("model: tiny:sort\nyes: 3\n", "must hold settings 'name: value', got the name True"),
+    "a name that stands twice": ("beta: 0.1\nmodel: tiny:sort\nbeta: 0.2\n", "beta stands twice"),
+    "twice in a section": ("sft: {beta: 1, beta: 2}\n", "beta stands twice"),
+    "empty": ("", "must hold settings 'name: value', got nothing: it is empty"),
+}
 
 
-@pytest.mark.parametrize("text", ["beta: 0.1\nmodel: tiny:sort\nbeta: 0.2\n", "sft: {beta: 1, beta: 2}\n"])
-def test_a_name_that_stands_twice_is_told(tmp_path, capsys, text):
+@pytest.mark.parametrize("name", FILES)
+def test_what_a_file_must_hold_is_told(tmp_path, capsys, name):
+    text, want = FILES[name]
     (tmp_path / "job.yaml").write_text(text)
     with pytest.raises(SystemExit):
         cli.main(["train", str(tmp_path / "job.yaml")])
     said = capsys.readouterr().err
-    assert "beta stands twice" in said
+    assert want in said
     assert "job.yaml" in said
-
-
-def test_an_empty_file_is_called_empty(tmp_path, capsys):
-    (tmp_path / "job.yaml").write_text("")
-    with pytest.raises(SystemExit):
-        cli.main(["train", str(tmp_path / "job.yaml")])
-    assert "must hold settings 'name: value', got nothing: it is empty" in capsys.readouterr().err

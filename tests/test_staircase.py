@@ -8,11 +8,10 @@ import torch
 import torch.nn.functional as F
 from stand_in_cuda import CudaTensor, StandInCuda
 
+from bench import profiles
 from fastgrpo.backends import certified, grouping, row_audit, staircase
 from fastgrpo.backends.problem import Gradients, HeadParams, HeadProblem, RowStats
 from fastgrpo.inputs import compact_rows
-
-import problems
 
 TRAINED, FROZEN = Gradients(True, True), Gradients(True, False)
 HEAD_ALONE, BIAS_ALONE = Gradients(False, True), Gradients(False, False, True)
@@ -46,7 +45,7 @@ def certify(problem, hint):
 @functools.cache
 def drawn(profile="rl", depth=64, dtype=torch.float32, seed=0):
     """700 rows, no multiple of the block; every ninth ignored, every seventh without a gradient."""
-    p = problems.drawn(700, VOCAB, depth, profile, dtype=dtype, seed=seed)
+    p = profiles.problem(700, VOCAB, depth, profile, dtype=dtype, seed=seed)
     p["targets"][::9] = -100
     p["upstream"][::7] = 0.0
     return p

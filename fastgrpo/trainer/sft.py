@@ -171,21 +171,21 @@ class SFTTrainer(GRPOTrainer):
     def encode(self, rows):
         config = self.config
         options = config.chat_template_kwargs, config.max_length
-        return [example for row in rows for example in encode_examples(self.tokenizer, row, *options)]
+        found = [encode_examples(self.tokenizer, row, *options) for row in rows]
+        if [] in found:  # warnings say it once
+            warnings.warn(
+                "the dataset has rows that teach nothing, and count as used: no token of an answer stands within "
+                f"max_length = {config.max_length}. Raise it, or leave them out",
+                stacklevel=2,
+            )
+        return [example for examples in found for example in examples]
 
     def collect(self):
         """This rank's sequences of an optimiser step."""
         config, rank = self.config, self.accelerator.process_index
         numbers = draw(len(self.rows), self.position, self.prompts, config.seed, config.shuffle_dataset)
         self.position += self.prompts
-        mine = [self.encode([self.rows[i]]) for i in numbers[rank * config.rollout : (rank + 1) * config.rollout]]
-        if [] in mine:  # warnings say it once
-            warnings.warn(
-                "train_dataset has rows that teach nothing, and count as used: no token of an answer stands within "
-                f"max_length = {config.max_length}. Raise it, or leave them out",
-                stacklevel=2,
-            )
-        return [example for examples in mine for example in examples]
+        return self.encode(self.rows[i] for i in numbers[rank * config.rollout : (rank + 1) * config.rollout])
 
     def show(self, episodes):
         """A table of what is learnt in some sequences: of the first step always."""
