@@ -134,9 +134,8 @@ def make_staircase(n, vocab, depth, profile="rl", head="trained", seed=0):
 def cut_chunks(stairs, n, vocab, depth, head, workspace_mb):
     """-> [(first panel, the one after the last)] of the chunks that hold something, and how many are launched."""
     from fastgrpo.kernels.panels import Cut
-    from fastgrpo.kernels.products import slab_rows, ways_for
+    from fastgrpo.kernels.products import SLABS_SHARE, slab_rows, ways_for
     from fastgrpo.kernels.tiles import WIDTH, lookup
-    from fastgrpo.kernels.work import SLABS_SHARE
 
     summed = 4 * depth if head == "trained" else 0
     tile = lookup("dhidden", 2, "sm_90", described=True)

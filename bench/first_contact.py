@@ -49,7 +49,7 @@ STEPS = {
     "kernels": Step(kernels, 60),
     "exact": Step(exact, 70),
     "loss_step": Step(loss_step, 30),
-    "divergence": Step(divergence, 40),
+    "divergence": Step(divergence, 44),
     "trainer": Step(trainer, 100, 5),
     "learner": Step(learner, 75, 6),
     "compile_tiles": Step(compile_tiles, 60, 12),

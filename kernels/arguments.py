@@ -45,6 +45,13 @@ class LowRank(NamedTuple):
     stride_r: int
 
 
+class Held(NamedTuple):
+    """Raw logits of some rows in fp32, by panels of columns as dlogits: (V / PANEL, rows, PANEL)."""
+
+    logits_ptr: object
+    rows: int  # a multiple of PANEL
+
+
 class Logits(NamedTuple):
     """From the raw product to the logit: scale (None: 1), cap (None: none), divide by the temperature."""
 

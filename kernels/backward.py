@@ -304,7 +304,7 @@ class Launcher:
     def dhidden(self, k):
         work, entries, total = self.work, self.work.factors[k].entries, self.work.row_sums[k]
         product = Product(work.panels, entries, total, self.plan.count, mean=work.means[k],
-                          ways=work.splits[k].ways)  # fmt: skip
+                          split=work.splits[k])  # fmt: skip
 
         def launch(first_row, last_row, chunk):
             product(first_row, last_row, chunk, work.first_held(first_row, total))

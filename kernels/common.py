@@ -277,6 +277,23 @@ def panel_pointers(panels_ptr, height, row, local_v, PANEL: tl.constexpr, BLOCK_
 
 
 @triton.jit
+def hold(value, held, row, first_v, PANEL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr):
+    """A tile of logits into :class:`Held`, from its row ``row`` on."""
+    CUTS: tl.constexpr = 1 if BLOCK_V > PANEL else 0
+    COLS: tl.constexpr = BLOCK_V // 2**CUTS
+    pieces = pieces_of(value, CUTS)
+    for k in tl.static_range(2**CUTS):
+        at = panel_pointers(held.logits_ptr, held.rows, row, first_v + k * COLS, PANEL, BLOCK_N, COLS)
+        tl.store(at, pieces[k])
+
+
+@triton.jit
+def load_held(held, row, first_v, PANEL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr):
+    """A tile of logits that :func:`hold` stored."""
+    return tl.load(panel_pointers(held.logits_ptr, held.rows, row, first_v, PANEL, BLOCK_N, BLOCK_V))
+
+
+@triton.jit
 def cap(z, logits):
     """Scale and softcap."""
     if logits.logit_scale is not None:

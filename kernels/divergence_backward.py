@@ -10,7 +10,6 @@ from fastgrpo.kernels import certified, tiles
 from fastgrpo.kernels.arguments import is_described, is_same, row_strides
 from fastgrpo.kernels.certified import SampleLauncher
 from fastgrpo.kernels.common import (
-    LN2,
     LOG2E,
     NOTHING,
     cap_slope,
@@ -29,7 +28,7 @@ from fastgrpo.kernels.common import (
 from fastgrpo.kernels.pair import (
     difference,
     load_pair,
-    log_mixture,
+    mixture_ratio,
     pair_tile,
     teacher_arguments,
     transformed,
@@ -151,8 +150,7 @@ def dlogits_pair_kernel(
             dz = -difference(p, tl.math.exp2((v + (gap - offset)[:, None]) * LOG2E), delta)
         else:
             if KIND == 2:
-                log_s, _minus_log_t = log_mixture(delta, beta)
-                delta = (1.0 - beta) * LN2 * log_s
+                delta = mixture_ratio(delta, beta)
             dz = p * (delta - center[:, None])
         dz = without_dust(dz * (grad[:, None] * cap_slope(raws[k], logits)))
         if is_edge:  # the GEMMs read whole tiles

@@ -29,6 +29,7 @@ from fastgrpo.kernels.common import (
     count_taken,
     group_blocks,
     hide_taken,
+    hold,
     in_parts,
     inverse_temperatures,
     load_taken,
@@ -146,7 +147,8 @@ def forward_kernel(
     hint_ptr,  # (N,) log-probs near the current ones, or None
     label_ptr,  # (N,) logits of the labels, some of them other ranks' entries
     flags_ptr,  # (blocks, words of V) int32 out: entries some row of the block keeps; None: not certified
-    partials_ptr,  # (4, runs, N) out, RowPartials; certified: (5, runs, N)
+    held,  # Held of the raw logits, out; None: they are not held
+    partials_ptr,  # (4, runs, N) out, RowPartials; certified: (5, runs, N); with held those of its rows alone
     N,
     first_row,  # of the chunk, a multiple of BLOCK_N
     last_row,
@@ -159,6 +161,7 @@ def forward_kernel(
     COMPUTE: tl.constexpr,
     PARTS: tl.constexpr,  # of a tile's columns, see tiles.column_parts
     FLAGS: tl.constexpr,  # columns that share their words of flags
+    PANEL: tl.constexpr,  # columns of logits that are held together
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -197,6 +200,8 @@ def forward_kernel(
             x_ptr, x_desc, w_desc, head, bias_ptr, low_rank, None, rows, at_x, stop - 1 - first_row, first_v, first_v,
             WHOLE_D, COMPUTE, BLOCK_N, BLOCK_V, BLOCK_D,
         )  # fmt: skip
+        if held is not None:
+            hold(value, held, at_x, first_v, PANEL, BLOCK_N, BLOCK_V)
         value = cap(value, logits)
         if taken is not None:
             value, count, upcoming = hide_taken(value, NOTHING, taken, rows, mask_n, count, upcoming, first_v, BLOCK_V)
@@ -222,8 +227,11 @@ def forward_kernel(
                     known = (top + tl.log(tl.sum(total * factor, axis=1)) + log_cutoff) / unit
                     threshold = tl.maximum(threshold, known)
 
-    out = partials_ptr + this_run.to(tl.int64) * N + offs_n
-    step = tl.cast(runs, tl.int64) * N
+    out, width = partials_ptr + offs_n, N
+    if held is not None:
+        out, width = out - first_row, held.rows
+    out += this_run.to(tl.int64) * width
+    step = tl.cast(runs, tl.int64) * width
     # read again: within the loop every register counts
     rows, label = selected_rows(selection, offs_n, mask_n, head.V)
     label_z = tl.load(label_ptr + rows, mask=mask_n, other=0.0)
@@ -316,14 +324,15 @@ class Sweep:
     a block of them over a run of entries.
 
     Args:
-        beside: hidden states (B, T, D) of other models whose rows come along.
+        beside: hidden states (B, T, D) of other models whose rows come along. rows: of a chunk at most; None: as many
+            as the workspace holds.
 
     Attributes:
         x: (held, D) the chunk's rows. gathered: these and those beside them. head, logits, low_rank: of
         :func:`logit_arguments`. grid: of the launch.
     """
 
-    def __init__(self, problem, kernel, selection, beside=()):
+    def __init__(self, problem, kernel, selection, beside=(), rows=None):
         self.problem, self.selection = problem, selection
         n, vocab, _ = problem.sizes
         hidden = problem.hidden
@@ -331,12 +340,12 @@ class Sweep:
         self.tile, self.described = pick_tile(kernel, problem)
         self.flagged = tiles.flag_columns(kernel, self.tile)
         self.parts = tiles.column_parts(self.tile, problem.tile_dtype.itemsize, hidden.device)
-        rows = self.tile.rows
         a_row = sum(x.shape[2] * x.element_size() for x in self.hiddens)
-        held = min(max(problem.params.workspace // a_row // rows, 1) * rows, n)
+        rows = problem.params.workspace // a_row if rows is None else rows
+        held = min(max(rows // self.tile.rows, 1) * self.tile.rows, n)
         self.gathered = [x.new_empty(held, x.shape[2]) for x in self.hiddens]
         self.x = self.gathered[0]
-        blocks = cdiv(held, rows)
+        blocks = cdiv(held, self.tile.rows)
         self.runs, self.run = vocabulary_runs(blocks, vocab, self.tile, hidden.device)
         self.grid = (cdiv(blocks, self.tile.group) * self.tile.group * self.runs,)
         self.head, self.logits, self.low_rank = logit_arguments(problem)
@@ -416,16 +425,24 @@ def run_forward(problem, rows, count, hint=None, flags=None, dropped=None, label
     for first_row, last_row in sweep.chunks():
         if not known:
             sweep.find_labels(first_row, last_row, label)
-        forward_kernel[sweep.grid](
-            **sweep.arguments(first_row, last_row),
-            taken=taken,
-            hint_ptr=hint,
-            label_ptr=label,
-            flags_ptr=flags,
-            partials_ptr=partials,
-            log_cutoff=0.0 if flags is None else math.log(cutoff(problem.params.tolerance)),
-            ENTROPY=problem.params.entropy,
-            PARTS=sweep.parts,
-            FLAGS=sweep.flagged,
-        )
+        fold_entries(sweep, (first_row, last_row), label, partials, taken, hint, flags)
     combine(problem, partials, selection, dropped, merged, stats, hint)
+
+
+def fold_entries(sweep, span, label, partials, taken=None, hint=None, flags=None, held=None):
+    """One launch over all entries, of the rows of ``span``; held: :class:`Held` of their raw logits, or None."""
+    params = sweep.problem.params
+    forward_kernel[sweep.grid](
+        **sweep.arguments(*span),
+        taken=taken,
+        hint_ptr=hint,
+        label_ptr=label,
+        flags_ptr=flags,
+        held=held,
+        partials_ptr=partials,
+        log_cutoff=0.0 if flags is None else math.log(cutoff(params.tolerance)),
+        ENTROPY=params.entropy,
+        PARTS=sweep.parts,
+        FLAGS=sweep.flagged,
+        PANEL=tiles.WIDTH,
+    )

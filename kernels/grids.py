@@ -8,6 +8,7 @@ from fastgrpo.kernels.tiles import cdiv
 
 RUNS = 16  # partial results of a row at most, unless fewer leave processors without work
 START = 0.5  # of a tile, what a program's beginning and end take
+PART = 0.0005  # of an unsplit program's time, what each part of it takes: its sum is stored, and read once more
 SPREAD = 0.05  # of a program's time, by which programs differ: what waits at the end for the last one
 
 
@@ -38,3 +39,8 @@ def run_length(blocks, tiles_v, at_once):
 
     most = min(max(RUNS, cdiv(2 * at_once, max(blocks, 1))), tiles_v)
     return cdiv(tiles_v, min(range(1, most + 1), key=time))
+
+
+def even_ways(programs, most, at_once):
+    """Into how many parts, ``most`` at most, to split the sums of so many programs: where they end the earliest."""
+    return min(range(1, most + 1), key=lambda ways: cdiv(programs * ways, at_once) / ways + PART * ways)

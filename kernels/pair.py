@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from fastgrpo.kernels.arguments import TO_TRITON, describe, has_extras, logit_arguments
-from fastgrpo.kernels.common import LOG2E, cap, rounded_product
+from fastgrpo.kernels.common import LN2, LOG2E, cap, rounded_product
 from fastgrpo.kernels.pair_math import NEAR, expm1_near, mixture_logs, split_sides
 
 
@@ -51,6 +51,13 @@ def log_mixture(delta, beta):
     """log(p_s / m), log(m / p_t) in bits, see ``mixture_logs``, of delta = log p_s - log p_t."""
     above, below, apart, share = split_sides(delta * LOG2E, beta)
     return mixture_logs(above, below, apart, share)
+
+
+@triton.jit
+def mixture_ratio(delta, beta):
+    """(1 - beta) log(p_s / m), in nats, of what :func:`log_mixture` takes."""
+    log_s, _minus_log_t = log_mixture(delta, beta)
+    return (1.0 - beta) * LN2 * log_s
 
 
 def pair_tile(kernel, problem, certified=False, entropy=False):

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from fastgrpo.kernels import tiles
+from fastgrpo.kernels import grids, tiles
 from fastgrpo.kernels.arguments import TO_TRITON
 from fastgrpo.kernels.common import chunk_panels, entry_ids
 from fastgrpo.kernels.copies import copy_tile
@@ -53,22 +53,43 @@ def sum_so_far(total_ptrs, mask, decay_ptr, at, mask_n, chunk):
 # The first rows need the most entries, and in the narrow chunks none but them: they alone give too few programs. So the
 # entries of the first block of rows are split up to so many ways, of the second half as many, of the third and the
 # fourth a quarter ... What split k > 0 adds up stands in a slab of rows behind the sum; the slabs of splits 2^l ..
-# 2^(l + 1) - 1 have as many rows together as that of split 1.
-MOST_WAYS, LEVELS = 16, tl.constexpr(4)
+# 2^(l + 1) - 1 have as many rows together as that of split 1. Where all rows need all entries, and are few, those of
+# every block are split evenly, with a sum of all rows for each split.
+MOST_WAYS, LEVELS, MOST_EVENLY = 16, tl.constexpr(4), 32
+SLABS_SHARE = 0.2  # of the workspace at most
 
 
 class Split(NamedTuple):
-    """Of a sum of rows."""
+    """Of a sum of rows, whose entries are split."""
 
-    ways: int = 1  # one: it is not split
+    ways: int = 1  # of the first block of rows, see above; 0: of every block evenly
     block: int = 1  # rows that are split together
     rows: int = 0  # of its slabs
+    evenly: int = 1  # ways of every block then
+
+
+NOT_SPLIT = Split()
 
 
 def ways_for(tile, depth, programs):
     """How often the first block of rows is split, a power of two: ``programs`` run at once; 1: nothing is split."""
     each = cdiv(depth, tile.cols)
     return max(w for w in (1, 2, 4, 8, MOST_WAYS) if w == 1 or w * each <= programs)
+
+
+def split_for(tile, depth, device, workspace):
+    """:class:`Split` of a staircase's sum of rows, whose slabs may be a small part of the workspace."""
+    ways = ways_for(tile, depth, grids.processor_count(device))
+    rows = slab_rows(ways, tile)
+    return Split(ways, tile.rows, rows) if 4 * rows * depth <= SLABS_SHARE * workspace else NOT_SPLIT
+
+
+def even_split(tile, n, depth, device, workspace):
+    """:class:`Split` of a sum of n rows, all of which need all entries."""
+    programs = cdiv(n, tile.rows) * cdiv(depth, tile.cols)
+    most = 1 + int(SLABS_SHARE * workspace) // (4 * n * depth)
+    ways = grids.even_ways(programs, min(most, MOST_EVENLY), grids.slots(tile, device))
+    return Split(0, rows=(ways - 1) * n, evenly=ways) if ways > 1 else NOT_SPLIT
 
 
 def slab_rows(ways, tile):
@@ -107,7 +128,11 @@ def slab_begin(split, WAYS: tl.constexpr, BLOCK_N: tl.constexpr):
     return block * BLOCK_N
 
 
-@triton.jit(do_not_specialize=["first_row", "last_row", "first_held", "chunk", "V", "held", "unsplit", "copied_rows"])
+@triton.jit(
+    do_not_specialize=[
+        "first_row", "last_row", "first_held", "chunk", "V", "held", "unsplit", "evenly", "copied_rows",
+    ]
+)  # fmt: skip
 def dhidden_kernel(
     dlogits_ptr,  # panels of the chunk
     dlogits_desc,  # of them as (rows, PANEL), and
@@ -125,6 +150,7 @@ def dhidden_kernel(
     sum_ptr,  # (held, D) fp32, the chunks before; nothing in the first
     held,  # rows of the sum before its slabs
     unsplit,  # blocks of rows whose entries are not split
+    evenly,  # see Split
     copied_rows,  # that w_desc reads, with ids: the chunk's are the last ones
     first_row,
     last_row,
@@ -137,16 +163,18 @@ def dhidden_kernel(
     COMPUTE: tl.constexpr,
     PANEL: tl.constexpr,
     SUMS_A_PANEL: tl.constexpr,
-    WAYS: tl.constexpr,  # see ways_for
+    WAYS: tl.constexpr,  # see Split
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     """sum = decay * sum + dlogits @ entries of the chunk."""
     tiles_d = tl.cdiv(D, BLOCK_D)
-    block = tl.program_id(0) // tiles_d
-    first_d = tl.program_id(0) % tiles_d * BLOCK_D
-    begin = 0  # the first of the chunk's entries that is added up here
+    number, split, splits = tl.program_id(0), 0, 1
+    if WAYS == 0:
+        number, split, splits = number // evenly, number % evenly, evenly
+    block = number // tiles_d
+    first_d = number % tiles_d * BLOCK_D
     if WAYS > 1:
         block, split, splits = own_split(block, unsplit, WAYS)
     first, last, height = chunk_panels(cuts_ptr, head_stops_ptr, chunk, first_row, last_row, PANEL)
@@ -170,34 +198,37 @@ def dhidden_kernel(
         row = start - first_held
         if WAYS > 1:
             row += tl.where(split > 0, held + slab_begin(split, WAYS, BLOCK_N), 0)
+        if WAYS == 0:
+            row += split * held
         total_ptrs = sum_ptr + tl.cast(row, tl.int64) * D
         total_ptrs = total_ptrs + tl.arange(0, BLOCK_N)[:, None] * D + offs_d[None, :]
     lacked = needed - first  # panels whose rows' sums are put back
-    if WAYS > 1:
-        begin = lacked * split // splits * PANEL
-        needed = first + lacked * (split + 1) // splits
+    at_dz = block * BLOCK_N
+    if WAYS != 1:
+        begin = lacked * split // splits
+        needed = lacked * (split + 1) // splits + first
+        first = first + begin
+        at_dz += begin * height
         lacked = tl.where(split == 0, lacked, 0)
     first_v = first * PANEL
-    length = tl.minimum((needed - first) * PANEL, V - first_v)
+    length = tl.minimum(needed * PANEL, V) - first_v
     if w_desc is not None:  # the sum so far is read first: beside a wide tile there is no room for it
         acc = sum_so_far(total_ptrs, mask, decay_ptr, first_row + local, mask_n, chunk)
         first_w = first_v if ids_ptr is None else copied_rows - (last - first) * PANEL
-        for v in range(begin, length, BLOCK_V):
-            dz = dlogits_desc.load([v // PANEL * height + block * BLOCK_N, v % PANEL])
+        for v in range(0, length, BLOCK_V):
+            dz = dlogits_desc.load([v // PANEL * height + at_dz, v % PANEL])
             w = w_desc.load([first_w + v, first_d])
             acc = tl.dot(dz, w, acc)
     else:
         acc = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
         offs_v = tl.arange(0, BLOCK_V)
-        dz_ptrs = dlogits_ptr + tl.cast(block * BLOCK_N, tl.int64) * PANEL
+        dz_ptrs = dlogits_ptr + tl.cast(at_dz, tl.int64) * PANEL
         dz_ptrs = dz_ptrs + tl.arange(0, BLOCK_N)[:, None] * PANEL + offs_v[None, :]
         to_next_panel = (tl.cast(height, tl.int64) - 1) * PANEL
-        if WAYS > 1:
-            dz_ptrs += begin * tl.cast(height, tl.int64)
         w_ptrs = entries_ptr + offs_d[None, :] * tl.cast(stride_d, tl.int64)
         if ids_ptr is None:
-            w_ptrs = w_ptrs + (first_v + begin + offs_v).to(tl.int64)[:, None] * stride_v
-        for v in range(begin, length, BLOCK_V):
+            w_ptrs = w_ptrs + (first_v + offs_v).to(tl.int64)[:, None] * stride_v
+        for v in range(0, length, BLOCK_V):
             dz = tl.load(dz_ptrs)
             mask_w = (v + offs_v < length)[:, None] & (offs_d < D)[None, :]
             if ids_ptr is not None:
@@ -216,7 +247,7 @@ def dhidden_kernel(
     tl.store(total_ptrs, acc, mask=mask)
 
 
-@triton.jit(do_not_specialize=["first_row", "last_row", "first_held", "held"])
+@triton.jit(do_not_specialize=["first_row", "last_row", "first_held", "held", "evenly"])
 def scatter_kernel(
     sum_ptr,  # (held, D) fp32
     held,  # rows of it before its slabs
@@ -228,7 +259,8 @@ def scatter_kernel(
     last_row,
     first_held,
     D,
-    WAYS: tl.constexpr,  # of the product, and rows of its blocks
+    evenly,  # of the product's Split, and
+    WAYS: tl.constexpr,
     SLAB_BLOCK: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -249,6 +281,10 @@ def scatter_kernel(
         at = held + slab_begin(split, WAYS, SLAB_BLOCK) + offs_n
         mask = (has_gradient & (offs_n < rows))[:, None] & mask_d[None, :]
         total += tl.load(sum_ptr + at.to(tl.int64)[:, None] * D + offs_d[None, :], mask=mask, other=0.0)
+    if WAYS == 0:
+        for _ in range(1, evenly):
+            sum_ptrs += tl.cast(held, tl.int64) * D
+            total += tl.load(sum_ptrs, mask=has_gradient[:, None] & mask_d[None, :], other=0.0)
     total = total / tl.load(scale_ptr)
     rows = tl.load(rows_ptr + offs_n, mask=mask_n, other=0)
     out = out_ptr + rows[:, None] * D + offs_d[None, :]
@@ -368,13 +404,13 @@ class Product:
 
     Args:
         panels: :class:`fastgrpo.kernels.panels.Panels`.
-        ways: of :func:`ways_for`; the slabs stand at the end of total.
+        split: :class:`Split` of total, at whose end the slabs stand.
     """
 
-    def __init__(self, panels, entries, total, count, rows=None, decay=None, mean=None, ways=1):
+    def __init__(self, panels, entries, total, count, rows=None, decay=None, mean=None, split=NOT_SPLIT):
         depth, dlogits, self.most = entries.shape[1], panels.dlogits, panels.rows
         self.tile, dlogits_desc, w_desc = panels.product_tile(entries)
-        self.across, (self.split, self.parts) = cdiv(depth, self.tile.cols), split_blocks(ways)
+        self.across, (self.split, self.parts) = cdiv(depth, self.tile.cols) * split.evenly, split_blocks(split.ways)
         self.launch = Launch(
             dhidden_kernel,
             dlogits_ptr=dlogits,
@@ -391,7 +427,7 @@ class Product:
             sums_ptr=None if mean is None else panels.sums,
             mean_ptr=mean,
             sum_ptr=total,
-            held=len(total) - slab_rows(ways, self.tile),
+            held=len(total) - split.rows,
             copied_rows=panels.copied_rows,
             V=panels.vocab,
             D=depth,
@@ -400,7 +436,8 @@ class Product:
             COMPUTE=TO_TRITON[str(dlogits.dtype)],
             PANEL=tiles.WIDTH,
             SUMS_A_PANEL=panels.sums_a_panel,
-            WAYS=ways,
+            evenly=split.evenly,
+            WAYS=split.ways,
             BLOCK_N=self.tile.rows,
             BLOCK_D=self.tile.cols,
             BLOCK_V=self.tile.depth,
@@ -435,6 +472,7 @@ def scatter(total, split, rows, count, scale, out, first_row, last_row, first_he
         D=depth,
         WAYS=split.ways,
         SLAB_BLOCK=split.block,
+        evenly=split.evenly,
         BLOCK_N=tile.rows,
         BLOCK_D=tile.cols,
         num_warps=tile.warps,

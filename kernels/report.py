@@ -133,6 +133,7 @@ def all_kernels():
         flags,
         forward,
         frozen,
+        held,
         objective,
         panels,
         plan,
@@ -143,7 +144,7 @@ def all_kernels():
     )
 
     modules = (forward, flags, combine, frozen, backward, panels, copies, products, objective, support, divergence,
-               divergence_backward, row_order, row_terms, plan, audit)  # fmt: skip
+               divergence_backward, held, row_order, row_terms, plan, audit)  # fmt: skip
     return [(m, name, kernel) for m in modules for name, kernel in vars(m).items() if name.endswith("_kernel")]
 
 
@@ -205,6 +206,7 @@ def recorded_launches(architecture, depths=DEPTHS, only=None):
         divergence_backward,
         forward,
         frozen,
+        held,
         objective,
     )
     from fastgrpo.kernels import certified as certified_kernels
@@ -248,6 +250,10 @@ def recorded_launches(architecture, depths=DEPTHS, only=None):
                 del launches[:]
                 stats = divergence.forward(pair)
                 divergence_backward.backward(pair, stats, grad, needs)
+                if pair.is_mixture:
+                    roomy = dataclasses.replace(pair, params=dataclasses.replace(pair.params, workspace=2**30))
+                    held.forward(roomy)
+                    held.frozen_forward(roomy)
                 certified = dataclasses.replace(pair, params=dataclasses.replace(pair.params, tolerance=0.03))
                 stats, certificate = certified_divergence.certified_forward(certified)
                 divergence_backward.certified_backward(certified, stats, certificate, grad, needs)

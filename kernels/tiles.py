@@ -125,6 +125,7 @@ TILES = {
 INTERPRETER = Tile(32, 64, 32, 4, 1, group=2)
 COPY = Tile(16, 256, 0, 4, 1)  # of rows that are only gathered or scattered
 LABELS = Tile(8, 256, 0, 4, 1)  # of the labels' logits
+HELD = Tile(8, 128, 0, 4, 1)  # of logits that are held, read again
 AUDIT = {2: Tile(128, 128, 32, 8, 3), 4: Tile(64, 64, 16, 4, 2)}  # audited entries, columns; rows at once
 AUDIT_INTERPRETER = Tile(128, 128, 64, 4, 1)
 LEVEL_ROWS = 32
@@ -188,6 +189,10 @@ def for_tensor(kernel, dtype, device, described=False, depth=0):
     deep = deep_tile(kernel, size, name, described, depth)
     tile = measured(device).get((kernel, size, described)) if deep is None else None
     return lookup(kernel, size, name, described, depth) if tile is None else tile
+
+
+def for_held(device):
+    return HELD if interpreting() else capped("forward", 4, architecture(device), HELD)
 
 
 def for_audit(dtype):

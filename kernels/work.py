@@ -5,14 +5,12 @@ from typing import NamedTuple
 import torch
 
 from fastgrpo.backends.problem import sum_entries
-from fastgrpo.kernels import grids, tiles
+from fastgrpo.kernels import tiles
 from fastgrpo.kernels.grids import slots
 from fastgrpo.kernels.panels import Cut, Panels
-from fastgrpo.kernels.products import Split, slab_rows, spans, ways_for
+from fastgrpo.kernels.products import NOT_SPLIT, spans, split_for
 from fastgrpo.kernels.tiles import cdiv
 from fastgrpo.lora import has_native, mm16
-
-SLABS_SHARE = 0.2  # of the workspace at most
 
 
 class Factor(NamedTuple):
@@ -75,7 +73,7 @@ class Work:
         self.splits = [self.splits_of(k, plan.entries is None) for k in range(len(factors))]
         cut = self.cut(cell, described)
         if cut.rows < self.n:
-            self.splits = [Split()] * len(factors)
+            self.splits = [NOT_SPLIT] * len(factors)
             cut = self.cut(cell, described)
         self.panels = Panels(cut, vocab, dtype, self.device, plan.stops_head, plan.stops_hidden, plan.entries)
         if self.copied_heads:
@@ -97,11 +95,9 @@ class Work:
         """:class:`Split` of factor k's sum, whose slabs may be a small part of the workspace."""
         depth, dtype = self.factors[k].depth, self.problem.params.compute_dtype
         tile = tiles.for_tensor("dhidden", dtype, self.device, described=k == 0 and self.copied_heads != ())
-        ways = ways_for(tile, depth, grids.processor_count(self.device))
-        rows = slab_rows(ways, tile)
-        if exact or self.factors[k].d_rows is None or 4 * rows * depth > SLABS_SHARE * self.problem.params.workspace:
-            return Split()
-        return Split(ways, tile.rows, rows)
+        if exact or self.factors[k].d_rows is None:
+            return NOT_SPLIT
+        return split_for(tile, depth, self.device, self.problem.params.workspace)
 
     def new_sum(self, k, held):
         if self.factors[k].d_rows is None:

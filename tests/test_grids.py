@@ -50,6 +50,13 @@ def test_an_h200s_waves(monkeypatch):
 
 
 @pytest.mark.quick
+def test_even_ways():
+    """As full a device as parts can make it, no more parts than that takes."""
+    for programs, most, ways in ((24, 32, 11), (6, 32, 22), (64, 32, 2), (132, 32, 1), (6, 5, 5), (396, 32, 1)):
+        assert grids.even_ways(programs, most, 132) == ways, (programs, most)
+
+
+@pytest.mark.quick
 def test_whole_waves_never_fall_back():
     """More room is never fewer units: so the chunks that the host counts for the fullest panels are enough."""
     for each in (1, 4, 6, 7, 12, 16, 32, 300):

@@ -179,8 +179,8 @@ def test_the_fewest_whole_rows(vocab, device):
         assert 0 < steps < row_audit.STEPS
 
 
-@pytest.mark.parametrize("ways", [2, 4, 16])
-def test_a_product_that_is_split(ways, device):
+@pytest.mark.parametrize(("ways", "evenly"), [(2, 1), (4, 1), (16, 1), (0, 2), (0, 5)])
+def test_a_product_that_is_split(ways, evenly, device):
     """Over chunks that ever fewer rows need: the sum and the slabs behind it together are what one sum was."""
     n, vocab, depth = 512, 26 * tiles.WIDTH, 48
     stops = torch.tensor([512, 500, 250, 250, *[120] * 6, *[64] * 8, *[20] * 7, 0], dtype=torch.int32, device=device)
@@ -189,21 +189,20 @@ def test_a_product_that_is_split(ways, device):
     entries = torch.randn(vocab, depth, generator=torch.Generator().manual_seed(0)).to(device)
     panels = Panels(cut, vocab, torch.float32, device, stops, cuts=cuts)
     tile = tiles.for_tensor("dhidden", torch.float32, panels.dlogits.device)
-    slabs, out = products.slab_rows(ways, tile), []
-    for split in (1, ways):
-        total = torch.zeros(n + (slabs if split > 1 else 0), depth, device=device)
+    slabs, out = products.slab_rows(ways, tile) if ways else (evenly - 1) * n, []
+    for split in (products.NOT_SPLIT, products.Split(ways, tile.rows, slabs, evenly)):
+        total = torch.zeros(n + split.rows, depth, device=device)
         g = torch.Generator().manual_seed(1)
-        product = products.Product(panels, entries, total, stops[:1], ways=split)
+        product = products.Product(panels, entries, total, stops[:1], split=split)
         for chunk in range(5):
             panels.dlogits.copy_(torch.randn(panels.dlogits.shape, generator=g))
             product(0, n, chunk)
         split_up = total[n:].abs().sum(1).count_nonzero()
         made = torch.empty(n, depth, device=device)
         rows, scale = torch.arange(n, device=device), torch.ones(1, device=device)
-        of = products.Split(split, tile.rows, len(total) - n)
-        products.scatter(total, of, rows, stops[:1], scale, made, 0, n, 0)
+        products.scatter(total, split, rows, stops[:1], scale, made, 0, n, 0)
         out.append(made)
-    assert split_up > (ways // 2) * 16  # rows of more than one slab
+    assert split_up > ((ways // 2) * 16 if ways else 0.9 * n)  # rows of more than one slab
     assert ((out[1] - out[0]).norm(dim=1) <= 1e-6 * out[0].norm(dim=1)).all()
 
 

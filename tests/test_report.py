@@ -36,9 +36,9 @@ def test_complaints(change, complaint):
 
 KERNELS = (
     "choose", "combine", "combine_pair", "count_kinds", "cut", "dbias", "dhidden", "directions", "dlogits",
-    "dlogits_pair", "dweight", "error", "fold", "forward", "forward_pair", "gather", "kept_logits", "kept_sums",
-    "label", "level", "lost", "mass", "masses", "need", "objective", "offsets", "order", "place_entries", "place_rows",
-    "positions", "row_terms", "scatter", "share", "sort_out", "weigh",
+    "dlogits_pair", "dweight", "error", "fold", "forward", "forward_pair", "gather", "held_dlogits", "held_sums",
+    "kept_logits", "kept_sums", "label", "level", "levels", "lost", "mass", "masses", "need", "objective", "offsets",
+    "order", "place_entries", "place_rows", "positions", "row_terms", "scatter", "share", "sort_out", "weigh",
 )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ import problems
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="looks at interpreted kernels")
 BLOCK, VOCABULARY = 16, 600
+HELD_PANELS = 1.5 * 128 * 8 * 768 / 2**20  # MiB of which 128 rows of a mixture's logits are held
 
 
 @triton.jit
@@ -103,6 +104,11 @@ CASES = {
     "reverse KL, certified": lambda: divergence(**CERTIFIED, beta=1.0),
     "forward KL, certified": lambda: divergence(**CERTIFIED, beta=0.0, trained=("hidden",)),
     "JSD, certified, bf16": lambda: divergence(**CERTIFIED, beta=0.3, dtype=torch.bfloat16),
+    "JSD": lambda: divergence(**EXACT, beta=0.3, workspace_mb=0.3),
+    "JSD, held": lambda: divergence(**EXACT, beta=0.3, n=200, workspace_mb=HELD_PANELS),
+    "JSD, held, frozen, bf16": lambda: divergence(
+        **EXACT, beta=0.3, n=200, workspace_mb=HELD_PANELS, dtype=torch.bfloat16, trained=("hidden",)
+    ),
 }
 
 
@@ -123,8 +129,8 @@ def logprobs(
     out.logprobs.sum().backward()
 
 
-def divergence(beta, trained=("hidden", "weight"), dtype=torch.float32, **options):
-    student, teacher = (problems.head(100, VOCABULARY, depth, dtype, seed=depth, peak=8.0)[:2] for depth in (24, 16))
+def divergence(beta, trained=("hidden", "weight"), dtype=torch.float32, n=100, **options):
+    student, teacher = (problems.head(n, VOCABULARY, depth, dtype, seed=depth, peak=8.0)[:2] for depth in (24, 16))
     leaf = problems.with_grad(dict(zip(("hidden", "weight"), student)), trained)
     out = linear_divergence(leaf["hidden"], leaf["weight"], *teacher, beta=beta, backend="triton", **options)
     out.divergence.sum().backward()

@@ -21,6 +21,9 @@ def distribution_cases():
     ]
     for dtype, beta, option in itertools.product((torch.bfloat16, torch.float32), BETAS, options):
         yield compare_divergence, dtype, {"beta": beta, **option}
+        if beta == 0.5 and "backward" not in option:  # logits that are not held; several panels of those that are
+            for workspace in (4, 12):
+                yield compare_divergence, dtype, {"beta": beta, "workspace_mb": workspace, **option}
     for dtype, k, softcap in itertools.product((torch.bfloat16, torch.float16, torch.float32), (1, 16), (None, 30.0)):
         yield compare_topk, dtype, {"k": k, "softcap": softcap}
 
@@ -137,15 +140,18 @@ def divergence(contact):
     product = bare(contact, depth)["ms"]
     hidden, weight, _ = contact.head(n, depth)
     teacher = [x.detach() for x in contact.head(n, depth, seed=1)[:2]]
-    for beta, frozen in list(itertools.product(BETAS, (False, True)))[:: 1 if contact.cuda else 5]:
+    cases = [(beta, frozen, 128) for beta, frozen in itertools.product(BETAS, (False, True))]
+    cases += [(0.5, frozen, workspace) for frozen in (False, True) for workspace in (256, 1024)]
+    for beta, frozen, workspace in cases[:: 1 if contact.cuda else 5]:
         h, w = hidden.detach().requires_grad_(), weight.detach().requires_grad_(not frozen)
         leaves = (h,) if frozen else (h, w)
 
-        def forward(h=h, w=w, beta=beta):
-            return linear_divergence(h, w, *teacher, beta=beta, backend="triton").divergence
+        def forward(h=h, w=w, beta=beta, workspace=workspace):
+            return linear_divergence(h, w, *teacher, beta=beta, backend="triton", workspace_mb=workspace).divergence
 
         def both(forward=forward, leaves=leaves):
             return torch.autograd.grad(forward().sum(), leaves)
 
-        row = {"what": BETAS[beta], "D": depth, "N": n, "frozen": frozen, "bare_ms": product}
-        yield row | measure(contact, forward, both, h, w, frozen, product)
+        row = {"what": BETAS[beta], "D": depth, "N": n, "frozen": frozen, "workspace_mb": workspace,
+               "bare_ms": product}  # fmt: skip
+        yield row | measure(contact, forward, both, h, w, frozen, product, workspace)

@@ -1,5 +1,6 @@
 """Launches of the kernels as the op makes them, to be made again and timed."""
 
+import contextlib
 import functools
 from typing import NamedTuple
 
@@ -51,6 +52,19 @@ def certified(hidden, weight, targets, *_):
     linear_logprobs(*leaves, targets, old_logprobs=old, backend="triton", backward="certified")
 
 
+@contextlib.contextmanager
+def not_held():
+    """Inside, a mixture's logits are made again in each pass, whatever the workspace has room for."""
+    from fastgrpo.backends import pair
+
+    shipped, never = pair.HELD_ROWS, 2**40
+    pair.HELD_ROWS = never, never
+    try:
+        yield
+    finally:
+        pair.HELD_ROWS = shipped
+
+
 def divergence(hidden, weight, targets, *teacher, beta, backward="exact", to_the_end=False):
     """The forward of a divergence, whose backward is to be of this kind; ``to_the_end``: that too."""
     import torch
@@ -58,7 +72,8 @@ def divergence(hidden, weight, targets, *teacher, beta, backward="exact", to_the
     from fastgrpo import linear_divergence
 
     leaves = [x.detach().requires_grad_() for x in (hidden, weight)]
-    found = linear_divergence(*leaves, *teacher, beta=beta, backend="triton", backward=backward).divergence
+    with not_held():
+        found = linear_divergence(*leaves, *teacher, beta=beta, backend="triton", backward=backward).divergence
     if to_the_end:
         torch.autograd.grad(found.sum(), leaves)
 

@@ -65,23 +65,23 @@ def exact(contact):
         yield row | measure(contact, forward, both, h, w, frozen, product)
 
 
-def measure(contact, forward, both, h, w, frozen, product):
+def measure(contact, forward, both, h, w, frozen, product, workspace_mb=128):
     """Times beside the bare product's milliseconds, whether results repeat, and what only a GPU can show."""
     first = both()
     row = {"forward_ms": contact.milliseconds(forward)[0], "both_ms": contact.milliseconds(both)[0]}
     row["passes"] = round(row["both_ms"] / product, 3)
     row["deterministic"] = all(torch.equal(a, b) for a, b in zip(first, both()))
-    return row | (cuda_checks(both, h, w, frozen, first) if contact.cuda else {})
+    return row | (cuda_checks(both, h, w, frozen, first, workspace_mb) if contact.cuda else {})
 
 
-def cuda_checks(both, h, w, frozen, first):
+def cuda_checks(both, h, w, frozen, first, workspace_mb):
     n, depth = h.shape
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     both()
     peak = torch.cuda.max_memory_allocated() - before - 2 * h.numel() - (0 if frozen else 2 * w.numel())
-    bound = 128 * 2**20 + 4 * n * depth + 64 * n + n * w.shape[0] / 128
+    bound = workspace_mb * 2**20 + 4 * n * depth + 64 * n + n * w.shape[0] / 128
     row = {"peak_mib": round(peak / 2**20, 1), "bound_mib": round(bound / 2**20, 1)}
     torch.cuda.set_sync_debug_mode("error")
     try:

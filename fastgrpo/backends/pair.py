@@ -37,6 +37,16 @@ def mixture_stats(own, other):
     )
 
 
+# Part of the workspace for both models' logits of some rows; how many rows, at least and at most; of what their columns
+# are multiples. Fewer would read the heads so often that making the logits again costs less: counted, not measured.
+HELD_SHARE, HELD_ROWS, HELD_COLUMNS = 0.7, (128, 512), 256
+
+
+def held_width(vocab):
+    """Columns of one model's logits that are held."""
+    return -(-vocab // HELD_COLUMNS) * HELD_COLUMNS
+
+
 @dataclass(frozen=True)
 class PairParams(HeadParams):
     """The student's, and what differs of the teacher's."""
@@ -49,6 +59,14 @@ class PairParams(HeadParams):
     @property
     def is_mixture(self):
         return 0.0 < self.beta < 1.0
+
+    def held_rows(self, vocab):
+        """Of how many rows the Triton backend holds both models' logits between a mixture's passes; 0: of none."""
+        if self.backend != "triton" or not self.is_mixture or self.shard:
+            return 0
+        least, most = HELD_ROWS
+        fit = int(HELD_SHARE * self.workspace) // (2 * 4 * held_width(vocab))
+        return min(fit // least * least, most)
 
     @property
     def teacher(self):

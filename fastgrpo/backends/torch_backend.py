@@ -21,6 +21,7 @@ mixture_sums = divergence.mixture_sums
 certified_partials = divergence.certified_partials
 certified_divergence_forward = divergence.certified_forward
 frozen_divergence_forward = divergence_panels.forward
+divergence_slopes_like = divergence_panels.slopes_like
 trained_divergence_forward = divergence_panels.trained_forward
 backward = dense_backward.backward
 

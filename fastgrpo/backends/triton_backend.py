@@ -16,6 +16,7 @@ from fastgrpo.kernels import divergence_backward as _divergence_backward
 from fastgrpo.kernels import flags as _flags
 from fastgrpo.kernels import forward as _forward
 from fastgrpo.kernels import frozen as _frozen
+from fastgrpo.kernels import held as _held
 from fastgrpo.kernels import objective as _objective
 from fastgrpo.kernels import support as _support
 
@@ -70,7 +71,18 @@ def only(problem, rows):
 
 def divergence_forward(problem):
     with on_device(problem.hidden):
-        return _divergence.forward(problem)
+        return (_held if problem.params.held_rows(problem.sizes[1]) else _divergence).forward(problem)
+
+
+def frozen_divergence_forward(problem):
+    with on_device(problem.hidden):
+        stats, directions = _held.frozen_forward(problem)
+    return stats, frozen.Slopes(None, directions, None)
+
+
+def divergence_slopes_like(problem):
+    """Of :func:`frozen_divergence_forward`."""
+    return slopes_like(problem)
 
 
 def certified_divergence_forward(problem, hint=None, labels=None):

@@ -29,6 +29,8 @@ BIAS, OBJECTIVE = 1, 1
 PAIR = 4  # of two models: rows of both gathered, the vocabulary, the combination of its runs
 ALONE = FORWARD - 1  # of one model, without labels
 MIXTURE = 2 * ALONE + 3  # each model alone; rows of both gathered, the vocabulary
+HELD = 6  # a panel of a mixture's rows that is held: rows of both gathered, each model's vocabulary, levels, sums
+HELD_GRADIENT = 4  # chunks cut; dlogits and dX of the one chunk; scatter
 LEGS = 11  # of a certified divergence, at most
 PAIR_CERTIFIED = 2 + 2 * LEGS  # rows of both gathered; each leg and its combination
 MIXTURE_CERTIFIED = 2 * ALONE + 2 + LEGS
@@ -192,7 +194,7 @@ def cases(everything):
         yield case(f"{kind} dX in forward, everything", sum(FROZEN), dx_in_forward, dtype, bias=True, options=True,
                    entropy=True)  # fmt: skip
         for beta in (0.0, 1.0, 0.3) if everything or dtype == bf16 else (1.0,):
-            forward, flagged = (MIXTURE, MIXTURE_CERTIFIED) if beta == 0.3 else (PAIR, PAIR_CERTIFIED)
+            forward, flagged = (HELD, MIXTURE_CERTIFIED) if beta == 0.3 else (PAIR, PAIR_CERTIFIED)
             name = f"{kind} divergence, beta {beta}, certified"
             yield case(name, flagged + UNLABELLED, divergence, dtype, beta, backward="certified")
             if beta == 0.0 and dtype == bf16:
@@ -263,6 +265,14 @@ def cases(everything):
                bound=FORWARD + EXACT + LORA + BIAS + ROW_CHUNKS)  # fmt: skip
     yield case("bfloat16 divergence, 2 MiB", None, divergence, bf16, 1.0, n=1500, workspace_mb=2,
                bound=PAIR + EXACT + ROW_CHUNKS)  # fmt: skip
+    for options in (False, True):
+        name = f"bfloat16 mixture{', everything' if options else ''}"
+        yield case(f"{name}, not held", MIXTURE + EXACT - TERMS + options * BIAS, divergence, bf16, 0.3, workspace_mb=6,
+                   options=options)  # fmt: skip
+        yield case(f"{name}, frozen head", None if options else HELD + HELD_GRADIENT, divergence, bf16, 0.3,
+                   options=options, frozen=True)  # fmt: skip
+    yield case("bfloat16 mixture, another batch", HELD + EXACT - TERMS, divergence, bf16, 0.3, n=500, compiles=0)
+    yield case("bfloat16 mixture, panels of rows", None, divergence, bf16, 0.3, n=1500, workspace_mb=12, frozen=True)
     yield case("bfloat16, row chunks again", None, logprobs, bf16, n=1400, workspace_mb=1, compiles=0)
     yield case("bfloat16 twice the width", FORWARD + EXACT, logprobs, bf16, d=2 * D, compiles=0)
     yield case("bfloat16 ragged V", FORWARD + EXACT, logprobs, bf16, v=V + 1)

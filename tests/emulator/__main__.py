@@ -24,7 +24,7 @@ FOLDER = TESTS.parent / "build" / "emulator"
 CAPABILITIES = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 FILES = (
     "logprobs", "triton_loss", "objectives", "certified", "frozen", "support", "topk", "lora", "divergence",
-    "certified_divergence", "full_kl", "plan", "row_terms",
+    "certified_divergence", "held", "full_kl", "plan", "row_terms",
 )  # fmt: skip
 
 
