@@ -36,6 +36,7 @@ class Tile(NamedTuple):
 # on an H200; "sm_100 TMA" was not.
 # sm_86, sm_89 and sm_120 have 99 KB of shared memory; fp32 runs in IEEE fp32, whose register tile is smaller.
 FP32 = {"default": Tile(64, 64, 32, 4, 2)}
+FP32_SHALLOW = {"default": Tile(64, 64, 16, 8, 2)}
 FP32_NARROW = {"default": Tile(64, 32, 16, 4, 1)}  # with LoRA 64 x 64 spills 16-56 bytes on sm_80, 90, 100 and 120
 SPILLING = dict.fromkeys(("sm_80", "sm_100", "sm_120"), FP32_NARROW["default"])  # 64 x 64 forwards, on Triton 3.6.0
 SQUARE = {
@@ -82,7 +83,7 @@ TILES = {
     },
     "dlogits": {
         2: {**LOGITS, **TWO_AN_SM, "sm_100": TWO_AN_SM[TMA]},
-        4: {"default": Tile(64, 64, 16, 8, 2)},
+        4: FP32_SHALLOW,
     },
     "dlogits_full": {
         2: {**NARROW, **dict.fromkeys(("sm_86", "sm_89", "sm_120"), Tile(64, 64, 32, 4, 3))},
@@ -119,8 +120,11 @@ TILES = {
     "dlogits_pair_mixture_full": {2: SMALL_TWICE, 4: FP32_NARROW},
     "masses": {2: {**LOGITS, **TWO_AN_SM}, 4: FP32},
     "masses_full": {2: NARROW, 4: FP32_NARROW},
-    "dhidden": {2: {**SQUARE, **WIDE}, 4: {"default": Tile(64, 64, 16, 8, 2)}},
-    "dweight": {2: {**SQUARE, **WIDE, "sm_100 TMA": WIDE[TMA]}, 4: FP32},
+    "dhidden": {2: {**SQUARE, **WIDE}, 4: FP32_SHALLOW},
+    "dweight": {
+        2: {**SQUARE, **WIDE, "sm_100 TMA": WIDE[TMA]},
+        4: {**FP32, **dict.fromkeys(("sm_80", "sm_120"), FP32_SHALLOW["default"])},  # deeper it spills on Triton 3.9
+    },
 }
 INTERPRETER = Tile(32, 64, 32, 4, 1, group=2)
 COPY = Tile(16, 256, 0, 4, 1)  # of rows that are only gathered or scattered
