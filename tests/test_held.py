@@ -18,7 +18,7 @@ from watchers import Live, NoSync, Watched, forbid_lists
 report = pytest.importorskip("fastgrpo.kernels.report")
 held = pytest.importorskip("fastgrpo.kernels.held")
 
-N, VOCAB, DEPTH, TEACHER_DEPTH = 300, 400, 40, 24
+N, VOCAB, DEPTH, TEACHER_DEPTH = 270, 400, 40, 24
 THREE_PANELS = 0.8  # MiB of which 128 rows are held
 ALL = 64.0
 
@@ -62,15 +62,13 @@ def test_how_many_rows():
         assert params(**nothing).held_rows(151936) == 0
 
 
-@pytest.mark.parametrize("frozen", [False, True])
-@pytest.mark.parametrize("options", given.HEADS.values(), ids=given.HEADS)
-def test_against_fp64_and_what_is_made_again(options, frozen, device, monkeypatch):
+@pytest.mark.parametrize(("head", "frozen"), [*((head, False) for head in given.HEADS), ("plain", True), ("all", True)])
+def test_against_fp64_and_what_is_made_again(head, frozen, device, monkeypatch):
     """Panels of rows, the last one not full; masked rows; each row its own weight, some none."""
+    options = given.HEADS[head]
     tensors = given.pair(N, VOCAB, DEPTH, TEACHER_DEPTH, device)
     upstream = torch.randn(N, device=device)
     upstream[::7] = 0
-    if frozen:
-        options = {k: v for k, v in options.items() if k != "lora"}
     names = ("hidden",) if frozen else given.GRADS
     settings = {"beta": 0.3, "workspace_mb": THREE_PANELS, **options}
     with launched() as kernels:
@@ -145,8 +143,8 @@ def test_who_makes_the_gradient(device):
 @pytest.mark.parametrize("names", [("hidden",), ("hidden", "weight")], ids=str)
 def test_the_host_never_waits_and_results_repeat(names, device, monkeypatch):
     forbid_lists(monkeypatch)
-    tensors = given.pair(280, VOCAB, 24, 16, device)
-    upstream = torch.linspace(-1, 1, 280, device=device)
+    tensors = given.pair(270, VOCAB, 24, 16, device)
+    upstream = torch.linspace(-1, 1, 270, device=device)
     leaf = problems.with_grad(tensors, names)
     leaves, results = [leaf[name] for name in names], []
     for _ in range(2):
