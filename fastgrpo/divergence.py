@@ -77,7 +77,7 @@ def linear_divergence(
             gradients that come in differ, the backward makes the head's anew, in three GEMMs more. On a CPU 0.7
             of the workspace at most stay allocated for the next call whose gradients are made in the forward. The
             Triton backend holds an exact mixture's logits of some rows between its passes where the workspace has 1.5
-            KB for each entry of the vocabulary (256 MiB serve 152 000): two GEMMs of one model's logits fewer in the
+            KB for each entry of the vocabulary (128 MiB serve 91 000): two GEMMs of one model's logits fewer in the
             forward, and a frozen head's gradient made there too, three GEMMs in all where they are seven.
         targets, old_logprobs: tokens that the student drew at the positions and the log-probs that it gave them then,
             of mask's shape; both or neither. A hint, which never changes the divergence: a certified backward orders
@@ -225,8 +225,8 @@ def head_divergence(hidden, weight, mask, teacher, beta, options, labels=None):
 def choose_strategy(hidden, head, params, in_forward=False):
     """head: weight, bias and LoRA's A and B, or None. params: whose tolerance is None where nothing is left out.
     in_forward: as :func:`tolerance_of`'s."""
-    in_one_pass = params.backend == "torch" or params.held_rows(head[0].shape[0])
-    if in_one_pass and frozen.applies(hidden, head, params):
+    makes_gradients = params.backend == "torch" or params.held_rows(head[0].shape[0])
+    if makes_gradients and frozen.applies(hidden, head, params):
         return strategies.DivergingFrozen
     if params.tolerance is None and in_forward:
         return strategies.DivergingTrained

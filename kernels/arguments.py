@@ -46,7 +46,7 @@ class LowRank(NamedTuple):
 
 
 class Held(NamedTuple):
-    """Raw logits of some rows in fp32, by panels of columns as dlogits: (V / PANEL, rows, PANEL)."""
+    """Raw logits of some rows in fp32, by panels of columns as dlogits: (panels, rows, PANEL), anything beyond V."""
 
     logits_ptr: object
     rows: int  # a multiple of PANEL

@@ -338,6 +338,8 @@ class Sweep:
         hidden = problem.hidden
         self.hiddens = (hidden, *beside)
         self.tile, self.described = pick_tile(kernel, problem)
+        if rows is not None:  # which come in whole WIDTHs, whatever tiles were measured
+            self.tile = self.tile._replace(rows=min(self.tile.rows, tiles.WIDTH))
         self.flagged = tiles.flag_columns(kernel, self.tile)
         self.parts = tiles.column_parts(self.tile, problem.tile_dtype.itemsize, hidden.device)
         a_row = sum(x.shape[2] * x.element_size() for x in self.hiddens)

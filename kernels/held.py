@@ -17,7 +17,7 @@ from fastgrpo.backends.pair import held_width
 from fastgrpo.backends.problem import RowPartials, row_scale
 from fastgrpo.inputs import ELSEWHERE, IGNORE, compact_rows
 from fastgrpo.kernels import tiles
-from fastgrpo.kernels.arguments import Held, Selection, describable, logit_arguments
+from fastgrpo.kernels.arguments import Held, Selection, describable
 from fastgrpo.kernels.combine import fold_runs
 from fastgrpo.kernels.common import (
     FLOOR,
@@ -237,7 +237,7 @@ class Pass:
 
     def panels(self):
         """-> (first row, last row) of each, when its logits are held and its sums made."""
-        for span, _ in zip(*(sweep.chunks() for sweep in self.sweeps)):
+        for span, _ in zip(*(sweep.chunks() for sweep in self.sweeps), strict=True):
             for sweep, partials, held in zip(self.sweeps, self.levels, self.logits):
                 fold_entries(sweep, span, self.no_label, partials, held=held)
             first_row, last_row = span
@@ -277,8 +277,8 @@ class Pass:
             "stats_ptr": self.stats,
             "N": self.stats.shape[1],
             "V": problem.sizes[1],
-            "logits": logit_arguments(problem)[1],
-            "teacher_logits": logit_arguments(problem.teacher)[1],
+            "logits": self.sweeps[0].logits,
+            "teacher_logits": self.sweeps[1].logits,
             "beta": problem.beta,
             "PANEL": tiles.WIDTH,
             "BLOCK_N": self.tile.rows,

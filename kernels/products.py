@@ -89,7 +89,7 @@ def even_split(tile, n, depth, device, workspace):
     programs = cdiv(n, tile.rows) * cdiv(depth, tile.cols)
     most = 1 + int(SLABS_SHARE * workspace) // (4 * n * depth)
     ways = grids.even_ways(programs, min(most, MOST_EVENLY), grids.slots(tile, device))
-    return Split(0, rows=(ways - 1) * n, evenly=ways) if ways > 1 else NOT_SPLIT
+    return Split(0, rows=(ways - 1) * n, evenly=ways)
 
 
 def slab_rows(ways, tile):

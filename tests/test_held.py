@@ -17,6 +17,7 @@ from watchers import Live, NoSync, Watched, forbid_lists
 
 report = pytest.importorskip("fastgrpo.kernels.report")
 held = pytest.importorskip("fastgrpo.kernels.held")
+tiles = pytest.importorskip("fastgrpo.kernels.tiles")
 
 N, VOCAB, DEPTH, TEACHER_DEPTH = 270, 400, 40, 24
 THREE_PANELS = 0.8  # MiB of which 128 rows are held
@@ -120,6 +121,20 @@ def test_few_rows(n, counted, device):
     assert (value != 0).sum() == counted
     assert (grads["hidden"] != 0).any(1).sum() == counted
     assert grads["hidden"].isfinite().all()
+
+
+def test_a_tile_taller_than_a_panel(device, monkeypatch):
+    """As one that was measured may be: the rows that are held stay the panel's."""
+    tensors = given.pair(N, VOCAB, DEPTH, TEACHER_DEPTH, device)
+    want = run(tensors, torch.ones(N, device=device), ("hidden",), beta=0.3, workspace_mb=THREE_PANELS)
+    own = tiles.for_tensor
+    tall = tiles.INTERPRETER._replace(rows=256)
+    monkeypatch.setattr(
+        tiles, "for_tensor", lambda kernel, *rest, **more: tall if kernel == "forward" else own(kernel, *rest, **more)
+    )
+    got = run(tensors, torch.ones(N, device=device), ("hidden",), beta=0.3, workspace_mb=THREE_PANELS)
+    torch.testing.assert_close(got[0], want[0], rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(got[2]["hidden"], want[2]["hidden"], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.quick
