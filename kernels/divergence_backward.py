@@ -10,7 +10,6 @@ from fastgrpo.kernels import certified, tiles
 from fastgrpo.kernels.arguments import is_described, is_same, row_strides
 from fastgrpo.kernels.certified import SampleLauncher
 from fastgrpo.kernels.common import (
-    LOG2E,
     NOTHING,
     cap_slope,
     chunk_panels,
@@ -25,14 +24,7 @@ from fastgrpo.kernels.common import (
     store_sums,
     without_dust,
 )
-from fastgrpo.kernels.pair import (
-    difference,
-    load_pair,
-    mixture_ratio,
-    pair_tile,
-    teacher_arguments,
-    transformed,
-)
+from fastgrpo.kernels.pair import load_pair, pair_slopes, pair_tile, teacher_arguments
 
 
 @triton.jit
@@ -105,7 +97,7 @@ def dlogits_pair_kernel(
     logits,  # Logits of the student
     beta,
     CUTS: tl.constexpr,  # see pieces_of
-    KIND: tl.constexpr,  # 0: KL(teacher || student), 1: KL(student || teacher), 2: of the mixture
+    KIND: tl.constexpr,  # see pair_slopes
     WHOLE_D: tl.constexpr,
     COMPUTE: tl.constexpr,
     TEACHER_COMPUTE: tl.constexpr,
@@ -132,7 +124,7 @@ def dlogits_pair_kernel(
     )  # fmt: skip
     inverse = inverse_temperatures(temperature_ptr, rows, mask_n, logits, BLOCK_N)
     grad = tl.load(grad_ptr + rows, mask=mask_n, other=0.0) * inverse * tl.load(scale_ptr)
-    peak, offset, other_peak, gap, center = load_pair(stats_ptr, N, rows, mask_n)
+    known = load_pair(stats_ptr, N, rows, mask_n)
     taught = teacher_raw(
         teacher_ptr, teacher_strides, teacher.head, teacher_w_desc, teacher_bias_ptr, ids_ptr, rows, first_v, first_w,
         T, TEACHER_COMPUTE, BLOCK_N, BLOCK_V, BLOCK_D,
@@ -142,16 +134,7 @@ def dlogits_pair_kernel(
     sums = tl.zeros((BLOCK_N,), tl.float32)
     is_edge = (first_v + BLOCK_V > head.V) | (start + BLOCK_N > stop)
     for k in tl.static_range(2**CUTS):
-        u = transformed(raws[k], logits, inverse) - peak[:, None]
-        v = transformed(taughts[k], teacher.logits, inverse) - other_peak[:, None]
-        delta = u - v - gap[:, None]
-        p = tl.math.exp2((u - offset[:, None]) * LOG2E)
-        if KIND == 0:
-            dz = -difference(p, tl.math.exp2((v + (gap - offset)[:, None]) * LOG2E), delta)
-        else:
-            if KIND == 2:
-                delta = mixture_ratio(delta, beta)
-            dz = p * (delta - center[:, None])
+        dz = pair_slopes(raws[k], taughts[k], known, logits, teacher.logits, inverse, beta, KIND)
         dz = without_dust(dz * (grad[:, None] * cap_slope(raws[k], logits)))
         if is_edge:  # the GEMMs read whole tiles
             offs_v = k * PIECE + tl.arange(0, PIECE)

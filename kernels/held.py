@@ -21,7 +21,6 @@ from fastgrpo.kernels.arguments import Held, Selection, describable
 from fastgrpo.kernels.combine import fold_runs
 from fastgrpo.kernels.common import (
     FLOOR,
-    LOG2E,
     NOTHING,
     cap_slope,
     chunk_panels,
@@ -37,7 +36,7 @@ from fastgrpo.kernels.divergence import MIXED, mixture_tile, new_stats, set_sums
 from fastgrpo.kernels.forward import Sweep, fold_entries, forward_name
 from fastgrpo.kernels.grids import vocabulary_runs
 from fastgrpo.kernels.launches import Launch
-from fastgrpo.kernels.pair import load_pair, mixture_ratio, transformed
+from fastgrpo.kernels.pair import load_pair, pair_slopes, transformed
 from fastgrpo.kernels.panels import Cut, Panels
 from fastgrpo.kernels.products import Product, even_split, scatter
 from fastgrpo.kernels.tiles import cdiv
@@ -161,9 +160,8 @@ def held_dlogits_kernel(
     inverse = inverse_temperatures(temperature_ptr, rows, mask_n, logits, BLOCK_N)
     peak, offset, other_peak, gap, _ = load_pair(stats_ptr, N, rows, mask_n)
     center = tl.load(sums_ptr + tl.cast(N, tl.int64) + offs_n, mask=mask_n, other=0.0)
-    u = transformed(raw, logits, inverse) - peak[:, None]
-    v = transformed(teacher_raw, teacher_logits, inverse) - other_peak[:, None]
-    dz = tl.math.exp2((u - offset[:, None]) * LOG2E) * (mixture_ratio(u - v - gap[:, None], beta) - center[:, None])
+    known = peak, offset, other_peak, gap, center
+    dz = pair_slopes(raw, teacher_raw, known, logits, teacher_logits, inverse, beta, 2)
     dz = without_dust(dz * ((inverse * tl.load(scale_ptr))[:, None] * cap_slope(raw, logits)))
     dz = tl.where((offs_v < V)[None, :] & mask_n[:, None], dz, 0.0)  # the GEMMs read whole tiles
     store_piece(dz, dlogits_ptr, block, tile * BLOCK_V, height, PANEL, BLOCK_N, BLOCK_V)

@@ -60,6 +60,26 @@ def mixture_ratio(delta, beta):
     return (1.0 - beta) * LN2 * log_s
 
 
+@triton.jit
+def pair_slopes(raw, taught, known, logits, teacher_logits, inverse, beta, KIND: tl.constexpr):
+    """d divergence / d the student's logits of a tile of both models' raw ones. known: of :func:`load_pair`.
+
+    KIND: 0: KL(teacher || student), 1: KL(student || teacher), 2: of the mixture.
+    """
+    peak, offset, other_peak, gap, center = known
+    u = transformed(raw, logits, inverse) - peak[:, None]
+    v = transformed(taught, teacher_logits, inverse) - other_peak[:, None]
+    delta = u - v - gap[:, None]
+    p = tl.math.exp2((u - offset[:, None]) * LOG2E)
+    if KIND == 0:
+        dz = -difference(p, tl.math.exp2((v + (gap - offset)[:, None]) * LOG2E), delta)
+    else:
+        if KIND == 2:
+            delta = mixture_ratio(delta, beta)
+        dz = p * (delta - center[:, None])
+    return dz
+
+
 def pair_tile(kernel, problem, certified=False, entropy=False):
     """Whose tile a kernel takes: a mixture's logarithms, flags and options leave room for fewer cells."""
     parts = {"mixture": problem.is_mixture, "certified": certified, "full": entropy or has_extras(problem)}

@@ -80,9 +80,7 @@ def frozen_divergence_forward(problem):
     return stats, frozen.Slopes(None, directions, None)
 
 
-def divergence_slopes_like(problem):
-    """Of :func:`frozen_divergence_forward`."""
-    return slopes_like(problem)
+divergence_slopes_like = slopes_like
 
 
 def certified_divergence_forward(problem, hint=None, labels=None):
