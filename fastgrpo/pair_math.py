@@ -83,6 +83,19 @@ def scale_terms(total, other, tilt, excess, student_first):
     return center, unit
 
 
+def steepest(mean, share):
+    """At least the largest |d divergence / d logit| of a row where p_s log(p_s / q) is summed, ``share`` times.
+
+    Terms p_s (log(p_s / q) - their mean) add up to 0, and those below it to no more than the mean and the two models'
+    total variation, which is sqrt(mean / 2) at most (Pinsker's inequality).
+
+    Args:
+        mean: ``share`` times KL(p_s || q); rounding may have left it below 0.
+    """
+    mean = tl.where(mean > 0, mean, 0.0)
+    return mean + tl.sqrt(share * mean * 0.5)
+
+
 def move_terms(rise, other_rise, student_first):
     """-> lead, trail, lean: beside peaks that are higher by so much x becomes lead * x - lean * y, and y trail * y."""
     trail, turn = tl.exp(-rise), other_rise - rise

@@ -10,6 +10,7 @@ tl = SimpleNamespace(
     abs=torch.abs,
     where=torch.where,
     sigmoid=torch.sigmoid,
+    sqrt=torch.sqrt,
     zeros_like=torch.zeros_like,
     constexpr=None,
 )

@@ -13,6 +13,7 @@ NOWHERE = tl.constexpr(inputs.NOWHERE)
 LOG2E, LN2 = tl.constexpr(math.log2(math.e)), tl.constexpr(math.log(2.0))
 FLOOR, NOTHING = map(tl.constexpr, (problem.FLOOR, problem.NOTHING))
 NEGLIGIBLE = tl.constexpr(problem.negligible(torch.float32))
+ROOM, SMALLEST = map(tl.constexpr, (problem.ROOM, problem.SMALLEST))
 
 
 @triton.jit
@@ -343,6 +344,20 @@ def log1p_unit(y):
     q = s * s
     series = 1.0 + q * (1 / 3 + q * (1 / 5 + q * (1 / 7 + q * (1 / 9 + q * (1 / 11 + q * (1 / 13 + q / 15))))))
     return 2.0 * s * series
+
+
+@triton.jit
+def within_scale(size):
+    """What of a row's largest d loss / d logits counts for a scale, see ``row_scale``; NaN stays."""
+    size = tl.where(size < SMALLEST, SMALLEST, size)
+    return tl.where(size > 1.0, 1.0, size)
+
+
+@triton.jit
+def to_room(x):
+    """2^(ROOM - floor(log2(x))) of fp32 x > 0, from its exponent."""
+    field = tl.minimum(x.to(tl.int32, bitcast=True) >> 23, 253)
+    return ((254 - field + ROOM) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit

@@ -14,7 +14,7 @@ import triton.language as tl
 
 from fastgrpo.backends import staircase
 from fastgrpo.backends.pair import held_width
-from fastgrpo.backends.problem import RowPartials, row_scale
+from fastgrpo.backends.problem import RowPartials
 from fastgrpo.inputs import ELSEWHERE, IGNORE, compact_rows
 from fastgrpo.kernels import tiles
 from fastgrpo.kernels.arguments import Held, Selection, describable
@@ -30,6 +30,8 @@ from fastgrpo.kernels.common import (
     selected_rows,
     store_piece,
     store_rows,
+    to_room,
+    within_scale,
     without_dust,
 )
 from fastgrpo.kernels.divergence import MIXED, mixture_tile, new_stats, set_sums
@@ -37,6 +39,7 @@ from fastgrpo.kernels.forward import Sweep, fold_entries, forward_name
 from fastgrpo.kernels.grids import vocabulary_runs
 from fastgrpo.kernels.launches import Launch
 from fastgrpo.kernels.pair import load_pair, pair_slopes, transformed
+from fastgrpo.kernels.pair_math import steepest
 from fastgrpo.kernels.panels import Cut, Panels
 from fastgrpo.kernels.products import Product, even_split, scatter
 from fastgrpo.kernels.tiles import cdiv
@@ -130,7 +133,7 @@ def held_dlogits_kernel(
     temperature_ptr,
     stats_ptr,
     sums_ptr,  # (2, N) by position: divergence and center
-    scale_ptr,  # (1,) power of two
+    scale_ptr,  # (N,) by position out: the power of two that each row's stand beside
     cuts_ptr,  # (chunks + 1,)
     stops_ptr,  # (panels,) rows that need them
     dlogits_ptr,  # out, the chunk's panels, of gradients of 1
@@ -162,7 +165,10 @@ def held_dlogits_kernel(
     center = tl.load(sums_ptr + tl.cast(N, tl.int64) + offs_n, mask=mask_n, other=0.0)
     known = peak, offset, other_peak, gap, center
     dz = pair_slopes(raw, teacher_raw, known, logits, teacher_logits, inverse, beta, 2)
-    dz = without_dust(dz * ((inverse * tl.load(scale_ptr))[:, None] * cap_slope(raw, logits)))
+    scale = to_room(within_scale(steepest(center, 1.0 - beta)))
+    if first_v == 0:
+        tl.store(scale_ptr + offs_n, scale, mask=mask_n)
+    dz = without_dust(dz * ((inverse * scale)[:, None] * cap_slope(raw, logits)))
     dz = tl.where((offs_v < V)[None, :] & mask_n[:, None], dz, 0.0)  # the GEMMs read whole tiles
     store_piece(dz, dlogits_ptr, block, tile * BLOCK_V, height, PANEL, BLOCK_N, BLOCK_V)
 
@@ -310,7 +316,7 @@ class Gradient:
         self.panels = Panels(cut, vocab, dtype, device, plan.stops_head)
         self.total = torch.empty(self.rows + self.split.rows, depth, dtype=torch.float32, device=device)
         self.product = Product(self.panels, problem.weight, self.total, plan.count, split=self.split)
-        self.scale = row_scale(torch.ones(1, device=device))
+        self.scales = torch.empty(n, dtype=torch.float32, device=device)
         self.launch = None
 
     def make(self, held, span):
@@ -322,7 +328,7 @@ class Gradient:
         for chunk in range(self.panels.chunks):
             self.launch(tall * self.panels.most, first_row=first_row, last_row=last_row, chunk=chunk)
             self.product(first_row, last_row, chunk, first_held=first_row)
-        scatter(self.total, self.split, self.plan.rows, self.plan.count, self.scale, self.directions, *span, first_row)
+        scatter(self.total, self.split, self.plan.rows, self.plan.count, self.scales, self.directions, *span, first_row)
 
     def make_launch(self, held):
         panels = self.panels
@@ -330,7 +336,7 @@ class Gradient:
             held_dlogits_kernel,
             **held.arguments(),
             sums_ptr=held.sums,
-            scale_ptr=self.scale,
+            scale_ptr=self.scales,
             cuts_ptr=panels.cuts,
             stops_ptr=panels.stops,
             dlogits_ptr=panels.dlogits,

@@ -247,13 +247,14 @@ def dhidden_kernel(
     tl.store(total_ptrs, acc, mask=mask)
 
 
-@triton.jit(do_not_specialize=["first_row", "last_row", "first_held", "held", "evenly"])
+@triton.jit(do_not_specialize=["first_row", "last_row", "first_held", "held", "evenly", "scale_step"])
 def scatter_kernel(
     sum_ptr,  # (held, D) fp32
     held,  # rows of it before its slabs
     rows_ptr,  # (N,) a permutation
     count_ptr,  # (1,)
-    scale_ptr,  # (1,)
+    scale_ptr,  # (1,) of all rows, or (N,) by position
+    scale_step,  # 0 or 1
     out_ptr,  # (N, D) out
     first_row,
     last_row,
@@ -285,7 +286,7 @@ def scatter_kernel(
         for _ in range(1, evenly):
             sum_ptrs += tl.cast(held, tl.int64) * D
             total += tl.load(sum_ptrs, mask=has_gradient[:, None] & mask_d[None, :], other=0.0)
-    total = total / tl.load(scale_ptr)
+    total = total / tl.load(scale_ptr + offs_n * scale_step, mask=has_gradient, other=1.0)[:, None]
     rows = tl.load(rows_ptr + offs_n, mask=mask_n, other=0)
     out = out_ptr + rows[:, None] * D + offs_d[None, :]
     tl.store(out, total.to(out_ptr.dtype.element_ty), mask=mask_n[:, None] & mask_d[None, :])
@@ -457,7 +458,11 @@ class Product:
 
 
 def scatter(total, split, rows, count, scale, out, first_row, last_row, first_held):
-    """out[rows] = total / scale, see :func:`scatter_kernel`; total: with the slabs of a :class:`Split` behind it."""
+    """out[rows] = total / scale, see :func:`scatter_kernel`; total: with the slabs of a :class:`Split` behind it.
+
+    Args:
+        scale: 0-dim or (1,), or of each position its own (N,).
+    """
     depth, tile = total.shape[1], copy_tile(total.shape[1])
     scatter_kernel[(cdiv(last_row - first_row, tile.rows) * cdiv(depth, tile.cols),)](
         sum_ptr=total,
@@ -465,6 +470,7 @@ def scatter(total, split, rows, count, scale, out, first_row, last_row, first_he
         rows_ptr=rows,
         count_ptr=count,
         scale_ptr=scale,
+        scale_step=int(scale.numel() > 1),
         out_ptr=out,
         first_row=first_row,
         last_row=last_row,

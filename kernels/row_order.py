@@ -12,6 +12,7 @@ import triton.language as tl
 
 from fastgrpo.backends import grouping, staircase
 from fastgrpo.inputs import IGNORE
+from fastgrpo.kernels.common import to_room, within_scale
 from fastgrpo.kernels.tiles import cdiv
 
 WHOLE, HEAD_ONLY, SPARSE, INACTIVE = map(tl.constexpr, range(4))
@@ -97,12 +98,13 @@ def cost_units(costs_ptr, states_ptr, budget, offs, N):
     return tl.where(active, tl.ceil(share.to(tl.float64) * ONE).to(tl.int64), 0)
 
 
-@triton.jit(do_not_specialize=["N", "share"], do_not_specialize_on_alignment=["norms_ptr"])
+@triton.jit(do_not_specialize=["N", "share"], do_not_specialize_on_alignment=["norms_ptr", "largest_ptr"])
 def weigh_kernel(
     order_ptr,  # (N,) rows, the certificate's
     targets_ptr,  # (N,)
     grad_ptr,  # (N,)
     norms_ptr,  # (N,) least norm of each row's dlogits for a gradient of 1
+    largest_ptr,  # (N,) about the largest of them
     stats_ptr,  # (5, N) RowStats
     dropped_ptr,  # (N,) in order
     costs_ptr,  # (N,) out, in order: norm of what each row drops, at most
@@ -126,7 +128,7 @@ def weigh_kernel(
         norm = grad * tl.load(norms_ptr + rows, mask=mask, other=0.0)
         square = norm * norm
         norms += tl.where(active & (square == square), square, 0.0)
-        size = tl.abs(grad)
+        size = tl.abs(grad) * within_scale(tl.load(largest_ptr + rows, mask=mask, other=0.0))
         largest = tl.maximum(largest, tl.where(active & (size < float("inf")), size, 0.0))
         top = tl.load(stats_ptr + tl.cast(N, tl.int64) + rows, mask=mask, other=0.0)
         top += tl.load(stats_ptr + 2 * tl.cast(N, tl.int64) + rows, mask=mask, other=0.0)
@@ -136,10 +138,7 @@ def weigh_kernel(
         state = tl.where(active, ACTIVE, 0) | tl.where(usable, USABLE, 0)
         tl.store(states_ptr + offs, state.to(tl.uint8), mask=mask)
     budget = share * tl.sum(norms, axis=0)
-    # 2^-floor(log2(largest)) from its exponent
-    exponent = (tl.maximum(tl.max(largest, axis=0), 1e-30).to(tl.int32, bitcast=True) >> 23) - 127
-    scale = ((127 - tl.minimum(exponent, 126)) << 23).to(tl.float32, bitcast=True)
-    tl.store(scale_ptr, scale)
+    tl.store(scale_ptr, to_room(tl.maximum(tl.max(largest, axis=0), 1e-30)))
     tl.debug_barrier()  # threads read what others have written
     for first in range(0, N, BLOCK):
         offs = first + tl.arange(0, BLOCK)
@@ -240,6 +239,7 @@ def weigh(problem, stats, certificate, grad_logp):
         targets_ptr=problem.targets,
         grad_ptr=grad_logp,
         norms_ptr=problem.norms(stats),
+        largest_ptr=problem.largest(stats)[0],
         stats_ptr=stats,
         dropped_ptr=certificate.dropped,
         costs_ptr=costs,

@@ -197,6 +197,41 @@ def test_16_bit(backend, device, dtype, beta):
         assert mine <= 2 * theirs + 1e-4, (name, mine, theirs)
 
 
+@pytest.mark.quick
+@pytest.mark.parametrize("backward", ["exact", "certified"])
+@pytest.mark.parametrize(("beta", "apart"), [(1e-4, 1.0), (0.9999, 1.0), (0.5, 1e-3), (0.0, 1e-3), (1.0, 1e-3)])
+def test_fp16_where_all_dlogits_are_small(backend, device, beta, apart, backward):
+    """Mixtures of one model almost alone, models that hardly differ; the loss scaled, as fp16 training does."""
+    tensors = {k: problems.cast(v, torch.float16, device) for k, v in pair(40, 300, 48, 48, device).items()}
+    tensors["teacher_weight"] = tensors["weight"]
+    tensors["teacher_hidden"] = torch.lerp(tensors["hidden"].float(), tensors["teacher_hidden"].float(), apart).half()
+    upstream = torch.full((40,), 2.0**14, device=device)
+    truth = run(reference.linear_divergence, in_double(tensors), upstream.double(), beta=beta)[2]
+    _, _, grads = run(linear_divergence, tensors, upstream, beta=beta, backend=backend, backward=backward)
+    for name in ("hidden", "weight"):
+        assert problems.relative_error(grads[name], truth[name]) < 1e-3, name
+
+
+@pytest.mark.parametrize("beta", [0.0, 1.0, 0.3, 1e-4, 0.9999])
+def test_the_largest_dlogits_are_told_by_the_statistics(beta):
+    """Flat and peaked rows, models near and far: never too small; of flat ones at most twentyfold."""
+    n, vocab = 400, 60
+    g = torch.Generator().manual_seed(0)
+    peak, apart = (10 ** (low + 3 * torch.rand(n, 1, generator=g).double()) for low in (-1.5, -3.0))
+    z = peak * torch.randn(n, vocab, generator=g).double()
+    eye, teacher = torch.eye(vocab, dtype=torch.float64), z + apart * peak * torch.randn(n, vocab, generator=g).double()
+    options, hidden, teacher = HeadOptions(backend="torch"), z.clone().requires_grad_(), TeacherHead(teacher, eye)
+    params = teacher.beside(options.params(hidden, eye, (hidden,)), beta)
+    targets = check(hidden, eye, None, teacher, beta, options)
+    problem = pair_tensors(hidden.detach(), eye, targets, teacher, options).problem(params)
+    (largest,) = problem.largest(torch_backend.divergence_forward(problem))
+    reference.linear_divergence(hidden, eye, teacher.hidden, eye, beta=beta).divergence.sum().backward()
+    truth = hidden.grad.abs().amax(1)
+    assert (truth <= largest + 1e-15).all()
+    assert (truth > 0.9 * largest).any()  # no factor could be left out
+    assert (largest <= 20 * truth)[peak[:, 0] < 1].all(), (largest / truth).max()
+
+
 @pytest.mark.parametrize("beta", BETAS)
 def test_teachers_that_rule_tokens_out(backend, device, beta):
     """-inf in both biases: finite, as if the entries were not there."""

@@ -467,6 +467,19 @@ def test_small_gradients_survive_fp16(device):
     assert problems.relative_error(got["weight"], want["weight"]) < 5e-3
 
 
+@pytest.mark.parametrize("backward", ["exact", "certified"])
+def test_fp16_where_every_token_is_sure(device, backward):
+    """Their dlogits, 1 - p, are less than a millionth of the upstream gradient; the others' p far below."""
+    hidden, weight, targets, _ = problems.head(32, 200, 32, torch.float16, device, peak=100.0)
+    tensors, upstream = leaves(hidden, weight, None), torch.full((2, 32), 2.0**15, device=device)
+    _, _, got = run(linear_logprobs, tensors, targets, upstream, backend="triton", backward=backward)
+    double = leaves(hidden.double(), weight.double(), None)
+    logp, _, want = run(reference.linear_logprobs, double, targets, upstream.double())
+    assert 0 < (-logp.expm1()).max() < 1e-6
+    for name in ("hidden", "weight"):
+        assert problems.relative_error(got[name], want[name]) < (1e-3 if backward == "exact" else 0.01), name
+
+
 def test_double_backward_is_an_error(backend, device):
     hidden, weight, targets, _ = problems.head(6, 50, 8, torch.float32, device)
     h = hidden.requires_grad_()

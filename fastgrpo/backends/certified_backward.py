@@ -106,7 +106,9 @@ class TailRows:
         self.tiles = LogitTiles(problem, rows, buffers=2, raw=True)
         self.reader = self.tiles.reader
         self.gradient = Gradient(problem, rows, hold=self.tiles.source.held > 0)
-        self.scale = row_scale(grad_logp[rows]) if self.reader.native and parts else None
+        self.scale = None
+        if self.reader.native and parts:
+            self.scale = row_scale(problem.largest(stats[:, rows]), grad_logp[rows])
 
     def add(self, span, totals):
         """As :meth:`LeftOut.add`."""
@@ -154,7 +156,7 @@ class SparseRows:
         ]
         self.groups = [GroupSums(group, stats, problem, self.sides) for group in groups]
         counted = torch.where(problem.targets != IGNORE, grad_logp, 0.0)
-        self.scale = row_scale(counted) if self.reader.native else None
+        self.scale = row_scale(problem.largest(stats), counted) if self.reader.native else None
         # Fresh memory costs a page fault every 4 KiB, several times the gather itself: each buffer is made once.
         most = max([g.piece(problem.params.workspace) for g in self.groups], default=0)
         cells = max([g.piece(problem.params.workspace) * g.rows.numel() for g in self.groups], default=0)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from fastgrpo.backends.problem import HeadParams, HeadProblem
+from fastgrpo.pair_math import steepest
 
 
 class PairStats(NamedTuple):
@@ -126,6 +127,12 @@ class PairProblem(HeadProblem):
 
     def norms(self, stats):
         return PairStats(*stats).norm
+
+    def largest(self, stats):
+        rows = PairStats(*stats)
+        if self.is_mixture:
+            return (steepest(rows.center, 1.0 - self.beta),)
+        return (steepest(rows.divergence, 1.0),)
 
     @functools.cached_property
     def own(self):

@@ -143,6 +143,12 @@ class HeadProblem:
         """(N,) at most the norm of each row's d loss / d logits for a gradient of 1: the label's entry alone."""
         return RowStats(*stats).other_mass
 
+    def largest(self, stats):
+        """Of the gradients a row gives, (N,) each: about the largest of its d loss / d logits for a gradient of 1."""
+        rows = RowStats(*stats)
+        # without a label they are of a distribution of its own, and no p of it is known
+        return (rows.other_mass if self.taken is None else torch.ones_like(rows.other_mass)), rows.entropy
+
     @functools.cached_property
     def lora_operands(self):
         """:class:`fastgrpo.lora.Operands`, made once, or None."""
@@ -239,7 +245,21 @@ def active_rows(targets, *grads):
     return moved & (targets != IGNORE)
 
 
-def row_scale(*grads):
-    """A power of two that brings the largest gradient to about 1, so that 16-bit dlogits do not underflow: 0-dim."""
-    largest = torch.stack([torch.nan_to_num(g, nan=0.0, posinf=0.0, neginf=0.0).abs().amax() for g in grads]).amax()
-    return torch.exp2(-torch.floor(torch.log2(largest.clamp(min=1e-30))))
+# What the largest dlogits are brought to: fp16 holds 1,000 times as much, for temperatures and scales beyond 1, and a
+# millionth of it to 12 bits. The smallest that is told from 0: below it rounding may make the difference.
+ROOM, SMALLEST = 6, 2.0**-16  # 2^ROOM
+
+
+def row_scale(sizes, *grads):
+    """A power of two that brings the largest dlogits to about 2^ROOM, so that 16-bit ones do not underflow: 0-dim.
+
+    Args:
+        sizes: of :meth:`HeadProblem.largest`. grads: (N,) each, of what a row gives.
+    """
+    largest = torch.stack([largest_of(g.abs() * size.clamp(SMALLEST, 1.0)) for size, g in zip(sizes, grads)]).amax()
+    return torch.exp2(ROOM - torch.floor(torch.log2(largest.clamp(min=1e-30))))
+
+
+def largest_of(x):
+    """0-dim, of what is finite."""
+    return torch.nan_to_num(x, nan=0.0, posinf=0.0).amax()
