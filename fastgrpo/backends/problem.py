@@ -245,9 +245,9 @@ def active_rows(targets, *grads):
     return moved & (targets != IGNORE)
 
 
-# What the largest dlogits are brought to: fp16 holds 1,000 times as much, for temperatures and scales beyond 1, and a
-# millionth of it to 12 bits. The smallest that is told from 0: below it rounding may make the difference.
-ROOM, SMALLEST = 6, 2.0**-16  # 2^ROOM
+# What the largest dlogits are brought to, 2^ROOM: fp16 holds 2,000 times as much, which low temperatures may want, and a
+# millionth of it still to 8 bits. The smallest that is told from 0: of less, rounding may have made a part.
+ROOM, SMALLEST = 4, 2.0**-16
 
 
 def row_scale(sizes, *grads):
