@@ -20,19 +20,35 @@ SCHEMA_TYPES = {
 }
 
 
+class Once(torch.autograd.Function):
+    """The first ``count`` of some tensors, as they are; whoever differentiates them by any of all gets an error."""
+
+    @staticmethod
+    def forward(ctx, count, *tensors):
+        return tensors[:count]
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError("gradients of fastgrpo's losses cannot be differentiated again (once_differentiable)")
+
+
 def once_differentiable(backward):
     """Decorator of an autograd function's backward: whoever differentiates its results gets an error.
 
     torch's own lets them pass as constants where what comes in has no graph, as the 1 that a loss's backward begins
-    with: a penalty on a gradient's norm would then silently have no effect.
+    with, and as independent of what was saved: a penalty on a gradient's norm would have no effect, a Hessian be 0.
     """
-    plain = torch.autograd.function.once_differentiable(backward)
 
     @functools.wraps(backward)
     def call(ctx, *grads):
-        if torch.is_grad_enabled():  # create_graph
-            grads = [g.detach().requires_grad_() if isinstance(g, torch.Tensor) else g for g in grads]
-        return plain(ctx, *grads)
+        with torch.no_grad():
+            out = backward(ctx, *grads)
+        made = [x for x in out if x is not None]
+        if not made or not torch.is_grad_enabled():  # it is with create_graph
+            return out
+        known = [x for x in (*grads, *ctx.saved_tensors) if isinstance(x, torch.Tensor) and x.requires_grad]
+        made = iter(Once.apply(len(made), *made, *(known or [made[0].new_empty(0).requires_grad_()])))
+        return tuple(None if x is None else next(made) for x in out)
 
     return call
 

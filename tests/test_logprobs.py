@@ -488,7 +488,13 @@ def test_double_backward_is_an_error(backend, device):
         (g,) = torch.autograd.grad(loss, h, create_graph=True)
         assert g.isfinite().all()
         with pytest.raises(RuntimeError, match="once_differentiable"):
+            torch.autograd.grad(g.sum(), h, allow_unused=True, retain_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
             (loss + g.sum()).backward()
+    with pytest.raises(RuntimeError, match="once_differentiable"):  # not 0
+        torch.autograd.functional.hessian(
+            lambda x: linear_logprobs(x, weight, targets, backend=backend).logprobs.sum(), hidden.detach()
+        )
 
 
 def test_entropy_alone_has_a_gradient(backend, device):

@@ -245,8 +245,8 @@ def active_rows(targets, *grads):
     return moved & (targets != IGNORE)
 
 
-# What the largest dlogits are brought to, 2^ROOM: fp16 holds 2,000 times as much, which low temperatures may want, and a
-# millionth of it still to 8 bits. The smallest that is told from 0: of less, rounding may have made a part.
+# What the largest dlogits are brought to, 2^ROOM: fp16 holds 2,000 times as much, which low temperatures may want, and
+# a millionth of it still to 8 bits. The smallest that is told from 0: of less, rounding may have made a part.
 ROOM, SMALLEST = 4, 2.0**-16
 
 
