@@ -146,7 +146,7 @@ def climb(problem, stats, grads, active, needs, make_plan, launcher=None):
     d_bias = torch.zeros(problem.bias.shape, dtype=torch.float32, device=problem.bias.device) if needs.bias else None
     scale = plan.scale
     if scale is None:
-        scale = row_scale(problem.largest(stats), *(torch.where(active, g, 0.0) for g in grads))
+        scale = row_scale(problem, stats, slice(None), *(torch.where(active, g, 0.0) for g in grads))
     factors = make_factors(problem, scale, out)
     # A row's dlogits add up to 0, so what those made lack of it is what was left out: put back as if spread evenly.
     sums_to_0 = problem.params.softcap is None and not problem.params.shard

@@ -347,15 +347,17 @@ def log1p_unit(y):
 
 
 @triton.jit
-def within_scale(size):
-    """What of a row's largest d loss / d logits counts for a scale, see ``row_scale``; NaN stays."""
-    size = tl.where(size < SMALLEST, SMALLEST, size)
-    return tl.where(size > 1.0, 1.0, size)
+def raw_size(size, inverse, logits):
+    """Of a row's largest d loss / d logit that of its raw products, as ``row_scale`` counts it; NaN stays."""
+    size = tl.where(size < SMALLEST, SMALLEST, size) * inverse
+    if logits.logit_scale is not None:
+        size *= tl.abs(logits.logit_scale)
+    return size
 
 
 @triton.jit
 def to_room(x):
-    """2^(ROOM - floor(log2(x))) of fp32 x > 0, from its exponent."""
+    """2^(ROOM - floor(log2(x))) of fp32 x > 0, from its exponent; see ``row_scale``."""
     field = tl.minimum(x.to(tl.int32, bitcast=True) >> 23, 253)
     return ((254 - field + ROOM) << 23).to(tl.float32, bitcast=True)
 

@@ -27,11 +27,11 @@ from fastgrpo.kernels.common import (
     dlogits_tile,
     inverse_temperatures,
     load_held,
+    raw_size,
     selected_rows,
     store_piece,
     store_rows,
     to_room,
-    within_scale,
     without_dust,
 )
 from fastgrpo.kernels.divergence import MIXED, mixture_tile, new_stats, set_sums
@@ -165,7 +165,7 @@ def held_dlogits_kernel(
     center = tl.load(sums_ptr + tl.cast(N, tl.int64) + offs_n, mask=mask_n, other=0.0)
     known = peak, offset, other_peak, gap, center
     dz = pair_slopes(raw, teacher_raw, known, logits, teacher_logits, inverse, beta, 2)
-    scale = to_room(within_scale(steepest(center, 1.0 - beta)))
+    scale = to_room(raw_size(steepest(center, 1.0 - beta), inverse, logits))
     if first_v == 0:
         tl.store(scale_ptr + offs_n, scale, mask=mask_n)
     dz = without_dust(dz * ((inverse * scale)[:, None] * cap_slope(raw, logits)))

@@ -12,7 +12,8 @@ import triton.language as tl
 
 from fastgrpo.backends import grouping, staircase
 from fastgrpo.inputs import IGNORE
-from fastgrpo.kernels.common import to_room, within_scale
+from fastgrpo.kernels.arguments import logit_arguments
+from fastgrpo.kernels.common import inverse_temperatures, raw_size, to_room
 from fastgrpo.kernels.tiles import cdiv
 
 WHOLE, HEAD_ONLY, SPARSE, INACTIVE = map(tl.constexpr, range(4))
@@ -106,6 +107,7 @@ def weigh_kernel(
     norms_ptr,  # (N,) least norm of each row's dlogits for a gradient of 1
     largest_ptr,  # (N,) about the largest of them
     stats_ptr,  # (5, N) RowStats
+    temperature_ptr,  # (N,) or None
     dropped_ptr,  # (N,) in order
     costs_ptr,  # (N,) out, in order: norm of what each row drops, at most
     states_ptr,  # (N,) uint8 out, in order
@@ -113,6 +115,7 @@ def weigh_kernel(
     scale_ptr,  # (1,) out, see problem.row_scale
     N,
     share,  # of the sum of squared norms
+    logits,  # Logits
     BLOCK: tl.constexpr,
 ):
     """Of :func:`certified_backward.within_tolerance` what is a sum over all rows, by one program."""
@@ -128,7 +131,8 @@ def weigh_kernel(
         norm = grad * tl.load(norms_ptr + rows, mask=mask, other=0.0)
         square = norm * norm
         norms += tl.where(active & (square == square), square, 0.0)
-        size = tl.abs(grad) * within_scale(tl.load(largest_ptr + rows, mask=mask, other=0.0))
+        inverse = inverse_temperatures(temperature_ptr, rows, mask, logits, BLOCK)
+        size = tl.abs(grad) * raw_size(tl.load(largest_ptr + rows, mask=mask, other=0.0), inverse, logits)
         largest = tl.maximum(largest, tl.where(active & (size < float("inf")), size, 0.0))
         top = tl.load(stats_ptr + tl.cast(N, tl.int64) + rows, mask=mask, other=0.0)
         top += tl.load(stats_ptr + 2 * tl.cast(N, tl.int64) + rows, mask=mask, other=0.0)
@@ -241,6 +245,7 @@ def weigh(problem, stats, certificate, grad_logp):
         norms_ptr=problem.norms(stats),
         largest_ptr=problem.largest(stats)[0],
         stats_ptr=stats,
+        temperature_ptr=problem.temperature,
         dropped_ptr=certificate.dropped,
         costs_ptr=costs,
         states_ptr=states,
@@ -248,6 +253,7 @@ def weigh(problem, stats, certificate, grad_logp):
         scale_ptr=scale,
         N=n,
         share=(problem.params.tolerance * problem.of_tolerance) ** 2,
+        logits=logit_arguments(problem)[1],
         BLOCK=WEIGHED,
         num_warps=16,
     )

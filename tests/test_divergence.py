@@ -212,6 +212,20 @@ def test_fp16_where_all_dlogits_are_small(backend, device, beta, apart, backward
         assert problems.relative_error(grads[name], truth[name]) < 1e-3, name
 
 
+@pytest.mark.parametrize("backward", ["exact", "certified"])
+def test_fp16_where_a_mask_makes_dlogits_large(backend, device, backward):
+    """Of a reverse KL p_s times a log-ratio: the teacher rules out what the student likes, by fp16's least number."""
+    tensors = {k: problems.cast(v, torch.float16, device) for k, v in pair(24, 200, 32, 32, device).items()}
+    likely = (tensors["hidden"].float() @ tensors["weight"].float().T).argmax(1)
+    tensors["bias"] = torch.zeros_like(tensors["bias"])
+    tensors["teacher_bias"] = tensors["bias"].index_fill(0, likely, torch.finfo(torch.float16).min)
+    upstream, options = torch.full((24,), 2.0**-12, device=device), {"bias": True, "beta": 1.0}
+    truth = run(reference.linear_divergence, in_double(tensors), upstream.double(), **options)[2]
+    _, _, grads = run(linear_divergence, tensors, upstream, backend=backend, backward=backward, **options)
+    for name, want in truth.items():
+        assert problems.relative_error(grads[name], want) < 2e-3, name
+
+
 @pytest.mark.parametrize("beta", [0.0, 1.0, 0.3, 1e-4, 0.9999])
 def test_the_largest_dlogits_are_told_by_the_statistics(beta):
     """Flat and peaked rows, models near and far: never too small; of flat ones at most twentyfold."""

@@ -480,6 +480,22 @@ def test_fp16_where_every_token_is_sure(device, backward):
         assert problems.relative_error(got[name], want[name]) < (1e-3 if backward == "exact" else 0.01), name
 
 
+@pytest.mark.parametrize("backward", ["exact", "certified"])
+@pytest.mark.parametrize("form", ["temperature", "temperatures", "scale"])
+def test_fp16_with_steep_logits(device, backward, form):
+    """Derivatives by the raw products that are 10,000 times those by the logits."""
+    hidden, weight, targets, _ = problems.head(24, 130, 16, torch.float16, device)
+    hidden = hidden * 1e-3
+    steep = {"temperature": 1e-4, "temperatures": torch.full((24,), 1e-4, device=device), "scale": 1.0}[form]
+    options = {"temperature": steep, "logit_scale": 1e4 if form == "scale" else 1.0}
+    tensors, upstream = leaves(hidden, weight, None), torch.full((2, 24), 2.0**-6, device=device)
+    _, _, got = run(linear_logprobs, tensors, targets, upstream, backend="triton", backward=backward, **options)
+    double = leaves(hidden.double(), weight.double(), None)
+    _, _, want = run(reference.linear_logprobs, double, targets, upstream.double(), **options)
+    for name in ("hidden", "weight"):
+        assert problems.relative_error(got[name], want[name]) < 0.01, name
+
+
 def test_double_backward_is_an_error(backend, device):
     hidden, weight, targets, _ = problems.head(6, 50, 8, torch.float32, device)
     h = hidden.requires_grad_()

@@ -394,3 +394,22 @@ def test_a_row_without_a_gradient_is_not_read(backend, device, backward):
     counted = (torch.arange(300, device=device) != 7).to(out.rest.dtype)
     torch.autograd.backward((out.logprobs, out.rest), (counted[:, None].expand_as(out.logprobs), counted))
     assert all(leaf[name].grad.isfinite().all() for name in ("hidden", "weight", "bias"))
+
+
+@pytest.mark.quick
+def test_fp16_entropy_of_rows_that_are_sure(backend, device):
+    """The rest's own entropy gradient is not small where the row's is."""
+    tensors, _ = draw(24, 300, 32, 3, torch.float16, device, peak=12.0)
+    tensors["bias"] = torch.zeros_like(tensors["bias"])
+    ids = (tensors["hidden"].float() @ tensors["weight"].float().T).topk(3, 1).indices
+    grads = []
+    for op, given, options in (
+        (linear_logprobs, tensors, {"backend": backend}),
+        (reference.linear_logprobs, widen(tensors), {}),
+    ):
+        leaf = problems.with_grad(given, ("hidden", "weight"))
+        out = op(leaf["hidden"], leaf["weight"], ids, return_entropy=True, **options)
+        (2.0**8 * out.entropy.sum()).backward()
+        grads.append({name: leaf[name].grad for name in ("hidden", "weight")})
+    for name, want in grads[1].items():
+        assert problems.relative_error(grads[0][name], want) < 1e-3, name

@@ -108,7 +108,7 @@ class TailRows:
         self.gradient = Gradient(problem, rows, hold=self.tiles.source.held > 0)
         self.scale = None
         if self.reader.native and parts:
-            self.scale = row_scale(problem.largest(stats[:, rows]), grad_logp[rows])
+            self.scale = row_scale(problem, stats, rows, grad_logp)
 
     def add(self, span, totals):
         """As :meth:`LeftOut.add`."""
@@ -156,7 +156,7 @@ class SparseRows:
         ]
         self.groups = [GroupSums(group, stats, problem, self.sides) for group in groups]
         counted = torch.where(problem.targets != IGNORE, grad_logp, 0.0)
-        self.scale = row_scale(problem.largest(stats), counted) if self.reader.native else None
+        self.scale = row_scale(problem, stats, slice(None), counted) if self.reader.native else None
         # Fresh memory costs a page fault every 4 KiB, several times the gather itself: each buffer is made once.
         most = max([g.piece(problem.params.workspace) for g in self.groups], default=0)
         cells = max([g.piece(problem.params.workspace) * g.rows.numel() for g in self.groups], default=0)

@@ -82,7 +82,7 @@ class ExactRows:
         self.gradient = Gradient(problem, rows, hold=self.tiles.source.held > 0)
         self.scale = None
         if self.reader.native and n:
-            self.scale = row_scale(problem.largest(stats[:, rows]), *(g[rows] for g in grads))
+            self.scale = row_scale(problem, stats, rows, *grads)
         # A sum that is scaled must be unscaled alone. dW's memory has no value until a first tile has overwritten it.
         overwritten = n > 0 and self.scale is None
         self.head_sums = [Sum(x, stats.dtype, overwritten) for x in out.of_head]

@@ -132,7 +132,8 @@ class PairProblem(HeadProblem):
         rows = PairStats(*stats)
         if self.is_mixture:
             return (steepest(rows.center, 1.0 - self.beta),)
-        return (steepest(rows.divergence, 1.0),)
+        largest = steepest(rows.divergence, 1.0)
+        return (largest if self.beta else largest.clamp(max=1.0),)  # p_s - p_t, of the other p_s times a log
 
     @functools.cached_property
     def own(self):

@@ -144,10 +144,17 @@ class HeadProblem:
         return RowStats(*stats).other_mass
 
     def largest(self, stats):
-        """Of the gradients a row gives, (N,) each: about the largest of its d loss / d logits for a gradient of 1."""
+        """Of what a row gives, (N,) each: at least the largest of its d loss / d logits for a gradient of 1, but for a
+        small factor."""
         rows = RowStats(*stats)
-        # without a label they are of a distribution of its own, and no p of it is known
-        return (rows.other_mass if self.taken is None else torch.ones_like(rows.other_mass)), rows.entropy
+        if self.taken is not None:  # what is not taken is a distribution of its own, of which no p is known
+            return torch.ones_like(rows.logp), torch.ones_like(rows.logp)
+        return rows.other_mass, rows.entropy
+
+    def chain(self, rows):
+        """d logit / d raw product of these rows, softcap's slope aside: (n,), or a number."""
+        temperature = self.params.temperature if self.temperature is None else self.temperature[rows]
+        return abs(self.params.logit_scale) / temperature
 
     @functools.cached_property
     def lora_operands(self):
@@ -245,21 +252,18 @@ def active_rows(targets, *grads):
     return moved & (targets != IGNORE)
 
 
-# What the largest dlogits are brought to, 2^ROOM: fp16 holds 2,000 times as much, which low temperatures may want, and
-# a millionth of it still to 8 bits. The smallest that is told from 0: of less, rounding may have made a part.
+# What the largest dlogits are brought to, 2^ROOM: fp16 holds 2,000 times as much, and a millionth of it to 8 bits. The
+# smallest that is told from 0: of less, rounding may have made a part.
 ROOM, SMALLEST = 4, 2.0**-16
 
 
-def row_scale(sizes, *grads):
+def row_scale(problem, stats, rows, *grads):
     """A power of two that brings the largest dlogits to about 2^ROOM, so that 16-bit ones do not underflow: 0-dim.
 
     Args:
-        sizes: of :meth:`HeadProblem.largest`. grads: (N,) each, of what a row gives.
+        rows: an index of at least one. grads: (N,) each, of what a row gives.
     """
-    largest = torch.stack([largest_of(g.abs() * size.clamp(SMALLEST, 1.0)) for size, g in zip(sizes, grads)]).amax()
+    chain, sizes = problem.chain(rows), problem.largest(stats[:, rows])
+    sizes = [g[rows].abs() * size.clamp(min=SMALLEST) * chain for size, g in zip(sizes, grads)]
+    largest = torch.stack([torch.nan_to_num(size, nan=0.0, posinf=0.0).amax() for size in sizes]).amax()
     return torch.exp2(ROOM - torch.floor(torch.log2(largest.clamp(min=1e-30))))
-
-
-def largest_of(x):
-    """0-dim, of what is finite."""
-    return torch.nan_to_num(x, nan=0.0, posinf=0.0).amax()
