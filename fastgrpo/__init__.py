@@ -23,7 +23,7 @@ __all__ = [
     "linear_logprobs",
     "reference",
 ]
-OPTIONAL = ("integrations", "trainer")  # imported on use, with what they need
+OPTIONAL = ("integrations", "trainer", "vocab_parallel", "vocab_parallel_divergence")  # imported on use
 
 
 def __getattr__(name):

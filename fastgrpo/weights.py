@@ -7,7 +7,17 @@ import torch
 from fastgrpo.config import GRPOLossConfig
 from fastgrpo.inputs import Segments
 
-GLOBALLY_NORMALISED = ("dapo", "cispo", "vespo")  # by num_items
+REDUCTIONS = {  # over what each loss type's sum of token losses is a mean
+    "grpo": "each sequence's tokens, then sequences",
+    "sapo": "each sequence's tokens, then sequences",
+    "luspo": "sequences",
+    "dr_grpo": "sequences of full length",
+    "bnpo": "tokens",
+    "dapo": "num_items",
+    "cispo": "num_items",
+    "vespo": "num_items",
+}
+GLOBALLY_NORMALISED = tuple(name for name, reduction in REDUCTIONS.items() if reduction == "num_items")
 
 
 def token_weights(
@@ -27,15 +37,15 @@ def token_weights(
     Returns:
         (N,) weights, 0 where the mask is 0. Source: the end of TRL 1.16's ``_compute_loss``.
     """
-    sequences = max(segments.count, 1)
-    if config.loss_type in ("grpo", "sapo"):
+    sequences, reduction = max(segments.count, 1), REDUCTIONS[config.loss_type]
+    if reduction == "each sequence's tokens, then sequences":
         return mask * segments.expand(1.0 / (segments.sum(mask).clamp(min=1.0) * sequences))
-    if config.loss_type == "luspo":
+    if reduction == "sequences":
         return mask / sequences
-    if config.loss_type == "dr_grpo":
+    if reduction == "sequences of full length":
         length = segments.padded_length if config.max_completion_length is None else config.max_completion_length
         return mask / (sequences * max(length or 1, 1))
-    if config.loss_type == "bnpo" or num_items is None:
+    if reduction == "tokens" or num_items is None:
         return mask / mask.sum().clamp(min=1.0)
     return mask / (num_items.clamp(min=1.0) if isinstance(num_items, torch.Tensor) else max(num_items, 1.0))
 
@@ -62,9 +72,10 @@ def share_of_batch(config: GRPOLossConfig, part: Totals, whole: Totals) -> tuple
         (scale of ``grpo_loss(part, ...)``, the ``entropy_coef`` to call it with): the entropy bonus is always a mean
         over tokens.
     """
-    if config.loss_type == "bnpo":
+    reduction = REDUCTIONS[config.loss_type]
+    if reduction == "tokens":
         scale = max(part.tokens, 1) / max(whole.tokens, 1)
-    elif config.loss_type in GLOBALLY_NORMALISED:
+    elif reduction == "num_items":
         scale = 1.0
     else:
         scale = part.sequences / max(whole.sequences, 1)

@@ -8,6 +8,7 @@ import torch
 
 from fastgrpo import GRPOLossConfig, grpo_loss, reference
 from fastgrpo.config import CLIPPED, IMPORTANCE_SAMPLING_LEVELS, KL_ESTIMATORS, LOSS_TYPES
+from fastgrpo.weights import REDUCTIONS
 
 import problems
 
@@ -232,6 +233,10 @@ def test_empty_batches(loss):
             assert weight.grad.count_nonzero() == 0
     packed = loss(hidden[0, :0], weight, targets[0, :0], advantages[:0], config, cu_seqlens=torch.tensor([0]))
     assert packed.loss == 0
+
+
+def test_every_loss_type_has_its_reduction():
+    assert set(REDUCTIONS) == set(LOSS_TYPES)
 
 
 def test_a_penalty_on_the_gradient_is_an_error():

@@ -1,9 +1,17 @@
-"""Two backends behind one interface: ``forward(problem)``, ``partial_forward(problem)`` (what ``forward`` combines),
-``certified_forward(...)``, ``certified_partial_forward(...)``, ``certificate_like(problem)`` of their certificates,
-``certified_backward(...)``,
+"""Two backends behind one interface, with these functions.
+
+Of one head: ``forward(problem)``, ``partial_forward(problem)`` (what it combines), ``certified_forward(...)``,
+``certified_partial_forward(...)``, ``certificate_like(problem)`` of their certificates, ``certified_backward(...)``,
 ``frozen_forward(...)``, ``slopes_like(problem)`` of what it keeps, ``backward(...)``, ``kept_logits(...)`` and
 ``kept_sums(...)`` (of fastgrpo/support.py), ``counted_rows(targets)`` (None where the host would have to wait),
-``objective(...)``."""
+``objective(...)``, and ``GUESSES_PEAKS`` (whether a certified forward's sums of exponentials may leave the trusted
+range).
+
+Of a divergence's two: ``divergence_forward(problem)``, ``certified_divergence_forward(...)``, and where
+:func:`fastgrpo.divergence.choose_strategy` takes their strategies ``frozen_divergence_forward(...)`` with
+``divergence_slopes_like(problem)``, ``trained_divergence_forward(...)``. Of vocabulary shards
+``divergence_partials(problem)``, ``mixture_sums(...)``, ``certified_partials(...)``.
+"""
 
 import importlib
 import os
