@@ -67,8 +67,15 @@ def load_sums(at, step, mask):
 
 
 @triton.jit
+def new_sums(BLOCK: tl.constexpr):
+    """Of no entry."""
+    floor, none = tl.full((BLOCK,), FLOOR, tl.float32), tl.zeros((BLOCK,), tl.float32)
+    return floor, floor, none, none, none, none, none
+
+
+@triton.jit
 def load_moments(at, step, mask):
-    """Behind a table's sums: the moments of all terms and of those left out."""
+    """Behind a table's sums: the moments of all terms and of those left out, x^2, x y and y^2 of each."""
     xx = tl.load(at, mask=mask, other=0.0)
     xy = tl.load(at + step, mask=mask, other=0.0)
     yy = tl.load(at + 2 * step, mask=mask, other=0.0)
@@ -79,17 +86,30 @@ def load_moments(at, step, mask):
 
 
 @triton.jit
-def move_both(xx, xy, yy, left_xx, left_xy, left_yy, rise, other_rise, STUDENT_FIRST: tl.constexpr):
+def new_moments(BLOCK: tl.constexpr):
+    """Of no entry."""
+    none = tl.zeros((BLOCK,), tl.float32)
+    return none, none, none, none, none, none
+
+
+@triton.jit
+def add_moments(a, b):
+    return a[0] + b[0], a[1] + b[1], a[2] + b[2], a[3] + b[3], a[4] + b[4], a[5] + b[5]
+
+
+@triton.jit
+def move_both(moments, rise, other_rise, STUDENT_FIRST: tl.constexpr):
     """A KL's moments beside higher peaks."""
     lead, trail, lean = move_terms(rise, other_rise, STUDENT_FIRST)
-    xx, xy, yy = move_moments(xx, xy, yy, lead, trail, lean)
-    left_xx, left_xy, left_yy = move_moments(left_xx, left_xy, left_yy, lead, trail, lean)
+    xx, xy, yy = move_moments(moments[0], moments[1], moments[2], lead, trail, lean)
+    left_xx, left_xy, left_yy = move_moments(moments[3], moments[4], moments[5], lead, trail, lean)
     return xx, xy, yy, left_xx, left_xy, left_yy
 
 
 @triton.jit
-def frame_so_far(known_at, step, mask, peak, other_peak, total, other, tilt, excess, STUDENT_FIRST: tl.constexpr):
+def frame_so_far(known_at, step, mask, sums, STUDENT_FIRST: tl.constexpr):
     """Center and unit of a KL's terms, of what was known before and of this program's sums, beside its peaks."""
+    peak, other_peak, total, other, tilt, excess, _ = sums
     known_peak, known_other_peak, known, known_other, known_tilt, known_excess, _ = load_sums(known_at, step, mask)
     known, known_other, known_tilt, known_excess = move_peaks(
         known, known_other, known_tilt, known_excess, peak - known_peak, other_peak - known_other_peak
@@ -98,9 +118,10 @@ def frame_so_far(known_at, step, mask, peak, other_peak, total, other, tilt, exc
 
 
 @triton.jit
-def mixture_tile(student, taught, known, total, other, beta, CUTS: tl.constexpr):
-    """-> the terms x and y of a tile's pieces, the sums with it. known: of :func:`load_pair`."""
+def mixture_tile(student, taught, known, sums, beta, CUTS: tl.constexpr):
+    """-> the terms x and y of a tile's pieces, the sums with it: divergence and center. known: of :func:`load_pair`."""
     peak, offset, other_peak, gap, _center = known
+    divergence, center = sums
     xs, ys, students, taughts = (), (), pieces_of(student, CUTS), pieces_of(taught, CUTS)
     for k in tl.static_range(2**CUTS):
         u, v = students[k] - peak[:, None], taughts[k] - other_peak[:, None]
@@ -108,18 +129,36 @@ def mixture_tile(student, taught, known, total, other, beta, CUTS: tl.constexpr)
         y = tl.math.exp2((u - offset[:, None]) * LOG2E)
         x = (1.0 - beta) * LN2 * log_s * y
         theirs = beta * LN2 * minus_log_t * tl.math.exp2((v + (gap - offset)[:, None]) * LOG2E)
-        total += tl.sum(x - theirs, axis=1)
-        other += tl.sum(x, axis=1)
+        divergence += tl.sum(x - theirs, axis=1)
+        center += tl.sum(x, axis=1)
         xs, ys = xs + (x,), ys + (y,)
-    return xs, ys, total, other
+    return xs, ys, (divergence, center)
 
 
 @triton.jit
-def kl_tile(
-    first_z, second_z, peak, other_peak, total, other, tilt, excess, spread,
-    CUTS: tl.constexpr, STUDENT_FIRST: tl.constexpr, ENTROPY: tl.constexpr,
-):  # fmt: skip
+def raise_peaks(
+    first_z, second_z, sums, moments, CERTIFIED: tl.constexpr, STUDENT_FIRST: tl.constexpr, ENTROPY: tl.constexpr
+):
+    """-> a KL's sums and moments beside the peaks that a tile's logits make."""
+    peak, other_peak, total, other, tilt, excess, spread = sums
+    high = tl.maximum(peak, tl.max(first_z, axis=1), propagate_nan=tl.PropagateNan.ALL)
+    other_high = tl.maximum(other_peak, tl.max(second_z, axis=1), propagate_nan=tl.PropagateNan.ALL)
+    rise, other_rise = high - peak, other_high - other_peak
+    if ENTROPY:
+        own_peak, own, own_high = other_peak, other, other_high
+        if STUDENT_FIRST:
+            own_peak, own, own_high = peak, total, high
+        _own, spread, _decay = rescale(own_peak, own, spread, own_high)
+    if CERTIFIED:
+        moments = move_both(moments, rise, other_rise, STUDENT_FIRST)
+    total, other, tilt, excess = move_peaks(total, other, tilt, excess, rise, other_rise)
+    return (high, other_high, total, other, tilt, excess, spread), moments
+
+
+@triton.jit
+def kl_tile(first_z, second_z, sums, CUTS: tl.constexpr, STUDENT_FIRST: tl.constexpr, ENTROPY: tl.constexpr):
     """As :func:`mixture_tile`, of a KL beside its peaks."""
+    peak, other_peak, total, other, tilt, excess, spread = sums
     xs, ys, firsts, seconds = (), (), pieces_of(first_z, CUTS), pieces_of(second_z, CUTS)
     for k in tl.static_range(2**CUTS):
         u, v = firsts[k] - peak[:, None], seconds[k] - other_peak[:, None]
@@ -139,7 +178,7 @@ def kl_tile(
         if STUDENT_FIRST:
             x = leant
         xs, ys = xs + (x,), ys + (y,)
-    return xs, ys, total, other, tilt, excess, spread
+    return xs, ys, (peak, other_peak, total, other, tilt, excess, spread)
 
 
 @triton.jit(do_not_specialize=["N", "first_row", "last_row", "first_entry", "last_entry", "run", "runs"])
@@ -193,15 +232,9 @@ def forward_pair_kernel(
     mask_n = offs_n < stop
     rows, _ = selected_rows(selection, offs_n, mask_n, head.V)
     inverse = inverse_temperatures(temperature_ptr, rows, mask_n, logits, BLOCK_N)
-    peak = tl.full((BLOCK_N,), FLOOR, tl.float32)
-    other_peak = tl.full((BLOCK_N,), FLOOR, tl.float32)
-    total = tl.zeros((BLOCK_N,), tl.float32)  # of a mixture: the divergence
-    other = tl.zeros((BLOCK_N,), tl.float32)  # and the center
-    tilt = tl.zeros((BLOCK_N,), tl.float32)
-    excess = tl.zeros((BLOCK_N,), tl.float32)
-    spread = tl.zeros((BLOCK_N,), tl.float32)
-    xx, xy, yy = total, total, total  # of all terms
-    left_xx, left_xy, left_yy = total, total, total  # of those not flagged
+    sums, moments = new_sums(BLOCK_N), new_moments(BLOCK_N)
+    if stats_ptr is not None:
+        sums = sums[2], sums[3]  # divergence and center
     first = first_entry + this_run * run
     for first_v in range(first, tl.minimum(last_entry, first + run), BLOCK_V):
         raw = raw_logits(
@@ -219,55 +252,48 @@ def forward_pair_kernel(
             beyond = (first_v + tl.arange(0, BLOCK_V) >= head.V)[None, :]
             student, taught = tl.where(beyond, NOTHING, student), tl.where(beyond, NOTHING, taught)
         if stats_ptr is not None:
-            known = load_pair(stats_ptr, N, rows, mask_n)
-            xs, ys, total, other = mixture_tile(student, taught, known, total, other, beta, CUTS)
+            xs, ys, sums = mixture_tile(student, taught, load_pair(stats_ptr, N, rows, mask_n), sums, beta, CUTS)
         else:
             first_z, second_z = taught, student
             if STUDENT_FIRST:
                 first_z, second_z = student, taught
-            high = tl.maximum(peak, tl.max(first_z, axis=1), propagate_nan=tl.PropagateNan.ALL)
-            other_high = tl.maximum(other_peak, tl.max(second_z, axis=1), propagate_nan=tl.PropagateNan.ALL)
-            rise, other_rise = high - peak, other_high - other_peak
-            if ENTROPY:
-                own_peak, own, own_high = other_peak, other, other_high
-                if STUDENT_FIRST:
-                    own_peak, own, own_high = peak, total, high
-                _own, spread, _decay = rescale(own_peak, own, spread, own_high)
-            if flags_ptr is not None:
-                xx, xy, yy, left_xx, left_xy, left_yy = move_both(
-                    xx, xy, yy, left_xx, left_xy, left_yy, rise, other_rise, STUDENT_FIRST
-                )
-            total, other, tilt, excess = move_peaks(total, other, tilt, excess, rise, other_rise)
-            peak, other_peak = high, other_high
-            xs, ys, total, other, tilt, excess, spread = kl_tile(
-                first_z, second_z, peak, other_peak, total, other, tilt, excess, spread, CUTS, STUDENT_FIRST, ENTROPY
-            )
+            sums, moments = raise_peaks(first_z, second_z, sums, moments, flags_ptr is not None, STUDENT_FIRST, ENTROPY)
+            xs, ys, sums = kl_tile(first_z, second_z, sums, CUTS, STUDENT_FIRST, ENTROPY)
         if flags_ptr is not None:
             step, least = tl.cast(N, tl.int64), tl.load(least_ptr)
             mask_n = offs_n < tl.minimum(tl.load(selection.count_ptr), last_row)  # again: registers are short here
             if stats_ptr is not None:
-                center, unit = other + tl.load(known_ptr + offs_n + step, mask=mask_n, other=0.0), 1.0
+                center, unit = sums[1] + tl.load(known_ptr + offs_n + step, mask=mask_n, other=0.0), 1.0
             else:
-                center, unit = frame_so_far(
-                    known_ptr + offs_n, step, mask_n, peak, other_peak, total, other, tilt, excess, STUDENT_FIRST
-                )
+                center, unit = frame_so_far(known_ptr + offs_n, step, mask_n, sums, STUDENT_FIRST)
             at_words = flags_ptr + block_words(head.V, start // BLOCK_N, first_v, BLOCK_V)
             least = tl.where(mask_n, least * unit, float("inf"))  # rows that are not there flag nothing
-            more_xx, more_xy, more_yy, more_left_xx, more_left_xy, more_left_yy = see_terms(
-                xs, ys, center, least, at_words, CUTS, BLOCK_N, BLOCK_V, FLAGS
-            )
-            xx, xy, yy = xx + more_xx, xy + more_xy, yy + more_yy
-            left_xx, left_xy, left_yy = left_xx + more_left_xx, left_xy + more_left_xy, left_yy + more_left_yy
+            seen = see_terms(xs, ys, center, least, at_words, CUTS, BLOCK_N, BLOCK_V, FLAGS)
+            moments = add_moments(moments, seen)
     out = partials_ptr + this_run.to(tl.int64) * N + offs_n
     step = tl.cast(runs, tl.int64) * N
-    if stats_ptr is not None:
-        store_rows(out, (total, other), step, mask_n)
-        out += MIXED * step
-    else:
-        store_rows(out, (peak, other_peak, total, other, tilt, excess, spread), step, mask_n)
-        out += SUMS * step
+    store_rows(out, sums, step, mask_n)
     if flags_ptr is not None:
-        store_rows(out, (xx, xy, yy, left_xx, left_xy, left_yy), step, mask_n)
+        store_rows(out + len(sums) * step, moments, step, mask_n)
+
+
+@triton.jit
+def join_runs(sums, more, STUDENT_FIRST: tl.constexpr):
+    """The sums of two runs of entries as those of one."""
+    peak, other_peak, total, other, tilt, excess, spread = sums
+    more_peak, more_other_peak, more_total, more_other, more_tilt, more_excess, more_spread = more
+    if STUDENT_FIRST:
+        own_peak, own, more_own_peak, more_own = peak, total, more_peak, more_total
+    else:
+        own_peak, own, more_own_peak, more_own = other_peak, other, more_other_peak, more_other
+    top = tl.maximum(own_peak, more_own_peak)
+    _own, spread, _decay = rescale(own_peak, own, spread, top)
+    _own, more_spread, _decay = rescale(more_own_peak, more_own, more_spread, top)
+    peak, other_peak, total, other, tilt, excess = join_sums(
+        peak, other_peak, total, other, tilt, excess,
+        more_peak, more_other_peak, more_total, more_other, more_tilt, more_excess,
+    )  # fmt: skip
+    return peak, other_peak, total, other, tilt, excess, spread + more_spread
 
 
 @triton.jit(do_not_specialize=["N", "first_row", "last_row", "runs"])
@@ -291,52 +317,28 @@ def combine_pair_kernel(
     offs = start + tl.arange(0, BLOCK)
     mask = offs < stop
     rows, _ = selected_rows(selection, offs, mask, V)
-    peak = tl.full((BLOCK,), FLOOR, tl.float32)
-    other_peak = tl.full((BLOCK,), FLOOR, tl.float32)
-    none = tl.zeros((BLOCK,), tl.float32)
-    total, other, tilt, excess, spread = none, none, none, none, none
-    xx, xy, yy, left_xx, left_xy, left_yy = none, none, none, none, none, none
+    sums, moments = new_sums(BLOCK), new_moments(BLOCK)
     if known_ptr is not None:
         at, step = known_ptr + offs, tl.cast(N, tl.int64)
-        peak, other_peak, total, other, tilt, excess, spread = load_sums(at, step, mask)
-        xx, xy, yy, left_xx, left_xy, left_yy = load_moments(at + SUMS * step, step, mask)
+        sums, moments = load_sums(at, step, mask), load_moments(at + SUMS * step, step, mask)
     step = tl.cast(runs, tl.int64) * N
     for run in range(runs):
         at = partials_ptr + tl.cast(run, tl.int64) * N + offs
-        more_peak, more_other_peak, more_total, more_other, more_tilt, more_excess, more_spread = load_sums(
-            at, step, mask
-        )
-        old_peak, old_other_peak = peak, other_peak
-        if STUDENT_FIRST:
-            own_peak, own, more_own_peak, more_own = peak, total, more_peak, more_total
-        else:
-            own_peak, own, more_own_peak, more_own = other_peak, other, more_other_peak, more_other
-        top = tl.maximum(own_peak, more_own_peak)
-        _own, spread, _decay = rescale(own_peak, own, spread, top)
-        _own, more_spread, _decay = rescale(more_own_peak, more_own, more_spread, top)
-        spread += more_spread
-        peak, other_peak, total, other, tilt, excess = join_sums(
-            peak, other_peak, total, other, tilt, excess,
-            more_peak, more_other_peak, more_total, more_other, more_tilt, more_excess,
-        )  # fmt: skip
+        more = load_sums(at, step, mask)
+        joined = join_runs(sums, more, STUDENT_FIRST)
         if known_ptr is not None:
-            xx, xy, yy, left_xx, left_xy, left_yy = move_both(
-                xx, xy, yy, left_xx, left_xy, left_yy, peak - old_peak, other_peak - old_other_peak, STUDENT_FIRST
-            )
-            here_xx, here_xy, here_yy, here_left_xx, here_left_xy, here_left_yy = load_moments(
-                at + SUMS * step, step, mask
-            )
-            here_xx, here_xy, here_yy, here_left_xx, here_left_xy, here_left_yy = move_both(
-                here_xx, here_xy, here_yy, here_left_xx, here_left_xy, here_left_yy,
-                peak - more_peak, other_peak - more_other_peak, STUDENT_FIRST,
-            )  # fmt: skip
-            xx, xy, yy = xx + here_xx, xy + here_xy, yy + here_yy
-            left_xx, left_xy, left_yy = left_xx + here_left_xx, left_xy + here_left_xy, left_yy + here_left_yy
+            here = load_moments(at + SUMS * step, step, mask)
+            moments = move_both(moments, joined[0] - sums[0], joined[1] - sums[1], STUDENT_FIRST)
+            here = move_both(here, joined[0] - more[0], joined[1] - more[1], STUDENT_FIRST)
+            moments = add_moments(moments, here)
+        sums = joined
     if known_ptr is not None:
         at, step = known_ptr + offs, tl.cast(N, tl.int64)
-        store_rows(at, (peak, other_peak, total, other, tilt, excess, spread), step, mask)
-        store_rows(at + SUMS * step, (xx, xy, yy, left_xx, left_xy, left_yy), step, mask)
+        store_rows(at, sums, step, mask)
+        store_rows(at + SUMS * step, moments, step, mask)
+    peak, other_peak, total, other, tilt, excess, spread = sums
     divergence, log_first, turn = finish_sums(total, other, tilt, excess)
+    none = tl.zeros((BLOCK,), tl.float32)
     if STUDENT_FIRST:
         out = (divergence, peak, log_first, none, log_first + spread / total, other_peak, -turn, divergence)
     else:

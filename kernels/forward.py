@@ -133,6 +133,32 @@ def join_parts(peak, unit):
     return z, tl.math.exp2((peak - top[:, None]) * rate - lost)
 
 
+@triton.jit
+def sums_of_parts(peak, total, spread, dropped, unit, ENTROPY: tl.constexpr):
+    """(n,) each: the largest logit of a row and its sums beside it, of those of its parts."""
+    top, factor = join_parts(peak, unit)
+    if ENTROPY:
+        spread = (spread + tl.fma(-peak, unit[:, None], top[:, None]) * total) * factor
+    return top, tl.sum(total * factor, axis=1), tl.sum(spread, axis=1), tl.sum(dropped * factor, axis=1)
+
+
+@triton.jit
+def first_threshold(label_ptr, hint_ptr, rows, mask_n, unit, log_cutoff):
+    """(n,) the value from which on a row keeps an entry, of what its label's logit and the hint tell."""
+    guess = tl.load(label_ptr + rows, mask=mask_n, other=0.0)
+    if hint_ptr is not None:
+        guess -= tl.load(hint_ptr + rows, mask=mask_n, other=0.0)
+    threshold = (tl.where(guess == guess, guess, 0.0) + log_cutoff) / unit
+    return tl.where(mask_n, threshold, float("inf"))  # rows that are not there flag nothing
+
+
+@triton.jit
+def raised_threshold(threshold, peak, total, unit, log_cutoff):
+    """The same, with the entries so far."""
+    top, factor = join_parts(peak, unit)
+    return tl.maximum(threshold, (top + tl.log(tl.sum(total * factor, axis=1)) + log_cutoff) / unit)
+
+
 @triton.jit(do_not_specialize=["N", "first_row", "last_row", "run", "runs"])
 def forward_kernel(
     x_ptr,  # (held, D) the chunk's rows of hidden, dense
@@ -190,11 +216,7 @@ def forward_kernel(
         count = count_taken(taken, rows, mask_n, this_run * run)
         upcoming = load_taken(taken, rows, mask_n, count)
     if flags_ptr is not None:
-        guess = tl.load(label_ptr + rows, mask=mask_n, other=0.0)
-        if hint_ptr is not None:
-            guess -= tl.load(hint_ptr + rows, mask=mask_n, other=0.0)
-        threshold = (tl.where(guess == guess, guess, 0.0) + log_cutoff) / unit
-        threshold = tl.where(mask_n, threshold, float("inf"))  # rows that are not there flag nothing
+        threshold = first_threshold(label_ptr, hint_ptr, rows, mask_n, unit, log_cutoff)
     for first_v in range(this_run * run, tl.minimum(head.V, (this_run + 1) * run), BLOCK_V):
         value = raw_logits(
             x_ptr, x_desc, w_desc, head, bias_ptr, low_rank, None, rows, at_x, stop - 1 - first_row, first_v, first_v,
@@ -223,26 +245,20 @@ def forward_kernel(
             if hint_ptr is None:  # the running value serves, made anew where it may have doubled
                 done = (first_v - this_run * run) // BLOCK_V
                 for _ in range(((done & (done + 1)) == 0).to(tl.int32)):  # an `if`, which AMD's compiler does not take
-                    top, factor = join_parts(peak, unit)
-                    known = (top + tl.log(tl.sum(total * factor, axis=1)) + log_cutoff) / unit
-                    threshold = tl.maximum(threshold, known)
+                    threshold = raised_threshold(threshold, peak, total, unit, log_cutoff)
 
     out, width = partials_ptr + offs_n, N
     if held is not None:
         out, width = out - first_row, held.rows
-    out += this_run.to(tl.int64) * width
-    step = tl.cast(runs, tl.int64) * width
+    out, step = out + this_run.to(tl.int64) * width, tl.cast(runs, tl.int64) * width
     # read again: within the loop every register counts
     rows, label = selected_rows(selection, offs_n, mask_n, head.V)
     label_z = tl.load(label_ptr + rows, mask=mask_n, other=0.0)
     mine = (label >= this_run * run) & (label < (this_run + 1) * run)
-    top, factor = join_parts(peak, unit)
-    if ENTROPY:
-        spread = (spread + tl.fma(-peak, unit[:, None], top[:, None]) * total) * factor
-    total, spread = tl.sum(total * factor, axis=1), tl.sum(spread, axis=1)
+    top, total, spread, dropped = sums_of_parts(peak, total, spread, dropped, unit, ENTROPY)
     store_rows(out, (top, total, spread, tl.where(mine, label_z, 0.0)), step, mask_n)
     if flags_ptr is not None:
-        tl.store(out + DROPPED * step, tl.sum(dropped * factor, axis=1), mask=mask_n)
+        tl.store(out + DROPPED * step, dropped, mask=mask_n)
 
 
 def label_logits(problem: HeadProblem, rows, count, labels):

@@ -111,8 +111,7 @@ def held_sums_kernel(
     rows, _ = selected_rows(selection, offs_n, mask_n, V)
     inverse = inverse_temperatures(temperature_ptr, rows, mask_n, logits, BLOCK_N)
     known = load_pair(stats_ptr, N, rows, mask_n)
-    divergence = tl.zeros((BLOCK_N,), tl.float32)
-    center = tl.zeros((BLOCK_N,), tl.float32)
+    sums = tl.zeros((BLOCK_N,), tl.float32), tl.zeros((BLOCK_N,), tl.float32)
     for first_v in range(this_run * run, tl.minimum(V, (this_run + 1) * run), BLOCK_V):
         raw = load_held(held, block * BLOCK_N, first_v, PANEL, BLOCK_N, BLOCK_V)
         teacher_raw = load_held(taught, block * BLOCK_N, first_v, PANEL, BLOCK_N, BLOCK_V)
@@ -120,9 +119,9 @@ def held_sums_kernel(
         if first_v + BLOCK_V > V:
             beyond = (first_v + tl.arange(0, BLOCK_V) >= V)[None, :]
             student, teacher = tl.where(beyond, NOTHING, student), tl.where(beyond, NOTHING, teacher)
-        _xs, _ys, divergence, center = mixture_tile(student, teacher, known, divergence, center, beta, 0)
+        _xs, _ys, sums = mixture_tile(student, teacher, known, sums, beta, 0)
     out = partials_ptr + this_run * held.rows + offs_n - first_row
-    store_rows(out, (divergence, center), runs * held.rows, mask_n)
+    store_rows(out, sums, runs * held.rows, mask_n)
 
 
 @triton.jit(do_not_specialize=["N", "first_row", "last_row", "chunk"])

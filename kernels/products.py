@@ -128,6 +128,61 @@ def slab_begin(split, WAYS: tl.constexpr, BLOCK_N: tl.constexpr):
     return block * BLOCK_N
 
 
+@triton.jit
+def held_behind(split, held, WAYS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """How far behind the sum of the first split that of this one stands, in rows."""
+    behind = 0
+    if WAYS > 1:
+        behind = tl.where(split > 0, held + slab_begin(split, WAYS, BLOCK_N), 0)
+    if WAYS == 0:
+        behind = split * held
+    return behind
+
+
+@triton.jit
+def panels_times_entries(
+    dlogits_ptr,
+    entries_ptr,
+    ids_ptr,
+    at_dz,  # row of the panels, as they lie behind each other
+    height,
+    first_v,
+    length,  # entries
+    offs_d,  # (BLOCK_D,)
+    V,
+    D,
+    stride_v,
+    stride_d,
+    COMPUTE: tl.constexpr,
+    PANEL: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """(BLOCK_N, BLOCK_D) fp32 of :func:`dhidden_kernel`, by pointers."""
+    acc = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
+    offs_v = tl.arange(0, BLOCK_V)
+    dz_ptrs = dlogits_ptr + tl.cast(at_dz, tl.int64) * PANEL
+    dz_ptrs = dz_ptrs + tl.arange(0, BLOCK_N)[:, None] * PANEL + offs_v[None, :]
+    to_next_panel = (tl.cast(height, tl.int64) - 1) * PANEL
+    w_ptrs = entries_ptr + offs_d[None, :] * tl.cast(stride_d, tl.int64)
+    if ids_ptr is None:
+        w_ptrs = w_ptrs + (first_v + offs_v).to(tl.int64)[:, None] * stride_v
+    for v in range(0, length, BLOCK_V):
+        dz = tl.load(dz_ptrs)
+        mask_w = (v + offs_v < length)[:, None] & (offs_d < D)[None, :]
+        if ids_ptr is not None:
+            ids = entry_ids(ids_ptr, first_v + v, offs_v, V)
+            w = tl.load(w_ptrs + ids[:, None] * stride_v, mask=mask_w, other=0.0)
+        else:
+            w = tl.load(w_ptrs, mask=mask_w, other=0.0)
+            w_ptrs += BLOCK_V * tl.cast(stride_v, tl.int64)
+        acc = tl.dot(dz, w.to(COMPUTE), acc, input_precision="ieee")
+        step = tl.where((v + BLOCK_V) % PANEL == 0, to_next_panel, 0) + BLOCK_V
+        dz_ptrs += tl.multiple_of(step, 16)
+    return acc
+
+
 @triton.jit(
     do_not_specialize=[
         "first_row", "last_row", "first_held", "chunk", "V", "held", "unsplit", "evenly", "copied_rows",
@@ -195,11 +250,7 @@ def dhidden_kernel(
         place = tl.load(rows_ptr + first_row + local, mask=mask_n, other=0)
         total_ptrs = sum_ptr + place[:, None] * D + offs_d[None, :]
     else:
-        row = start - first_held
-        if WAYS > 1:
-            row += tl.where(split > 0, held + slab_begin(split, WAYS, BLOCK_N), 0)
-        if WAYS == 0:
-            row += split * held
+        row = start - first_held + held_behind(split, held, WAYS, BLOCK_N)
         total_ptrs = sum_ptr + tl.cast(row, tl.int64) * D
         total_ptrs = total_ptrs + tl.arange(0, BLOCK_N)[:, None] * D + offs_d[None, :]
     lacked = needed - first  # panels whose rows' sums are put back
@@ -220,26 +271,10 @@ def dhidden_kernel(
             w = w_desc.load([first_w + v, first_d])
             acc = tl.dot(dz, w, acc)
     else:
-        acc = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
-        offs_v = tl.arange(0, BLOCK_V)
-        dz_ptrs = dlogits_ptr + tl.cast(at_dz, tl.int64) * PANEL
-        dz_ptrs = dz_ptrs + tl.arange(0, BLOCK_N)[:, None] * PANEL + offs_v[None, :]
-        to_next_panel = (tl.cast(height, tl.int64) - 1) * PANEL
-        w_ptrs = entries_ptr + offs_d[None, :] * tl.cast(stride_d, tl.int64)
-        if ids_ptr is None:
-            w_ptrs = w_ptrs + (first_v + offs_v).to(tl.int64)[:, None] * stride_v
-        for v in range(0, length, BLOCK_V):
-            dz = tl.load(dz_ptrs)
-            mask_w = (v + offs_v < length)[:, None] & (offs_d < D)[None, :]
-            if ids_ptr is not None:
-                ids = entry_ids(ids_ptr, first_v + v, offs_v, V)
-                w = tl.load(w_ptrs + ids[:, None] * stride_v, mask=mask_w, other=0.0)
-            else:
-                w = tl.load(w_ptrs, mask=mask_w, other=0.0)
-                w_ptrs += BLOCK_V * tl.cast(stride_v, tl.int64)
-            acc = tl.dot(dz, w.to(COMPUTE), acc, input_precision="ieee")
-            step = tl.where((v + BLOCK_V) % PANEL == 0, to_next_panel, 0) + BLOCK_V
-            dz_ptrs += tl.multiple_of(step, 16)
+        acc = panels_times_entries(
+            dlogits_ptr, entries_ptr, ids_ptr, at_dz, height, first_v, length, offs_d, V, D, stride_v, stride_d,
+            COMPUTE, PANEL, BLOCK_N, BLOCK_D, BLOCK_V,
+        )  # fmt: skip
         acc += sum_so_far(total_ptrs, mask, decay_ptr, first_row + local, mask_n, chunk)
     if mean_ptr is not None:
         lacking = sum_panels(sums_ptr, lacked * SUMS_A_PANEL, height, local, mask_n, BLOCK_N)
