@@ -17,7 +17,7 @@ import torch
 
 from fastgrpo import inputs
 from fastgrpo.backends import certified, dense
-from fastgrpo.backends.logits import row_inverse_temperature, transform
+from fastgrpo.backends.logits import transform
 from fastgrpo.backends.problem import ABSENT, RowPartials, RowStats
 from fastgrpo.inputs import IGNORE, NOWHERE, accumulator_dtype
 from fastgrpo.row_math import rescale, softplus
@@ -248,8 +248,7 @@ def rest_gradient(rows, rest, log_mass, grads, grad_entropy, taken):
 
 def chain(problem, pairs, raw):
     """d logit / d raw product of each pair: (N, K), or what broadcasts to it."""
-    inverse = row_inverse_temperature(problem, torch.arange(len(raw), device=raw.device))
-    factor = problem.params.logit_scale * (1.0 if inverse is None else inverse)
+    factor = raw.new_ones(len(raw)).mul_(problem.chain(slice(None)))[:, None]
     slope = None if problem.params.softcap is None else finish_logits(problem, pairs, raw)[1]
     return factor if slope is None else factor * slope
 

@@ -57,6 +57,13 @@ def pair(n, vocab, depth, teacher_depth, device="cpu", dtype=torch.float32, peak
     }
 
 
+def draw_near(tensors, apart):
+    """The student's head for the teacher, whose states go so far towards its own; apart: a number, or one a row."""
+    hidden, other = tensors["hidden"], tensors["teacher_hidden"]
+    near = torch.lerp(hidden.float(), other.float(), apart).to(hidden.dtype)
+    return tensors | {"teacher_weight": tensors["weight"], "teacher_hidden": near}
+
+
 def call(op, tensors, **options):
     """The op's result; options: its own, or words for what the tensors have."""
     hidden = tensors["hidden"]
@@ -202,9 +209,7 @@ def test_16_bit(backend, device, dtype, beta):
 @pytest.mark.parametrize(("beta", "apart"), [(1e-4, 1.0), (0.9999, 1.0), (0.5, 1e-3), (0.0, 1e-3), (1.0, 1e-3)])
 def test_fp16_where_all_dlogits_are_small(backend, device, beta, apart, backward):
     """Mixtures of one model almost alone, models that hardly differ; the loss scaled, as fp16 training does."""
-    tensors = {k: problems.cast(v, torch.float16, device) for k, v in pair(40, 300, 48, 48, device).items()}
-    tensors["teacher_weight"] = tensors["weight"]
-    tensors["teacher_hidden"] = torch.lerp(tensors["hidden"].float(), tensors["teacher_hidden"].float(), apart).half()
+    tensors = draw_near(pair(40, 300, 48, 48, device, torch.float16), apart)
     upstream = torch.full((40,), 2.0**14, device=device)
     truth = run(reference.linear_divergence, in_double(tensors), upstream.double(), beta=beta)[2]
     _, _, grads = run(linear_divergence, tensors, upstream, beta=beta, backend=backend, backward=backward)
@@ -215,7 +220,7 @@ def test_fp16_where_all_dlogits_are_small(backend, device, beta, apart, backward
 @pytest.mark.parametrize("backward", ["exact", "certified"])
 def test_fp16_where_a_mask_makes_dlogits_large(backend, device, backward):
     """Of a reverse KL p_s times a log-ratio: the teacher rules out what the student likes, by fp16's least number."""
-    tensors = {k: problems.cast(v, torch.float16, device) for k, v in pair(24, 200, 32, 32, device).items()}
+    tensors = pair(24, 200, 32, 32, device, torch.float16)
     likely = (tensors["hidden"].float() @ tensors["weight"].float().T).argmax(1)
     tensors["bias"] = torch.zeros_like(tensors["bias"])
     tensors["teacher_bias"] = tensors["bias"].index_fill(0, likely, torch.finfo(torch.float16).min)

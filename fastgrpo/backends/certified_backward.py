@@ -10,7 +10,7 @@ import torch
 from fastgrpo.backends import dense, dense_backward, grouping, products, row_audit
 from fastgrpo.backends.dense_backward import ExactRows
 from fastgrpo.backends.gradient import Gradient
-from fastgrpo.backends.logits import LogitTiles, Reader, row_inverse_temperature, unscale
+from fastgrpo.backends.logits import LogitTiles, Reader, unscale
 from fastgrpo.backends.problem import active_rows, new_gradients, row_scale, sum_entries
 from fastgrpo.inputs import IGNORE
 
@@ -106,9 +106,7 @@ class TailRows:
         self.tiles = LogitTiles(problem, rows, buffers=2, raw=True)
         self.reader = self.tiles.reader
         self.gradient = Gradient(problem, rows, hold=self.tiles.source.held > 0)
-        self.scale = None
-        if self.reader.native and parts:
-            self.scale = row_scale(problem, stats, rows, grad_logp)
+        self.scale = row_scale(problem, stats, rows, grad_logp) if self.reader.native and parts else None
 
     def add(self, span, totals):
         """As :meth:`LeftOut.add`."""
@@ -206,10 +204,8 @@ class SparseRows:
         """(n,) sum of each row's dlogits over the entries left out."""
         if group.row_sums is not None:
             return -group.row_sums
-        inverse = row_inverse_temperature(self.problem, group.rows)
-        inverse = inverse[:, 0] if isinstance(inverse, torch.Tensor) else 1.0 if inverse is None else inverse
         grad = self.grad[group.rows] if self.scale is None else self.grad[group.rows] * self.scale
-        return -grad * group.dropped * inverse * self.problem.params.logit_scale
+        return -grad * group.dropped * self.problem.chain(group.rows)
 
     def finish(self):
         """Put back what was left out as if spread evenly over the entries left out, and write dX."""

@@ -120,24 +120,25 @@ def logits_gradient(problem, z, bias, index, local, stats, grad_logp, grad_entro
 
     The label's term is made of the statistics. local: (n,) labels in the tile; or (n, K) what is taken, whose is 0.
     """
-    inv_temperature = row_inverse_temperature(problem, index)
-    chain = problem.params.logit_scale * (1.0 if inv_temperature is None else inv_temperature)
-    z, slope = transform(problem, z, bias, inv_temperature, with_slope=True)
-    rows = RowStats(*stats)
+    z, slope = transform(problem, z, bias, row_inverse_temperature(problem, index), with_slope=True)
+    rows, chain = RowStats(*stats), problem.chain(index)
+    grad_logp = grad_logp * chain
     if local.ndim == 2:
         hide(z, local)
     z.sub_(rows.peak[:, None]).sub_(rows.offset[:, None])
+    if grad_entropy is not None:
+        grad_entropy = grad_entropy * chain
     at_label = gradient_at_label(grad_logp, grad_entropy, rows.logp, rows.other_mass, rows.entropy)
     if grad_entropy is None:
-        exp_(z).mul_(-grad_logp[:, None] * chain)
+        exp_(z).mul_(-grad_logp[:, None])
     else:
         p = exp_(z.clamp_(min=FAR).clone())
         z += rows.entropy[:, None]
-        z.mul_(-grad_entropy[:, None]).sub_(grad_logp[:, None]).mul_(p).mul_(chain)
+        z.mul_(-grad_entropy[:, None]).sub_(grad_logp[:, None]).mul_(p)
     if local.ndim == 1:
         inside = (local >= 0) & (local < z.shape[1])
         place = local.clamp(0, z.shape[1] - 1)[:, None]
-        z.scatter_(1, place, torch.where(inside[:, None], at_label[:, None] * chain, z.gather(1, place)))
+        z.scatter_(1, place, torch.where(inside[:, None], at_label[:, None], z.gather(1, place)))
     return without_denormals(z if slope is None else z.mul_(slope))
 
 

@@ -80,9 +80,7 @@ class ExactRows:
         self.tiles = LogitTiles(problem, rows, count_buffers(problem, grads), raw=True)
         self.reader, n = self.tiles.reader, rows.numel()
         self.gradient = Gradient(problem, rows, hold=self.tiles.source.held > 0)
-        self.scale = None
-        if self.reader.native and n:
-            self.scale = row_scale(problem, stats, rows, *grads)
+        self.scale = row_scale(problem, stats, rows, *grads) if self.reader.native and n else None
         # A sum that is scaled must be unscaled alone. dW's memory has no value until a first tile has overwritten it.
         overwritten = n > 0 and self.scale is None
         self.head_sums = [Sum(x, stats.dtype, overwritten) for x in out.of_head]

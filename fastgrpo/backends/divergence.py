@@ -405,9 +405,7 @@ def logits_gradient(problem, z, bias, index, other, stats, grad, scratch=None):
         z: (n, C) raw. other: (n, C) transformed, overwritten. stats: (8, n). grad: (n,) of the divergences.
         scratch: :class:`Scratch` of many tiles, or None.
     """
-    inv_temperature = row_inverse_temperature(problem, index)
-    chain = problem.params.logit_scale * (1.0 if inv_temperature is None else inv_temperature)
-    z, slope = transform(problem, z, bias, inv_temperature, with_slope=True)
+    z, slope = transform(problem, z, bias, row_inverse_temperature(problem, index), with_slope=True)
     known, scratch = PairStats(*stats), Scratch() if scratch is None else scratch
     log_p, delta, log_q = log_ratios(known, z, other, scratch)
     if problem.beta == 0.0:
@@ -416,6 +414,6 @@ def logits_gradient(problem, z, bias, index, other, stats, grad, scratch=None):
         if problem.is_mixture:
             delta = mixture_logs(*split_sides(delta, problem.beta, scratch))[0].mul_(1.0 - problem.beta)
         dz = delta.sub_(known.center[:, None]).mul_(dense.exp_(log_p))
-    dz = dz.mul_(grad[:, None] * chain)
+    dz = dz.mul_((grad * problem.chain(index))[:, None])
     dz = z.copy_(dz if slope is None else dz.mul_(slope))
     return dense.without_denormals(dz)

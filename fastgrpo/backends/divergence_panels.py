@@ -28,7 +28,7 @@ from fastgrpo.backends import dense, dense_backward, divergence, frozen
 from fastgrpo.backends.certified import BLOCK, CROWDED
 from fastgrpo.backends.divergence import KLFold, LevelsFold, MixtureFold, kl_stats
 from fastgrpo.backends.frozen import Slopes
-from fastgrpo.backends.logits import Chunk, Reader, Tile, row_inverse_temperature
+from fastgrpo.backends.logits import Chunk, Reader, Tile
 from fastgrpo.backends.pair import PairStats
 from fastgrpo.backends.pair_tiles import Scratch, pair_tiles
 from fastgrpo.backends.problem import sum_entries
@@ -251,9 +251,7 @@ class PanelMaker:
         self.pool.used = 0
         terms = Terms(self.problem, rows.numel(), self.pool, self.budget, self.ranks.add_up)
         stats = (self.fold_mixture if self.problem.is_mixture else self.fold)(rows, terms)
-        inverse = row_inverse_temperature(self.problem, rows)
-        chain = out.new_full((len(out), 1), self.problem.params.logit_scale)
-        chain *= 1.0 if inverse is None else inverse
+        chain = out.new_ones(len(out)).mul_(self.problem.chain(rows))[:, None]
         if head is not None:
             head.start(rows, chain)
         dropped = terms.finish(out, self.every, head)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from fastgrpo.backends import certified, certified_backward, dense, dense_backward, grouping, products
-from fastgrpo.backends.logits import LogitTiles, Reader, pairs_at_once, row_inverse_temperature
+from fastgrpo.backends.logits import LogitTiles, Reader, pairs_at_once
 from fastgrpo.backends.problem import RowStats, active_rows, new_gradients, sum_entries
 from fastgrpo.inputs import accumulator_dtype
 from fastgrpo.row_math import direction_factors
@@ -124,10 +124,7 @@ class Sums:
     def finish(self, total, stats):
         """total: (n,) the sum of all of a row's exponentials; stats: (5, N)."""
         problem, other_mass = self.problem, RowStats(*stats).other_mass[self.rows]
-        inverse = row_inverse_temperature(problem, self.rows)
-        inverse = inverse[:, 0] if isinstance(inverse, torch.Tensor) else 1.0 if inverse is None else inverse
-        chain = inverse * problem.params.logit_scale
-        at_label, at_others = direction_factors(chain, other_mass, total[: len(self.rows)])
+        at_label, at_others = direction_factors(problem.chain(self.rows), other_mass, total[: len(self.rows)])
         if self.capped:
             at_label = at_label * certified.label_terms(problem, self.rows)[1]
         targets = problem.targets[self.rows]

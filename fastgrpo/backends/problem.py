@@ -148,13 +148,13 @@ class HeadProblem:
         small factor."""
         rows = RowStats(*stats)
         if self.taken is not None:  # what is not taken is a distribution of its own, of which no p is known
-            return torch.ones_like(rows.logp), torch.ones_like(rows.logp)
+            return (torch.ones_like(rows.logp),) * 2
         return rows.other_mass, rows.entropy
 
     def chain(self, rows):
         """d logit / d raw product of these rows, softcap's slope aside: (n,), or a number."""
         temperature = self.params.temperature if self.temperature is None else self.temperature[rows]
-        return abs(self.params.logit_scale) / temperature
+        return self.params.logit_scale * (1.0 / temperature)
 
     @functools.cached_property
     def lora_operands(self):
@@ -263,7 +263,7 @@ def row_scale(problem, stats, rows, *grads):
     Args:
         rows: an index of at least one. grads: (N,) each, of what a row gives.
     """
-    chain, sizes = problem.chain(rows), problem.largest(stats[:, rows])
+    chain, sizes = abs(problem.chain(rows)), problem.largest(stats[:, rows])
     sizes = [g[rows].abs() * size.clamp(min=SMALLEST) * chain for size, g in zip(sizes, grads)]
     largest = torch.stack([torch.nan_to_num(size, nan=0.0, posinf=0.0).amax() for size in sizes]).amax()
     return torch.exp2(ROOM - torch.floor(torch.log2(largest.clamp(min=1e-30))))
